@@ -52,9 +52,9 @@ class Muon:
         warmup: int = 0,
     ) -> None:
         """name: muon or normuon. hidden: all hidden matrices, and the ranks that update them. held: the elements of this rank.
-        The second state tensor of NorMuon has one value per row, which is
-        repeated along the row. cautious: decay only elements that the update moves towards 0. warmup: number of updates over
-        which the momentum rises to its final value. Collective over hidden.comm."""
+        The second state tensor of NorMuon has one value per row, which is repeated along the row. cautious: decay only elements
+        that the update moves towards 0. warmup: number of updates over which the momentum rises to its final value. Collective
+        over hidden.comm."""
         self._name, self._decay, self._cautious, self._warmup = name, weight_decay, cautious, warmup
         self._momentum = MOMENTUM
         self._held = {one.boxes[0].name: one for one in held}
