@@ -45,11 +45,11 @@ class _Copies(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _sum(grads, ctx.tp.sum), None, None
+        return _sum(grads, ctx.tp), None, None
 
 
 class _Entered(torch.autograd.Function):
-    """Returns all positions of x, a copy for each slice. Backward adds the gradients of the copies over all slices."""
+    """Returns a copy of x with all positions for each slice. Backward adds the gradients of the copies over all slices."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int, tp: TreeComm) -> tuple[Tensor, ...]:
@@ -59,7 +59,7 @@ class _Entered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _sum(grads, ctx.tp.scatter if ctx.tp.sequence else ctx.tp.sum), None, None
+        return _sum(grads, ctx.tp, ctx.tp.sequence), None, None
 
 
 class _Joined(torch.autograd.Function):
@@ -68,7 +68,7 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tp: TreeComm, *parts: Tensor) -> Tensor:
         ctx.tp, ctx.count, ctx.length = tp, len(parts), parts[0].shape[1]
-        return _sum(parts, tp.scatter if tp.sequence else tp.sum)
+        return _sum(parts, tp, tp.sequence)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -89,10 +89,13 @@ class _Gathered(torch.autograd.Function):
         return grads[0][:, ctx.own.start : ctx.own.stop].contiguous(), None, None
 
 
-def _sum(parts: Sequence[Tensor], over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the sum of `parts` over the slices of all ranks. over_ranks: adds a tensor over the ranks. The sum is computed in
-    float32 and then rounded to the dtype of the parts. Collective over the ranks of a stage."""
-    return over_ranks(tree_sum([part.float() for part in parts])).to(parts[0].dtype)
+def _sum(parts: Sequence[Tensor], tp: TreeComm, scatters: bool = False) -> Tensor:
+    """Return the sum of `parts` over the slices of all ranks, or if `scatters` this rank's positions of the sum. The sum is
+    computed in float32 and then rounded to the dtype of the parts. Collective over tp.comm."""
+    total = tree_sum([part.float() for part in parts])
+    if tp.comm.size > 1:
+        total = tp.scatter(total) if scatters else tp.sum(total)
+    return total.to(parts[0].dtype)
 
 
 class SlicedBranch:
@@ -113,8 +116,8 @@ class SlicedBranch:
         return _Copies.apply(p, self._count, self._tp) if cut is None else pieces(p, cut)  # type: ignore[no-any-return, no-untyped-call]
 
     def __call__(self, x: Tensor, *args: Any) -> Tensor:
-        """Return the output of the branch, (B, T, D), for x (B, T, D); with sequence parallelism, for this rank's positions.
-        Collective over tp.comm, also in backward."""
+        """Return the output of the branch, (B, T, D), for x (B, T, D). With sequence parallelism, x and the output have only this
+        rank's positions. Collective over tp.comm, also in backward."""
         tp, count = self._tp, self._count
         inputs = _Entered.apply(x, count, tp)  # type: ignore[no-untyped-call]
         hooks: AbstractContextManager[Any] = nullcontext()
@@ -170,7 +173,7 @@ def sliced_loss(model: Any, slices: int, rows: int, dtype: torch.dtype, tp: Tree
     then multiplies the sum by the gradient of the loss. A multiplication before the sum would change the rounding of the sum.
     Independent."""
     first = model.part.own_range(model.shape.vocab_size).start
-    weights, add = partial(_head_slices, model, slices), partial(_sum, over_ranks=tp.sum)
+    weights, add = partial(_head_slices, model, slices), partial(_sum, tp=tp)
     return defer_head(model, model.shape, rows, dtype, first, tp, weights, add)
 
 

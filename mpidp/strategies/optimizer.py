@@ -162,7 +162,7 @@ class Optimizer:
         return {f"/moment_{i}": flat for i, flat in enumerate(self._moments, 1)}
 
     def _views(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield (parameter name, key, state tensor of the whole parameter)."""
+        """Yield the parameter name, the key and the whole state tensor, for each state tensor of each parameter."""
         whole = [self._layout.views(flat) for flat in self._moments]
         for i, (_, what, _) in enumerate(self._layout.placed()):
             for key, views in zip(self.names(what), whole, strict=False):

@@ -82,8 +82,8 @@ class DataParallelMemory:
 
 
 def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at: bool = False) -> tuple[int, int]:
-    """Return (number of gradient buffers that a rank needs, largest number of lanes that it may get). The second number is 0 if
-    the rank's lanes never change. looked_at: as in share_memory(). Independent."""
+    """Return the number of gradient buffers that a rank needs, and the largest number of lanes that it may get. The second number
+    is 0 if the rank's lanes never change. looked_at: as in share_memory(). Independent."""
     mine = lanes.of_rank(rank, size)
     kind, most = config.train.balance if size > 1 else "even", 0
     if kind == "measured":  # at most three times as many as with even ranges; memory grows with the logarithm of `most`

@@ -64,7 +64,7 @@ def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> Traine
 
 
 def _new(plan: RunPlan, parts: ModelPartition) -> tuple[Any, Origin | None]:
-    """Return (a new model with initial weights that are equal on all replicas, the origin of the weights)."""
+    """Make a new model, with initial weights that are equal on all replicas. Return the model and the origin of the weights."""
     config, shape, world, origin = plan.config, plan.shape, plan.world, plan.origin
     settings = config.flat()
     base = base_weights(settings, shape, parts.part)

@@ -32,7 +32,7 @@ def test_hidden_matrices_of_an_own_model() -> None:
     model.head.weight = model.table.weight  # tied: then there is no head besides the table
     assert hidden_of_own(model, 9) == {"inner.weight"}
     model.hidden_matrices = ["inner.weight", "head.weight"]  # type: ignore[assignment]
-    with pytest.raises(UsageError, match="names 'head.weight', which is not a parameter with two dimensions"):
+    with pytest.raises(UsageError, match="hidden_matrices has 'head.weight', which is not a parameter with two dimensions"):
         hidden_of_own(model, 8)
 
 
