@@ -42,7 +42,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     add("run", metavar="RUN", help="folder of a run")
     add("--step", type=int, metavar="S", help="last step to replay. Its micro-batches are listed (default: the last recorded "
                                               "step)")
-    add("--against", metavar="RUN2", help="find the first step and tensor in which two runs differ, up to --step")
+    add("--against", metavar="RUN2", help="compare RUN with RUN2: find the first step and tensor that differ, up to --step")
     add_data(parser, "that the run was trained on", default="the run's data.path")
     add("--device", choices=("auto", "cpu", "cuda"), help="device to compute on (default: the run's)")
     add("--threads", type=int, help="CPU threads per rank (default: the run's)")

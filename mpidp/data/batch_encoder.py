@@ -18,9 +18,11 @@ CHARACTERS_PER_TOKEN = 64
 
 
 class BatchEncoder:
-    """Encodes texts. The results do not depend on the program that computes them. Special tokens in the texts stay plain text.
+    """Encodes texts. The results do not depend on the program that computes them. Names of special tokens in a text are encoded
+    like any other text.
 
-    program: the program that encodes now, and the reason if it is not tiktoken. With little text, program is "".
+    program: "tiktoken", or "the tokenizers library" with the reason why tiktoken is not used. It is "" until enough text was
+    encoded to choose between them.
     """
 
     def __init__(self, text: str, library: Any) -> None:

@@ -17,7 +17,8 @@ TOKENS = ("input_ids", "token_ids", "tokens")  # usual names of columns of token
 
 @contextmanager
 def reading_columns(path: str, kind: str) -> Iterator[None]:
-    """Convert pyarrow's errors into a DataError that names the file. Raises UsageError if pyarrow is missing. Independent."""
+    """Return a context for reading a file with pyarrow. In this context, an error of pyarrow becomes a DataError that names the
+    file. Raises UsageError if pyarrow is missing. Independent."""
     try:
         import pyarrow
     except ImportError:

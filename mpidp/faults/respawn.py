@@ -53,8 +53,8 @@ def _ancestor_texts() -> list[bytes]:
 
 
 def add_rank(world: MPI.Intracomm, message: Any, alive: Callable[[], None]) -> MPI.Intracomm | None:
-    """Start a new rank and send it rank 0's message. Return a communicator of world's ranks followed by the new rank, or None if
-    this fails. alive: called repeatedly during the wait. Collective over world."""
+    """Start a new rank and send it rank 0's message. Return a communicator that contains the ranks of world, followed by the new
+    rank. If this fails, return None. alive: a function that is called repeatedly during the wait. Collective over world."""
     pair = _with_timeout(_start, START_SECONDS, alive) if world.rank == 0 else MPI.COMM_SELF
     if not agree(world, pair is not None):
         return None
@@ -120,8 +120,8 @@ def _broadcast(world: MPI.Intracomm, message: Any) -> Any:
 
 
 def _with_timeout(call: Callable[[threading.Event], Any], seconds: float, alive: Callable[[], None]) -> Any:
-    """Run `call` in a thread and return its result, or None if it fails or times out. After a timeout the thread keeps running,
-    and the event that `call` received is set."""
+    """Run `call` in a thread and return its result, or None if it fails or times out. After a timeout, the thread keeps running.
+    `call` gets an event as its argument. The event is set when the time limit has passed or `call` has ended."""
     found: list[Any] = []
     late = threading.Event()
 

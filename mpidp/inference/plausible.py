@@ -1,4 +1,5 @@
-"""Rejects manifests with sizes that no run of mpidp writes. This happens before memory is allocated or threads are started. Pure.
+"""Rejects a manifest if it states a size that no run of mpidp writes. These checks take place before memory is allocated and
+threads are started. Pure.
 
 A manifest may come from an untrusted source. A few bytes of a manifest could request all memory of this machine.
 """

@@ -43,7 +43,8 @@ class RecordedRun:
 
     @property
     def starts(self) -> list[dict[str, Any]]:
-        """The `start` lines of the file. There is one for each job, except for jobs whose steps were dropped later."""
+        """The `start` lines of the file. There is one for each job, unless a later job went back to an earlier step and dropped
+        the line."""
         return [line for line in self.lines if line.get("event") == "start"]
 
     @property

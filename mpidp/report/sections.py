@@ -114,7 +114,7 @@ def tasks(run: RecordedRun) -> str:
 
 
 def of_steps(run: RecordedRun, name: str) -> list[tuple[float, float]]:
-    """Return (step, value of `name`) for all steps that have this value. Pure."""
+    """Return a list of (step, value) for the field `name`. Steps without this field are left out. Pure."""
     return [(line["step"], value) for line in run.steps if (value := number(line, name)) is not None]
 
 

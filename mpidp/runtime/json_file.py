@@ -55,7 +55,7 @@ def parse_json(data: bytes | str, schema: Any = Any) -> Any:
 
 
 def read_json_lines(path: Path, schema: Any = dict) -> tuple[list[Any], int]:
-    """Read a file of JSON lines. Return (the lines that fit the schema, the number of other lines). An incomplete last line is
+    """Read a file of JSON lines. Return the lines that fit the schema, and the number of other lines. An incomplete last line is
     ignored. Raises OSError if the file cannot be read. Independent."""
     with open_regular(path) as file:
         lines = file.read().split(b"\n")

@@ -1,5 +1,5 @@
-"""Repeats failed requests up to a time limit, after pauses that double, with random changes. A warning of one line names the
-server."""
+"""Repeats failed requests up to a time limit. The pauses between tries double, and a random factor changes each pause. A warning
+of one line names the server."""
 
 from __future__ import annotations
 

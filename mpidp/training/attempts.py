@@ -42,8 +42,8 @@ class RunAttempts:
     """Makes the attempts of one rank. All ranks make the same calls."""
 
     def __init__(self, config: Config, plan: RunPlan | None, world: MPI.Intracomm, crew: Crew | None) -> None:
-        """plan: the plan of the run, on the ranks that start it; None on a replacement rank. crew: the facts that a replacement
-        rank receives when it joins; None on other ranks. Collective over world."""
+        """plan: the plan of the run. None: this is a replacement rank. crew: the facts that a replacement rank receives when it
+        joins. None: this is not a replacement rank. Collective over world."""
         self.config, self.plan, self.world = config, plan, world
         self.growing = crew is not None  # whether more replacement ranks may follow
         self.tries = RestartLog(Path(config.run.dir), begun=self.growing)

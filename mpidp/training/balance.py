@@ -149,7 +149,7 @@ class Steal:
         self._of_node = self.ranges[terms.first_place : terms.first_place + terms.tickets.size]
 
     def lanes(self, batch: int) -> Iterator[int]:
-        """Yield the lanes of this rank that no other rank has taken, then lanes of other ranks."""
+        """Yield the lanes of this rank that no other rank has taken. Then yield lanes that this rank takes from others."""
         self._tickets.begin(self._of_node)  # set before this rank takes its first lane, because other ranks may steal earlier
         return self._take()
 

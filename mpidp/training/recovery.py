@@ -111,9 +111,9 @@ def regroup(plan: RunPlan | None, world: MPI.Intracomm, crew: Crew, number: int)
 
 
 def rebuild(build: Build, plan: RunPlan, before: Job, failed_at: float) -> tuple[Job, dict[str, Any]]:
-    """Return (job of the surviving ranks at the position of `before`, line for metrics.jsonl). Raises Damaged if the surviving
-    ranks do not have the whole state, or are at different steps. failed_at: time.monotonic() of the failure. Collective over
-    plan.world."""
+    """Make a job of the surviving ranks, which continues at the position of `before`. Return the job, and a line for
+    metrics.jsonl. Raises Damaged if the surviving ranks do not have the whole state, or are at different steps. failed_at:
+    time.monotonic() of the failure. Collective over plan.world."""
     before.saver.close()
     with commit(plan.world):  # all ranks continue with the new job, or all ranks try again from the old job
         job = build(plan, before)
@@ -155,8 +155,8 @@ def _take_over(job: Job, before: Job) -> None:
 
 
 def hand_over(build: Build, plan: RunPlan, before: Job | None, failed_at: float) -> tuple[Job, dict[str, Any]]:
-    """Return (job of all ranks, line for metrics.jsonl). Rank 0 sends its state to the replacement ranks. before: the previous
-    job, or None on replacement ranks. failed_at: as in rebuild(). Collective over plan.world."""
+    """Make a job of all ranks. Rank 0 sends its state to the replacement ranks. Return the job, and a line for metrics.jsonl.
+    before: the previous job, or None on replacement ranks. failed_at: as in rebuild(). Collective over plan.world."""
     world = plan.world
     if before is not None:
         before.saver.close()

@@ -81,8 +81,8 @@ def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> St
 
 
 def noise_of(job: Job, report: StepReport, grad_norm: float) -> Noise | None:
-    """Return the gradient noise of a step in which the norms of lanes were measured. Return None in other steps, and if the noise
-    cannot be estimated. Independent."""
+    """Return the gradient noise of this step. Return None if the norms of lanes were not measured in this step, or if the noise
+    cannot be estimated from them. Independent."""
     if not report.lane_squares.any():
         return None
     tokens = [int(report.num_tokens[list(job.lanes.micro_batches(lane))].sum()) for lane in range(job.lanes.num_lanes)]

@@ -29,8 +29,8 @@ class TaskEvaluation:
         self._requests: SharedRequests | None = None
 
     def run(self) -> tuple[dict[str, float | None], str]:
-        """Return ({TASK/METRIC: value}, ""), or ({}, the reason) if the tasks cannot be evaluated. The result is the same on
-        every rank. Collective over plan.world."""
+        """Return {TASK/METRIC: value} and "". If the tasks cannot be evaluated, return {} and the reason. The result is the same
+        on every rank. Collective over plan.world."""
         plan, training = self._plan, self._model.training
         self._model.eval()
         try:
