@@ -33,8 +33,8 @@ def starts_of_parts(writer: BlockWriter, eod: int, bos: int | None, first: bool)
 
 
 def starts_by_ids(pieces: Iterator[tuple[int, np.ndarray]], eod: int, bos: int | None, first: bool) -> Iterator[np.ndarray]:
-    """Yield where documents start, int64. Documents start at the beginning, after each end-of-document token, and at each BOS.
-    pieces: (position, ids) of consecutive tokens. first: whether documents begin with the end-of-document token. Pure.
+    """Yield where documents start, int64. Documents start at the first token, at each BOS, and after each end-of-document token.
+    pieces: (position, ids) of consecutive tokens. first: documents start at each end-of-document token, not after it. Pure.
     """
     last = None
     for at, ids in pieces:

@@ -175,7 +175,7 @@ class Tokens(Protocol):
 
 
 def plan_shards(streams: Mapping[str, Tokens], shards: int, val_fraction: float) -> list[ShardPlan]:
-    """Plan the shards of each split. Shard k of K starts at token k N // K of the N tokens.
+    """Plan the shards of each split. If a split has N tokens and K shards, shard k starts at token k * N // K.
 
     streams: the streams by name. "val" exists if whole documents were chosen for validation. Otherwise the end of "train", at
     least 2 tokens, becomes validation. The number of validation shards is proportional to the size of the split. Raises DataError

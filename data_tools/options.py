@@ -126,7 +126,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--template-arg", action="append", metavar="KEY=VALUE", default=[], help="with --format chat: a variable of the "
         "template, for example enable_thinking=false; may be given several times. A row's chat_template_kwargs override it")
     add("--seq-len", type=int, metavar="N", default=0,
-        help="for rows: the window length in tokens; train with the same model.seq_len")
+        help="length of a window in tokens (required for rows); train with the same model.seq_len")
     add("--truncate", action="store_true", help="truncate rows longer than --seq-len tokens instead of skipping them")
     add("--tokens", type=int, metavar="N", default=0,
         help="total number of tokens of the mixture; 0: stop when a source is exhausted (default: %(default)s)")
@@ -143,7 +143,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--split", default="", help="what becomes validation: text (the end of the stream) or document (whole documents) "
         "(default: document for rows, else text)")
     add("--seed", type=int, metavar="N", default=0, help="random seed of --split document (default: %(default)s)")
-    add("--bad-utf8", default="replace", help="what to do with invalid UTF-8: replace the bytes, or skip the document (default: "
+    add("--bad-utf8", default="replace",
+        help="replace: replace bytes that are not valid UTF-8; skip: skip documents with such bytes "
+                                              "(default: "
                                               "%(default)s)")
     add("--strict", action="store_true", help="fail on malformed, empty or too long rows instead of skipping them")
     add("--bos", default="auto", help="auto: documents and rows begin with BOS if the tokenizer adds BOS to texts; none: no BOS "
@@ -151,4 +153,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--special", default="", help="how the name of a special token in a text, such as <|im_start|>, is encoded. text: like "
         "any other text; tokens: as the id of the token (default: tokens for rows if the tokenizer comes with a model, else "
         "text)")
-    add("--eod", help="the end-of-document token of the tokenizer.json, if it has an unusual name")
+    add("--eod", help="the end-of-document token of a tokenizer.json (default: the token with one of the usual names)")

@@ -1,8 +1,9 @@
 """Converts text to shards: `[mpirun -np N] python -m data_tools.prepare --source DIR --tokenizer bpe:8192 --out shards/mine`.
 
-The shards are identical for any number of ranks. Each rank encodes whole files, about the same number of bytes per rank, into raw
-temporary files in OUT. These files together form the token stream, from which each rank then writes some of the shards. Memory
-use does not grow with the corpus. Existing shards in OUT are replaced only after the new ones are complete.
+The shards are identical for any number of ranks. Each rank encodes whole files into raw temporary files in OUT. All ranks encode
+about the same number of bytes. The temporary files of all ranks form the token stream. From this stream, each rank then writes
+some of the shards. Memory use does not grow with the corpus. Existing shards in OUT are replaced only after the new ones are
+complete.
 """
 
 from __future__ import annotations

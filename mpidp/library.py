@@ -272,7 +272,8 @@ class DataParallel:
         return weights_sha256(self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this rank's state. Call state_dict() between batches, at the same step on all ranks, after a synchronization.
+        """Return this rank's state. Call state_dict() between batches, at the same step on all ranks. At this step, the strategy
+        must synchronize the ranks.
 
         With strategy.name=synchronous and no compression, all ranks have the same state, and any number of ranks can load it.
         Otherwise each rank must save and load its own state. Independent.

@@ -29,7 +29,7 @@ class TokenBlock:
 
 @dataclass
 class ReadOptions:
-    """The options of readers, and their remarks for the user."""
+    """The options for readers. Readers add their remarks for the user, and their counts."""
 
     vocab_size: int
     scratch: Path  # a folder for temporary files

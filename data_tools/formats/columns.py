@@ -41,8 +41,8 @@ def id_column(names: Collection[str], options: ReadOptions, where: object) -> st
     found = [name for name in ([options.column] if options.column else IDS) if name in names]
     if not found:
         wanted = f"`{options.column}`" if options.column else "of token ids (input_ids)"
-        raise DataError(f"{where}: there is no column {wanted}, only {keys_of(names)}: name it with --column. If a column "
-                        "holds text, "
+        raise DataError(f"{where}: there is no column {wanted}, only {keys_of(names)}: give the column that holds the ids with "
+                        "--column. If a column holds text, "
                         "use mpidp prepare")
     return found[0]
 

@@ -172,7 +172,8 @@ def _check_format(name: str, kind: str, shown: Path) -> None:
     if family == "pickle":
         raise DataError(f"{shown}: the column `{name}` holds pickles, which are never read: write it as a tensor of integers")
     if family not in ARRAYS_OF:
-        raise DataError(f"{shown}: the column `{name}` holds {kind}; ids must be tensors or arrays. If it holds text, write the "
+        raise DataError(f"{shown}: the column `{name}` holds {kind}; ids must be tensors or arrays. If this column holds "
+                        "text, write the "
                         "samples as JSON "
                         "lines and use mpidp prepare")
 
@@ -196,7 +197,7 @@ def _decoded(data: bytes, kind: str, shown: Path) -> np.ndarray:
 def write(tokens: SplitTokens, out: Path) -> list[str]:
     """Write OUT/SPLIT, with a sample for each document. Without a loss mask, a sample is a tensor for the TokensLoader. With a
     loss mask, it is a dict of input_ids and labels. The ids are uint16 or int32, because torch has few functions for uint32.
-    Return remarks. Raises OSError if a file cannot be written. Independent."""
+    Return remarks for the user. Raises OSError if a file cannot be written. Independent."""
     folder, masked = out / tokens.split, tokens.has_loss_mask
     folder.mkdir()
     code = 20 if tokens.dtype.itemsize == 2 else 16

@@ -50,8 +50,8 @@ def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write OUT/tokens_SPLIT_NUMBER.bin with at most FILE_TOKENS tokens each. Return remarks. Raises OSError if a file cannot be
-    written. Independent."""
+    """Write OUT/tokens_SPLIT_NUMBER.bin with at most FILE_TOKENS tokens each. Return remarks for the user. Raises OSError if a
+    file cannot be written. Independent."""
     first = GPT2 if tokens.dtype.itemsize == 2 else LLAMA3
     version, kind = KINDS[first]
     number, left, file = 0, 0, None

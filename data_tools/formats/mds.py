@@ -1,5 +1,5 @@
-"""Reads and writes MDS, the format of MosaicML Streaming: a folder with index.json and shards. The tokens of a sample are a
-column of bytes or an ndarray.
+"""Reads and writes MDS, the format of MosaicML Streaming: a folder with index.json and shards. The tokens of a sample are in one
+column, of type bytes or ndarray.
 
 A shard has the number of samples (uint32), the offset of each sample and of the end (uint32), a configuration, and then the
 samples. A sample has the sizes of the columns without a fixed size (uint32), and then the columns. An ndarray may begin with its
@@ -95,7 +95,8 @@ def _check_encoding(name: str, encoding: str, shown: Path) -> None:
     if kind == "pkl":
         raise DataError(f"{shown}: the column `{name}` holds pickles, which are never read: write it as ndarray or bytes")
     if kind not in ("bytes", "ndarray"):
-        raise DataError(f"{shown}: the column `{name}` has the encoding {encoding}; ids must be ndarray or bytes. If it holds "
+        raise DataError(f"{shown}: the column `{name}` has the encoding {encoding}; ids must be ndarray or bytes. If this "
+                        "column holds "
                         "text, write the "
                         "samples as JSON lines and use mpidp prepare")
 
@@ -136,7 +137,7 @@ def _of_bytes(data: np.ndarray, name: str, shown: Path, options: ReadOptions) ->
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
     """Write OUT/SPLIT, with a row for each document. The columns are tokens, which has the ids, and labels if there is a loss
-    mask. Return remarks. Raises OSError if a file cannot be written. Independent."""
+    mask. Return remarks for the user. Raises OSError if a file cannot be written. Independent."""
     folder = out / tokens.split
     folder.mkdir()
     columns = {"labels": "ndarray:int64"} if tokens.has_loss_mask else {}

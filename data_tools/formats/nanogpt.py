@@ -23,7 +23,7 @@ def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write OUT/SPLIT.bin. Return remarks. Raises OSError if the file cannot be written. Independent."""
+    """Write OUT/SPLIT.bin. Return remarks for the user. Raises OSError if the file cannot be written. Independent."""
     with open(out / f"{tokens.split}.bin", "xb") as file:
         for block in tokens.blocks():
             file.write(block.ids.astype(tokens.dtype).tobytes())

@@ -113,7 +113,7 @@ def _starts(path: Path, tokens: int) -> np.ndarray | None:
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
     """Write OUT/SPLIT/token_ids_part_N.npy, its .csv.gz and, if there is a loss mask, labels_mask_part_N.npy. Each file ends with
-    the end of a document. Return remarks. Raises OSError if a file cannot be written. Independent."""
+    the end of a document. Return remarks for the user. Raises OSError if a file cannot be written. Independent."""
     folder, number, written = out / tokens.split, -1, FILE_TOKENS
     folder.mkdir()
     for block in whole_documents(tokens.blocks()):

@@ -33,7 +33,8 @@ class TokenFormat:
 
 
 def _any(source: Path, pattern: str, accept: Callable[[Path], bool] = lambda path: True) -> bool:
-    """Return whether accept() is true for the source, or for the first visible file in it that matches this pattern."""
+    """Return whether accept() is true for a file whose name matches the pattern. The file is the source. If the source is a
+    folder, it is the first such file that visible() finds in the folder."""
     if source.is_dir():
         found = visible(source, pattern)
         return bool(found) and accept(found[0])

@@ -125,7 +125,7 @@ def find_checkpoint(run_dir: Path, resume: str, comm: MPI.Intracomm) -> tuple[Re
 
 def reject_changed_settings(saved: Mapping[str, Any], config: Config, checked_base: bool = False) -> None:
     """Raise UsageError if a setting has changed that must stay the same when a run resumes. saved: {section.key: value} of the
-    checkpoint. checked_base: whether train.init_from may change, because the caller compares the hash of the weights later.
+    checkpoint. checked_base: whether train.init_from may change. It may if the caller later compares the hashes of the weights.
     Independent."""
     changed = [
         f"{key} was {saved[key]!r}, is {value!r}"

@@ -161,8 +161,8 @@ def has_nccl() -> bool:
 
 
 def gpu_name(device: torch.device) -> str:
-    """Return a name of the GPU that contains the GPU's UUID. GPU numbers are not unique: a rank that sees only one GPU always
-    numbers it 0. Independent."""
+    """Return a name of the GPU. The name contains the GPU's UUID, because GPU numbers are not unique: if a rank sees only one
+    GPU, the number of this GPU is always 0. Independent."""
     return f"GPU {torch.cuda.get_device_properties(device).uuid}"
 
 

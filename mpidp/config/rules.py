@@ -48,8 +48,9 @@ _NOT = "model.kind=lstm|MODULE:FACTORY"
 _not = _is_not("model.kind", "transformer")
 _CUT = "mesh.tp or mesh.pp above 1"
 _OTHERS = "strategy.name=delayed|local|server or quorum<1"
-_SHARDS, _FSDP = "mesh.shard=1|2|3", "mesh.shard=2|3"
-_shards, _fsdp = _is_not("mesh.shard", 0), _is("mesh.shard", 2, 3)
+_SHARDS, _TWO = "mesh.shard=1|2|3", "mesh.shard=2|3"
+_shards, _two = _is_not("mesh.shard", 0), _is("mesh.shard", 2, 3)
+_THREE, _three = "mesh.shard=3", _is("mesh.shard", 3)
 _lora = _is_not("model.lora_rank", 0)
 _TIMES, _times = "mesh.interleave above 1", _is_not("mesh.interleave", 1)
 _partial = _is_not("strategy.group", "all")
@@ -112,31 +113,25 @@ RULES = [
     Rule(_SHARDS, "train.audit_every", _shards, _is_not("train.audit_every", 0),
          "an audit compares replicas, and with sharding no two ranks hold the same state"),
     Rule(_SHARDS, "comm.gpu=nccl", _shards, _is("comm.gpu", "nccl"), "not tested"),
-    Rule(_FSDP, "mesh.pp above 1", _fsdp, _is_not("mesh.pp", 1),
-         "forward and backward are collective over replicas, but stages work on different micro-batches; use mesh.shard=1"),
     Rule("mesh.shard=1", "comm.reducer=root", _is("mesh.shard", 1), _is("comm.reducer", "root"),
          "with comm.reducer=root only rank 0 updates parameters"),
-    Rule(_FSDP, "comm.reducer=tree|naive|root", _fsdp, _is("comm.reducer", "tree", "naive", "root"),
-         "FSDP2 reduces gradients with MPI's reduce_scatter; use comm.reducer=auto"),
-    Rule(_FSDP, "train.noise_every", _fsdp, _is_not("train.noise_every", 0),
-         "gradients are reduced after each micro-batch, so the gradient of a lane does not exist"),
-    Rule(_FSDP, "train.balance=measured|steal", _fsdp, _is_not("train.balance", "even"),
+    Rule(_TWO, "comm.reducer=allreduce|naive|root", _two, _is("comm.reducer", "allreduce", "naive", "root"),
+         "the owners of slices add gradients along the tree; use comm.reducer=auto"),
+    Rule(_TWO, "train.noise_every", _two, _is_not("train.noise_every", 0),
+         "gradients are sent to their owners after each micro-batch, so no rank has the gradient of a lane"),
+    Rule(_TWO, "train.balance=measured|steal", _two, _is_not("train.balance", "even"),
          "all ranks must compute the same number of micro-batches"),
-    Rule(_FSDP, "train.compile", _fsdp, _is("train.compile", True), "not tested"),
-    Rule(_FSDP, "comm.overlap=thread|poll", _fsdp, _is("comm.overlap", "thread", "poll"),
-         "FSDP2 overlaps its communication with backward by itself"),
-    Rule(_FSDP, "comm.transport=window", _fsdp, _is("comm.transport", "window"), "shards are sent as MPI messages"),
-    Rule(_FSDP, "comm.copies=node", _fsdp, _is("comm.copies", "node"),
-         "parameters are sharded; no rank or node holds a full copy"),
-    Rule(_FSDP, "optim.freeze", _fsdp, _is_not("optim.freeze", ""), "not tested"),
+    Rule(_TWO, "train.compile", _two, _is("train.compile", True), "not tested"),
+    Rule(_TWO, "comm.overlap=thread|poll", _two, _is("comm.overlap", "thread", "poll"),
+         "gradients are reduced in backward by the same thread"),
+    Rule(_TWO, "comm.transport=window", _two, _is("comm.transport", "window"), "shards are sent as MPI messages"),
+    Rule(_TWO, "comm.copies=node", _two, _is("comm.copies", "node"), "ranks exchange shards in messages and share no memory"),
     Rule(_CUT, "model.lora_rank", _cut, _lora, "adapters are not split; use data parallelism only (mesh.dp)"),
-    Rule(_FSDP, "model.lora_rank", _fsdp, _lora,
-         "the trained adapters are too small to be worth sharding"),
     Rule(_NOT, "model.lora_rank", _not, _lora, "LoRA is implemented for the built-in Transformer only"),
     Rule(_SLICES, _OTHERS, _slices, _other, "not tested"),
     Rule(_SLICES, "comm.compress", _slices, _is_not("comm.compress", "none"),
          "what is lost depends on the place of a gradient on its rank, and so on mesh.tp"),
-    Rule(_SLICES, _FSDP, _slices, _fsdp, "FSDP2 adds gradients in an order that depends on the number of ranks"),
+    Rule(_SLICES, _TWO, _slices, _two, "the norm over slices needs the whole gradient of each parameter on one rank"),
     Rule(_SLICES, "model.tie_embeddings with mesh.pp above 1", _slices,
          lambda s: s["model.tie_embeddings"] and s["mesh.pp"] > 1,
          "the two gradients of the shared matrix would be added in another order than on one stage"),
@@ -146,7 +141,7 @@ RULES = [
     Rule(_SLICES, "train.eval_tasks", _slices, _tasks, "slices have no key-value cache; use mpidp evaluate --tasks"),
     Rule(_NOT, _SLICES, _not, _slices, "only the built-in Transformer can be cut into slices"),
     Rule(_NOT, _CUT, _not, _cut, "model parallelism is implemented for the built-in Transformer only"),
-    Rule(_NOT, _FSDP, _not, _fsdp, "parameter sharding is implemented for the built-in Transformer only; use mesh.shard=1"),
+    Rule(_NOT, _THREE, _not, _three, "parameters are sharded by block of the built-in Transformer only; use mesh.shard=2"),
     Rule(_NOT, "train.loss=chunked", _not, _is("train.loss", "chunked"),
          "only the built-in Transformer can compute its head for some positions at a time"),
     Rule(_NOT, "train.recompute", _not, _is("train.recompute", True),
@@ -166,10 +161,10 @@ RULES = [
     Rule("optim.momentum_warmup", "model.lora_rank", _momentum, _lora, _UPDATES),
     Rule("optim.momentum_warmup", "optim.freeze", _momentum, _is_not("optim.freeze", ""), _UPDATES),
     Rule("train.micro_batch=auto", _CUT, _auto, _cut, "each rank measures a whole model; give a number"),
-    Rule("train.micro_batch=auto", _FSDP, _auto, _fsdp, "each rank measures a whole model; give a number"),
+    Rule("train.micro_batch=auto", _TWO, _auto, _two, "each rank measures a whole model; give a number"),
     Rule("train.eval_tasks", _CUT, _tasks, _cut,
          "ranks answer different requests, but ranks that share a model compute each batch together; use mpidp evaluate --tasks"),
-    Rule("train.eval_tasks", _FSDP, _tasks, _fsdp,
+    Rule("train.eval_tasks", _THREE, _tasks, _three,
          "a forward pass needs all replicas, which answer different numbers of requests; use mpidp evaluate --tasks"),
     Rule("train.eval_tasks", "train.compile", _tasks, _is("train.compile", True),
          "torch would compile the model again for each length of request; use mpidp evaluate --tasks"),

@@ -164,11 +164,12 @@ class StrategySettings:
     )
     group_size: int = setting(2, "local with group=rotating: size of a group", "ranks", low=2, resume=FIXED, methods=("local",))
     outer_lr: float = setting(
-        -1.0, "local with group=all: outer learning rate; 1 with outer_momentum=0 is plain averaging; -1: 0.7, or 1 with "
-        "topk or randomk", "", low=-1.0, methods=("local",),
+        -1.0, "local with group=all: outer learning rate; 1 with outer_momentum=0 is plain averaging; -1: 1 with topk or "
+        "randomk, else 0.7", "", low=-1.0, methods=("local",),
     )
     outer_momentum: float = setting(
-        -1.0, "local with group=all: outer Nesterov momentum; -1: 0.7, 0.5 with overlap, 0 with topk or randomk", "", low=-1.0,
+        -1.0, "local with group=all: outer Nesterov momentum; -1: 0 with topk or randomk, else 0.5 with overlap, else 0.7", "",
+        low=-1.0,
         high=0.9999999, methods=("local",),
     )
     overlap: bool = setting(
@@ -193,7 +194,8 @@ class CommSettings:
     """Settings comm.*: how gradients are reduced, compressed and sent."""
 
     reducer: str = setting(
-        "auto", "gradient reduction; auto: tree (bit-identical on any number of ranks), or allreduce with compression", "",
+        "auto", "gradient reduction; auto: allreduce with compression, mesh.shard above 1 or a strategy that is not synchronous, "
+        "else tree (bit-identical on any number of ranks)", "",
         ("auto", "tree", "allreduce", "naive", "root"),
     )
     compress: str = setting(

@@ -39,9 +39,9 @@ def estimate(lane_squares: Sequence[float], lane_tokens: Sequence[int], batch_sq
     lane_squares: |G_l|^2 of each lane. lane_tokens: number n_l of target tokens of each lane. batch_square: |G|^2. Pure.
 
     For L lanes, the expected value of sum n_l |G_l|^2 - B |G|^2 = sum n_l |G_l - G|^2 is (L - 1) tr(Sigma) for any n_l. Each lane
-    is weighted by its tokens. For Gaussian gradients this pooled estimate has the smallest variance. If all lanes have the same
-    size, the results are the paper's S and |G|^2 (section A.1). Then B_small is the size of a lane, and B_big is the size of the
-    batch. Lanes without target tokens are skipped.
+    is weighted by its number of tokens. For Gaussian gradients this pooled estimate has the smallest variance. If all lanes have
+    the same size, the results are the paper's S and |G|^2 (section A.1). Then B_small is the size of a lane, and B_big is the
+    size of the batch. Lanes without target tokens are skipped.
 
     Returns None if fewer than two lanes have tokens, or if a number is not finite. Raises ValueError if the lists have different
     lengths or a count is negative. Each sum is rounded only once (fsum), so it does not depend on the order of the lanes.

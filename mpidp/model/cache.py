@@ -33,7 +33,7 @@ class Cache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
         """Append the keys and values (K, T, E) of the next T positions in a layer. Return the keys and values of all positions so
-        far. With a window, positions outside the windows of all T positions may be missing.
+        far. With a window, the result may lack positions that are in none of the windows of the T positions.
 
         `length` does not change here. The model increases it after the last layer. Raises ValueError if the cache is full.
         """

@@ -30,7 +30,7 @@ def hidden_of_own(module: nn.Module, vocab_size: int) -> frozenset[str]:
         wrong = [name for name in given if name not in matrices]
         if wrong:
             raise UsageError(
-                f"hidden_matrices of your model names {wrong[0]!r}, which is not a parameter with two dimensions: name some of "
+                f"your model's hidden_matrices has {wrong[0]!r}, which is not a parameter with two dimensions: list some of "
                 f"{', '.join(list(matrices)[:6])}"
             )
         return frozenset(given)

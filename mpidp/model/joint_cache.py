@@ -13,7 +13,7 @@ from mpidp.model.cache import Cache, Kept, joined
 
 
 def is_exact(device: torch.device) -> bool:
-    """Return whether computing several sequences together gives the same bits as computing each sequence alone. Pure."""
+    """Return whether attention of several sequences together has the same bits as attention of each sequence alone. Pure."""
     return device.type == "cpu" and torch.get_num_threads() == 1
 
 

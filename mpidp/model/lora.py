@@ -40,7 +40,7 @@ def adapters_of(layers: Mapping[str, Sequence[int]], rank: int, targets: str) ->
     These are then ignored.
 
     layers: the shape (outputs, inputs) of each layer, by name. Raises UsageError if a target matches no layer, or if the rank
-    exceeds a layer's smaller dimension. Pure.
+    exceeds the smaller dimension of a target layer. Pure.
     """
     wanted, known = {part.strip() for part in targets.split(",") if part.strip()}, {name.rpartition(".")[2] for name in layers}
     wanted = wanted & known if wanted == ALL else wanted

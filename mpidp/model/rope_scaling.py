@@ -4,7 +4,7 @@ torch.
 | text | frequency of a pair of dimensions |
 |---|---|
 | linear:FACTOR | divided by FACTOR (position interpolation, Chen 2023) |
-| llama3:FACTOR,LOW,HIGH,ORIGINAL | low ones are divided by FACTOR, high ones kept, others interpolated (Llama 3.1) |
+| llama3:FACTOR,LOW,HIGH,ORIGINAL | low: divided by FACTOR, high: kept, others: interpolated (Llama 3.1) |
 | yarn:FACTOR,ORIGINAL,FAST,SLOW,ATTENTION,TRUNCATE | as llama3, with LOW=SLOW, HIGH=FAST; cos and sin x ATTENTION (Peng 2023) |
 | longrope:ORIGINAL,ATTENTION,S1,...,Sn,L1,...,Ln | pair i is divided by Si, or by Li if seq_len > ORIGINAL (Ding 2024) |
 

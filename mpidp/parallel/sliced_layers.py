@@ -49,7 +49,7 @@ class _Copies(torch.autograd.Function):
 
 
 class _Entered(torch.autograd.Function):
-    """Returns all positions of x, a copy for each slice. Backward adds the gradients of the copies over all slices."""
+    """Returns a copy of x with all positions for each slice. Backward adds the gradients of the copies over all slices."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int, tp: TreeComm) -> tuple[Tensor, ...]:
@@ -116,8 +116,8 @@ class SlicedBranch:
         return _Copies.apply(p, self._count, self._tp) if cut is None else pieces(p, cut)  # type: ignore[no-any-return, no-untyped-call]
 
     def __call__(self, x: Tensor, *args: Any) -> Tensor:
-        """Return the output of the branch, (B, T, D), for x (B, T, D); with sequence parallelism, for this rank's positions.
-        Collective over tp.comm, also in backward."""
+        """Return the output of the branch, (B, T, D), for x (B, T, D). With sequence parallelism, x and the output have only this
+        rank's positions. Collective over tp.comm, also in backward."""
         tp, count = self._tp, self._count
         inputs = _Entered.apply(x, count, tp)  # type: ignore[no-untyped-call]
         hooks: AbstractContextManager[Any] = nullcontext()

@@ -1,9 +1,10 @@
-"""Parameters that act on every position, in a model of slices (model.slices): gains and biases of norms, biases of o and down,
-learned positions, and the factors of InputMix.
+"""Sums the gradients of parameters that act on every position, in a model of slices (model.slices). These parameters are the
+gains and biases of norms, the biases of o and down, the learned positions, and the factors of InputMix.
 
-Their gradients are sums over positions. The positions of a sequence are cut into as many ranges as the model has slices. Each
-range is summed alone, and the sums are added in the order of the tree (tree_comm.py). With sequence parallelism a rank has the
-positions of its ranges; otherwise every rank has all of them. So the bits of the gradients do not depend on mesh.sequence."""
+The gradients of these parameters are sums over positions. The positions of a sequence are cut into as many ranges as the model
+has slices. Each range is summed alone, and the sums are added in the order of the tree (tree_comm.py). With sequence parallelism,
+a rank has only the positions of its own ranges. Otherwise every rank has all positions. Both cases add the same numbers in the
+same order. Therefore the bits of the gradients do not depend on mesh.sequence."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class PositionRanges:
         self.count = slices // tp.comm.size if tp.sequence else slices  # number of ranges of this rank
 
     def cut(self, x: Tensor, dim: int = 1) -> Sequence[Tensor]:
-        """Return x, which has this rank's positions in dimension dim, cut into ranges."""
+        """Cut x into this rank's ranges of positions. Return the pieces. dim: the dimension of the positions. x has all positions
+        of this rank."""
         length, first = (self._tp.length, self._tp.comm.rank * self.count) if self._tp.sequence else (x.shape[dim], 0)
         bounds = [i * length // self._slices for i in range(first, first + self.count + 1)]
         return x.split([b - a for a, b in zip(bounds, bounds[1:], strict=False)], dim)

@@ -30,7 +30,7 @@ ALIGNMENT = {"cpu": 64, "cuda": 256}  # bytes; torch allocates new tensors with 
 
 
 def aligned(x: Tensor) -> Tensor:
-    """Return x, or a copy of x that is contiguous and aligned, as a new tensor is. Pure."""
+    """Return x if it is contiguous and aligned like a new tensor, else a copy that is. Pure."""
     x = x.contiguous()
     return x if x.data_ptr() % ALIGNMENT.get(x.device.type, 1) == 0 else x.clone()
 

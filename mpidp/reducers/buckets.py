@@ -1,8 +1,8 @@
 """Flat memory: parameters and gradients are views of flat tensors, cut into buckets. Autograd hooks report complete buckets.
 
 The layout depends only on the model. Parameters are in reverse order of definition, which is roughly the order in which backward
-computes their gradients. The bucket size and the number of ranks change only where the flat tensors are cut into buckets and
-slices.
+computes their gradients. The bucket size and the number of ranks affect only the places at which the flat tensors are cut into
+buckets and slices.
 """
 
 from __future__ import annotations

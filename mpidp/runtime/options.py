@@ -137,7 +137,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.8, help="number by which logits are divided; 0: always choose the likeliest token "
                                                        "(default: %(default)s)")
     add("--top-k", type=int, default=50, help="sample from the K likeliest tokens; 0: from all tokens (default: %(default)s)")
-    add("--top-p", type=float, default=1.0, help="sample from the fewest tokens with this total probability (default: "
+    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that together have this probability (default: "
                                                  "%(default)s)")
     add("--stop", metavar="TEXT", action="append", default=[], help="stop before TEXT; this option may be given several times")
     add("--seed", type=int, default=0, help="random seed (default: %(default)s)")

@@ -159,9 +159,9 @@ class Local(Synchronous):
         self._flat_reducer.end_round(applied=True)
 
     def _outer_step(self, part: slice, mean: Tensor, own: Tensor | None) -> None:
-        """Update the anchor with `mean`, the averaged outer gradient, and set the parameters to the anchor. own: None, or this
-        rank's contribution if the average was started in the previous round. In that case the parameters keep the inner steps
-        that were made since then."""
+        """Update the anchor with `mean`, the averaged outer gradient, and set the parameters to the anchor. own: this rank's
+        contribution, if the average was started in the previous round. Then the parameters keep the inner steps that were made
+        since then. None: the average was started in this step."""
         anchor, momentum, mu = self._anchor[part], self._momentum[part], self.options.outer_momentum
         momentum.mul_(mu).add_(mean)
         moved = (mean + mu * momentum).mul_(-self.options.outer_lr)

@@ -58,8 +58,8 @@ class Round:
 
 
 class Quorum(Synchronous):
-    """Slot 0 of the gradient buffer holds the gradient of the update. One other slot accumulates the current batch. The remaining
-    `staleness` slots hold gradients that wait for a sum, are being summed, or wait for their update."""
+    """Slot 0 of the gradient buffer holds the gradient of the update. One other slot accumulates the gradient of the current
+    batch. The remaining `staleness` slots hold gradients that wait for a sum, are being summed, or wait for their update."""
 
     survives_failures = False
     synchronizes_always = False

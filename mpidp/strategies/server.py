@@ -8,7 +8,7 @@ servers, which compute no gradients. The other ranks are workers, which store no
 |---|---|---|
 | sync | the sum of all workers' gradients of a batch, added in order of workers | after the update |
 | async | every push when it arrives | immediately |
-| ssp | every push when it arrives | when the worker is at most `staleness` batches ahead of the slowest (Ho 2013) |
+| ssp | every push when it arrives | when the worker is at most `staleness` batches ahead of the slowest worker (Ho 2013) |
 
 In modes async and ssp, a push with n of the B target tokens of its batch is applied with learning rate lr n / B. So the rates of
 all pushes of a batch add up to lr. The rate is then divided by 1 + floor(u / N), where u is the number of updates since the

@@ -226,7 +226,7 @@ class Synchronous:
         for one, other in zip(source, target, strict=False):
             other[mine] = one[mine]
 
-    def fill(self, forwards: int) -> None:
+    def fill(self, forwards: int, chunk: int | None = None) -> None:
         """Do nothing: ranks may run different numbers of forward passes. Independent."""
 
     def flats(self) -> dict[str, Tensor]:

@@ -83,8 +83,8 @@ class Job:
         return self.plan.run_dir
 
     def micro_batches(self) -> list[int]:
-        """Return the micro-batches of this rank's lanes, in order. Independent."""
-        return [v for lane in self.balance.ranges[self.mesh.dp.rank] for v in self.lanes.micro_batches(lane)]
+        """Return the micro-batches of this rank, in order, as known before the step. Independent."""
+        return self.memory.micro_batches(self.mesh.dp.rank)
 
     def open_loader(self, batch: int) -> Loader:
         """Return a loader of this rank's micro-batches that begins with this batch. Independent."""

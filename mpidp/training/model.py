@@ -72,7 +72,7 @@ def _new(plan: RunPlan, parts: ModelPartition) -> tuple[Any, Origin | None]:
         origin = origin.load(parts, base)
     with raise_together(world):
         module: Any = prepared(base, settings, shape, parts.part)
-    if config.mesh.shard < 2:  # FSDP2 moves one block at a time, so no device holds the whole model at any time
+    if config.mesh.shard < 3:  # else the strategy moves one block at a time, so no device ever holds the whole model
         module.to(plan.device)
     module.recompute = config.train.recompute
     check_agreement(plan.mesh.dp, parameter_facts(trained(module)) | (module.facts() if isinstance(shape, CustomShape) else {}))

@@ -221,8 +221,8 @@ class Replay:
         return [row for part in job.comm.allgather(rows) for row in part]
 
     def tensors(self) -> dict[str, Any]:
-        """Return parameters in model order, then optimizer state, by their names in a checkpoint. Tensors of which every rank
-        holds a summand are added in rank order, as a checkpoint's reader adds them. Collective over job.comm."""
+        """Return parameters in model order, then optimizer state, by their names in a checkpoint. If every rank holds a summand
+        of a tensor, the summands are added in rank order, as in a checkpoint. Collective over job.comm."""
         from mpidp.checkpoint.local_parameters import parameters_of
 
         found = {f"model/{name}": entry.tensor for name, entry in parameters_of(self.job.engine.model).items()}

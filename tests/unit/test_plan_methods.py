@@ -151,7 +151,7 @@ def test_the_doctors_file_says_how_ranks_lie() -> None:
 
 @pytest.mark.parametrize("words", ["100", "100,", "0,1", "-1,1", "100,-1", "nan,1", "inf,1", "a,b", "1,2,3"])
 def test_a_link_that_is_none(words: str) -> None:
-    with pytest.raises(UsageError, match=r"--link=.*: give Mbit/s and one-way ms"):
+    with pytest.raises(UsageError, match=r"--link=.*: give the bandwidth in Mbit/s"):
         link_of(words, 2)
 
 

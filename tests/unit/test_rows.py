@@ -311,7 +311,7 @@ def test_rows_packed_for_other_windows_are_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", pair("a", "b"))
     prepare(source, out=tmp_path / "out", form="prompt_completion", seq_len=8, val_fraction=0)
     stream = TokenStream(tmp_path / "out")
-    with pytest.raises(UsageError, match=r"model.seq_len=12, but .*windows of 8 tokens.*model.seq_len=8.*--seq-len 12"):
+    with pytest.raises(UsageError, match=r"model.seq_len=12 would split .*windows of 8 tokens.*model.seq_len=8.*--seq-len 12"):
         stream.keep_apart("auto", 12)
     for documents, apart in (("auto", True), ("joined", False), ("apart", True)):
         stream.keep_apart(documents, 16)

@@ -135,8 +135,8 @@ class State:
             self.save()
 
     def save(self) -> None:
-        """Save the state. Errors such as a full disk are ignored, because the lines were written and must not be written
-        again."""
+        """Save the state. Errors such as a full disk are ignored. If they were raised, serve() would write the same lines to the
+        tracker again."""
         self._saved = time.monotonic()
         with suppress(OSError):
             write_file(self.path, json.dumps(self.values | {"last": self.last}).encode())

@@ -1,7 +1,8 @@
 """Finds the meshes of N ranks that have enough memory for a model, and predicts the step time of each mesh.
 
-memory.py computes the memory. time.py computes the time and the bytes sent. The input figures are given, measured in a RUN, read
-from cluster.json, or assumed, and each is listed with its source. This module imports neither torch nor MPI.
+memory.py computes the memory. time.py computes the time and the bytes sent. Each input value is given on the command line,
+measured in a RUN, read from cluster.json, or assumed. The output lists the values with their sources. This module imports neither
+torch nor MPI.
 """
 
 from __future__ import annotations

@@ -129,8 +129,8 @@ class MethodRow:
 
 
 def predict(config: Config, vocab_size: int, cluster: Cluster, compute: float, wanted: Sequence[str] = ()) -> list[MethodRow]:
-    """Predict the figures of all methods, or of synchronous and the `wanted` methods, in the order of METHODS. Raises UsageError
-    if a wanted method is unknown. compute: compute time of a step, in seconds. Pure."""
+    """Predict bytes and step time of the method synchronous and the `wanted` methods (default: all methods), in the order of
+    METHODS. Raises UsageError if a wanted method is unknown. compute: compute time of a step, in seconds. Pure."""
     if unknown := sorted(set(wanted) - set(METHODS)):
         raise UsageError(f"--methods: {', '.join(unknown)}: no such method; the methods are {', '.join(METHODS)}")
     sizes, rows = sizes_of(config, vocab_size), list[MethodRow]()

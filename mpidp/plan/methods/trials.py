@@ -182,7 +182,7 @@ def folder_beside(run_dir: Path, world: MPI.Intracomm) -> Iterator[Path]:
                 run_dir.parent.mkdir(parents=True, exist_ok=True)
                 made = tempfile.mkdtemp(prefix=".methods-", dir=run_dir.parent)
             except OSError as error:
-                raise UsageError(f"run.dir={run_dir}: cannot write beside it ({error})") from error
+                raise UsageError(f"run.dir={run_dir}: the folder that contains it cannot be written ({error})") from error
     made = world.bcast(made, root=0)
     try:
         yield Path(made)
