@@ -70,7 +70,11 @@ class Counts:
         return lines
 
     def no_text(self) -> str:
-        """Return an error message for a source without any document. The message has the counts and the first reasons."""
+        """Return an error message for a source without any document.
+
+        The message has the number of files, the numbers of empty, binary and malformed inputs, and a line for each kind of problem
+        with the first places where it occurred.
+        """
         kinds = f"{self.empty} empty, {self.binary} binary, {self.malformed} malformed lines or rows"
         files = f"{counted(self.files, 'file')}: {kinds}"
         return f"the source has no text at all ({files}); give --source a file or folder with text{self.reasons()}"

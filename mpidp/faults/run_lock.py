@@ -133,8 +133,9 @@ class RunLock:
         return holder["job"] == job and (holder["restart"] == restart if ours else bool(job) and holder["restart"] < restart)
 
     def _replace(self, confirm: bool) -> None:
-        """Replace the lock file. If the old holder still runs, it will find that the file has changed. confirm: whether to wait
-        before the check that no other job has also replaced the file. Raises UsageError if another job has."""
+        """Replace the lock file. If the old holder still runs, it will find that the file has changed. Then check that no other
+        job has replaced the file, too. confirm: wait before this check, so that the replacement of another job is noticed. Raises
+        UsageError if another job has replaced the file."""
         temporary = self.path.with_name(f".lock.{self._me['token']}")
         self._handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
         _lock_file(self._handle)

@@ -66,7 +66,7 @@ class SharedRequests:
     def scores(self, rows: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
         """For each row (ids, n), return (log-likelihood of the last n ids in nats, whether greedy decoding would generate them).
 
-        Call this on rank 0, within serve(). Collective over loaded.grid.world.
+        Call this on rank 0, within serve(). The other ranks of loaded.grid.world take part inside serve().
         """
         return self._ask("_score", list(rows), sorted(range(len(rows)), key=lambda i: -len(rows[i][0])))
 
@@ -74,7 +74,7 @@ class SharedRequests:
         """Return the new ids of each request. An id that ends the text is left out. If a stop string ends the text, the ids still
         contain this string.
 
-        Call this on rank 0, within serve(). Collective over loaded.grid.world.
+        Call this on rank 0, within serve(). The other ranks of loaded.grid.world take part inside serve().
         """
         return self._ask("_generate", list(requests), sorted(range(len(requests)), key=lambda i: -len(requests[i].ids)))
 

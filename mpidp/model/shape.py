@@ -89,7 +89,8 @@ class CustomShape:
         return {name: tuple(size) for name, size in self.parameters}
 
     def flops_per_token(self) -> float:
-        """Return 6 N, where N is the number of matrix elements. This estimate assumes one product per matrix and token."""
+        """Return 6 N, where N is the number of matrix elements. This estimate assumes that
+        forward multiplies each matrix once per token, and that backward takes twice as many operations."""
         return 6.0 * sum(math.prod(size) for _, size in self.parameters if len(size) >= 2)
 
 

@@ -51,8 +51,9 @@ def one_f_one_b(micro_batches: Sequence[int], stage: int = 0, stages: int = 1) -
 def interleaved(micro_batches: Sequence[int], stage: int, stages: int, chunks: int) -> Iterator[Instruction]:
     """Yield the interleaved 1F1B schedule of one stage. Micro-batches are computed in groups. A group passes through one chunk
     before it enters the next chunk. In Narayanan's schedule every group has exactly `stages` micro-batches, because a smaller
-    last group would deadlock. Here a group may have more micro-batches, so any number of micro-batches is possible. Each chunk
-    computes the micro-batches in order. Pure."""
+    last group would deadlock. Here the micro-batches are divided evenly into groups of at least `stages` micro-batches, so their
+    number need not be a multiple of `stages`. Fewer than `stages` micro-batches form one group. Each chunk computes the
+    micro-batches in order. Pure."""
     count = len(micro_batches)
     parts = max(1, count // stages)
     groups = [micro_batches[i * count // parts : (i + 1) * count // parts] for i in range(parts)]

@@ -118,8 +118,9 @@ class Regather:
 
 
 def _between(module: Any, tp: TensorComm, keep: bool, ends: bool = True) -> None:
-    """Make a module apply f to its input and, if `ends`, g to its output. keep: whether to save the gathered positions for
-    backward."""
+    """Make a module apply f (enter_branch) to its input and, if `ends`, g (leave_branch) to its output. keep: whether to save the
+    whole input, with all positions, for backward. If false, only this rank's positions are saved, and backward gathers the input
+    again."""
     inner = module.forward
 
     def forward(x: Tensor, *args: Any) -> Tensor:

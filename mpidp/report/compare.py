@@ -112,7 +112,8 @@ def scaling_chart(found: Scaling) -> str:
 
 
 def scaling_section(found: Scaling) -> str:
-    """Return the section about scaling, with a table and a chart. It states the kind of scaling, or why there is none. Pure."""
+    """Return the section about scaling, with a table and a chart. The section
+    states whether the scaling is strong or weak, and why, or why no efficiency can be computed. Pure."""
     rows = [(str(row.ranks), f"{row.speed:,.0f}", f"{100 * row.efficiency:.1f}%" if row.efficiency is not None else "-")
             for row in found.rows]
     shown = note if not found.kind else paragraph

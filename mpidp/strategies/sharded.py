@@ -65,8 +65,9 @@ class Sharded:
         model: Any, level: int,
     ) -> None:
         """Takes the arguments of Synchronous. Only the attributes lanes and transport of the reducer are used. model: the model,
-        which this constructor moves to the device. level: 2 or 3; level 3 divides the blocks of a Transformer. Collective over
-        hidden.comm of make_optimizer."""
+        which this constructor moves to the device. level: 2 divides the gradients and the optimizer state among the ranks; 3
+        also divides the parameters of each block of a Transformer. Collective over hidden.comm, where `hidden` is the keyword
+        argument stored in make_optimizer."""
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, False
         self.clip, self.nominal_tokens, self._parts = clip, nominal_tokens, parts
         device, channel = reducer.transport.device, Channel(comm, reducer.transport, group.wait)

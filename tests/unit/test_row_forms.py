@@ -233,7 +233,7 @@ def test_a_file_of_preferences_or_of_rendered_chats_is_refused(tmp_path: Path) -
     (tmp_path / "t.jinja").write_text(CHATML)
     options: dict[str, Any] = {"form": "chat", "chat_template": str(tmp_path / "t.jinja"), "seq_len": 80}
     for row, words in (
-        ({"prompt": "a", "chosen": [said("b")], "rejected": [said("c")]}, "rows of preferences .* last of `messages`"),
+        ({"prompt": "a", "chosen": [said("b")], "rejected": [said("c")]}, "rows of preferences .* last message of `messages`"),
         ({"text": "<|im_start|>user\na<|im_end|>"}, "`text` with a chat that a template has rendered; --format text"),
         ({"text": "a"}, "`text` with a text; --format text"),
     ):
