@@ -66,10 +66,15 @@ class Synchronous:
             group.node.rank,
         )
         self._parts = parts
+        # An update begins on all ranks or on none. So the ranks with other parts of the model agree, too.
+        self._everyone = comm if parts is None else parts.grid.world
         if parts is not None:
             self.buffer.cut_chunks(parts.part.chunk_of, len(parts.part.chunks))
         reducer.attach(self.buffer)
-        self._whole = make_optimizer.keywords["hidden"].names if make_optimizer.args[0] in MATRIX_STATE else frozenset()
+        hidden, self._whole = make_optimizer.keywords["hidden"], frozenset[str]()
+        if make_optimizer.args[0] in MATRIX_STATE:
+            self._whole = hidden.names
+            self.survives_failures &= hidden.comm.size == 1  # otherwise a failure can interrupt an update
         self.flat = memory(self.buffer.num_elements)
         self.buffer.layout.adopt(self.flat)
         self.optimizer: Optimizer | None = None  # with comm.reducer=root only rank 0 has one
@@ -129,9 +134,10 @@ class Synchronous:
         """Broadcast rank 0's state. Collective over compute_comm."""
         updates = 0
         if before is not None and self.compute_comm.rank == 0:
-            for mine, theirs in zip(self.flats().values(), before.flats().values(), strict=True):
+            held = before._spare if before.torn else list(before.flats().values())
+            for mine, theirs in zip(self.flats().values(), held, strict=True):
                 mine.copy_(theirs)
-            updates = before.optimizer.updates if before.optimizer is not None else 0
+            updates = before.optimizer.updates - before.torn if before.optimizer is not None else 0
         updates = self.compute_comm.bcast(updates)
         if self.optimizer is not None:
             self.optimizer.set_updates(updates)
@@ -174,7 +180,7 @@ class Synchronous:
         compute the same norm. Collective over compute_comm."""
         self.reducer.observers.enter("reduce")
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
-        with commit(self.compute_comm):  # no rank updates before the end of this block; after it all remaining ranks update
+        with commit(self._everyone):  # no rank updates before the end of this block; after it all remaining ranks update
             with self.reducer.observers.span("reduction"):
                 self.reducer.finish()
             if self._parts is not None:
@@ -205,7 +211,7 @@ class Synchronous:
         compute_comm."""
         if self._spare:
             self.torn = True
-            with commit(self.compute_comm):
+            with commit(self._everyone):
                 self.reducer.publish(self.parameters)
             self.torn = False
             return

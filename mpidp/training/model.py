@@ -45,13 +45,18 @@ def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> Traine
     if module is None:
         module, origin = _new(plan, parts)
     token_losses, first = None, parts.part.own_range(plan.shape.vocab_size).start
-    ring = TensorComm(grid, transport, config.mesh.sequence) if grid.tp.size > 1 else None
+    ring: TensorComm | None = getattr(module, "tensor_comm", None)  # an existing model already uses it
+    shared = ring is not None
+    if ring is not None:
+        ring.use(grid, transport)
+    elif grid.tp.size > 1:
+        ring = TensorComm(grid, transport, config.mesh.sequence)
     rows = chunk_rows(config.train.loss, plan.shape, config.train.micro_batch * config.model.seq_len)
     if rows:
         token_losses = defer_head(module, plan.shape, rows, getattr(torch, config.train.dtype), first, ring)
     elif ring is not None:
         token_losses = loss_over(ring, first)
-    if ring is not None:
+    if ring is not None and not shared:
         share_layers(module, ring)
     return TrainedModel(module, trained(module), parts, token_losses, origin)
 
