@@ -48,7 +48,7 @@ class Synchronous:
         share one copy of parameters and optimizer state, of which each rank updates a share. spare_slots: number of gradient
         buffers in addition to those of the reducer. most_slots: number of gradient buffers that this rank may need after failures
         of other ranks. parts: this rank's part of the model, if the model is divided by mesh.tp or mesh.pp. Collective over
-        comm."""
+        comm, and over parts.grid.world if there are parts."""
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, one_copy
         self.options = options or StrategyOptions.of()
         spare_slots += self.more_slots(self.options)
@@ -81,7 +81,8 @@ class Synchronous:
         if (share := self.optimizer_share()) is not None:
             self.optimizer = make_optimizer(self.buffer.layout, self.flat, self.buffer.total, memory=memory, **share)
         self._spare: list[Tensor] = []  # a copy of the shared tensors before the update
-        if one_copy and launched_with_ulfm():
+        # If the ranks of some part share a copy, all parts keep one, because all restore the state after an incomplete update.
+        if launched_with_ulfm() and self._everyone.allreduce(one_copy, op=MPI.LOR):
             self._spare = [memory(flat.numel()) for flat in self.flats().values()]
         self.torn = False  # whether the last update of shared tensors is incomplete because a rank failed
         self._late: MPI.Exception | None = None  # a failure that the next micro_batch() raises

@@ -207,7 +207,7 @@ def _event(job: Job, old: list[tuple[int, str]], found: Arrangement, failed_at: 
     spares, size, seconds = found.spares(), job.comm.size, time.monotonic() - failed_at
     names = ", ".join(f"{one['rank']} ({one['host']})" for one in lost)
     words = [f"lost ranks {names}"] if lost else []
-    words += [f"new ranks {', '.join(map(str, came))}"] if came else []
+    words += [f"ranks {', '.join(map(str, came))} joined"] if came else []
     spare = f", spare ranks {', '.join(map(str, spares))}" if spares else ""
     job.services.progress.print(
         f"step {job.position.step}  {', '.join(words)}: continuing with {size} ranks{spare} after {seconds:.2f} s"
