@@ -50,7 +50,6 @@ class RunAttempts:
         self.growing = crew is not None  # more replacement ranks may follow
         self.places = Arrangement(list(range(world.size)), [])  # which of the world's ranks train; the others are spare ranks
         self.arranged = crew is None  # whether `places` and `plan` fit the world
-        self._attempts = 0  # number of attempts since then
         self._joins = crew is not None  # whether this rank is about to join the others
         self.tries = RestartLog(Path(config.run.dir), begun=self.growing)
         self.lock: RunLock | None = None
@@ -79,22 +78,14 @@ class RunAttempts:
         """Gather the ranks, restore the state, and train. Return the end record, or None if the job first needs more ranks.
         Raises Damaged if the state is found to be damaged, and RankFailure if a rank fails. Collective over world."""
         self._gather()
-        self._attempts += 1
-        training = self.places.order
-        if self.world.rank not in training:
-            over = spares.wait(self.world, training, self._attempts)
-            self.growing = not over
-            return {} if over else None
-        waiting = sorted(set(range(self.world.size)) - set(training))
-        try:
+        order = self.places.order
+        if len(order) == self.world.size:
             end = self._train()
-        except MpidpError as error:
-            if error.everywhere:
-                spares.tell(self.world, waiting, self._attempts, error)
-            raise
-        spares.tell(self.world, waiting, self._attempts, end is not None)
-        self.growing = end is None
-        return end
+            self.growing = end is None
+            return end
+        ended = spares.attempt(self.world, order[0], self._train if self.world.rank in order else None, self._can_return)
+        self.growing = ended.grow
+        return ended.record if ended.over else None
 
     def _train(self) -> dict[str, Any] | None:
         """Restore the state and train. Return the end record, or None if the job first needs more ranks."""
@@ -141,7 +132,7 @@ class RunAttempts:
         if mesh.tp * mesh.pp == 1 and self.plan is not None:
             self.world = self.plan.world
         if not self.arranged:
-            self.arranged, self._attempts = True, 0
+            self.arranged = True
             self._leave_seat()
 
     def _leave_seat(self) -> None:
@@ -212,16 +203,20 @@ class RunAttempts:
             job.position.skip_to(self._next_batch)
             job.state.skipped_from = job.position.step
         self.survives = job.strategy.survives_failures
+        self._next_batch = 0
         self.job, self._events = job, [*([{"event": "resume"}] if reader is not None else []), *events[-1:]]
         return None
+
+    def _can_return(self, damage: Damaged) -> bool:
+        return self.crew.returns + (not damage.next_batch) <= MAX_RETURNS
 
     def go_back(self, damage: Damaged) -> None:
         """Drop the damaged state, so that the next attempt starts from the last checkpoint. Raises `damage` itself after
         MAX_RETURNS returns. Independent."""
         self._next_batch, self.job, self.stop = damage.next_batch, None, None
-        self.crew.returns += not self._next_batch
-        if self.crew.returns > MAX_RETURNS:
+        if not self._can_return(damage):
             raise damage
+        self.crew.returns += not self._next_batch
         past = {"event": "rolled_back", "batch": damage.next_batch - 1} if damage.next_batch else {"event": "went_back"}
         self.crew.events.append(past | {"why": str(damage)})
 

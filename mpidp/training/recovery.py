@@ -6,6 +6,9 @@ Therefore a further failure during recovery does not change the state, and the n
 
 With faults.respawn new processes then join until the job has its full number of ranks. All ranks build a new job, and rank 0
 sends its state to the new ranks in MPI messages. During this time the old ranks have two jobs in memory.
+
+On a mesh, the living ranks form as many replicas as they can (parallel/arrangement.py); the others wait (spares.py). If ranks of
+different replicas form one, all ranks build a new job, too, and the first replica sends its state.
 """
 
 from __future__ import annotations

@@ -1,53 +1,62 @@
 """Spare ranks, which live but fill no replica of the mesh. They wait until an attempt of the training ranks has ended.
 
-Every training rank tells every spare rank how the attempt ended, so that a spare rank learns it from any rank that is still
-alive. If a training rank fails, the other training ranks revoke the communicator instead.
+Each attempt ends with an agreement of all living ranks on its outcome. So the spare ranks continue as the training ranks do, also
+if a training rank fails at the end of an attempt.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
 from mpi4py import MPI
 
 from mpidp.errors import Damaged, MpidpError
-from mpidp.runtime.ulfm import RankFailure
+from mpidp.runtime.ulfm import RankFailure, agree_on_flags
+from mpidp.runtime.world import error_of
 
-TAG = 7_000  # tags of messages to spare ranks begin here
-POLL_SECONDS = 0.01
-MOST_WORDS = 800  # characters of an error message; a message to a spare rank must be so short that sending it never waits
-
-
-def tell(world: MPI.Intracomm, spares: Sequence[int], attempt: int, outcome: bool | MpidpError) -> None:
-    """Tell the spare ranks how an attempt ended. outcome: whether the run is over, or the error that all ranks raise. attempt:
-    number of the attempt since the ranks were arranged. Independent."""
-    if isinstance(outcome, MpidpError):
-        short = type(outcome).on_every_rank(str(outcome)[:MOST_WORDS])
-        if isinstance(outcome, Damaged) and isinstance(short, Damaged):
-            short.next_batch = outcome.next_batch
-        outcome = short
-    for spare in spares:
-        with suppress(MPI.Exception):  # the spare rank has failed
-            world.send(outcome, spare, TAG + attempt)
+FAILED, OVER, GROW, RETURN, ERROR = 0, 1, 2, 3, 16  # outcomes; ERROR + exit code: the error that all training ranks raise
+SPARE = -1  # all bits are set, so the outcome is that of the training ranks
 
 
-def wait(world: MPI.Intracomm, training: Sequence[int], attempt: int) -> bool:
-    """Wait until an attempt of the training ranks has ended. Return whether the run is over, and raise the error that ended the
-    attempt. Raises RankFailure if ranks have failed. Independent."""
-    sources = list(training)
-    while sources and not world.Is_revoked():
-        for source in list(sources):
-            try:
-                if not world.Iprobe(source, TAG + attempt):
-                    continue
-                outcome = world.recv(source=source, tag=TAG + attempt)
-            except MPI.Exception:  # this rank has failed, or the communicator is revoked
-                sources.remove(source)
-                continue
-            if isinstance(outcome, MpidpError):
-                raise outcome
-            return bool(outcome)
-        time.sleep(POLL_SECONDS)
-    raise RankFailure("a rank failed")
+@dataclass(frozen=True)
+class Ended:
+    """An attempt without an error. All living ranks have equal results, except that only training ranks have the end record."""
+
+    over: bool  # whether the run is over
+    grow: bool  # whether the job first needs more ranks
+    record: dict[str, Any]
+
+
+def attempt(
+    world: MPI.Intracomm, first: int, train: Callable[[], dict[str, Any] | None] | None, can_return: Callable[[Damaged], bool]
+) -> Ended:
+    """Call `train` on the training ranks, and wait for its end on the spare ranks, where it is None. Return the outcome, or raise
+    the error of the training ranks. A spare rank does not raise Damaged. first: the first training rank. can_return: whether the
+    run can return to its last checkpoint after this error. Raises RankFailure if training ranks fail. Collective over world."""
+    code, end = SPARE, None
+    error: Exception | None = None
+    if train is not None:
+        try:
+            end = train()
+            code = GROW if end is None else OVER
+        except RankFailure as failure:
+            code, error = FAILED, failure
+        except MpidpError as known:
+            if not known.everywhere:
+                raise
+            code = RETURN if isinstance(known, Damaged) and can_return(known) else ERROR + known.exit_code
+            error = known
+    code = agree_on_flags(world, code)
+    if code in (FAILED, SPARE):  # SPARE: no training rank is left
+        raise RankFailure(str(error or "a rank failed")) from error
+    if code >= ERROR:
+        text = str(error)
+        with suppress(MPI.Exception):  # a rank may fail at the end
+            text = world.bcast(text, root=first)
+        error = error or error_of(code - ERROR, text)
+    if error is not None:
+        raise error
+    return Ended(code == OVER, code == GROW, end or {})

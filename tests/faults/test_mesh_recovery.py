@@ -62,6 +62,7 @@ ROWS: dict[str, tuple[str, tuple[str, ...], int, int, list[int]]] = {
     "sequence parallelism": ("kill:0:5:publish", (*TP, "--mesh.sequence=true"), 4, 1, [0]),
     "messages": ("kill:3:3:apply", (*TP, "--comm.transport=messages"), 4, 1, [3]),
     "a copy a rank": ("kill:3:3:apply", (*PP, "--comm.copies=rank"), 4, 1, [3]),
+    "a loss in chunks": ("kill:0:3:update", (*TP, "--train.loss=chunked"), 4, 1, [0]),
     "audits": ("kill:0:4:compute", (*PP, "--train.audit_every=2"), 4, 1, [0]),
     "two nodes": ("kill:0:3:apply kill:5:5:publish", PP, 8, 2, [0, 5]),
 }
