@@ -1,10 +1,10 @@
-"""Arrange the documents of one or more sources in the output. The result does not depend on the number of ranks.
+"""Arranges the documents of one or more sources in the output. The result does not depend on the number of ranks.
 
 A mixture takes the next document from the source that is furthest behind its share. Every prefix of the mixture therefore has
 about the requested shares. Packing puts the documents, in order, into windows of a fixed number of tokens. Only the last few
-windows are kept open. Each document goes into the first of them that has enough room, so no document crosses a window boundary.
-The rest of a window is filled with end-of-document tokens that are excluded from the loss. Packing needs about 100 bytes of
-memory per document.
+windows can receive further documents. Each document goes into the first of these windows that has enough room, so no document
+crosses a window boundary. The rest of a window is filled with end-of-document tokens that are excluded from the loss. Packing
+needs about 100 bytes of memory per document.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from data_tools.cut import PIECE_TOKENS, Stream
 
-OPEN = 64  # a document is placed into one of this many most recent windows, if one of them has enough free space
+OPEN = 64  # number of windows that can receive further documents
 
 
 def lengths_of(stream: Stream) -> tuple[np.ndarray, np.ndarray]:
@@ -29,8 +29,8 @@ def lengths_of(stream: Stream) -> tuple[np.ndarray, np.ndarray]:
 def mix(lengths: Sequence[np.ndarray], weights: Sequence[float], tokens: int, repeat: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return (source, index of the document within the source) for each document of a mixture, int64 (n,) each.
 
-    Stops after `tokens` tokens (0: no limit), or when the next source is exhausted. With `repeat`, an exhausted source starts
-    over instead. Each source must have a document. Pure.
+    The mixture stops after `tokens` tokens (0: no limit), or when the next source is exhausted. With `repeat`, an exhausted
+    source starts over instead. Each source must have a document. Pure.
     """
     if len(lengths) == 1 and not tokens:
         return np.zeros(len(lengths[0]), dtype=np.int64), np.arange(len(lengths[0]))
@@ -54,7 +54,7 @@ def mix(lengths: Sequence[np.ndarray], weights: Sequence[float], tokens: int, re
 
 
 def pack(lengths: np.ndarray, window: int) -> tuple[np.ndarray, int]:
-    """Pack documents into windows; return (start of each document in the output, total number of tokens). Pure.
+    """Pack documents into windows. Return (start of each document in the output, total number of tokens). Pure.
 
     The total is a whole number of windows plus one token, because the last window needs a target for its last token.
     """
@@ -92,7 +92,7 @@ class Arrangement:
     def of(
         cls, streams: Sequence[Stream], weights: Sequence[float], tokens: int, repeat: bool, window: int, eod: int
     ) -> Arrangement:
-        """Arrange the documents of a mixture. They are packed if window is not 0. Independent."""
+        """Arrange the documents of a mixture. If window is not 0, the documents are packed. Independent."""
         found = [lengths_of(stream) for stream in streams]
         which, numbers = mix([lengths for _, lengths in found], weights, tokens, repeat)
         starts, lengths = np.empty(len(which), dtype=np.int64), np.empty(len(which), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Write blocks of tokens as raw files, from which shards are cut, and find the documents of formats that do not store them."""
+"""Writes blocks of tokens as raw files, from which shards are cut, and finds the documents of formats that do not store them."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class BlockWriter:
         """masked: whether the raw files always have a loss mask."""
         self.path, self.dtype = folder / split, dtype
         self.tokens = self.documents = 0
-        self.parts: list[int] = []  # where each part of the source begins
-        self.known: list[bool] = []  # whether the documents of each part are stored in it
-        self.lengths: set[int] = set()  # lengths of rows; at most two different lengths are kept
-        self.left_out = 0  # tokens that are not in the loss
+        self.parts: list[int] = []  # position at which each part of the source begins
+        self.known: list[bool] = []  # whether each part stores its documents
+        self.lengths: set[int] = set()  # lengths of rows; at most two different lengths are recorded
+        self.left_out = 0  # number of tokens that are not in the loss
         self._ids, self._starts = self._open("tokens"), self._open("documents")
         self._mask = self._open("mask") if masked else None
         self._masked = masked
 
     def begin_part(self) -> None:
-        """Note that a new file or folder of the source begins."""
+        """Record that a new file or folder of the source begins."""
         self.parts.append(self.tokens)
         self.known.append(True)
 
     def add(self, block: TokenBlock) -> None:
-        """Append a block. The first token of all starts a document."""
+        """Append a block. The first token of the first block starts a document."""
         with writing(self.path, ADVICE):
             self._add_mask(block)
             self._ids.write(block.ids.astype(self.dtype).tobytes())
@@ -72,7 +72,7 @@ class BlockWriter:
         self.documents = documents
 
     def pieces(self, start: int = 0, stop: int = -1) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (position, ids) of the tokens [start, stop), by default of all, in pieces."""
+        """Yield (position, ids) of the tokens [start, stop) in pieces (default: of all tokens)."""
         raw, end = self.raw(), self.tokens if stop < 0 else stop
         for at in range(start, end, BLOCK_TOKENS):
             yield at, raw.read(at, min(at + BLOCK_TOKENS, end))

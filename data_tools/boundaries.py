@@ -1,4 +1,4 @@
-"""Find where documents start in a stream of tokens, by the tokens that end or begin them."""
+"""Finds where documents start in a stream of tokens, by the tokens that end or begin documents."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from mpidp.runtime.log import counted
 
 
 def eod_is_first(writers: Sequence[BlockWriter], eod: int, usual: bool) -> bool:
-    """Return True if the end-of-document token begins documents, and False if it ends them: compare the number of parts of the
-    source that begin with this token with the number that end with it. usual: the result if both are equal. Independent."""
+    """Return True if the end-of-document token begins documents, and False if it ends them. The number of parts of the source
+    that begin with this token is compared with the number that end with it. usual: the result if both numbers are equal.
+    Independent."""
     begin = end = 0
     for writer in writers:
         edges = np.unique([at for at in (*writer.parts, writer.tokens) if 0 <= at <= writer.tokens])
@@ -22,7 +23,7 @@ def eod_is_first(writers: Sequence[BlockWriter], eod: int, usual: bool) -> bool:
 
 
 def starts_of_parts(writer: BlockWriter, eod: int, bos: int | None, first: bool) -> Iterator[np.ndarray]:
-    """Yield the document starts, int64. If a part of the source does not store them, they are found from the ids. Independent."""
+    """Yield the document starts, int64. In parts of the source that do not store them, they are found by the ids. Independent."""
     for begin, end, known in zip(writer.parts, [*writer.parts[1:], writer.tokens], writer.known, strict=True):
         if known:
             yield writer.raw().document_starts(begin, end).astype(np.int64)
@@ -31,9 +32,8 @@ def starts_of_parts(writer: BlockWriter, eod: int, bos: int | None, first: bool)
 
 
 def starts_by_ids(pieces: Iterator[tuple[int, np.ndarray]], eod: int, bos: int | None, first: bool) -> Iterator[np.ndarray]:
-    """Yield where documents start, int64: at the beginning, after each end-of-document token, and at each BOS.
-
-    pieces: (position, ids) of consecutive tokens. first: a document begins with its end-of-document token. Pure.
+    """Yield where documents start, int64. Documents start at the beginning, after each end-of-document token, and at each BOS.
+    pieces: (position, ids) of consecutive tokens. first: whether documents begin with the end-of-document token. Pure.
     """
     last = None
     for at, ids in pieces:
@@ -64,7 +64,7 @@ def unended(writers: Sequence[BlockWriter], eod: int) -> list[str]:
 
 
 def alone(writers: Sequence[BlockWriter], eod: int) -> list[str]:
-    """Return a remark if documents consist of the end-of-document token. Independent."""
+    """Return a remark if documents consist only of the end-of-document token. Independent."""
     total = found = 0
     for writer in writers:
         for starts in writer.start_pieces():

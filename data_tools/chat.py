@@ -1,14 +1,15 @@
-"""Locate the assistant's turns in the text of a chat. Pure.
+"""Locates the assistant's turns in the text of a chat. Pure.
 
-Three rules locate a turn; the first that applies is used.
+Three rules locate a turn. The first rule that applies is used.
 
 1. The template marks the assistant's parts with {% generation %}.
-2. The text of the chat begins with the text of the messages before the turn and the generation prompt. The turn starts after
-   this text. If the text of the chat also begins with the text of the messages up to and including the turn, the turn stops at
-   the end of that text. Otherwise rule 3 gives the end.
-3. The turn starts where the template writes the content of the message. A mark in the content shows the place. If a message has
-   only tool calls, a mark in the name of the last call shows the end. If the chat ended with this message, the template would
-   write some text after the content. The turn includes the first part of this text that is the same in the whole chat.
+2. The text of the chat begins with the text of the messages before the turn and the generation prompt. The turn starts after this
+   text. The turn stops at the end of the text of the messages up to and including the turn, if the text of the chat also begins
+   with that text. Otherwise rule 3 determines the end.
+3. The turn starts where the template writes the content of the message. A mark that is put into the content shows this place. If
+   a message has only tool calls, a mark in the name of the last call shows the end. If the chat ended with this message, the
+   template would write some text after the content. The turn includes the first part of this text that is the same in the whole
+   chat.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Spans = list[tuple[int, int]]  # characters [start, stop) of a text
 
 
 def render(template: Template, chat: Chat) -> tuple[str, Spans]:
-    """Return the text of a chat, and the spans of the turns in the loss.
+    """Return the text of a chat, and the spans of the turns that are in the loss.
 
     Raises TemplateRejection if the template rejects the chat, and RowSkipped if a turn cannot be located.
     """
@@ -70,11 +71,11 @@ def _beginning(template: Template, chat: Chat, text: str, count: int, prompt: bo
 
 
 def _content(template: Template, chat: Chat, text: str, i: int, mark: str) -> tuple[int, str]:
-    """Return where the content of message i begins (mark BEGIN) or ends (END), and the text that follows this place if the chat
-    ends with message i.
+    """Return where the content of message i begins (mark BEGIN) or ends (mark END). Also return the text that follows this place
+    if the chat ends with message i.
 
-    The mark is first put at the start or end of the content. A template may remove white space there, and the mark with it. If
-    the rendered text has no mark, the mark is put inside this white space, and then in a tool call.
+    The mark is first put at the start or end of the content. A template may remove white space there together with the mark. If
+    the rendered text has no mark, the mark is put inside this white space. If there is still no mark, it is put into a tool call.
     """
     empty = not chat.messages[i].get("content")
     for message in _with_marks(chat.messages[i], mark):

@@ -1,11 +1,11 @@
-"""Convert between shards and other formats of token data. Tokens, documents and loss masks stay the same.
+"""Converts between shards and other formats of token data. Tokens, documents and loss masks stay the same.
 
   python -m data_tools.convert --to FORMAT SHARDS --out OUT                   writes a folder (megatron: OUT_train.bin, ...)
   python -m data_tools.convert --from FORMAT SRC --out DIR --tokenizer PATH   reads a file or a folder (megatron: or a prefix)
 
 Without --from and --to, the format of SRC is recognized by its content. The other formats contain only token ids. Give the
-tokenizer that made them with --tokenizer (byte, a tokenizer.json, or a folder that contains one). `mpidp inspect` shows the
-beginning of the text: look at it to check that you gave the right tokenizer.
+tokenizer that made them with --tokenizer (byte, a tokenizer.json, or a folder that contains one). Check the tokenizer with `mpidp
+inspect`, which shows the beginning of the text.
 
 formats:
 FORMATS
@@ -33,7 +33,7 @@ AUTO = "auto"
 
 
 def main() -> None:
-    """Command-line entry point. Independent."""
+    """Run the command. Independent."""
     options = read_options(sys.argv[1:])
     if options.to:
         lines = to_tokens(options.to, options.input, Path(options.out))
@@ -54,7 +54,8 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     direction = parser.add_mutually_exclusive_group()
     direction.add_argument("--to", metavar="FORMAT", choices=tuple(FORMATS), help="write the shards in this format")
     direction.add_argument("--from", metavar="FORMAT", choices=(AUTO, *FORMATS), dest="source", default=AUTO,
-                           help="read this format and write shards (%(default)s: recognize it by its content)")
+                           help="read this format and write shards (default: %(default)s, which recognizes the format by the "
+                                "content)")
     add("input", metavar="SHARDS|SRC", help="what to read: a folder of shards, or a file or folder of tokens")
     add_new_out(parser, "what to write; it must not exist", metavar="PATH")
     group, usual, of_from = parser.add_argument_group("options of --from"), FromOptions, {}
@@ -70,15 +71,15 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     only_from("--one-document", "each split is one document", action="store_true", dest="whole")
     only_from("--rows", "document: each row is a document; part: rows are joined to a stream, in which the end-of-document token "
                         "ends documents (auto: part if all rows have the same length)", choices=("auto", "document", "part"))
-    only_from("--add-eod", "for rows: append the end-of-document token where it is missing", action="store_true")
+    only_from("--add-eod", "for rows: append the end-of-document token to rows that do not end with it", action="store_true")
     only_from("--column", "the column that holds the ids (input_ids, tokens, token_ids or ids)", metavar="NAME")
     only_from("--dtype", "the type of the ids, if the format does not store it (uint16, or uint32 for more than 65,536 ids)",
               choices=DTYPES)
     only_from("--seq-len", "for data with a loss mask: pack whole documents into windows of N tokens; train with the same "
                            "model.seq_len", type=int, metavar="N")
-    only_from("--shards", f"number of training files ({usual.shards})", type=int, metavar="N")
+    only_from("--shards", f"number of training files (default: {usual.shards})", type=int, metavar="N")
     only_from("--val-fraction", "for data without a validation split: the fraction of the data for validation, taken from its "
-                                f"end; 0: none ({usual.val_fraction})", type=float, metavar="F")
+                                f"end; 0: none (default: {usual.val_fraction})", type=float, metavar="F")
     options = parser.parse_intermixed_args(list(arguments))
     take_out(parser, options, "a second path", "--out PATH")
     if options.to and (unused := [option for name, option in of_from.items() if name in options]):

@@ -1,4 +1,4 @@
-"""Count the input that is read and skipped during preparation."""
+"""Counts the input that is read and skipped during preparation."""
 
 from __future__ import annotations
 
@@ -9,36 +9,37 @@ from itertools import groupby
 
 from mpidp.runtime.log import counted
 
-MAX_SHOWN = 5  # locations listed for each kind of bad input
+MAX_SHOWN = 5  # number of locations that are listed for each kind of bad input
 
 
 @dataclass
 class Counts:
-    """Numbers of files and documents read and skipped. `problems` lists the first few locations of each kind."""
+    """The numbers of files and documents that were read or skipped. `problems` has the first few locations of each kind of
+    problem."""
 
     files: int = 0
     documents: int = 0
     empty: int = 0  # files of 0 bytes and documents without text
-    binary: int = 0  # files with a NUL byte, and files that are not regular files
-    bad_utf8: int = 0  # documents with invalid UTF-8, replaced or skipped
+    binary: int = 0  # files with a NUL byte, and special files
+    bad_utf8: int = 0  # documents whose invalid UTF-8 was replaced, or which were skipped
     malformed: int = 0  # lines or rows without text
-    long: int = 0  # rows longer than a window, skipped or truncated
+    long: int = 0  # rows longer than a window, which were skipped or truncated
     unused: int = 0  # rows with keys that neither prepare nor the chat template uses
     special: int = 0  # documents and rows that name a special token, such as <|im_start|>
-    quoted: int = 0  # chats with tool calls whose arguments are JSON text that the template writes as a string
+    quoted: int = 0  # chats whose tool calls have JSON text as arguments, which the template writes as a string
     doubtful: int = 0  # files read as plain text that may have been meant as rows
     problems: dict[str, list[str]] = field(default_factory=dict)
-    forms: dict[str, int] = field(default_factory=dict)  # number of rows by form, other than the common form (row_forms.py)
+    forms: dict[str, int] = field(default_factory=dict)  # number of rows of each form other than the usual one (row_forms.py)
 
     def note(self, kind: str, where: str) -> None:
-        """Count one problem and store its location if it is among the first few."""
+        """Count a problem, and store its location if it is one of the first few."""
         setattr(self, kind, getattr(self, kind) + 1)
         shown = self.problems.setdefault(kind, [])
         if len(shown) < MAX_SHOWN:
             shown.append(where)
 
     def read_as(self, form: str) -> None:
-        """Count a row of a form that was converted; an empty name counts nothing."""
+        """Count a row that was converted from this form. If the name is empty, count nothing."""
         if form:
             self.forms[form] = self.forms.get(form, 0) + 1
 
@@ -60,7 +61,7 @@ class Counts:
         lines = [f"{count:,} row{'s' * (count != 1)} read as {form} rows" for form, count in sorted(self.forms.items())]
         for kind, places in self.problems.items():
             count = getattr(self, kind)
-            of_files = kind == "empty" and not any(": " in place for place in places)  # rows have ": REASON" after the place
+            of_files = kind == "empty" and not any(": " in place for place in places)  # for rows, ": REASON" follows the place
             where = "" if of_files else f": {_joined(places)}{', ...' if count > len(places) else ''}"
             text = texts[kind]
             if count == 1:
@@ -69,7 +70,7 @@ class Counts:
         return lines
 
     def no_text(self) -> str:
-        """Return an error message for a source without any document: the counts and the first reasons."""
+        """Return an error message for a source without any document. The message has the counts and the first reasons."""
         kinds = f"{self.empty} empty, {self.binary} binary, {self.malformed} malformed lines or rows"
         files = f"{counted(self.files, 'file')}: {kinds}"
         return f"the source has no text at all ({files}); give --source a file or folder with text{self.reasons()}"
@@ -103,6 +104,7 @@ class Counts:
 
 
 def _joined(places: Iterable[str]) -> str:
-    """Return locations, each perhaps followed by ": REASON", in one text. Consecutive locations share an equal reason."""
+    """Join locations, each perhaps followed by ": REASON", to one text. Consecutive locations with the same reason are followed
+    by one ": REASON"."""
     groups = groupby((place.partition(": ") for place in places), key=lambda parts: parts[2])
     return ", ".join(", ".join(place for place, *_ in found) + (f": {reason}" if reason else "") for reason, found in groups)

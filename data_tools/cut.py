@@ -1,4 +1,4 @@
-"""Cut raw streams into shards: choose the shard boundaries, then write each shard from the raw files of the ranks."""
+"""Cuts raw streams into shards: chooses the shard boundaries, then writes each shard from the raw files of the ranks."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from mpidp.runtime.files import writing
 from mpidp.runtime.log import counted
 
 ADVICE = "free space on its disk, or choose another --out"
-PIECE_TOKENS = 2**20  # tokens read at a time
+PIECE_TOKENS = 2**20  # number of tokens that are read at a time
 
 
 class RawWriter:
     """Writes the raw files of a stream.
 
-    FOLDER/NAME.tokens has the ids, FOLDER/NAME.documents the start of each document (uint64) and, with a loss mask,
-    FOLDER/NAME.mask the mask (uint8).
+    FOLDER/NAME.tokens has the ids. FOLDER/NAME.documents has the start of each document (uint64). If there is a loss mask,
+    FOLDER/NAME.mask has the mask (uint8).
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype[Any], masked: bool = False) -> None:
@@ -114,7 +114,7 @@ class Stream:
         return all(raw.masked for raw in self.raws)
 
     def read(self, start: int, stop: int, mask: bool = False) -> np.ndarray:
-        """Return tokens [start, stop), or their loss mask if `mask` is true, from the files of one or more ranks."""
+        """Return tokens [start, stop), or their loss mask if `mask` is true. They may come from the files of several ranks."""
         found = [raw.read(a, b, mask) for raw, _, a, b in self._overlaps(start, stop)]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
@@ -158,7 +158,8 @@ class ShardPlan:
 
 
 class Tokens(Protocol):
-    """The interface that shards are read from: a Stream, or an Arrangement of several streams (arrange.py)."""
+    """The interface from which shards are cut. It is implemented by Stream, and by Arrangement for several streams
+    (arrange.py)."""
 
     @property
     def tokens(self) -> int: ...
@@ -176,9 +177,9 @@ class Tokens(Protocol):
 def plan_shards(streams: Mapping[str, Tokens], shards: int, val_fraction: float) -> list[ShardPlan]:
     """Plan the shards of each split. Shard k of K starts at token k N // K of the N tokens.
 
-    streams: by name; "val" exists if whole documents were chosen for validation. Otherwise the end of "train", at least 2 tokens,
-    becomes validation. The number of validation shards is proportional to the size of the split. Raises
-    DataError if a split is too small and UsageError if there are more shards than tokens.
+    streams: the streams by name. "val" exists if whole documents were chosen for validation. Otherwise the end of "train", at
+    least 2 tokens, becomes validation. The number of validation shards is proportional to the size of the split. Raises DataError
+    if a split is too small, and UsageError if there are more shards than tokens.
     """
     total = streams["train"].tokens
     by_document = "val" in streams
@@ -206,8 +207,8 @@ def _cut(split: str, stream: str, start: int, tokens: int, num: int) -> list[Sha
 def cut_shard(
     plan: ShardPlan, stream: Tokens, folder: Path, tokenizer: Tokenizer, tokenizer_sha256: str
 ) -> tuple[FileRecord, int]:
-    """Write one shard into folder; return its record and the number of its tokens that the loss mask includes. Raises UsageError
-    if it cannot be written. Independent."""
+    """Write one shard into `folder`. Return its record, and the number of its tokens that are in the loss. Raises UsageError if
+    the shard cannot be written. Independent."""
     text_bytes = learned = 0
     starts, tokens, of = stream.document_starts(plan.start, plan.stop), plan.stop - plan.start, bytes_of_tokens(tokenizer)
 

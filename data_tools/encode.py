@@ -1,4 +1,4 @@
-"""Encode files into raw streams of tokens: text documents, or training rows with a loss mask."""
+"""Encodes text documents, or training rows with a loss mask, into raw streams of tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mpidp.data.tokenizer import token_dtype
 
 T = TypeVar("T")
 BATCH_CHARACTERS = 2**20  # characters that are encoded at once
-MAX_CHARACTERS = 64  # characters per token of the window, above which a very long row is cut
+MAX_CHARACTERS = 64  # number of characters per token of the window above which a very long row is cut
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Routing:
     scratch: Path
     source: int
     rank: int
-    val_share: float  # share of the documents that goes to validation; 0: all go to one stream
+    val_share: float  # share of the documents for validation; 0: all documents go to one stream
     seed: int
 
     def writers(self, dtype: np.dtype[Any], masked: bool) -> dict[str, RawWriter]:
@@ -53,8 +53,8 @@ def _drawn(seed: int, name: str, number: int) -> float:
 
 @dataclass(frozen=True)
 class Document:
-    """A document of a source. rest: None, or if the document is longer than a window, the pieces of its text after `text`; they
-    must be read before the next document of the file."""
+    """A document of a source. rest: the pieces of its text after `text`, if the document is longer than a window, else None. The
+    pieces must be read before the next document of the file."""
 
     stream: str
     text: str
@@ -92,7 +92,7 @@ def _documents(files: list[SourceFile], reader: SourceReader, encoder: Encoder, 
                 texts.append(last or "")
                 characters += len(texts[-1])
             yield Document(routing.stream(file, number), "".join(texts), rest if last is not None else None)
-            number += 1  # noqa: SIM113 - a document takes several pieces
+            number += 1  # noqa: SIM113 - a document may have several pieces
 
 
 def _named(reader: SourceReader, encoder: Encoder, file: SourceFile) -> Iterator[str | None]:
@@ -124,9 +124,8 @@ def encode_rows(
 ) -> dict[str, Raw]:
     """Encode a rank's rows. Independent.
 
-    Each row is a document of at most max_tokens tokens. Longer rows are truncated or skipped. To bound the memory, the
-    tokens of a row are not counted if it has more than WINDOW and more than MAX_CHARACTERS * max_tokens characters: such a row
-    is treated as longer.
+    Each row is a document of at most max_tokens tokens. Longer rows are truncated or skipped. To bound the memory, a row with
+    more than WINDOW and more than MAX_CHARACTERS * max_tokens characters is treated as longer without counting its tokens.
     """
     limit = max(WINDOW, MAX_CHARACTERS * max_tokens)
     writers = routing.writers(token_dtype(encoder.tokenizer.vocab_size), masked=True)
@@ -153,11 +152,11 @@ def encode_rows(
 
 
 def _tokens(row: TrainingRow, placed: Placed, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
-    """Return (ids, loss mask) of a row. A token is in the loss if it holds any character of a span.
+    """Return (ids, loss mask) of a row. A token is in the loss if it contains any character of a span.
 
-    BOS is put in front, and an end-of-document token at the end, unless the row has them. The loss mask includes the appended
-    token if the row ends with a part in the loss. It does not include the token if this part already ends with an end-of-document
-    token, perhaps followed by white space. The mask never includes the first token, because nothing precedes it.
+    BOS is put in front, and an end-of-document token at the end, unless the row has them. The appended token is in the loss if
+    the row ends with a part in the loss. But it is not in the loss if this part already ends with an end-of-document token,
+    perhaps followed by white space. The first token is never in the loss, because no token precedes it.
     """
     ids, eod, ends = placed.ids, encoder.tokenizer.eod, encoder.table.ends
     mask = np.zeros(len(ids), dtype=np.uint8)
@@ -166,7 +165,7 @@ def _tokens(row: TrainingRow, placed: Placed, encoder: Encoder) -> tuple[np.ndar
         mask[held] = 1
         after = held[-1:] + 1
         if row.unmarked and after < len(ids) and ids[after] in ends and not np.isin(ids[held], ends).any():
-            mask[after] = 1  # the token that ends this turn; the template writes it only if another message follows
+            mask[after] = 1  # the token that ends a turn, which this template writes only before another message
     if not len(ids) or ids[-1] != eod:
         learned_ends = placed.stops[(ids == eod) & (mask > 0)]
         ended = len(learned_ends) > 0 and not row.text[learned_ends[-1] :].strip()

@@ -1,4 +1,4 @@
-"""Find the files of a source in a fixed order. Linked folders are followed, each folder once."""
+"""Finds the files of a source in a fixed order. Links to folders are followed, but each folder is read only once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mpidp.runtime.files import open_regular
 from mpidp.runtime.json_file import parse_json
 
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests"})
-MAX_SHOWN = 5  # most links that a message names
+MAX_SHOWN = 5  # largest number of links that a message names
 MAX_STATE_BYTES = 2**26  # largest state.json
 # datasets that prepare does not read:
 # (pattern of the files, pattern of another file in the same folder, name of the format, what to do)
@@ -35,7 +35,7 @@ DATASETS = (
     ("*.bin", "*.idx", "token files of Megatron-LM", "mpidp convert --from megatron {folder} --out DIR --tokenizer PATH"),
     ("token_ids_part_*.npy", "*", "token files of OLMo", "mpidp convert --from olmo {folder} --out DIR --tokenizer PATH"),
 )
-CACHED = "cache-*.arrow"  # results that datasets keeps beside a dataset
+CACHED = "cache-*.arrow"  # cached results, which the package datasets keeps beside a dataset
 SAVED, ABOUT = "state.json", ("dataset_info.json", "state.json")  # files of a dataset that save_to_disk wrote
 
 
@@ -43,16 +43,17 @@ SAVED, ABOUT = "state.json", ("dataset_info.json", "state.json")  # files of a d
 class SourceFile:
     """A file of a source."""
 
-    name: str  # relative to the source, with "/"
+    name: str  # path relative to the source, with "/"
     path: str
     size: int  # in bytes
 
 
 def find_files(source: str, leave_out: Path) -> tuple[list[SourceFile], dict[str, Any], list[str]]:
-    """Return the files of a source in a fixed order, a description of it for index.json, and remarks for the user. Independent.
+    """Return the files of a source in a fixed order, a description of the source for index.json, and remarks for the user.
+    Independent.
 
-    source: "stdlib", a file or a folder (recursive; hidden files and leave_out are skipped). Raises DataError if
-    the source is missing, unreadable or empty, or holds a dataset in a format that is not read.
+    source: "stdlib", a file, or a folder, which is read recursively without hidden files and `leave_out`. Raises DataError if the
+    source is missing, unreadable or empty, or holds a dataset in a format that is not read.
     """
     root = Path(sysconfig.get_paths()["stdlib"] if source == "stdlib" else source)
     links: list[str] = []
@@ -77,10 +78,11 @@ def find_files(source: str, leave_out: Path) -> tuple[list[SourceFile], dict[str
 
 
 def _walk(root: Path, leave_out: Path, skipped: frozenset[str], outside: list[str]) -> list[SourceFile]:
-    """Return the files below a folder, and add to `outside` the links that lead out of it.
+    """Return the files below a folder, and add to `outside` the links that point outside the folder.
 
-    Linked folders are read after all others, and only if no other path led there. A link to a folder that contains the source is
-    not followed. skipped: names of folders that are left out; if there are any, no linked folder is followed.
+    Linked folders are read after all others, and only if they were not reached by another path. A link to a folder that contains
+    the source is not followed. skipped: names of folders that are left out. If there are such names, no link to a folder is
+    followed.
     """
     real = os.path.realpath(root)
     seen = {_identity(folder) for folder in Path(real).parents}
@@ -92,7 +94,7 @@ def _walk(root: Path, leave_out: Path, skipped: frozenset[str], outside: list[st
     def is_outside(path: str) -> bool:
         return os.path.islink(path) and os.path.commonpath([os.path.realpath(path), real]) != real
 
-    for start in starts:  # grows
+    for start in starts:  # the loop appends to this list
         for folder, folders, names in os.walk(start, onerror=stop):
             if _identity(folder) in seen:
                 folders.clear()
@@ -110,7 +112,8 @@ def _walk(root: Path, leave_out: Path, skipped: frozenset[str], outside: list[st
 
 
 def _each_once(files: list[SourceFile]) -> list[SourceFile]:
-    """Leave out links to files that are read under another name. If several links point to one file, the first link is kept."""
+    """Return the files without links to files that are read under another name. If several links point to one file, keep the
+    first link."""
     seen, kept = {os.path.realpath(f.path) for f in files if not os.path.islink(f.path)}, []
     for f in files:
         if not os.path.islink(f.path):
@@ -127,10 +130,10 @@ def _identity(folder: str | Path) -> tuple[int, int]:
 
 
 def _text_files(folder: str, names: list[str]) -> list[str]:
-    """Return the files of a folder that may hold text. For a folder of save_to_disk, return the Arrow files that its
+    """Return the files of a folder that may contain text. For a folder that save_to_disk wrote, return the Arrow files that its
     state.json names.
 
-    Raises DataError if a folder holds a dataset of another format, of which only the JSON files could be read.
+    Raises DataError if the folder has a dataset of another format, of which prepare could read only the JSON files.
     """
     for files, beside, what, way in DATASETS:
         data = [name for name in names if fnmatch(name, files)]
@@ -158,7 +161,8 @@ def _remarks(root: Path, files: list[SourceFile], links: list[str]) -> list[str]
 
 
 def _of_splits(files: list[SourceFile]) -> list[str]:
-    """Return a remark if files of rows have the names of splits, such as train-0.parquet and test-0.parquet: all are read."""
+    """Return a remark if files of rows have the names of splits, such as train-0.parquet and test-0.parquet, because all are
+    read."""
     rows = [f.name for f in files if kind_of(f.name)[0] != "text"]
     splits = {name: split_of(Path(name).name) for name in rows}
     others = [name for name, split in splits.items() if split != "train"]

@@ -1,4 +1,4 @@
-"""Write shards from a dataset that is already tokens, in any format of the table (formats/table.py)."""
+"""Writes shards from a dataset of tokens, in any format of the table (formats/table.py)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class FromOptions:
     seq_len: int = 0  # pack documents into windows of this many tokens; 0: do not
 
     def check(self) -> None:
-        """Raise UsageError for invalid values. Pure."""
+        """Raise UsageError if a value is invalid. Pure."""
         if self.shards < 1 or not 0 <= self.val_fraction < 1:
             raise UsageError(f"--shards {self.shards} must be at least 1, and --val-fraction {self.val_fraction} in [0, 1)")
         if self.dtype and self.dtype not in DTYPES:
@@ -54,10 +54,10 @@ class FromOptions:
 
 
 def from_tokens(name: str, source: Path, out: Path, options: FromOptions) -> list[str]:
-    """Write shards from a source; return a line of text about each split, and remarks.
+    """Write shards from a source. Return a line of text about each split, and remarks.
 
-    name: of a format, or "auto". Raises UsageError if an option is invalid or `out` exists. Raises DataError if the source is
-    damaged, has another format, or does not match the tokenizer. `out` is then not made. Independent.
+    name: name of a format, or "auto". Raises UsageError if an option is invalid or `out` exists. Raises DataError if the source
+    is damaged, has another format, or does not match the tokenizer. After an error, `out` does not exist. Independent.
     """
     options.check()
     name, kind = _format_of(name, source)
@@ -81,7 +81,8 @@ def from_tokens(name: str, source: Path, out: Path, options: FromOptions) -> lis
 
 
 def _format_of(name: str, source: Path) -> tuple[str, TokenFormat]:
-    """Return the format of a source. Raises DataError if it has another format, or if no format is recognized."""
+    """Return the format of a source. Raises DataError if the source has another format than `name`, or if no format is
+    recognized."""
     if (source / "index.json").is_file() and any(source.glob("*.h5")):
         raise UsageError(f"{source} is a folder of shards; to convert shards to another format, give --to FORMAT")
     looks = recognized(source)
@@ -129,7 +130,8 @@ def _blocks(
 
 
 def _with_eod(block: TokenBlock, eod: int) -> TokenBlock:
-    """Append the end-of-document token to rows that do not end with it. It is in the loss if the token before it is. Pure."""
+    """Append the end-of-document token to rows that do not end with it. An appended token is in the loss if the token before it
+    is. Pure."""
     assert block.starts is not None
     ends = np.append(block.starts[1:], len(block.ids))[: len(block.starts)]
     short = block.ids[ends - 1] != eod
@@ -141,7 +143,7 @@ def _with_eod(block: TokenBlock, eod: int) -> TokenBlock:
 def _find_documents(
     kind: TokenFormat, writers: dict[str, BlockWriter], encoder: Tokenizer, options: FromOptions, divided: bool
 ) -> list[str]:
-    """Find the documents of formats that do not store them; return remarks. Raises DataError if no token ends documents."""
+    """Find the documents of formats that do not store them. Return remarks. Raises DataError if no token ends documents."""
     used = [writer for writer in writers.values() if writer.tokens]
     lengths = set().union(*(writer.lengths for writer in used))
     several = sum(writer.documents for writer in used) > 1
@@ -210,7 +212,7 @@ def _write(
     stored = encoder.to_json()
     sha256 = hashlib.sha256(stored.encode()).hexdigest()
     streams = _streams(writers, encoder, options)
-    share = options.val_fraction if "val" not in streams else 0.5  # the size has no effect if there is a split val
+    share = options.val_fraction if "val" not in streams else 0.5  # without effect if the source has a split val
     plans = plan_shards(streams, options.shards, share)
     ticker.phase("written", len(plans), "shard")
     files: list[FileRecord] = []
@@ -240,7 +242,8 @@ def _write(
 
 
 def _special(writer: BlockWriter, encoder: Tokenizer, tokenizer: str) -> str:
-    """Return special_tokens.json of the shards, or "" if they need none. It names BOS only if most documents begin with it."""
+    """Return the content of special_tokens.json of the shards, or "" if they do not need this file. It names BOS only if most
+    documents begin with BOS."""
     path = Path(tokenizer)
     table = SpecialTokens(None, ()) if tokenizer == "byte" else special_tokens_of(path if path.is_dir() else path.parent, encoder)
     if table.bos is not None:

@@ -1,4 +1,4 @@
-"""Print what a folder of shards contains: `python -m data_tools.inspect DIR`."""
+"""Prints what a folder of shards contains: `python -m data_tools.inspect DIR`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpidp.runtime.options import program
 
 
 def describe(folder: str | Path, excerpt_tokens: int = 200) -> str:
-    """Describe splits, shards, their skew and the start of each split's text. Independent.
+    """Return a description of the splits, the shards, their skew, and the start of each split's text. Independent.
 
     Raises DataError if the shards cannot be read.
     """
@@ -46,10 +46,11 @@ def _describe_split(stream: TokenStream, tokenizer: Tokenizer, excerpt_tokens: i
 
 
 def main() -> None:
-    """Command-line entry point. Independent."""
+    """Run the command. Independent."""
     parser = Parser(prog=program("data_tools.inspect"), description=__doc__)
     parser.add_argument("folder", metavar="DIR", help="a folder of shards")
-    parser.add_argument("--excerpt", type=int, default=200, metavar="TOKENS", help="length of the text shown (%(default)s)")
+    parser.add_argument("--excerpt", type=int, default=200, metavar="TOKENS", help="length of the shown text in tokens (default: "
+                                                                                   "%(default)s)")
     options = parser.parse_args()
     print(printable(describe(options.folder, max(0, options.excerpt))))
 

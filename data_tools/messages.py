@@ -1,4 +1,4 @@
-"""Read a row of format chat: its messages, and the other variables of its chat template. Pure."""
+"""Reads a row of format chat: its messages, and the other variables of its chat template. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAIR = ("prompt", "completion")  # a row may have two lists of messages with the
 WEIGHTS = ("weight", "train", "training", "loss")  # keys of a message; 0 or false excludes it from the loss
 MESSAGE_KEYS = frozenset({"role", "content", "name", "tool_call_id", *WEIGHTS})  # other keys: see _unused()
 CALLS = ("tool_calls", "function_call")
-WITHOUT_CONTENT = (*CALLS, *REASONING)  # a message with one of these needs no content
+WITHOUT_CONTENT = (*CALLS, *REASONING)  # a message with one of these keys needs no content
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Chat:
     form: str = ""  # the form of the row, if it is not that of `messages`: see row_forms.py
 
     def render(self, template: Template, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
-        """Return the text of these messages. Raises TemplateRejection."""
+        """Return the text of these messages. Raises TemplateRejection if the template rejects them."""
         return template.render(messages, prompt, self.tools, self.documents, self.args)
 
     def said(self) -> str:
@@ -39,7 +39,8 @@ class Chat:
         return "\n".join(text for message in self.messages for text in _strings(message.get("content")))
 
     def json_arguments(self) -> list[str]:
-        """Return the `arguments` of tool calls that are JSON text of an object, as in OpenAI's interface, not objects."""
+        """Return those `arguments` of tool calls that are JSON text of an object, as in OpenAI's interface, instead of an
+        object."""
         found = []
         for message in self.messages:
             calls = message.get("tool_calls")
@@ -78,8 +79,8 @@ def chat_of(fields: Mapping[str, Any], template: Template) -> Chat:
 
 
 def _messages(fields: Mapping[str, Any]) -> tuple[list[Any], int]:
-    """Return the messages of a row, and how many of them at its beginning are context: those of `prompt`, if the row has the
-    lists `prompt` and `completion`."""
+    """Return the messages of a row, and how many of the first messages are only context. If the row has the lists `prompt` and
+    `completion`, these are the messages of `prompt`."""
     messages, prompt, completion = (fields.get(key) for key in ("messages", *PAIR))
     if messages is None and isinstance(prompt, list) and isinstance(completion, list):
         return [*prompt, *completion], len(prompt)
@@ -106,7 +107,7 @@ def _check(message: Any) -> None:
 
 
 def _learned(message: Mapping[str, Any]) -> bool:
-    """Return whether a message is in the loss: an assistant's turn, unless one of WEIGHTS is 0 or false."""
+    """Return whether a message is in the loss. An assistant's turn is, unless one of WEIGHTS is 0 or false."""
     values = [message[key] for key in WEIGHTS if message.get(key) is not None]
     if bad := [value for value in values if value not in (0, 1)]:
         raise RowSkipped("malformed", f"a message whose `weight`, `train` or `loss` is {bad[0]!r:.40}, not 0, 1, true or false")
@@ -119,7 +120,7 @@ def _learned(message: Mapping[str, Any]) -> bool:
 def _unused(
     fields: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], args: Mapping[str, Any], template: Template
 ) -> list[str]:
-    """Return the keys of a row whose value is used neither by prepare nor by the template."""
+    """Return the keys of a row whose values neither prepare nor the template uses."""
     known = ROW_KEYS if fields.get("messages") is not None else {*ROW_KEYS, *PAIR}
     unused = [key for key, value in fields.items() if key not in known and value is not None]
     unused += [key for key in ("tools", "documents") if fields.get(key) and key not in template.text]

@@ -1,4 +1,4 @@
-"""Parse --source: one or more sources of text, each with its weight in the mixture."""
+"""Parses --source: one or more sources of text, each with its weight in the mixture."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _parse(word: str) -> tuple[str, float | None]:
 def lay_out(
     split: str, streams: list[Stream], sources: list[Source], tokens: int, repeat: bool, window: int, eod: int
 ) -> tuple[Arrangement, list[tuple[int, int]]]:
-    """Arrange the documents of a split; return the arrangement, and (documents, tokens) taken from each source.
+    """Arrange the documents of a split. Return the arrangement, and the numbers (documents, tokens) taken from each source.
 
     A source without validation documents is left out of validation. Raises DataError if a source has no training documents.
     Independent.
@@ -71,8 +71,8 @@ def lay_out(
 
 
 def mixture_record(sources: list[Source], taken: list[tuple[int, int]], available: list[int]) -> list[dict[str, Any]]:
-    """Return the record of a mixture for index.json: for each source, the requested share and the number of tokens and documents
-    taken. Pure."""
+    """Return the record of a mixture for index.json. It has, for each source, the requested share and the numbers of tokens and
+    documents taken. Pure."""
     total = max(1, sum(tokens for _, tokens in taken))
     return [
         {"asked": round(source.share, 6), "got": round(tokens / total, 6), "tokens": tokens, "documents": documents,
@@ -82,7 +82,7 @@ def mixture_record(sources: list[Source], taken: list[tuple[int, int]], availabl
 
 
 def mixture_lines(sources: list[Source], records: list[dict[str, Any]]) -> list[str]:
-    """Return a line of text per source of a mixture. Returns no lines if there are no records. Pure."""
+    """Return a line of text per source of a mixture, and no lines if there are no records. Pure."""
     return [
         f"{source.path}: {one['asked']:.1%} requested, {one['got']:.1%} taken: {counted(one['tokens'], 'token')}, "
         f"{counted(one['documents'], 'document')}{' (all)' * (one['documents'] == one['of_documents'])}"

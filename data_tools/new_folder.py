@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""Makes a folder that appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from mpidp.runtime.files import writing
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[tuple[Path, Path]]:
-    """Return a context with (NEW, SCRATCH). NEW gets the name `out` at the end, unless there is an exception; SCRATCH is removed.
+    """Return a context with two folders (NEW, SCRATCH). At the end NEW is renamed to `out`, unless there is an exception. SCRATCH
+    is removed.
 
     Raises UsageError if `out` exists or cannot be written. Independent.
     """

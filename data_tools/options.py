@@ -22,9 +22,9 @@ class PrepareOptions:
     sources: list[Source]
     tokenizer: str = "byte"
     shards: int = 4
-    val_fraction: float = 0.05  # the share of the stream or of the documents that becomes validation
+    val_fraction: float = 0.05  # share of the stream or of the documents that is used for validation
     form: str = "text"  # --format: "text", or rows with a loss mask (rows.py): "prompt_completion" or "chat"
-    text_key: str = "text"  # the field of a row that is a document
+    text_key: str = "text"  # the field of a row that contains a document
     chat_template: str | None = None  # a file; None: the template of the tokenizer
     template_arg: Sequence[str] = ()  # KEY=VALUE
     seq_len: int = 0  # for rows: the window length in tokens; no row crosses a multiple of this length
@@ -34,34 +34,35 @@ class PrepareOptions:
     split: str = ""  # "text": the end of the stream is validation; "document": whole documents; "": text, for rows document
     seed: int = 0  # validation documents are chosen by a hash of seed, file name and index in the file
     bad_utf8: str = "replace"  # or "skip": skip documents with invalid UTF-8
-    strict: bool = False  # whether a bad row raises DataError instead of being skipped
-    bos: str = "auto"  # "auto" or "none"; with "none", documents and rows begin without BOS
+    strict: bool = False  # whether a bad row raises DataError; otherwise it is skipped
+    bos: str = "auto"  # "auto", or "none": documents and rows begin without BOS
     special: str = ""  # "text" or "tokens"; "": text for documents, and the tokenizer's default for rows
-    eod: str | None = None  # the end-of-document token of a tokenizer.json; None: one of the usual names
+    eod: str | None = None  # the end-of-document token of a tokenizer.json; None: a token with one of the usual names
 
     @property
     def rows(self) -> bool:
-        """True if the sources hold rows with a loss mask."""
+        """True if the sources contain rows with a loss mask."""
         return self.form != "text"
 
     @property
     def by_document(self) -> bool:
-        """True if whole documents become validation."""
+        """True if whole documents are used for validation."""
         return self.split == "document" or (self.rows and not self.split)
 
     @property
     def arranged(self) -> bool:
-        """True if documents are reordered relative to the files."""
+        """True if documents have another order than in the files."""
         return self.rows or len(self.sources) > 1 or self.tokens > 0
 
     def tokens_of(self, split: str) -> int:
-        """Return the token limit of a split: its part of --tokens. 0 means no limit."""
+        """Return the token limit of a split, which is its part of --tokens. 0 means no limit."""
         val = round(self.tokens * self.val_fraction) if self.by_document else 0
         return max(1, val if split == "val" else self.tokens - val) if self.tokens else 0
 
 
 def template_args(words: Sequence[str]) -> dict[str, Any]:
-    """Parse --template-arg KEY=VALUE. A value that is JSON is parsed, else it is a string. Raises UsageError if invalid. Pure."""
+    """Parse --template-arg KEY=VALUE. A value that is JSON is parsed; other values are strings. Raises UsageError if a word is
+    not KEY=VALUE. Pure."""
     found: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -75,7 +76,7 @@ def template_args(words: Sequence[str]) -> dict[str, Any]:
 
 
 def check_options(options: PrepareOptions) -> None:
-    """Raise UsageError for invalid options, before any input is read. Independent."""
+    """Raise UsageError if an option is invalid. Call this before any input is read. Independent."""
     rows = options.rows
     if options.shards < 1:
         raise UsageError(f"--shards {options.shards} must be at least 1")
@@ -109,38 +110,41 @@ def check_options(options: PrepareOptions) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command line to a parser. Pure."""
+    """Add the options of data_tools.prepare to a parser. Pure."""
     add = parser.add_argument
     add("--source", action="append", metavar="PATH",
         help="a file, a folder (text, .jsonl, .json, .csv, .parquet, .arrow; also .gz and .zst), or stdlib: the .py files "
-        "of Python's standard library without site-packages, dist-packages and tests; repeat as PATH:WEIGHT to mix (stdlib)")
+        "of Python's standard library without site-packages, dist-packages and tests; give several PATH:WEIGHT to mix (stdlib)")
     add("--format", dest="form", default="text", help="text, or rows with a loss mask: prompt_completion (fields prompt, "
-        "completion; loss on the completion) or chat (messages with role, content; loss on assistant turns) (%(default)s)")
-    add("--text-key", metavar="NAME", default="text", help="the field or column of a row that is a document (%(default)s)")
-    add("--chat-template", metavar="FILE", help="with --format chat: the template, instead of the one beside tokenizer.json")
+        "completion; loss on the completion) or chat (messages with role, content; loss on assistant turns) (default: "
+        "%(default)s)")
+    add("--text-key", metavar="NAME", default="text", help="the field or column of a row that contains a document (default: "
+                                                           "%(default)s)")
+    add("--chat-template", metavar="FILE", help="with --format chat: the chat template (default: the one beside tokenizer.json)")
     add("--template-arg", action="append", metavar="KEY=VALUE", default=[], help="with --format chat: a variable of the "
         "template, for example enable_thinking=false; repeat for several. A row's chat_template_kwargs override it")
     add("--seq-len", type=int, metavar="N", default=0,
         help="for rows: the window length in tokens; train with the same model.seq_len")
     add("--truncate", action="store_true", help="truncate rows longer than --seq-len tokens instead of skipping them")
     add("--tokens", type=int, metavar="N", default=0,
-        help="total tokens of the mixture; 0: stop when a source is exhausted (%(default)s)")
-    add("--repeat", action="store_true", help="with --tokens: an exhausted source starts over")
+        help="total number of tokens of the mixture; 0: stop when a source is exhausted (default: %(default)s)")
+    add("--repeat", action="store_true", help="with --tokens: start an exhausted source again from its beginning")
     add("--tokenizer", default="byte", metavar="PATH", help="byte, char, bpe:VOCAB (trained here), a tokenizer.json, or a folder "
-        "that contains one (%(default)s)")
-    add_out(parser, "the folder of shards to write (%(default)s)", default="shards/stdlib")
+        "that contains one (default: %(default)s)")
+    add_out(parser, "the folder of shards to write (default: %(default)s)", default="shards/stdlib")
     add("--workers", type=int, metavar="N", default=0,
-        help="threads that encode; 0: all cores, or one per rank under mpirun; does not change the shards (%(default)s)")
-    add("--shards", type=int, metavar="N", default=4, help="number of training files (%(default)s)")
+        help="threads that encode; 0: all cores, or one per rank under mpirun; does not change the shards (default: %(default)s)")
+    add("--shards", type=int, metavar="N", default=4, help="number of training files (default: %(default)s)")
     add("--val-fraction", type=float, metavar="F", default=0.05,
-        help="share of the tokens or documents that is used for validation; 0: none (%(default)s)")
+        help="share of the tokens or documents that is used for validation; 0: none (default: %(default)s)")
     add("--split", default="", help="what becomes validation: text (the end of the stream) or document (whole documents); "
         "default: text; for rows: document")
-    add("--seed", type=int, metavar="N", default=0, help="seed of --split document (%(default)s)")
-    add("--bad-utf8", default="replace", help="invalid UTF-8: replace the bytes, or skip the document (%(default)s)")
+    add("--seed", type=int, metavar="N", default=0, help="random seed of --split document (default: %(default)s)")
+    add("--bad-utf8", default="replace", help="what to do with invalid UTF-8: replace the bytes, or skip the document (default: "
+                                              "%(default)s)")
     add("--strict", action="store_true", help="fail on malformed, empty or too long rows instead of skipping them")
-    add("--bos", default="auto", help="auto: documents and rows begin with BOS if the tokenizer adds it to texts; none: no BOS "
-        "(%(default)s)")
+    add("--bos", default="auto", help="auto: documents and rows begin with BOS if the tokenizer adds BOS to texts; none: no BOS "
+                                      "(default: %(default)s)")
     add("--special", default="", help="how the names of special tokens in texts, such as <|im_start|>, are encoded: tokens "
         "(their ids) or text; default: tokens for rows if the tokenizer comes with a model, else text")
     add("--eod", help="the end-of-document token of the tokenizer.json, if it has an unusual name")

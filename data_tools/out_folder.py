@@ -1,4 +1,4 @@
-"""The folder that prepare writes: one process at a time, and old shards stay until the new ones are complete."""
+"""The folder that prepare writes. One process at a time may write it, and old shards stay until the new shards are complete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOCK = ".prepare.lock"
 
 
 class OutFolder:
-    """OUT of prepare. Rank 0 opens and closes it; all ranks write to `scratch`."""
+    """The folder OUT of prepare. Rank 0 opens and closes it. All ranks write to `scratch`."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.scratch = path, path / ".prepare"
@@ -27,8 +27,8 @@ class OutFolder:
         self._is_new = False
 
     def names(self) -> set[str]:
-        """Return the names of the shards that this program, or a killed run of it, wrote. Raises UsageError if OUT has others.
-        Independent."""
+        """Return the names of the shards in OUT that prepare, or a killed run of prepare, wrote. Raises UsageError if OUT has
+        other shards. Independent."""
         out = self.path
         if out.exists() and not out.is_dir():
             raise UsageError(f"--out {out} is not a folder; choose another")
@@ -48,8 +48,9 @@ class OutFolder:
         return {name for name in ours if (out / name).exists()}
 
     def open(self, wait: bool) -> bool:
-        """Lock OUT and make the scratch folder. wait: wait for another process that prepares OUT. Return False if OUT then has
-        shards. Raises UsageError if OUT cannot be written, holds foreign shards, or, without `wait`, is in use. Independent."""
+        """Lock OUT and make the scratch folder. wait: whether to wait for another process that prepares OUT, and return False if
+        OUT then has shards. Raises UsageError if OUT cannot be written, or has other shards, or is in use and `wait` is false.
+        Independent."""
         self._is_new = not self.path.exists()
         try:
             self._lock = RunLock(self.path, math.inf if wait else 3.0, name=LOCK, option="out")
@@ -68,8 +69,8 @@ class OutFolder:
         return True
 
     def put_in_place(self, index: Index, tokenizer: str, special: str) -> None:
-        """Move the old index away and the new shards in, remove stale shards, and write the new index. The next run recovers from
-        an interruption at any point (names). Independent."""
+        """Move the old index away, move the new shards in, remove old shards, and write the new index. If this is interrupted at
+        any point, the next run recovers (see names). Independent."""
         out, scratch, stale = self.path, self.scratch, self.names() - {record.name for record in index.files}
         with writing(out, ADVICE):
             write_file(scratch / "tokenizer.json", tokenizer)
@@ -89,7 +90,7 @@ class OutFolder:
             else:
                 (out / FILE).unlink(missing_ok=True)
             os.replace(scratch / "index.json", out / "index.json")
-            shutil.rmtree(scratch, ignore_errors=True)  # done here, before the other ranks continue
+            shutil.rmtree(scratch, ignore_errors=True)  # removed here, before the other ranks continue
 
     def close(self) -> None:
         """Remove the scratch folder unless it is needed to recover, unlock OUT, and remove OUT if it is new and empty.
@@ -104,5 +105,5 @@ class OutFolder:
                 self.path.rmdir()
 
     def _is_half_replaced(self) -> bool:
-        """True if a run was interrupted while it replaced the index. Its scratch folder then lists the shards."""
+        """Return whether a run was interrupted while it replaced the index. If so, the run's scratch folder lists the shards."""
         return (self.scratch / "new.json").exists() and not (self.path / "index.json").exists()

@@ -1,8 +1,8 @@
-"""Convert text to shards: `[mpirun -np N] python -m data_tools.prepare --source DIR --tokenizer bpe:8192 --out shards/mine`.
+"""Converts text to shards: `[mpirun -np N] python -m data_tools.prepare --source DIR --tokenizer bpe:8192 --out shards/mine`.
 
 The shards are identical for any number of ranks. Each rank encodes whole files, about the same number of bytes per rank, into raw
-temporary files in OUT. Together these files form the token stream. Each rank then writes some of the shards from this stream.
-Memory use does not grow with the corpus. Existing shards in OUT are replaced only after the new ones are complete.
+temporary files in OUT. These files together form the token stream, from which each rank then writes some of the shards. Memory
+use does not grow with the corpus. Existing shards in OUT are replaced only after the new ones are complete.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def prepare(
     source: str | Sequence[str] = "stdlib", tokenizer: str = "byte", out: str | Path = "shards/stdlib", shards: int = 4,
     val_fraction: float = 0.05, *, comm: MPI.Intracomm | None = None, verbose: bool = True, wait: bool = False, **others: Any,
 ) -> Index:
-    """Prepare shards from a source; return their index on every rank. Collective over comm (None: a single process).
+    """Prepare shards from a source. Return the index of the shards on every rank. Collective over comm (None: a single process).
 
     source: a path, or several PATH:WEIGHT for a mixture. others: the other fields of PrepareOptions. verbose: print a summary on
-    rank 0. wait: if another process prepares OUT, wait and use its shards. Raises UsageError if an option is invalid, OUT is in
-    use or cannot be written, and DataError if a source cannot be read. OUT is then unchanged.
+    rank 0. wait: if another process prepares OUT, wait and use its shards. Raises UsageError if an option is invalid, or if OUT
+    is in use or cannot be written. Raises DataError if a source cannot be read. After an error OUT is unchanged.
     """
     began, team, folder = time.monotonic(), Team(comm), OutFolder(Path(out))
     found: tuple[list[Found], SpecialTokens, Template | None] | None = None
@@ -137,7 +137,8 @@ def _write(
     raws: list[list[dict[str, Raw]]], counts: Counts, encoder: Tokenizer, table: SpecialTokens, abouts: list[dict[str, Any]],
     options: PrepareOptions, out: OutFolder, team: Team, ticker: Ticker,
 ) -> Index:
-    """Write the shards, each rank some of them, and move them to OUT. raws: by rank, source and stream. Collective."""
+    """Write the shards and move them to OUT. Each rank writes some of them. raws: raw files by rank, source and stream.
+    Collective."""
     stored, special = encoder.to_json(), "" if table.is_plain else table.to_json()
     sha256 = hashlib.sha256(stored.encode()).hexdigest()
     plans: list[ShardPlan] = []
@@ -219,7 +220,7 @@ def _summary(
 
 
 def main() -> None:
-    """Command-line entry point. Collective over COMM_WORLD."""
+    """Run the command. Collective over COMM_WORLD."""
     parser = Parser(prog=program("data_tools.prepare"), description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)

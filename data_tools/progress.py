@@ -1,4 +1,5 @@
-"""A line of progress on standard error for commands that take minutes: every 2 s in place on a terminal, every 10 s in a log."""
+"""Shows a line of progress on standard error, for commands that take minutes. On a terminal the line is replaced every 2 s. In a
+log a new line is written every 10 s."""
 
 from __future__ import annotations
 
@@ -10,10 +11,10 @@ ON_TERMINAL, IN_LOG = 2.0, 10.0  # seconds between two lines
 
 
 class Ticker:
-    """Counts the finished work, and prints the progress from time to time. Independent."""
+    """Counts the finished work, and prints the progress at intervals. Independent."""
 
     def __init__(self, what: str = "", quiet: bool = False) -> None:
-        """what: the first words of each line. quiet: never print, for all ranks but one."""
+        """what: the first words of each line. quiet: whether to print nothing, as on all ranks but one."""
         self._what, self._quiet, self._terminal = what, quiet or not what, sys.stderr.isatty()
         self._pause = ON_TERMINAL if self._terminal else IN_LOG
         self._began = time.monotonic()
@@ -21,12 +22,13 @@ class Ticker:
         self.phase("")
 
     def phase(self, name: str, parts: int = 0, unit: str = "file") -> None:
-        """Begin a new phase: count from 0. parts: the number of `unit`s that it has; 0: unknown."""
+        """Begin a new phase, in which counting starts at 0. parts: the number of `unit`s of the phase, or 0 if it is not
+        known."""
         self._phase, self._parts, self._unit = name, parts, unit
         self.documents = self.bytes = self.part = 0
 
     def add(self, documents: int = 0, size: int = 0, parts: int = 0) -> None:
-        """Count documents, bytes, and files that were begun; print a line if it is time."""
+        """Count documents, bytes, and files that were begun. Print a line if the interval has passed."""
         self.documents, self.bytes, self.part = self.documents + documents, self.bytes + size, self.part + parts
         now = time.monotonic()
         if self._quiet or now < self._next:
@@ -38,7 +40,7 @@ class Ticker:
         self._print(f"{self._phase}{': ' * bool(self._phase)}{', '.join(said)}")
 
     def say(self, text: str) -> None:
-        """Print a line now, before work that cannot report its progress."""
+        """Print a line immediately, before work that cannot report its progress."""
         if not self._quiet:
             self._print(text)
 

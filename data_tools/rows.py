@@ -1,4 +1,4 @@
-"""Read training rows with a loss mask: {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}.
+"""Reads training rows with a loss mask: {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}.
 
 The loss is on the completion or on the assistant's turns. The rest of a row is context.
 """
@@ -29,12 +29,12 @@ class TrainingRow:
     text: str
     spans: Spans
     said: str  # the texts of the row, without the text that the template adds
-    ends: bool  # whether the row ends with a part in the loss; the end-of-document token is then in the loss, too
+    ends: bool  # whether the row ends with a part in the loss; if so, the end-of-document token is in the loss, too
     unmarked: bool = False  # whether the template does not mark the assistant's parts
     cut: bool = False  # whether the text is only the beginning of the row
 
     def beginning(self, characters: int) -> TrainingRow:
-        """Return the row, cut after a number of characters if it is longer. Pure."""
+        """Return the row, cut after this number of characters if it is longer. Pure."""
         if len(self.text) <= characters:
             return self
         spans = [(start, min(stop, characters)) for start, stop in self.spans if start < characters]

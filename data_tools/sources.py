@@ -1,4 +1,4 @@
-"""Read the files of a source in pieces of bounded size. Bad input is counted and skipped.
+"""Reads the files of a source in pieces of bounded size. Bad input is counted and skipped.
 
 A file is read as a stream of pieces of text, in which None ends a document. A text file is one document. A file of rows (JSON
 lines, a JSON array, .csv, .parquet, .arrow; mpidp/data/text_files.py) has a document per row, in the field `text` or --text-key.
@@ -31,13 +31,13 @@ class SourceReader:
 
     bad_utf8: str = "replace"  # or "skip": skip documents with invalid UTF-8
     strict: bool = False  # whether a malformed row raises DataError
-    alone: bool = False  # whether the source is a single file: skipping it is then an error
+    alone: bool = False  # whether the source is a single file; if so, skipping it is an error
     counts: Counts = field(default_factory=Counts)
     text_key: str = "text"  # the field or column that holds a document
     ticker: Ticker = field(default_factory=Ticker)
 
     def pieces(self, file: SourceFile) -> Iterator[str | None]:
-        """Yield the text of a file. None ends a document. Raises DataError, which names the file, if it cannot be read."""
+        """Yield the text of a file. None ends a document. Raises DataError, which names the file, if the file cannot be read."""
         found = self.recognize(file, (self.text_key,))
         if found is not None:
             if found.doubt:
@@ -48,9 +48,8 @@ class SourceReader:
             yield from self._text(found) if found.kind == "text" else self._documents(found)
 
     def records(self, file: SourceFile) -> Iterator[Row]:
-        """Yield the rows of a file in order; a malformed row has no fields. A file without rows is counted and skipped.
-
-        Raises DataError, which names the file, if it cannot be read.
+        """Yield the rows of a file in order. A malformed row has no fields. A file without rows is counted and skipped. Raises
+        DataError, which names the file, if the file cannot be read.
         """
         found = self.recognize(file, ())
         if found is not None and found.kind == "text":
@@ -60,7 +59,7 @@ class SourceReader:
             yield from records(found)
 
     def recognize(self, file: SourceFile, wanted: tuple[str, ...]) -> TextFile | None:
-        """Count a file, and return how to read it. Returns None if it is skipped. wanted: see text_files.recognize."""
+        """Count a file, and return how to read it, or None if it is skipped. wanted: see text_files.recognize."""
         self.counts.files += 1
         self.ticker.add(parts=1)
         try:
@@ -127,7 +126,7 @@ class SourceReader:
 
 
 def _cut(stream: BinaryIO) -> Iterator[bytes]:
-    """Yield pieces of about PIECE_BYTES. A piece ends after a newline if it has one, else between two characters."""
+    """Yield pieces of about PIECE_BYTES. A piece ends after a newline if it contains a newline, else between two characters."""
     rest = b""
     while data := stream.read(PIECE_BYTES):
         data = rest + data
@@ -145,7 +144,7 @@ def _cut(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def _cut_text(text: str) -> Iterator[str]:
-    """Yield pieces of at most PIECE_BYTES characters. A piece ends after a newline if it has one."""
+    """Yield pieces of at most PIECE_BYTES characters. A piece ends after a newline if it contains a newline."""
     start = 0
     while len(text) - start > PIECE_BYTES:
         stop = text.rfind("\n", start, start + PIECE_BYTES) + 1 or start + PIECE_BYTES

@@ -1,4 +1,4 @@
-"""Make the table of special tokens and find the chat template of the shards, from --tokenizer and other options."""
+"""Makes the table of special tokens and finds the chat template of the shards, from --tokenizer and other options."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ def table_of(tokenizer: str, eod: str | None) -> SpecialTokens:
 
 
 def find_template(options: PrepareOptions, table: SpecialTokens) -> Template:
-    """Return the chat template: --chat-template if given, else the template in the tokenizer's table.
-
-    Logs a warning if the template uses special tokens that are not defined. Raises UsageError if there is no template, and
-    DataError if the template is invalid. Independent.
+    """Return the chat template. It is --chat-template if given, else the template in the tokenizer's table. Log a warning if the
+    template uses special tokens that are not defined. Raises UsageError if there is no template, and DataError if the template is
+    invalid. Independent.
     """
     file, tokenizer = options.chat_template, options.tokenizer
     args = {**table.template_args, **template_args(options.template_arg)}
@@ -66,8 +65,8 @@ def completed_table(table: SpecialTokens, made: Tokenizer, template: Template | 
 
 
 def _writes_bos(template: Template, made: Tokenizer, bos: int | None) -> bool:
-    """Return True if the template writes BOS at the start of a chat. In chats only the template adds BOS, as in
-    transformers. Pure."""
+    """Return whether the template writes BOS at the start of a chat. As in transformers, only the template adds BOS to chats.
+    Pure."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with suppress(TemplateRejection):
         return placer(made, "tokens")([template.render(messages)])[0].ids[:1].tolist() == [bos]

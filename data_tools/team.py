@@ -21,7 +21,8 @@ class Team:
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
-        """Run the body. If it raises an exception on one rank, raise it on all. Ranks that finish early sleep. Collective."""
+        """Run the body. If the body raises an exception on one rank, raise an exception on all ranks. Ranks that finish early
+        sleep. Collective."""
         if self.comm is None:
             yield
             return

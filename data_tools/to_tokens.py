@@ -1,4 +1,4 @@
-"""Write the tokens of shards in a format of the table (formats/table.py)."""
+"""Writes the tokens of shards in a format of the table (formats/table.py)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mpidp.errors import DataError
 from mpidp.runtime.files import writing
 from mpidp.runtime.log import counted
 
-PREFIXED = ("megatron",)  # formats whose OUT is the first part of the files' names, not a folder
+PREFIXED = ("megatron",)  # formats for which OUT is not a folder, but the first part of the files' names
 
 
 def to_tokens(name: str, shards: Path, out: Path) -> list[str]:
-    """Write every split in a format; return a line of text about each split, and remarks.
+    """Write every split in a format. Return a line of text about each split, and remarks.
 
     out: a folder that does not exist, or for Megatron-LM a prefix. A document that begins in train and ends in val becomes two
     documents. Raises UsageError if a file exists or cannot be written. Raises DataError if the shards are damaged or have a loss
-    mask that the format cannot store. Nothing is then left. Independent.
+    mask that the format cannot store. After an error, no file is left. Independent.
     """
     kind = FORMATS[name]
     streams = [TokenStream(shards, split) for split in TokenStream(shards).index.splits]

@@ -1,4 +1,4 @@
-"""Check a folder of shards: `python -m data_tools.verify DIR`. If a file is damaged, print its name and exit with code 3."""
+"""Checks a folder of shards: `python -m data_tools.verify DIR`. If a file is damaged, prints its name and exits with code 3."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from mpidp.runtime.command import Parser, run_entry
 from mpidp.runtime.log import counted
 from mpidp.runtime.options import program
 
-PIECE_TOKENS = 2**22  # tokens read at a time
+PIECE_TOKENS = 2**22  # number of tokens that are read at a time
 
 
 def verify(folder: str | Path) -> str:
-    """Check headers, checksums, ids, offsets and tokenizer; return a summary. Raises DataError if one is wrong. Independent."""
+    """Check headers, checksums, ids, offsets and tokenizer. Return a summary. Raises DataError if one of these is wrong.
+    Independent."""
     first = TokenStream(folder)
     index = first.index
     index.tokenizer_bytes(first.folder)
@@ -40,7 +41,7 @@ def verify(folder: str | Path) -> str:
 
 
 def main() -> None:
-    """Command-line entry point. Independent."""
+    """Run the command. Independent."""
     parser = Parser(prog=program("data_tools.verify"), description=__doc__)
     parser.add_argument("folder", metavar="DIR", help="a folder of shards")
     print(verify(parser.parse_args().folder))

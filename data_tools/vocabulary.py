@@ -1,4 +1,4 @@
-"""Make the tokenizer of the shards: load a given one, or build one from the corpus."""
+"""Makes the tokenizer of the shards: loads a given tokenizer, or builds one from the corpus."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from mpidp.data.tokenizer import (
 )
 from mpidp.errors import DataError, UsageError
 
-BPE_TRAINING_CHARACTERS = 64 * 2**20  # length of the training text; files are read in the order of a hash of their names
-SLOW_CHARACTERS = 16 * 10**6  # length of a training text that takes many seconds
+BPE_TRAINING_CHARACTERS = 64 * 2**20  # length of the training text; files are read in the order of the hash of their names
+SLOW_CHARACTERS = 16 * 10**6  # length of a training text from which the training takes many seconds
 
 
 def check_tokenizer(spec: str) -> None:
@@ -37,7 +37,7 @@ def check_tokenizer(spec: str) -> None:
 
 
 def given_tokenizer(spec: str, eod: str | None) -> Tokenizer | None:
-    """Load the tokenizer that spec names as a path; None if spec is byte, char or bpe:VOCAB. Independent."""
+    """Load the tokenizer at the path `spec`. Return None if spec is byte, char or bpe:VOCAB. Independent."""
     return None if spec in ("byte", "char") or spec.startswith("bpe:") else load_tokenizer(spec, eod)
 
 
@@ -50,7 +50,8 @@ class Corpus:
     reader: SourceReader
 
     def apart(self) -> Corpus:
-        """Return the corpus with new counts, so that problems are not counted here and again when the files are encoded."""
+        """Return the corpus with separate counts. Otherwise problems would be counted here, and again when the files are
+        encoded."""
         return replace(self, reader=replace(self.reader, counts=Counts()))
 
 

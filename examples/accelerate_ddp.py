@@ -1,9 +1,9 @@
-"""Train a classifier of handwritten digits with Hugging Face Accelerate over MPI. Only the two lines marked # concern MPI.
+"""Train a classifier of handwritten digits with Hugging Face Accelerate over MPI. Only the two lines that end in # concern MPI.
 
     mpirun -np 2 python -m mpi4py examples/accelerate_ddp.py
 
-Accelerate uses the existing process group. Accelerator(cpu=True) detects several ranks from mpirun's environment. It always
-reports its backend as gloo, but no gloo group is created.
+Accelerate uses the existing process group. Accelerator(cpu=True) detects several ranks from the environment variables that mpirun
+sets. accelerator.state.backend is always gloo, but no gloo group is created.
 """
 
 from __future__ import annotations

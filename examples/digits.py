@@ -1,8 +1,9 @@
-"""Train a classifier of scikit-learn's handwritten digits: a plain PyTorch loop. The five lines that use mpidp are marked #.
+"""Train a classifier of scikit-learn's handwritten digits in a plain PyTorch loop. The five lines that use mpidp end in #.
 
     mpirun -np 2 python -m mpi4py examples/digits.py [strategy.name=local comm.compress=int8 ...]
 
-The resulting weights are the same bits at any number of ranks, except with strategies whose ranks do not wait for each other.
+The weights are the same, bit for bit, on any number of ranks. With compression, or with strategies other than synchronous, they
+depend on the number of ranks.
 """
 
 from __future__ import annotations

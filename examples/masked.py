@@ -2,8 +2,8 @@
 
     mpirun -np 2 python -m mpi4py examples/masked.py shards/stdlib
 
-15% of the tokens are predicted: 80% of those are masked, 10% are replaced by a random token, 10% stay. The choice is drawn again
-in every epoch. It depends on the micro-batch, not on the rank. The loss is the mean over the predicted tokens of the whole batch.
+15% of the tokens are predicted. Of these, 80% are masked, 10% are replaced by a random token, and 10% stay the same. The random
+choice depends on epoch and micro-batch, not on the rank. The loss is the mean over the predicted tokens of the whole batch.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     mpirun -np 2 python examples/stock_ddp.py
 
-For torchrun and gloo, only `import mpidp.c10d` and the two arguments of init_process_group would differ.
+With torchrun and gloo, the program would be the same, except for `import mpidp.c10d` and the two arguments of init_process_group.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Train a text classifier: predict which standard-library package a line of source is from. The text comes with Python.
+"""Train a text classifier that predicts from which package of Python's standard library a line of source code is.
 
     mpirun -np 2 python -m mpi4py examples/text.py
 
-A line is represented as a bag of hashed character trigrams (Joulin 2016, fastText). The weights are the same bits at any number
-of ranks.
+The input of the model is the bag of hashed character trigrams of the line (Joulin 2016, fastText). The weights are the same, bit
+for bit, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def lines() -> list[tuple[Tensor, int]]:
 
 
 def trigrams(line: str) -> Tensor:
-    """Return ids >= 1 of the first LENGTH trigrams, padded with 0. Python's hash() is not used: it differs between processes."""
+    """Return the ids (at least 1) of the first LENGTH trigrams, padded with 0. Python's hash() would differ between processes."""
     ids = [1 + zlib.crc32(line[i : i + 3].encode()) % BUCKETS for i in range(len(line) - 2)][:LENGTH]
     return torch.tensor(ids + [0] * (LENGTH - len(ids)))
 

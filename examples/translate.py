@@ -2,8 +2,8 @@
 
     mpirun -np 2 python -m mpi4py examples/translate.py
 
-The parallel text comes with Python: unicodedata decomposes all 11,172 Hangul syllables into jamo (NFD), and their names contain
-the romanisation: HANGUL SYLLABLE HAN is U+1112 U+1161 U+11AB. Every tenth syllable is held out for the test.
+The data comes with Python. unicodedata decomposes each of the 11,172 Hangul syllables into its letters (jamo). The Unicode name
+of a syllable contains its Latin form: HANGUL SYLLABLE HAN has the jamo U+1112 U+1161 U+11AB. Every tenth syllable is held out.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Translator(nn.Module):
 
 
 def train(comm: Any = None, epochs: int = 4, every: int = 1) -> dict[str, Any]:
-    """Train on each `every`-th syllable. Return {right: share of held-out ones, loss, sha256, rank}. Collective over comm."""
+    """Train on every `every`-th syllable. Return {right: held-out accuracy, loss, sha256, rank}. Collective over comm."""
     held_out, training = (texts := pairs()[::every])[::10], [one for i, one in enumerate(texts) if i % 10]
     torch.manual_seed(0)
     model = Translator()

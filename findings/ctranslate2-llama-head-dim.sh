@@ -1,15 +1,15 @@
 #!/bin/sh
-# CTranslate2 converts a Llama model whose head_dim is not hidden_size / num_attention_heads, and computes it wrongly.
+# CTranslate2 computes wrong results for a Llama model whose head_dim is not hidden_size / num_attention_heads.
 #
 # Versions: ctranslate2 4.8.5, transformers 5.24.0, torch 2.13.0 (CPU), Python 3.11.
 #
-# What a good engineer would guess: the converter copies the projections, whose shapes give the size of a head. Its loaders for
-# Mistral and Qwen3 read head_dim from config.json. So the loader for Llama reads it, or rejects such a model.
+# What a good engineer would guess: the converter copies the projections, whose shapes determine the size of a head. The converter's
+# loaders for Mistral and Qwen3 read head_dim from config.json. So the loader for Llama reads head_dim, too, or rejects such a model.
 #
 # Behaviour: the loader for Llama ignores head_dim. Without grouped heads, conversion and inference succeed and the logits are wrong.
 # With grouped heads, inference fails with "axis 2 has dimension ... but expected ...".
 #
-# Consequence: a Llama model with wider or narrower heads gives another text in CTranslate2, without an error.
+# Consequence: a Llama model with wider or narrower heads generates different text in CTranslate2, without an error message.
 #
 # Output seen:
 #   ctranslate2 4.8.5, transformers 5.24.0: largest difference of logits over 200 positions

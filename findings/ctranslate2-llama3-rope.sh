@@ -1,22 +1,22 @@
 #!/bin/sh
-# CTranslate2 converts a Llama 3 model that transformers 5 saved, and computes it without its rope scaling. Nothing is reported.
+# CTranslate2 ignores the rope scaling of a Llama 3 model that transformers 5 saved, without an error or a warning.
 #
 # Versions: ctranslate2 4.8.5, transformers 5.24.0, torch 2.13.0 (CPU), Python 3.11.
 #
-# What a good engineer would guess: a converter that reads config.json either applies `rope_type: llama3` or rejects it. CTranslate2
-# lists Llama 3 among its models, so it applies it.
+# What a good engineer would guess: a converter that reads config.json either applies the scaling `rope_type: llama3` or rejects the
+# model. CTranslate2 lists Llama 3 among its supported models, so it applies the scaling.
 #
-# Behaviour: transformers 5 writes the scaling to the key `rope_parameters`. The converter takes rope_theta from there, but not the
-# scaling. Conversion and inference succeed; the logits are those of the same weights without scaling.
+# Behaviour: transformers 5 writes the scaling to the key `rope_parameters`. The converter reads rope_theta from this key, but not the
+# scaling. Conversion and inference succeed. The logits equal those of the same weights without scaling.
 #
-# Consequence: a Llama 3.1 model that is fine-tuned and saved with transformers 5 gives another text in CTranslate2, without an
-# error. Comparing the logits of one long prompt shows it.
+# Consequence: a Llama 3.1 model that was fine-tuned and saved with transformers 5 generates different text in CTranslate2, without an
+# error message. A comparison of the logits for one long prompt shows the difference.
 #
 # Output seen:
 #   ctranslate2 4.8.5, transformers 5.24.0: largest difference of logits over 200 positions
 #   from transformers with llama3 scaling: 10.238
 #   from transformers without scaling:     0.000
-# Exit status: 0 if the scaling is still left out, 1 if the behaviour changed.
+# Exit status: 0 if the scaling is still ignored, 1 if the behaviour changed.
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,16 +1,17 @@
 #!/bin/sh
-# gcsfs: an error that gcsfs raises is also printed with a traceback on standard error, and only after half a minute.
+# gcsfs prints the traceback of an exception on standard error before it raises the exception. For a refused connection, it raises the
+# exception only after half a minute.
 #
 # Versions: gcsfs 2026.10.1, fsspec 2026.9.0, Python 3.11, Linux x86-64.
 #
-# What a good engineer would guess: a request to a port where nothing listens raises an exception within a few seconds. A library
-# raises it and prints nothing, so a program that catches it decides what a user sees.
+# What a good engineer would guess: a request to a port on which no program listens raises an exception within a few seconds. The
+# library does not print anything. So the program that catches the exception decides which message a user sees.
 #
-# Behaviour: gcsfs repeats the refused connection with growing pauses, then calls logger.exception() and raises. Without a handler for
-# the logger "gcsfs", Python's logging prints the traceback on standard error, though the program catches the exception.
+# Behaviour: gcsfs repeats the refused connection with growing pauses. Then it calls logger.exception() and raises the exception. If the
+# logger "gcsfs" has no handler, Python's logging prints the traceback on standard error, although the program catches the exception.
 #
-# Consequence: messages of a program are preceded by tracebacks. A limit of a program for its own retries is exceeded many times.
-# logging.getLogger("gcsfs").addHandler(logging.NullHandler()) silences it.
+# Consequence: users see tracebacks before the message of the program. A program that limits the time of its own retries waits much
+# longer than this limit. logging.getLogger("gcsfs").addHandler(logging.NullHandler()) suppresses the traceback.
 #
 # Output seen:
 #   caught: ClientConnectorError, after more than 5 s: True, traceback on standard error: True

@@ -1,21 +1,21 @@
 #!/bin/sh
-# Intel MPI: SIGTERM to mpirun ends mpirun, and the ranks go on without it. SIGTERM to mpiexec.hydra reaches every rank.
+# In Intel MPI, SIGTERM to mpirun ends mpirun, but the ranks continue. SIGTERM to mpiexec.hydra reaches every rank.
 #
 # Versions: impi-rt 2021.18.1 (wheel), mpi4py 4.1.2, Python 3.11, Linux x86-64.
 #
-# What a good engineer would guess: mpirun passes SIGTERM on to the ranks, as MPICH's and Open MPI's mpirun do; in Intel MPI, mpirun
-# and mpiexec.hydra are two names of one launcher, which comes from MPICH.
+# What a good engineer would guess: mpirun forwards SIGTERM to the ranks, as MPICH's and Open MPI's mpirun do. In Intel MPI, mpirun and
+# mpiexec.hydra are two names of the same launcher, which comes from MPICH.
 #
-# Behaviour: Intel's mpirun is a shell script that starts mpiexec.hydra as a child. The signal ends the script only. The ranks get no
-# signal and run until they end by themselves.
+# Behaviour: Intel's mpirun is a shell script that starts mpiexec.hydra as a child process. The signal ends only the script. The ranks
+# get no signal and run until they end by themselves.
 #
-# Consequence: a batch system that signals the launcher before a time limit gives no rank the chance to save its state. After `kill`
-# of an interactive mpirun, its ranks still use the cores.
+# Consequence: if a batch system sends a signal to the launcher before a time limit, the ranks cannot save their state. After an
+# interactive mpirun is killed, its ranks still use the cores.
 #
 # Output seen:
 #   mpirun:        launcher ended, ranks that got SIGTERM: 0 of 2, ranks still running: 2 of 2
 #   mpiexec.hydra: launcher ended, ranks that got SIGTERM: 2 of 2, ranks still running: 0 of 2
-# Exit status: 0 if mpirun still passes no signal on, 1 if the behaviour changed.
+# Exit status: 0 if mpirun still does not forward the signal, 1 if the behaviour changed.
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

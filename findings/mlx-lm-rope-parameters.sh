@@ -3,14 +3,14 @@
 #
 # Versions: mlx-lm 0.32.2, mlx and mlx-cpu 0.32.4, transformers 5.24.0, torch 2.13.0 (CPU), Python 3.11 on Linux x86-64.
 #
-# What a good engineer would guess: mlx-lm loads folders of transformers, and this version requires transformers 5.7 or newer. So it reads the
-# key `rope_parameters`, which transformers 5 writes instead of `rope_theta` and `rope_scaling`.
+# What a good engineer would guess: mlx-lm loads folders that transformers saved, and this version requires transformers 5.7 or newer.
+# So it reads the key `rope_parameters`, which transformers 5 writes instead of `rope_theta` and `rope_scaling`.
 #
-# Behaviour: for model_type llama, mlx-lm reads the old keys only. Without them it takes rope_theta 10000 and no scaling, and
-# computes without a warning.
+# Behaviour: for model_type llama, mlx-lm reads only the old keys. Without them, it uses rope_theta 10000 and no scaling, and prints
+# no warning.
 #
-# Consequence: every Llama model with another base (Llama 3: 500000) that is saved with transformers 5 gives other logits in mlx-lm.
-# A folder that has both the old and the new keys is read correctly.
+# Consequence: if a Llama model with another base (Llama 3 has 500000) was saved with transformers 5, its logits in mlx-lm are wrong. A
+# folder that has both the old and the new keys is read correctly.
 #
 # Output seen:
 #   mlx-lm 0.32.2: rope_theta 10000 in place of 500000

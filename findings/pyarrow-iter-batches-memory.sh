@@ -1,16 +1,16 @@
 #!/bin/sh
-# pyarrow's ParquetFile.iter_batches holds a whole row group in memory, however small the batches and the buffer are.
+# pyarrow's ParquetFile.iter_batches holds a whole row group in memory, even if the batches and the buffer are small.
 #
 # Versions: pyarrow 26.0.1, numpy 2.4.6, Python 3.11 on Linux x86-64.
 #
-# What a good engineer would guess: iter_batches(batch_size=256) reads the file in parts of about this size. If that takes too much
-# memory, buffer_size=1 MB ("an integer greater than 0 turns on read buffering") bounds it.
+# What a good engineer would guess: iter_batches(batch_size=256) reads the file in parts of about 256 rows. If the parts need too much
+# memory, buffer_size=1 MB ("an integer greater than 0 turns on read buffering") limits the memory.
 #
-# Behaviour: ParquetFile has pre_buffer=True by default. It reads all column chunks of a row group before the first batch, and then
-# buffer_size has no effect. Only pre_buffer=False together with buffer_size bounds the memory.
+# Behaviour: ParquetFile has pre_buffer=True by default. With this default, all column chunks of a row group are read before the first
+# batch, and buffer_size has no effect. Only pre_buffer=False together with buffer_size limits the memory.
 #
-# Consequence: files with one large row group, as many programs write them, need memory for the whole group. A reader that was made
-# to stream does not.
+# Consequence: many programs write files with one large row group. A program that reads such a file in batches still needs memory for
+# the whole row group.
 #
 # Output seen:
 #   pyarrow 26.0.1, a row group of 190 MB, peak memory above that before reading:

@@ -6,11 +6,11 @@
 # What a good engineer would guess: monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 16) holds for one test. Afterwards
 # the setting has its old value, as with every other module. pytest 9.1 does this.
 #
-# Behaviour: pytest 9.2 looks for the old value in the module's __dict__. torch keeps its settings elsewhere (__getattr__), so
-# pytest takes the setting for new and deletes it. torch's module allows this: from then on, reading the setting raises AttributeError.
+# Behaviour: pytest 9.2 looks for the old value in the module's __dict__. torch does not keep its settings there; it returns them in
+# __getattr__. So pytest assumes that the test added the setting, and deletes it. Afterwards, reading the setting raises AttributeError.
 #
-# Consequence: the test passes. Later tests of the same process fail inside torch.compile, with an error that does not name the
-# cause. torch._dynamo.config.patch(recompile_limit=16) restores the value.
+# Consequence: the test passes, but later tests in the same process fail inside torch.compile, with an error that does not name the
+# cause. torch._dynamo.config.patch(recompile_limit=16) sets the value for one test and then restores the old value.
 #
 # Output seen:
 #   pytest 9.1.0, torch 2.13.0: 8, then 16, then 8

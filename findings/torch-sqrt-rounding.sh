@@ -3,16 +3,17 @@
 #
 # Version: torch 2.13.0 (+cpu build, x86-64, with MKL), Python 3.11.7. Seen on an AMD EPYC with AVX-512.
 #
-# What a good engineer would guess: IEEE 754 requires sqrt to be correctly rounded, and x86 has instructions that do so (sqrtsd,
-# vsqrtpd). So torch.sqrt, math.sqrt and numpy.sqrt return the same bits for every float32 and float64.
+# What a good engineer would guess: IEEE 754 requires that sqrt is correctly rounded, and x86 has instructions that round correctly
+# (sqrtsd, vsqrtpd). So torch.sqrt, math.sqrt and numpy.sqrt return the same bits for every float32 and float64.
 #
-# Behaviour: torch.sqrt is not the nearest float for about 1.3% of float64 and 17% of float32 values between 0.001 and 3.
-# numpy.sqrt was always the nearest, checked with exact fractions; math.sqrt was right in the one value below. In a separate check
-# the result of a value depended neither on its position nor on alignment, and ATEN_CPU_CAPABILITY=default, avx2 and avx512 gave
-# the same counts. Probable cause (not proven): torch calls MKL's vector math library, which promises an error below one unit in
-# the last place, not correct rounding. Whether other CPUs show it is not known.
+# Behaviour: for about 1.3% of float64 values and 17% of float32 values between 0.001 and 3, the result of torch.sqrt is not the
+# nearest float. The result of numpy.sqrt was always the nearest float; this was checked with exact fractions. math.sqrt was right for
+# the one value below. In a separate check, the result for a value depended neither on its position in the tensor nor on alignment.
+# ATEN_CPU_CAPABILITY=default, avx2 and avx512 gave the same counts. The probable cause, which is not proven, is that torch calls MKL's
+# vector math library. This library guarantees an error below one unit in the last place, but not correct rounding. We do not know
+# whether the same happens on other CPUs.
 #
-# Consequence: a program that takes one root with torch.sqrt and the same root elsewhere with math.sqrt gets different bits.
+# Consequence: if a program computes the same root with torch.sqrt and with math.sqrt, the bits can differ.
 #
 # Output seen:
 #   torch 2.13.0+cpu MKL True AVX512
@@ -21,7 +22,7 @@
 #   math.sqrt  1.1833565197014684
 #   torch.float64 of 20000 roots not nearest: torch.sqrt 266  numpy.sqrt 0
 #   torch.float32 of 20000 roots not nearest: torch.sqrt 3366  numpy.sqrt 0
-# Exit status: 0 if torch.sqrt still differs, 1 if the behaviour changed (or the CPU is one without it).
+# Exit status: 0 if torch.sqrt still differs, 1 if the behaviour changed or if the CPU does not show it.
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,16 +1,17 @@
 #!/bin/sh
-# transformers reads `rope_theta` of an OLMo 3 config.json for some layers only. Of a GPT-NeoX config.json, it does not read it at all.
+# transformers applies `rope_theta` in an OLMo 3 config.json only to some layers. It ignores `rope_theta` in a GPT-NeoX config.json.
 #
 # Versions: transformers 5.24.0, Python 3.11. PyTorch is not needed.
 #
 # What a good engineer would guess: `rope_theta` in config.json is the rotary base of all layers, as in Llama, unless
 # `rope_parameters` says otherwise.
 #
-# Behaviour: Olmo3Config takes rope_theta out of the fields for the layers with full attention. The layers with a window, which come
-# next, then get the default of the class, 500000. GPTNeoXConfig reads rotary_emb_base and rotary_pct only. Both report nothing.
+# Behaviour: Olmo3Config removes rope_theta from the fields when it configures the layers with full attention. The layers with a
+# window, which are configured next, then get the default of the class, 500000. GPTNeoXConfig reads only rotary_emb_base and
+# rotary_pct. Neither class prints a warning.
 #
-# Consequence: a folder with a rope_theta of its own and without rope_parameters is another model than its config.json says.
-# mpidp rejects such folders.
+# Consequence: if config.json has its own rope_theta but no rope_parameters, transformers computes a different model than config.json
+# describes. mpidp rejects such folders.
 #
 # Output seen:
 #   transformers 5.24.0, config.json with rope_theta 10000 (OLMo 3) and 123 (GPT-NeoX)

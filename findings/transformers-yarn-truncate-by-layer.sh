@@ -1,15 +1,17 @@
 #!/bin/sh
-# transformers ignores `truncate` of YaRN where rope_parameters has one entry per kind of layer (OLMo 3, Gemma 3).
+# transformers ignores YaRN's key `truncate` if rope_parameters has one entry per kind of layer (OLMo 3, Gemma 3).
 #
 # Versions: transformers 5.24.0, torch 2.13.0 (CPU), Python 3.11.
 #
-# What a good engineer would guess: the keys of a YaRN scaling mean the same in rope_parameters of all layers and in
-# rope_parameters["full_attention"] of some layers. So `truncate: false` gives other frequencies than `truncate: true` in both.
+# What a good engineer would guess: the keys of a YaRN scaling have the same meaning in rope_parameters (for all layers) and in
+# rope_parameters["full_attention"] (for some layers). So in both places, `truncate: false` and `truncate: true` give different
+# frequencies.
 #
-# Behaviour: factor, beta_fast and the other keys are read from the entry of the kind of layer, but `truncate` is read from the outer
-# dictionary, which has no such key. The default, true, is used. Nothing is reported.
+# Behaviour: factor, beta_fast and the other keys are read from the entry of the kind of layer. But `truncate` is read from the outer
+# dictionary, which does not have this key. So the default, true, is used, without a warning.
 #
-# Consequence: a model whose frequencies are computed as its config.json says differs from transformers. mpidp refuses such a file.
+# Consequence: a program that computes the frequencies as config.json describes them gives other results than transformers. mpidp
+# rejects such a config.json.
 #
 # Output seen:
 #   transformers 5.24.0: largest relative difference between the frequencies with truncate true and false

@@ -1,15 +1,15 @@
 #!/bin/sh
-# wandb: after wandb.init() could not reach the server, wandb.init(mode="offline") with the same run id fails, too.
+# If wandb.init() could not reach the server, a second call, wandb.init(mode="offline"), with the same run id fails, too.
 #
 # Versions: wandb 0.31.0, Python 3.11, Linux x86-64.
 #
-# What a good engineer would guess: wandb.init() raises CommError if the server does not answer, and no run exists then. A program
-# catches the error and calls wandb.init() again with mode="offline", which needs no server.
+# What a good engineer would guess: wandb.init() raises CommError if the server does not answer. Then no run exists. So a program can
+# catch the error and call wandb.init() again with mode="offline", which needs no server.
 #
-# Behaviour: the service process of wandb keeps the run of the failed call. The second call raises ServerResponseError: "run ID ...
-# is in use". After wandb.teardown() it works.
+# Behaviour: wandb's service process keeps the run of the failed call. The second call raises ServerResponseError: "run ID ... is in
+# use". After wandb.teardown(), the second call works.
 #
-# Consequence: a program that falls back to offline mode ends, or records nothing, exactly when the server is away.
+# Consequence: if the server is not available, a program that then uses the offline mode ends with an error, or records nothing.
 #
 # Output seen:
 #   online:                 CommError

@@ -1,12 +1,13 @@
-# Functions shared by the job scripts. They source this file from the folder where they were submitted, because Slurm runs a copy of
-# the script elsewhere.
+# Functions for the job scripts. A job script reads this file from the folder in which the job was submitted, because Slurm runs a
+# copy of the script in another folder.
 #
-#   launch COMMAND...         run COMMAND; forward USR1 (time limit is near) to it; its exit code is in $code
-#   bound_mpirun -n N ...     the same with mpirun (Intel MPI: mpiexec.hydra), every rank bound to its own cores
-#   energy                    print the energy used by the job's steps, if Slurm's accounting has it
-#   finish SCRIPT [ARGS]      exit with 0 if the run has ended; otherwise requeue the job or fail. SCRIPT is submitted when chaining
+#   launch COMMAND...         run COMMAND, and forward USR1 (the time limit is near) to it. Its exit code is in $code
+#   bound_mpirun -n N ...     the same with mpirun (for Intel MPI, mpiexec.hydra). Every rank is bound to cores of its own
+#   energy                    print the energy that the steps of the job used, if Slurm's accounting records it
+#   finish SCRIPT [ARGS]      exit with 0 if the run has ended. Otherwise requeue the job, or submit SCRIPT (NEXT=chain), or fail
 #
-# RUN is the run's folder. NEXT is how to continue: requeue, chain (a new job, for sites that forbid `scontrol requeue`) or stop.
+# RUN is the run's folder. NEXT sets how to continue a run that was stopped. requeue: requeue the job. chain: submit a new job, for
+# sites that forbid `scontrol requeue`. stop: do not continue.
 
 code="" stop_requested="" child="" interrupted="" last="" latest=""
 
@@ -16,11 +17,11 @@ forward_usr1() {
 }
 trap forward_usr1 USR1
 
-end_event() { # print the last line of the run's metrics if it is the end event
+end_event() { # print the last line of metrics.jsonl if it is the end event
     tail -qn 1 "$RUN/metrics.jsonl" 2>/dev/null | grep '"event": "end"'
 }
 
-run_ended() { # true if this launch wrote the end event, or exited with 0 because the run had ended before
+run_ended() { # true if this launch wrote the end event, or if it exited with 0 because the run had already ended
     local now
     now=$(end_event) && { [ "$code" = 0 ] || [ "$now" != "$last" ]; }
 }
@@ -42,10 +43,10 @@ launch() {
 
 bound_mpirun() {
     local cores=${SLURM_CPUS_PER_TASK:-1}
-    # do not bind the daemons that mpirun starts through srun to one core: their ranks would inherit it
+    # mpirun starts daemons with srun. Do not bind them to one core, because their ranks would inherit this binding.
     export HYDRA_LAUNCHER_EXTRA_ARGS=--cpu-bind=none I_MPI_HYDRA_BOOTSTRAP_EXEC_EXTRA_ARGS=--cpu-bind=none
     case $(mpirun --version) in
-        *"Intel(R) MPI"*) # its mpirun is a script that forwards no signal
+        *"Intel(R) MPI"*) # Intel's mpirun is a script that does not forward signals
             export I_MPI_PIN_DOMAIN="$cores:compact"
             launch mpiexec.hydra "$@"
             ;;
@@ -54,7 +55,7 @@ bound_mpirun() {
     esac
 }
 
-living_nodes() { # print the nodes of this allocation that respond, this one first
+living_nodes() { # print the nodes of this allocation that respond; the node of this script comes first
     local node nodes
     nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     local -A probes
@@ -67,7 +68,7 @@ living_nodes() { # print the nodes of this allocation that respond, this one fir
     done
 }
 
-continue_later() { # requeue or chain, unless this is an old copy or the job makes no progress
+continue_later() { # requeue the job or submit a new one, unless this is an old copy of the job or the job makes no progress
     local restarts
     restarts=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* Restarts=\([0-9]*\) .*/\1/p' | head -n 1)
     if [ "${SLURM_RESTART_COUNT:-0}" -lt "${restarts:-0}" ]; then
@@ -80,7 +81,7 @@ continue_later() { # requeue or chain, unless this is an old copy or the job mak
     fi
     case ${NEXT:-requeue} in
         requeue) scontrol requeue "$SLURM_JOB_ID" && sleep 60 ;; # the requeue ends this script
-        chain) # with this job's own size and time limit
+        chain) # the new job has the size and the time limit of this job
             sbatch --dependency="afterany:$SLURM_JOB_ID" --time="$(squeue -h -j "$SLURM_JOB_ID" -o %l)" \
                 --nodes="$SLURM_NNODES" --ntasks-per-node="$SLURM_NTASKS_PER_NODE" --cpus-per-task="$SLURM_CPUS_PER_TASK" "$@"
             ;;
@@ -88,7 +89,7 @@ continue_later() { # requeue or chain, unless this is an old copy or the job mak
     exit 75
 }
 
-energy() { # of finished steps; for the whole job after its end: `sacct -j JOB -o JobID,ConsumedEnergy`
+energy() { # print the energy of finished steps. After the job has ended, `sacct -j JOB -o JobID,ConsumedEnergy` prints the total
     local joules
     joules=$(timeout 15 sacct -n -P -j "${SLURM_JOB_ID:-0}" -o JobID,ConsumedEnergy 2>/dev/null | awk -F'|' '$2 != "" && $2 != "0"')
     if [ "$joules" ]; then
@@ -105,7 +106,7 @@ finish() {
         exit 0
     fi
     case $code in
-        2 | 3 | 4) ;; # usage, data and checkpoint errors: a restart does not fix them
+        2 | 3 | 4) ;; # usage, data and checkpoint errors, which a restart does not fix
         75) echo "jobs: the run in $RUN was stopped; next: ${NEXT:-requeue}" && continue_later "$@" ;;
         *) if [ "$stop_requested" ]; then continue_later "$@"; fi ;;
     esac

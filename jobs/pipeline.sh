@@ -1,10 +1,11 @@
 #!/bin/bash
-# Prepare, then train, then evaluate (to RUN/evaluation.json): three jobs, each of which waits for the success of the one before.
+# Prepare data, train, and evaluate, in three jobs. Each job starts when the job before it has succeeded. The result of the evaluation
+# is written to RUN/evaluation.json.
 #
 #   jobs/pipeline.sh [--section.key=value ...]   # from the project's folder; EDIT first
 #
-# The arguments are passed to the training. A requeued job keeps its number, so the following jobs wait until it has ended. Do not
-# use NEXT=chain. If a job fails, the following jobs are cancelled instead of staying pending.
+# The arguments are passed to the training job. A requeued job keeps its job number, so the following jobs wait until it has ended.
+# Do not use NEXT=chain, because a new job would have another number. If a job fails, the following jobs are cancelled.
 set -euo pipefail
 
 export SOURCE=${SOURCE:-my_texts}              # EDIT: as in prepare_data.sbatch
@@ -12,7 +13,7 @@ export SHARDS=${SHARDS:-shards/mine}           # EDIT
 export RUN=${RUN:-runs/mine}                   # EDIT
 export VENV=${VENV:-.venv}                     # EDIT
 TRAIN=${TRAIN:-jobs/multi_node_mpirun.sbatch}  # EDIT: the training template
-OPTIONS=${OPTIONS:-}                           # EDIT: sbatch options for all three, such as --account=...
+OPTIONS=${OPTIONS:-}                           # EDIT: sbatch options for all three jobs, such as --account=...
 
 after() {
     echo "--dependency=afterok:$1 --kill-on-invalid-dep=yes"

@@ -1,11 +1,11 @@
-# Copy the environment to every node's local disk, so that a thousand ranks do not import torch from the shared file system.
-# Source this file in a job script in place of `. .venv/bin/activate`:
+# Copy the Python environment to the local disk of every node, so that a thousand ranks do not import torch from the shared file
+# system. In a job script, use this line instead of `. .venv/bin/activate`:
 #
-#   . jobs/stage_env.sh .venv /tmp        # EDIT: the environment; a folder on each node's local disk
+#   . jobs/stage_env.sh .venv /tmp        # EDIT: the environment, and a folder on the local disk of each node
 #
-# The environment is packed once (and again after pip changed it), sent with sbcast and unpacked on every node. Python and mpirun
-# then come from the copies, which are removed when the job ends. `python -m ...` uses the copies; other scripts in bin/ still
-# refer to the original's path.
+# The environment is packed once, and again after pip has changed it. The archive is sent with sbcast and unpacked on every node. Then
+# `python -m ...` and mpirun are those of the copies. Other scripts in bin/ still use the path of the original environment. The copies
+# are removed when the job ends.
 venv=$(realpath "$1")
 archive=$venv.tar
 staged=$2/mpidp-$SLURM_JOB_ID

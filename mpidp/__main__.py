@@ -1,4 +1,4 @@
-"""`mpidp COMMAND ...` and `python -m mpidp COMMAND ...`: start a command. Imports only the module of that command."""
+"""`mpidp COMMAND ...` and `python -m mpidp COMMAND ...` start a command. Only the module of this command is imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpidp.errors import EXIT_CODES, UsageError
 from mpidp.runtime.command import run_entry
 from mpidp.runtime.environment import launcher_rank
 
-COMMANDS = {  # name: (module, what it does)
+COMMANDS = {  # name of the command: (module, what the command does)
     "prepare": ("data_tools.prepare", "convert text to shards of tokens"),
     "inspect": ("data_tools.inspect", "show sizes, balance and an excerpt of shards"),
     "verify": ("data_tools.verify", "check every checksum and every token id of shards"),
@@ -30,11 +30,11 @@ COMMANDS = {  # name: (module, what it does)
 
 
 def help_text() -> str:
-    """Return the list of commands and the table of exit codes. Pure."""
+    """Return the help text, with the list of commands and the table of exit codes. Pure."""
     return "\n".join([
         "usage: [mpirun -np N] mpidp COMMAND [ARGUMENTS]      or: python -m mpidp COMMAND [ARGUMENTS]", "",
         "Train Transformer language models over MPI. In the default mode, the weights do not depend on the number of ranks.", "",
-        "commands (`mpidp COMMAND --help` lists the options of one):",
+        "commands (`mpidp COMMAND --help` lists the options of a command):",
         *(f"  {name:<10} {about}" for name, (_, about) in COMMANDS.items()), "",
         "options:",
         "  -h, --help  show this text",
@@ -46,7 +46,8 @@ def help_text() -> str:
 
 
 def module_of(command: str) -> ModuleType:
-    """Import and return the module of a command, which has main(). The module of a package is its __main__. Independent."""
+    """Import and return the module of a command, which has main(). If the command is a package, this is its __main__.
+    Independent."""
     name, _ = COMMANDS[command]
     spec = importlib.util.find_spec(name)
     is_package = spec is not None and spec.submodule_search_locations is not None

@@ -1,5 +1,5 @@
-"""`[mpirun -np N] python -m mpidp.chat RUN [--system TEXT] | RUN --messages FILE --out FILE`: talk with a model on the terminal,
-or answer a file of chats."""
+"""`[mpirun -np N] python -m mpidp.chat RUN [--system TEXT] | RUN --messages FILE --out FILE` talks with a model on the terminal,
+or answers a file of chats."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HELP = "/reset: forget the chat; /help: show this line; /quit, /exit or Ctrl-D: 
 
 
 def main() -> None:
-    """Answer a file of chats, or the messages of standard input."""
+    """Answer a file of chats, or the messages on standard input. Collective over COMM_WORLD."""
     options, world = begin(lambda: read_options(sys.argv[1:]))
     if options.messages is not None:
         write_rows(Path(options.out), [_with_answer(row) for row in generate(world, options)], world)
@@ -50,7 +50,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add("--system", metavar="TEXT", help="the system message")
     add("--messages", metavar="FILE", help="answer a file of chats instead: rows with messages (role, content), or rows of "
         "ShareGPT or Alpaca (.jsonl, .json, .parquet). The chats are divided among the ranks")
-    add_out(parser, "with --messages: the file to write: the same rows, each with the answer added as its last message", "FILE")
+    add_out(parser, "with --messages: the file to write, with the same rows and the answer as last message of each", "FILE")
     add_batch(parser, "chats of --messages")
     add_sampling(parser)
     add_seq_len(parser)
@@ -129,17 +129,17 @@ def talk(world: Any, options: argparse.Namespace) -> None:
 
 
 class Screen:
-    """The terminal, or the pipes, of rank 0. Hints are shown on a terminal only; problems go to standard error. Independent."""
+    """The terminal, or the pipes, of rank 0. Hints are shown only on a terminal. Problems go to standard error. Independent."""
 
     def __init__(self, shows: bool) -> None:
         """shows: whether this rank prints."""
         self._shows, self._hints = shows, shows and sys.stdin.isatty()
         if self._hints:
             with suppress(ImportError):
-                import readline  # noqa: F401 - input() then edits lines
+                import readline  # noqa: F401 - lets input() edit lines
 
     def next_turn(self, conversation: Any) -> Any:
-        """Return the next Turn of the conversation, or None at the end of the input. Carries out commands."""
+        """Return the next Turn of the conversation, or None at the end of the input. Commands such as /reset are executed."""
         from mpidp.errors import DataError
 
         while (text := self._line()) is not None:
@@ -172,14 +172,14 @@ class Screen:
             except EOFError:
                 print()
                 return None
-            except KeyboardInterrupt:  # on a terminal, only the line is forgotten
+            except KeyboardInterrupt:  # on a terminal, Ctrl-C discards only this line
                 if not self._hints:
                     return None
                 print()
                 self.say(HELP)
 
     def say(self, text: str) -> None:
-        """Show a hint, on a terminal."""
+        """Show a hint if the output is a terminal."""
         if self._hints:
             print(f"({text})", flush=True)
 
@@ -188,15 +188,15 @@ class Screen:
         print(piece, end="", flush=True)
 
     def end(self, why: str) -> None:
-        """End an answer. why: shown on a terminal."""
+        """End an answer. why: the reason, which is shown on a terminal."""
         if self._shows:
             print(why if self._hints else "", flush=True)
 
 
 @contextmanager
 def ctrl_c() -> Iterator[Callable[[], bool]]:
-    """In the body, Ctrl-C (SIGINT) sets a flag instead of raising KeyboardInterrupt. Yield a function that returns the flag.
-    Independent."""
+    """Return a context in which Ctrl-C (SIGINT) sets a flag instead of raising KeyboardInterrupt. The context yields a function
+    that returns the flag. Independent."""
     pressed = []
     before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     try:

@@ -1,4 +1,4 @@
-"""Errors that a user can correct, and the exit codes of all commands."""
+"""Defines the errors that a user can correct, and the exit codes of all commands."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ EXIT_CODES = {  # `mpidp --help` and docs/commands.md show this table
 
 
 class MpidpError(Exception):
-    """An error whose message says what is wrong, where, and how to correct it. It is printed without a traceback."""
+    """An error whose message says what is wrong, where, and how to correct the problem. It is printed without a traceback."""
 
     exit_code = 1
-    everywhere = False  # True if every rank raises this error: only rank 0 prints it, and all ranks exit together
+    everywhere = False  # whether every rank raises this error; if so, only rank 0 prints it, and all ranks exit together
 
     @classmethod
     def on_every_rank(cls, message: str) -> Self:
@@ -31,13 +31,13 @@ class MpidpError(Exception):
 
 
 class UsageError(MpidpError):
-    """A wrong command line, configuration or launch."""
+    """The command line, the configuration or the launch is wrong."""
 
     exit_code = 2
 
 
 class DataError(MpidpError):
-    """Invalid sources or shards."""
+    """The sources or shards are invalid."""
 
     exit_code = 3
 
@@ -49,20 +49,20 @@ class CheckpointError(MpidpError):
 
 
 class Stopped(MpidpError):
-    """Stopped on request after a checkpoint. The same command resumes the run."""
+    """The run stopped on request, after a checkpoint. The same command resumes it."""
 
     exit_code = 75
 
 
 class Damaged(MpidpError):
-    """Only the last checkpoint can be trusted, so the run returns to it. Either replicas differ and it is unknown which one is
-    right, or several batches in a row could not be used for an update."""
+    """The run must return to the last checkpoint. Either replicas differ and it is not known which of them is right, or several
+    batches in a row could not be used for an update."""
 
-    next_batch = 0  # the batch to resume with, skipping those before it; 0: the first batch after the checkpoint
+    next_batch = 0  # the batch with which the run resumes, after skipping earlier ones; 0: the first batch after the checkpoint
 
     @classmethod
     def at_batch(cls, message: str, next_batch: int) -> Self:
-        """Return an error that every rank raises with the same message. The run resumes with batch next_batch."""
+        """Return an error that every rank raises with the same message, and after which the run resumes with batch next_batch."""
         error = cls.on_every_rank(message)
         error.next_batch = next_batch
         return error

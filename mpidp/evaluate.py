@@ -1,6 +1,6 @@
-"""`[mpirun -np N] python -m mpidp.evaluate RUN [--data DIR | --text FILE | --choices FILE | --tasks NAMES] [--json]`: evaluate a
-trained model. Computes the loss on a validation split or a text, the accuracy on multiple-choice questions, or figures of
-tasks of lm-eval. Ranks share the work."""
+"""`[mpirun -np N] python -m mpidp.evaluate RUN [--data DIR | --text FILE | --choices FILE | --tasks NAMES] [--json]` evaluates a
+trained model. It computes the loss on a validation split or a text, the accuracy on multiple-choice questions, or the figures of
+tasks of lm-eval. The work is divided among the ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mpidp.runtime.options import (
 
 
 def main() -> None:
-    """Evaluate a model and print the figures on rank 0."""
+    """Evaluate a model and print the figures on rank 0. Collective over COMM_WORLD."""
     options, world = begin(lambda: read_options(sys.argv[1:]))
     if options.text is not None:
         found = evaluate_text(options, world)
@@ -57,7 +57,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add_run(parser)
     add_data(parser, "to evaluate on", default="the run's data.path")
-    add("--split", default="val", help="val or train (%(default)s)")
+    add("--split", default="val", help="val or train (default: %(default)s)")
     add("--text", metavar="FILE", help="evaluate the loss on a UTF-8 text file (also .gz, .zst) instead of shards")
     add("--stride", type=int, default=0, help="tokens from one window of --text to the next; 0: half of model.seq_len")
     add("--choices", metavar="FILE", help="multiple-choice questions: rows (.jsonl, .json, .parquet) with context, choices and "
@@ -65,10 +65,11 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add("--tasks", metavar="NAME,...", help="tasks of EleutherAI's lm-eval, for example arc_easy,hellaswag "
         "(pip install 'mpidp[evaluation]')")
     add("--tasks-dir", metavar="DIR", help="folder of task files (.yaml) for --tasks, which need no network")
-    add("--allow-code", action="store_true", help="call the Python functions that task files of --tasks-dir name (!function)")
-    add("--few-shot", type=int, metavar="N", help="examples before each item of --tasks (default: as the task says)")
-    add("--limit", type=int, default=0, metavar="N", help="items of each of --tasks; 0: all (%(default)s)")
-    add("--chat", action="store_true", help="with --tasks: prompts are chats, in the model's chat template")
+    add("--allow-code", action="store_true", help="permit task files of --tasks-dir to call Python functions (!function)")
+    add("--few-shot", type=int, metavar="N", help="number of examples before each item of --tasks (default: that of the task)")
+    add("--limit", type=int, default=0, metavar="N", help="number of items of each task of --tasks; 0: all (default: "
+                                                          "%(default)s)")
+    add("--chat", action="store_true", help="with --tasks: write the prompts as chats, in the model's chat template")
     add("--system", metavar="TEXT", help="with --chat: the system message")
     add_out(parser, "with --tasks: write all results and every item to this file (JSON)", metavar="FILE")
     add_texts(parser, "default: for --choices, tokens if the tokenizer comes with a model; for --text, text")
@@ -132,11 +133,12 @@ def _summary(found: dict[str, Any]) -> str:
 
 
 def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
-    """Return {loss, perplexity, bits_per_byte, tokens, step} of --text, as one document after BOS or an end-of-document token.
+    """Return {loss, perplexity, bits_per_byte, tokens, step} of --text. The text is one document after BOS or an end-of-document
+    token.
 
-    Each token is a target once. Its context has at least seq_len - stride tokens, if the text has as many before it. The number
-    of ranks does not change the results. Raises UsageError if --stride is invalid, DataError if the text or the tokenizer is
-    invalid, and CheckpointError if the run has no valid checkpoint. Collective over world.
+    Each token is a target once. The context of a token has at least seq_len - stride tokens, or all earlier tokens if there are
+    fewer. The number of ranks does not change the results. Raises UsageError if --stride is invalid, DataError if the text or the
+    tokenizer is invalid, and CheckpointError if the run has no valid checkpoint. Collective over world.
     """
     from mpidp.errors import UsageError
     from mpidp.inference.loading import open_model
@@ -162,8 +164,7 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
 
 
 def evaluate_choices(options: argparse.Namespace, world: Any) -> dict[str, Any]:
-    """Return {accuracy, accuracy_norm, accuracy_token, items, chance, cut_items, step} of --choices; see inference/choices.py.
-
+    """Return {accuracy, accuracy_norm, accuracy_token, items, chance, cut_items, step} of --choices. See inference/choices.py.
     The number of ranks does not change the results. Raises DataError if the questions or the tokenizer are invalid, and
     CheckpointError if the run has no valid checkpoint. Collective over world.
     """
@@ -185,11 +186,12 @@ def evaluate_choices(options: argparse.Namespace, world: Any) -> dict[str, Any]:
 
 
 def evaluate_tasks(options: argparse.Namespace, world: Any) -> dict[str, Any]:
-    """Return {tasks: {task: {metric: value}}, step} of --tasks on rank 0 of world, {step} on the others, and write --out.
+    """Evaluate --tasks and write --out. Return {tasks: {task: {metric: value}}, step} on rank 0 of world, and {step} on other
+    ranks.
 
-    The figures are those of lm-eval for the exported model, on any number of ranks. A metric has the harness's name, such as
-    "acc" or "acc_stderr", with ",FILTER" behind it if the task has filters. Raises UsageError or DataError if the harness, a task
-    or its data is missing, and CheckpointError if the run has no valid checkpoint. Collective over world.
+    On any number of ranks, the figures are those of lm-eval for the exported model. A metric has lm-eval's name, such as "acc" or
+    "acc_stderr", followed by ",FILTER" if the task has filters. Raises UsageError or DataError if the harness, a task or its data
+    is missing, and CheckpointError if the run has no valid checkpoint. Collective over world.
     """
     from mpidp.inference.base_folder import BaseFolder
     from mpidp.inference.harness import figures_of, prefix_of, run_tasks, write_results
@@ -223,7 +225,7 @@ def evaluate_tasks(options: argparse.Namespace, world: Any) -> dict[str, Any]:
 
 
 def _figures(loss: float, tokens: int, text_bytes: int | None) -> dict[str, Any]:
-    """Return {loss, perplexity, bits_per_byte, tokens}. text_bytes: bytes of the scored tokens; None: unknown."""
+    """Return {loss, perplexity, bits_per_byte, tokens}. text_bytes: bytes of the scored tokens, or None if they are not known."""
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
@@ -239,10 +241,10 @@ def evaluate(
     """Return {loss, perplexity, bits_per_byte, tokens, step} of a split, in windows of the run's seq_len.
 
     Each token except the first is a target once, unless the loss mask excludes it. bits_per_byte divides the sum of the losses by
-    the bytes of the same tokens; it is None if these are unknown. The number of ranks does not change the results.
+    the bytes of the same tokens. It is None if the bytes are not known. The number of ranks does not change the results.
 
-    run: a run or a Hugging Face folder. data: the shards; "" means those of the run, so a Hugging Face folder needs `data`.
-    seq_len: the context length for a Hugging Face folder; for 0 see BaseFolder. kind: the user's --model.kind, for a run with a
+    run: a run or a Hugging Face folder. data: the shards, or "" for those of the run. A Hugging Face folder needs `data`.
+    seq_len: the context length for a Hugging Face folder (0: see BaseFolder). kind: the user's --model.kind, for a run with a
     custom model. Raises DataError if the data was prepared with another tokenizer, or if the loss is not finite. Collective over
     world.
     """

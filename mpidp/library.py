@@ -10,8 +10,8 @@
             optimizer.backward(loss)                                           # in place of loss.backward()
             optimizer.step()
 
-Start it with `mpirun -np N python -m mpi4py program.py`. With the default settings, N ranks compute bit for bit what one rank
-computes: the order in which lanes are added does not depend on the number of ranks (reducers/tree.py). See docs/library.md.
+Start it with `mpirun -np N python -m mpi4py program.py`. With the default settings, N ranks compute the same bits as one rank,
+because the order in which lanes are added does not depend on the number of ranks (reducers/tree.py). See docs/library.md.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from mpidp.training.data_parallel import share_memory
 class TorchOptimizer:
     """Adapts a torch.optim optimizer to the interface that strategies use. Independent.
 
-    The optimizer updates with the averaged gradient, with its own learning rate, and keeps its own state.
+    The torch optimizer receives the averaged gradient. It uses its own learning rate, and keeps its own state.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class TorchOptimizer:
         self._gradients = [(p, view) for (_, _, p), view in zip(layout.placed(), layout.views(gradients), strict=True)]
 
     def step(self, lr: float) -> None:
-        """Update all parameters with the averaged gradient. lr is ignored."""
+        """Update all parameters with the averaged gradient. The argument lr is ignored."""
         before = [p.grad for p, _ in self._gradients]
         for p, view in self._gradients:
             p.grad = view
@@ -116,9 +116,9 @@ class DataParallel:
 
         optimizer: a torch.optim optimizer, or a function that makes one from model.parameters(). items: the result of
         from_dataset, whose seed also seeds random numbers in forward. settings: sections strategy and comm, as for mpidp.train.
-        steps: total number of updates, for strategies that do not synchronize at each step; they synchronize the models at the
-        last step. clip: largest gradient norm, 0: off. threads: as train.threads. Raises UsageError if a setting, the model or
-        the optimizer is not supported. Collective over comm (COMM_WORLD).
+        steps: total number of updates, for strategies that do not synchronize at each step. Such strategies synchronize the
+        models at the last step. clip: largest gradient norm (0: no clipping). threads: as train.threads. Raises UsageError if a
+        setting, the model or the optimizer is not supported. Collective over comm (COMM_WORLD).
         """
         mesh = make_grid(comm or start_mpi()).replicas
         self.model, self.items, self.comm, self.lanes = model, items, mesh.dp, items.lanes
@@ -147,8 +147,8 @@ class DataParallel:
         overlap.choose(shared.reducer, config.comm.overlap, self.comm, shared.balance.static)
         self._own_micro_batches = [v for lane in shared.balance.ranges[self.rank] for v in self.lanes.micro_batches(lane)]
         self.steps = 0  # number of updates made
-        self.stats = StepStats(0.0, False)  # of the last update: gradient norm, whether it was skipped
-        self.loss = 0.0  # mean over the last batch, or over this rank's part of it if the strategy does not always synchronize
+        self.stats = StepStats(0.0, False)  # the gradient norm of the last update, and whether it was skipped
+        self.loss = 0.0  # mean over the last batch; over this rank's part if the strategy does not always synchronize
         self._remaining: list[int] = []  # this rank's micro-batches that still need backward()
         self._updated = True  # whether step() has updated the parameters for the batch
         self._loss_sums = np.zeros((2, self.lanes.num_micro_batches))  # per micro-batch: sum of losses, number of items
@@ -194,10 +194,9 @@ class DataParallel:
         return named
 
     def micro_batches(self) -> Iterator[Any]:
-        """Yield this rank's micro-batches of the rest of the epoch, as returned by collate.
-
-        torch's generator is seeded for each micro-batch, so dropout and masks depend on the data and not on the rank.
-        Raises UsageError if the loop omits backward or step. Collective over comm: all ranks must iterate to the end.
+        """Yield this rank's micro-batches of the rest of the epoch, as returned by collate. torch's generator is seeded for each
+        micro-batch, so dropout depends on the data and not on the rank. Raises UsageError if the loop omits backward or step.
+        Collective over comm: all ranks must iterate to the end.
         """
         items = self.items
         epoch = items.next_batch // len(items)
@@ -219,7 +218,7 @@ class DataParallel:
                 self.step()  # this rank had no items of the batch
 
     def _skip_empty(self) -> bool:
-        """Skip the empty micro-batches of an epoch's last batch. Returns whether another micro-batch remains."""
+        """Skip the empty micro-batches of an epoch's last batch. Return whether another micro-batch remains."""
         while not self._updated and self._remaining and not self.items.count(self.items.next_batch, self._remaining[0]):
             with self.strategy.micro_batch(self._remaining[0], len(self._remaining) == 1):
                 self._remaining.pop(0)
@@ -229,10 +228,10 @@ class DataParallel:
         """Do nothing: gradients are cleared at the start of each batch. Independent."""
 
     def backward(self, loss: Tensor, count: int | None = None) -> None:
-        """Compute gradients. Call it once per micro-batch, in place of loss.backward(). Independent.
+        """Compute gradients. Call backward() once per micro-batch, in place of loss.backward(). Independent.
 
         loss: the mean over the micro-batch's items, or over `count` other units (e.g. tokens). The update uses the mean over the
-        whole batch. Raises UsageError if it is called twice for a micro-batch, or if p.grad was replaced.
+        whole batch. Raises UsageError if backward() is called twice for a micro-batch, or if p.grad was replaced.
         """
         if not self._remaining:
             raise UsageError("backward() was called twice for one micro-batch: add the losses and call it once")
@@ -248,9 +247,8 @@ class DataParallel:
                 self._loss_sums[:, v] = loss.item() * count, count
 
     def step(self) -> bool:
-        """Update the parameters if this rank's last micro-batch of a batch is done; otherwise do nothing.
-
-        Returns whether the update was made. Collective over comm if the strategy synchronizes at this step.
+        """Update the parameters if this rank's last micro-batch of a batch is done. Otherwise do nothing. Return whether the
+        update was made. Collective over comm if the strategy synchronizes at this step.
         """
         if self._updated or self._skip_empty():
             return False
@@ -272,7 +270,7 @@ class DataParallel:
         return weights_sha256(self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this rank's state. Call it between batches, at the same step on all ranks, after a synchronization.
+        """Return this rank's state. Call state_dict() between batches, at the same step on all ranks, after a synchronization.
 
         With strategy.name=synchronous and no compression, all ranks have the same state, and any number of ranks can load it.
         Otherwise each rank must save and load its own state. Independent.
@@ -290,7 +288,8 @@ class DataParallel:
         self.steps = state["steps"]
 
     def close(self) -> None:
-        """Free shared memory. The model keeps its parameters. Not needed at the end of a program. Collective over comm."""
+        """Free shared memory. The model keeps its parameters. A call at the end of a program is not needed. Collective over
+        comm."""
         kept = [p.detach().clone() for p in self.strategy.parameters]
         self._balance.close()
         self.strategy.close()

@@ -1,7 +1,7 @@
-"""Recompute steps of a run and compare them: `[mpirun -np N] python -m mpidp.replay RUN [--step S | --against RUN2]`.
+"""Recomputes steps of a run and compares them: `[mpirun -np N] python -m mpidp.replay RUN [--step S | --against RUN2]`.
 
 The steps are recomputed in memory, on any number of ranks, from the newest checkpoint before them or from the initial weights.
-They are compared with the run's metrics.jsonl and checkpoints. Nothing is written. docs/replay.md describes the output.
+The results are compared with the run's metrics.jsonl and checkpoints. No file is written. docs/replay.md describes the output.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mpidp.runtime.options import add_data, add_json, add_opening, program
 
 
 def main() -> None:
-    """Replay steps and print the differences. Exit with code 1 if there are any. Collective over COMM_WORLD."""
+    """Replay steps and print the differences. If there are differences, exit with code 1. Collective over COMM_WORLD."""
     options, world = begin(lambda: read_options(sys.argv[1:]))
     from mpidp.training.replayer import print_on_rank_0
 
@@ -40,7 +40,8 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
                     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a run")
-    add("--step", type=int, metavar="S", help="last step to replay; its micro-batches are listed (default: last recorded step)")
+    add("--step", type=int, metavar="S", help="last step to replay, whose micro-batches are listed (default: the last recorded "
+                                              "step)")
     add("--against", metavar="RUN2", help="find the first step and tensor in which two runs differ, up to --step")
     add_data(parser, "that the run was trained on", default="the run's data.path")
     add("--device", choices=("auto", "cpu", "cuda"), help="device to compute on (default: the run's)")

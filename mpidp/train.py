@@ -1,4 +1,4 @@
-"""Train a model: `[mpirun -np N] python -m mpidp.train [CONFIG.toml] [--section.key=value ...] [--dry-run]`."""
+"""Trains a model: `[mpirun -np N] python -m mpidp.train [CONFIG.toml] [--section.key=value ...] [--dry-run]`."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
 
 
 def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | None = None) -> dict[str, Any] | None:
-    """Plan the run, then make attempts until one reaches the end. Return the end record.
+    """Plan the run, then make attempts until an attempt reaches the end of the run. Return the content of the `end` line.
 
-    New runs, resumed runs and runs with failed ranks take this same path. dry: only plan the run. crew: the facts about the run
+    New runs, resumed runs and runs with failed ranks all use this function. dry: only plan the run. crew: the facts about the run
     that a replacement rank has received; None on other ranks. Collective over world.
     """
     from mpidp.errors import Damaged
@@ -82,7 +82,7 @@ def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | No
 
 
 def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> RunPlan:
-    """Check the configuration and the data, and log a summary. Prepares the default corpus if needed. Collective over world."""
+    """Check the configuration and the data, and log a summary. Prepare the default corpus if needed. Collective over world."""
     from mpidp.errors import UsageError
     from mpidp.faults.respawn import LAUNCH, obstacle_to_respawn
     from mpidp.parallel.grid import make_grid
@@ -102,8 +102,8 @@ def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> RunPlan:
 
 
 def prepare_default_corpus(config: Config, world: MPI.Intracomm, corpus: Mapping[str, Any]) -> None:
-    """Prepare shards of the embedded corpus if data.path is the default and has none. Rank 0 prepares them; other ranks sleep.
-    Collective over world."""
+    """Prepare shards of the embedded corpus if data.path is the default and has no shards. Rank 0 prepares them, and other ranks
+    sleep. Collective over world."""
     from mpidp.runtime.world import raise_together
 
     path = Path(config.data.path)

@@ -1,4 +1,4 @@
-"""A backend of torch.distributed that uses MPI, for unmodified packages of torch and mpi4py.
+"""A torch.distributed backend that uses MPI. It needs no special build of torch or mpi4py.
 
     import mpidp.c10d
     torch.distributed.init_process_group("mpi4py", init_method="mpi://")

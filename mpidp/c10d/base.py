@@ -1,4 +1,4 @@
-"""The base class of the process group. It answers torch.distributed's queries, starts calls, and shuts the group down."""
+"""The base class of the process group. It answers torch's queries about the group, starts calls, and shuts the group down."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def root_of(opts: Any) -> int:
 
 
 def check(valid: bool, name: str, message: str) -> None:
-    """Raise ValueError with `name` and `message` unless `valid`. Call it before anything is sent: the group then stays usable."""
+    """Raise ValueError with `name` and `message` unless `valid` is true. Call this function before anything is sent, so that the
+    group stays usable after the error. Pure."""
     if not valid:
         raise ValueError(f"mpi4py: {name}: {message}")
 
@@ -51,8 +52,8 @@ class Base(_ProcessGroup):
     """
 
     def __init__(self, comm: MPI.Intracomm, timeout: timedelta, name: str, store: Any, blocking: bool) -> None:
-        """Make a group that owns `comm`. timeout: for calls without a timeout of their own. store: a store that only this group
-        uses, or None."""
+        """Make a group that owns `comm`. timeout: the timeout of calls that specify none. store: a torch store that only this
+        group uses, or None. blocking: see Calls."""
         super().__init__(comm.rank, comm.size)
         self.comm = comm
         self.store = store
@@ -67,7 +68,7 @@ class Base(_ProcessGroup):
 
     label = NAME  # prefix of the names of this group's calls in the profiler
 
-    # torch's queries. The C++ base class answers them from its Backend objects, and this group has no Backend object.
+    # torch's queries. The C++ base class would answer them from its Backend objects, but this group has no Backend objects.
 
     def getBackendName(self) -> str:
         return NAME
@@ -124,7 +125,7 @@ class Base(_ProcessGroup):
     getSequenceNumberForGroup = _get_sequence_number_for_group
 
     def shutdown(self) -> None:
-        """Wait for all started calls, then free the communicator. A second call does nothing.
+        """Wait for all started calls, then free the communicator. Later calls of shutdown do nothing.
 
         The communicator is not freed if a call has timed out.
         """
@@ -132,7 +133,8 @@ class Base(_ProcessGroup):
             self.comm.Free()
 
     def abort(self) -> None:
-        """End running calls with an error on this rank. If MPI supports ULFM, end them on all ranks of the group."""
+        """End running calls with an error on this rank. If MPI supports ULFM, its fault-tolerance extension, end them on all
+        ranks of the group."""
         self._turns.abort(DistBackendError(f"mpi4py: group {self._name} was aborted"))
         with suppress(MPI.Exception, NotImplementedError):
             self.comm.Revoke()
@@ -145,8 +147,8 @@ class Base(_ProcessGroup):
 
     def _begin(self, name: str, work: Callable[[], None], inputs: list[torch.Tensor], result: Any, opts: Any,
                timeout: Any = None) -> Promise:
-        """Queue the collective `work`, and return its Work object. name: torch's name of the call, optionally followed by a space
-        and details."""
+        """Queue the collective `work`, and return its Work object. name: torch's name of the call. A space and details may
+        follow the name."""
         if self.comm == MPI.COMM_NULL:
             raise DistBackendError(f"mpi4py: {name}: group {self._name} was destroyed")
         self._sequence += 1

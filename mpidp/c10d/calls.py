@@ -1,8 +1,8 @@
 """Collectives over contiguous host tensors. This module chooses the MPI functions and splits large tensors.
 
 All ranks must call the same MPI functions. The choice depends only on sizes, dtypes and `blocking`, which are the same on all
-ranks. Large messages are split, because MPI counts are ints and because both MPI libraries allocate memory when they reduce
-large messages (comm/transport.py).
+ranks. Large messages are split for two reasons: MPI counts are 32-bit integers, and MPICH and Open MPI allocate new memory to
+reduce large messages (comm/transport.py).
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from mpidp.comm.buffers import memory
 from mpidp.comm.transport import pieces
 
 SMALL_BYTES = 1 << 16  # smaller collectives always poll, even with blocking=True
-NEAR_BYTES = 1 << 20  # smallest collective that uses shared memory, which is faster; reductions in half precision: SMALL_BYTES
-LARGEST_BYTES = 1 << 30  # most bytes of all ranks together in one MPI call
+NEAR_BYTES = 1 << 20  # collectives from this size on use shared memory; half-precision reductions do so from SMALL_BYTES on
+LARGEST_BYTES = 1 << 30  # largest total size of all ranks' data in one MPI call
 
 
 def octets(tensor: torch.Tensor) -> list[Any]:
-    """Return an MPI buffer of the whole tensor as bytes. Independent."""
+    """Return an mpi4py buffer that describes the whole tensor as bytes. Independent."""
     return [memory(tensor), tensor.nbytes, MPI.BYTE]
 
 
 def numbers(tensor: torch.Tensor) -> list[Any]:
-    """Return an MPI buffer of the whole tensor, with a datatype that MPI can reduce. Independent."""
+    """Return an mpi4py buffer that describes the whole tensor as numbers, which MPI can reduce. Independent."""
     return [memory(tensor), tensor.numel(), DATATYPES[tensor.dtype]]
 
 
 def parts(tensor: torch.Tensor, lengths: Sequence[int]) -> list[Any]:
-    """Return an MPI buffer that divides the tensor into one range per rank. lengths: bytes of each range. Independent."""
+    """Return an mpi4py buffer that divides the tensor into one range per rank. lengths: bytes in each range. Independent."""
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     return [memory(tensor), (list(lengths), starts), MPI.BYTE]
 
@@ -54,7 +54,7 @@ def send(comm: MPI.Intracomm, tensor: torch.Tensor, to: int, tag: int) -> list[M
 
 
 def receive(comm: MPI.Intracomm, tensor: torch.Tensor, source: int, tag: int) -> list[MPI.Request]:
-    """Start receiving a tensor in the same pieces as send, and return the requests. Independent."""
+    """Start receiving a tensor in the pieces that send() uses, and return the requests. Independent."""
     flat = tensor.view(-1).view(torch.uint8)
     return [comm.Irecv(octets(piece), source, tag) for piece in flat.split(LARGEST_BYTES)] if len(flat) else [
         comm.Irecv(octets(flat), source, tag)
@@ -63,23 +63,23 @@ def receive(comm: MPI.Intracomm, tensor: torch.Tensor, source: int, tag: int) ->
 
 class Calls:
     """The collectives of one communicator. Only one thread at a time may use the object. Methods are Collective over comm unless
-    they say Independent.
+    their docstrings say Independent.
 
-    Tensors must be contiguous and on the host. kind: a key of sums.OPS.
+    Tensors must be contiguous and on the host. kind: the reduction, a key of sums.OPS.
     """
 
     def __init__(self, comm: MPI.Intracomm, blocking: bool) -> None:
-        """blocking: use MPI's blocking calls for large reductions. With Open MPI they are up to 2.7x as fast,
-        but they poll without pauses."""
+        """blocking: use MPI's blocking calls for large reductions. With Open MPI they are up to 2.7 times as fast,
+        but a rank that waits keeps its core busy."""
         self.comm = comm
         self.blocking = blocking
         self.aborted: Callable[[], bool] = lambda: False
         self._space: dict[str, torch.Tensor] = {}
         self._shared: SharedMemory | None = None
-        self._searched = comm.size == 1  # whether _shared has its final value
+        self._searched = comm.size == 1  # whether shared memory has been tried
 
     def wait(self, request: MPI.Request) -> None:
-        """Wait for a request. Raises Aborted if the group was aborted. Independent."""
+        """Wait for a request. Raises Aborted if the group is aborted before the request completes. Independent."""
         wait_for(request, self.aborted)
 
     def scratch(self, name: str, like: torch.Tensor, elements: int) -> torch.Tensor:
@@ -91,8 +91,10 @@ class Calls:
         return buffer[:needed].view(like.dtype)
 
     def shared_memory(self, tensor: torch.Tensor, reduced: bool = False) -> SharedMemory | None:
-        """Return the collectives through shared memory, or None if the ranks share none or messages are faster for this tensor.
-        The first large collective finds out whether the ranks share memory. reduced: whether the tensor is reduced."""
+        """Return the object that runs collectives in shared memory. Return None if the ranks do not share memory, or if this
+        tensor should use messages. The first large collective finds out whether the ranks share memory.
+
+        reduced: whether the collective is a reduction."""
         least = SMALL_BYTES if reduced and tensor.dtype in HALVES else NEAR_BYTES
         if tensor.nbytes < least or (reduced and tensor.dtype not in ADDED):
             return None
@@ -103,7 +105,7 @@ class Calls:
         return self._shared
 
     def exchange(self, numbers: list[int]) -> list[list[int]]:
-        """Gather each rank's list of numbers and return one list per rank. This also synchronizes the ranks."""
+        """Gather each rank's list of numbers and return one list per rank. The call also synchronizes the ranks."""
         table = torch.empty(self.comm.size, len(numbers), dtype=torch.int64)
         table[self.comm.rank] = torch.tensor(numbers)
         self.wait(self.comm.Iallgather(MPI.IN_PLACE, [memory(table), 8 * len(numbers), MPI.BYTE]))
@@ -142,7 +144,8 @@ class Calls:
             average(flat, self.comm.size)
 
     def _allreduce_by_hand(self, piece: torch.Tensor, kind: str) -> None:
-        """Reduce a dtype that MPI cannot reduce. Each rank reduces one range in float32. Then all ranks gather the ranges."""
+        """Reduce a tensor whose dtype MPI cannot reduce. Each rank reduces one range in float32. Then the ranks gather the
+        ranges."""
         ranks, length = self.comm.size, piece.numel()
         share = -(-length // ranks)
         padded = self.scratch("padded", piece, share * ranks)
@@ -175,7 +178,7 @@ class Calls:
             average(flat, self.comm.size)
 
     def reduce_scatter(self, source: torch.Tensor, target: torch.Tensor, kind: str) -> None:
-        """Reduce source (ranks x n) and store row r in target (n) on rank r. source and target may overlap."""
+        """Reduce source (ranks, n) over all ranks. Rank r stores row r of the result in target (n,), which may overlap source."""
         ranks, rows, out = self.comm.size, source.view(self.comm.size, -1), target.view(-1)
         if shared := self.shared_memory(source, reduced=True):
             result = self.scratch("kept", source, out.numel()) if overlap(source, target) else out
@@ -209,7 +212,7 @@ class Calls:
             self.wait(self.comm.Ireduce_scatter_block(source, numbers(got), op))
 
     def allgather(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Gather each rank's source (n) into target (ranks x n). source may be a view of target."""
+        """Gather each rank's source (n,) into target (ranks, n). source may be a view of target."""
         ranks, flat, rows = self.comm.size, source.view(-1), target.view(self.comm.size, -1)
         shared = self.shared_memory(target)
         if shared or target.nbytes <= LARGEST_BYTES:
@@ -238,7 +241,7 @@ class Calls:
             self.bcast(part, rank)
 
     def gather(self, source: torch.Tensor, target: torch.Tensor | None, root: int) -> None:
-        """Gather each rank's source (n) into the root's target (ranks x n). target is None on other ranks."""
+        """Gather each rank's source (n,) into the root's target (ranks, n). target is None on other ranks."""
         flat = source.view(-1)
         for begin, end in pieces(0, flat.numel(), flat.element_size() * self.comm.size):
             piece = octets(flat[begin:end])
@@ -250,7 +253,7 @@ class Calls:
             target.view(self.comm.size, -1)[:, begin:end].copy_(got.view(self.comm.size, -1))
 
     def scatter(self, source: torch.Tensor | None, target: torch.Tensor, root: int) -> None:
-        """Scatter the root's source (ranks x n): rank r gets row r in target (n). source is None on other ranks."""
+        """Scatter the rows of the root's source (ranks, n). Rank r gets row r in target (n,). source is None on other ranks."""
         flat = target.view(-1)
         for begin, end in pieces(0, flat.numel(), flat.element_size() * self.comm.size):
             piece = flat[begin:end]
@@ -264,13 +267,13 @@ class Calls:
     def alltoall(self, source: torch.Tensor, target: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> None:
         """Send range r of source to rank r, and store the received ranges in target, in order of ranks.
 
-        sent, received: bytes to and from each rank.
+        sent, received: the number of bytes to each rank, and from each rank.
         """
         most = LARGEST_BYTES // self.comm.size
         if max(*sent, *received) <= most:
             self.wait(self.comm.Ialltoallv(parts(source, sent), parts(target, received)))
             return
-        outgoing = source.view(-1).view(torch.uint8).split(list(sent))  # both ranks of a pair know the length
+        outgoing = source.view(-1).view(torch.uint8).split(list(sent))  # sender and receiver know the length of each range
         incoming = target.view(-1).view(torch.uint8).split(list(received))
         packed = torch.cat([part for part in outgoing if len(part) <= most] or [source.new_empty(0, dtype=torch.uint8)])
         short_sent, short_taken = ([n if n <= most else 0 for n in lengths] for lengths in (sent, received))

@@ -1,7 +1,7 @@
-"""Host buffers: contiguous host copies of the caller's tensors, which MPI reads and writes.
+"""Host buffers, which MPI reads and writes. A host buffer is the caller's tensor itself, or a contiguous copy in host memory.
 
-A CUDA tensor is copied through pinned memory. The copy to the host waits for the caller's current stream. The work is marked
-complete only after the copy back has finished, so any stream may read the result.
+A CUDA tensor is copied through pinned memory. The copy to the host waits for the caller's current CUDA stream. A call completes
+only after the copy back to the device has finished, so any stream may read the result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class HostBuffer:
     """The host buffer of one tensor of a call. Independent."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        """Must run in the caller's thread, because it records an event on the caller's current stream."""
+        """Make the buffer in the caller's thread, because the constructor records an event on the caller's current stream."""
         self.tensor = tensor.detach()
         self._host: torch.Tensor | None = None
         self._written: Any = None
@@ -24,8 +24,8 @@ class HostBuffer:
             self._written = torch.cuda.current_stream(self.tensor.device).record_event()
 
     def empty(self) -> torch.Tensor:
-        """Return a contiguous host tensor of the same shape, which the caller writes. It is the tensor itself if that is
-        contiguous and on the host."""
+        """Return a contiguous host tensor of the same shape, for the caller to fill. If the original tensor is contiguous and on
+        the host, return the original."""
         if self._host is None:
             plain = self.tensor.device.type == "cpu" and self.tensor.is_contiguous()
             cuda = self.tensor.device.type == "cuda"
@@ -35,7 +35,7 @@ class HostBuffer:
         return self._host
 
     def load(self) -> torch.Tensor:
-        """Return the host tensor, filled with the tensor's values."""
+        """Return the host tensor, filled with the original tensor's values."""
         host = self.empty()
         if self._written is not None:
             self._written.synchronize()
@@ -44,7 +44,7 @@ class HostBuffer:
         return host
 
     def store(self) -> None:
-        """Copy the host tensor back into the tensor."""
+        """Copy the host tensor back into the original tensor."""
         if self._host is not None and self._host.data_ptr() != self.tensor.data_ptr():
             self.tensor.copy_(self._host)
             if self.tensor.device.type == "cuda":

@@ -1,8 +1,8 @@
 """Registration with torch.distributed: the `mpi://` rendezvous, the creation of groups, and the end of the process.
 
-Ranks and sizes come from MPI, and each group gets a communicator made from MPI's world. torch dispatches functional collectives
-to the group's methods, except all_gather_into_tensor_out, which it dispatches to the C++ base class. This file registers a kernel
-for that function.
+Ranks and sizes come from MPI. Each group gets its own communicator, made from MPI's world. torch dispatches functional
+collectives to the group's methods. The exception is all_gather_into_tensor_out, which torch dispatches to the C++ base class, so
+this file registers a kernel for all_gather_into_tensor_out.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def world() -> MPI.Intracomm:
 def rendezvous(url: str, timeout: timedelta = MEETING_TIMEOUT, **_: Any) -> Iterator[tuple[Any, int, int]]:
     """Yield (store, rank, size) for torch's rendezvous with init_method="mpi://". Collective over the world.
 
-    The store is a TCPStore on rank 0 at a free port (comm/store.py). Rank 0 broadcasts its address with MPI. If a rank cannot
-    connect, raises RuntimeError on all ranks.
+    The store is a TCPStore on rank 0 at a free port (comm/store.py). Rank 0 broadcasts the store's address with MPI. Raises
+    RuntimeError on all ranks if any rank cannot connect to the store.
     """
     global _server
     comm = world()
@@ -73,7 +73,7 @@ def rendezvous(url: str, timeout: timedelta = MEETING_TIMEOUT, **_: Any) -> Iter
 
 
 def make_group(opts: Any, backend_options: Any = None) -> MpiGroup:
-    """Create a process group. torch calls this function. Collective over the group's members only.
+    """Create a process group. torch calls this function. Collective over the group's ranks only.
 
     Raises RuntimeError if torch's rank differs from MPI's.
     """
@@ -94,7 +94,7 @@ def make_group(opts: Any, backend_options: Any = None) -> MpiGroup:
 
 
 def _blocking(comm: MPI.Intracomm) -> bool:
-    """Return whether ranks may use MPI's blocking calls, which poll without pauses. Collective over comm.
+    """Return whether ranks may use MPI's blocking calls, which keep a core busy while they wait. Collective over comm.
 
     All ranks get the same result.
     """
@@ -117,7 +117,7 @@ def _all_gather_out(input: torch.Tensor, group_size: int, group_name: Any, *, ou
 
 
 def _prepare() -> None:
-    """Register the kernel and the exit handlers. Only the first call has an effect."""
+    """Register the kernel and the exit handlers. Later calls have no effect."""
     global _library
     if _library is not None:
         return
@@ -142,8 +142,8 @@ def _notice_failure() -> None:
 def _leave() -> None:
     """Shut down the groups at the end of the process.
 
-    After an uncaught error, abort all ranks, because MPI_Finalize could wait forever for ranks that wait for this rank. Also
-    abort if a group's thread is still inside MPI because other ranks did not join a call.
+    After an uncaught error, abort all ranks: MPI_Finalize could wait forever for a rank that waits for this rank. Also abort if
+    a group's thread is still inside MPI because other ranks did not join a call.
     """
     groups = [group for group in distributed_c10d._world.pg_map if isinstance(group, MpiGroup)]
     for group in groups if not _failed else ():

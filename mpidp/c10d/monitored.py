@@ -1,4 +1,4 @@
-"""A barrier that names the missing ranks, like torch.distributed.monitored_barrier of gloo. All ranks report to rank 0."""
+"""A barrier that names the missing ranks, like torch.distributed.monitored_barrier with gloo. All ranks report to rank 0."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from mpi4py import MPI
 
 
 def monitored_barrier(comm: MPI.Intracomm, number: int, seconds: float, wait_all_ranks: bool, tag: int) -> None:
-    """Wait for all ranks. Raises RuntimeError if a rank is missing after `seconds`. Collective over comm.
+    """Wait until all ranks have called this function. Raises RuntimeError if a rank is missing after `seconds`. Collective over
+    comm.
 
     Rank 0's error names the first missing rank, or all missing ranks if wait_all_ranks is true. Rank 0 then does not answer the
     other ranks, so they also time out and raise RuntimeError. number: the number of this barrier in the group, counted from 1.
@@ -43,7 +44,8 @@ def monitored_barrier(comm: MPI.Intracomm, number: int, seconds: float, wait_all
 
 
 def _reported(comm: MPI.Intracomm, rank: int, number: int, end: float, tag: int) -> bool:
-    """Return whether `rank` reports to barrier `number` before the time `end`. Collective over `rank` and this rank."""
+    """Return whether `rank` reports that it reached barrier `number` before the time `end`. Collective over `rank` and this
+    rank."""
     received = np.zeros(1, dtype=int)
     while received[0] < number:
         report = comm.Irecv(received, rank, tag)

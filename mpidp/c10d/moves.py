@@ -1,5 +1,5 @@
-"""Collectives that move data without reducing it. Methods have torch.distributed's old and new names. Collective over the
-group."""
+"""Collectives that move data without reducing it. Methods are defined under torch.distributed's old and new names. They are
+Collective over the group."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class Moves(Base):
     allgather_into_tensor_coalesced = all_gather_single_coalesced
 
     def allgather(self, outputs: Any, inputs: Tensors, opts: Any = None) -> Promise:
-        """Gather each input into a list of outputs, one per rank. Sizes may differ between ranks."""
+        """Gather each input from all ranks into a list with one output per rank. Sizes may differ between ranks."""
         ins, lists = as_list(inputs), [outputs] if isinstance(inputs, torch.Tensor) else list(outputs)
         return self._gathered("all_gather", [list(row) for row in lists], ins, opts)
 
     def allgather_coalesced(self, output_lists: Any, inputs: Tensors, opts: Any = None) -> Promise:
-        """Run allgather for several inputs. output_lists: one list per rank, with a tensor for each input."""
+        """Run allgather for several inputs. output_lists: one list per rank. Each list has one tensor for each input."""
         return self._gathered("all_gather", [list(row) for row in zip(*output_lists, strict=True)], as_list(inputs), opts)
 
     def _gathered(self, name: str, lists: list[list[torch.Tensor]], ins: list[torch.Tensor], opts: Any) -> Promise:
@@ -148,7 +148,7 @@ class Moves(Base):
         return [length * row for length in splits]
 
     def alltoall(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> Promise:
-        """Send inputs[r] to rank r and receive outputs[r] from it."""
+        """Send inputs[r] to rank r, and receive outputs[r] from rank r, for every r."""
         sources, targets = [HostBuffer(i) for i in as_list(inputs)], [HostBuffer(o) for o in as_list(outputs)]
         check(len(sources) == len(targets) == self.comm.size, "all_to_all", "the lists must have one tensor per rank")
         lengths = [source.tensor.nbytes for source in sources], [target.tensor.nbytes for target in targets]

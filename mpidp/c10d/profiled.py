@@ -1,4 +1,5 @@
-"""Records calls in torch's profiler, from start to completion in any thread, with the shapes of their tensors."""
+"""Records calls in torch's profiler. A record lasts from the call's start to its completion, in any thread. The record shows the
+shapes of the call's tensors."""
 
 from __future__ import annotations
 

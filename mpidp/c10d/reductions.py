@@ -1,4 +1,5 @@
-"""Collectives that reduce tensors. Methods have torch.distributed's old and new names. Collective over the group."""
+"""Collectives that reduce tensors. Methods are defined under torch.distributed's old and new names. They are Collective over the
+group."""
 
 from __future__ import annotations
 
@@ -82,8 +83,8 @@ class Reductions(Base):
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
     def reduce_scatter(self, outputs: Tensors, inputs: Any, opts: Any = None) -> Promise:
-        """Reduce a list of inputs, one for each rank, over all ranks. Rank r gets the r-th result. Sizes may differ between
-        ranks."""
+        """Reduce each input of a list over all ranks. The list has one input for each rank, and rank r gets the r-th result. The
+        sizes of the inputs may differ."""
         outs, lists = as_list(outputs), [inputs] if isinstance(outputs, torch.Tensor) else list(inputs)
         kind = kind_of(op_of(opts), outs[0].dtype)
         rows = [([HostBuffer(i) for i in every], HostBuffer(o)) for every, o in zip(lists, outs, strict=True)]

@@ -1,10 +1,10 @@
-"""Large collectives within a node through staging buffers in shared memory, without messages.
+"""Large collectives within a node, which use staging buffers in shared memory instead of MPI messages.
 
-A tensor passes through the buffers in pieces, which stay in the processor's cache. In an all_reduce every rank copies a piece to
-its buffer, reduces its range of all ranks' buffers, and copies the reduced piece from a common buffer. The ranks synchronize once
-per piece: each buffer has two halves, so that one piece is copied in while the previous piece is reduced and the piece before is
-copied out. Reading other ranks' tensors with process_vm_readv was slower, because the kernel looks up every page
-(docs/results/2026-11-30-c10d.md).
+A tensor passes through the buffers in pieces that fit in the processor's cache. An all_reduce has three phases for each piece.
+First, every rank copies the piece to its own buffer. Second, every rank reduces one range of all ranks' buffers into a common
+buffer. Third, every rank copies the reduced piece from the common buffer. Each buffer has two halves, so that three successive
+pieces are in different phases at the same time. The ranks therefore synchronize only once per piece. Reading other ranks' tensors
+with process_vm_readv was slower, because the kernel looks up every page (docs/results/2026-11-30-c10d.md).
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ import torch
 
 from mpidp.c10d.sums import ADDERS, HALVES, average
 
-BUFFER_BYTES = 1 << 26  # largest size of all ranks' buffers for one piece
+BUFFER_BYTES = 1 << 26  # largest total size of all ranks' buffers for one piece
 PIECE_BYTES = 1 << 22  # largest piece of one rank
-ALIGN = 64  # ranges of ranks start at a multiple of this many elements
-NEAR = "MPIDP_C10D_NEAR"  # if it is "messages" on any rank, large collectives within a node use messages, too
+ALIGN = 64  # each rank's range starts at a multiple of this many elements
+NEAR = "MPIDP_C10D_NEAR"  # if this variable is "messages" on any rank, large collectives also use messages within a node
 TOKEN = 2  # number of random integers that identify a buffer
-Exchange = Callable[[list[int]], list[list[int]]]  # an allgather of each rank's list of numbers
-Phase = Callable[[int], None]  # works on the piece with this index
+Exchange = Callable[[list[int]], list[list[int]]]  # gathers every rank's list of numbers on all ranks
+Phase = Callable[[int], None]  # a function that processes the piece with the given index
 
 
 def _made(size: int) -> tuple[int, list[int]]:
-    """Make an anonymous file of this size. Return its handle, and the random integers at its beginning. The handle is -1 if the
-    system cannot make the file, for example because a process cannot open more files."""
+    """Make an anonymous file of `size` bytes. Return its file descriptor, and the random integers at its beginning. The
+    descriptor is -1 if the system cannot make the file, for example because the process cannot open more files."""
     token = torch.frombuffer(bytearray(os.urandom(8 * TOKEN)), dtype=torch.int64)
     handle = -1
     try:
         handle = os.memfd_create("mpidp")
         os.truncate(handle, size)
         os.pwrite(handle, token.numpy().tobytes(), 0)
-    except (AttributeError, OSError):  # no memfd_create on this system; too many files, or limits of files
+    except (AttributeError, OSError):  # this system has no memfd_create, or refuses another file of this size
         if handle >= 0:
             os.close(handle)
         handle = -1
@@ -44,14 +44,14 @@ def _made(size: int) -> tuple[int, list[int]]:
 
 
 class SharedMemory:
-    """Collectives of the ranks of one group, if all of them run on one node. Public methods are Collective over the group.
+    """Collectives of a group whose ranks all run on one node. Public methods are Collective over the group.
 
-    Tensors must be flat, contiguous and on the host. For reductions their dtype must be in sums.ADDED. kind: a key of sums.OPS.
-    Raises RuntimeError on all ranks if the ranks' calls differ.
+    Tensors must be flat, contiguous and on the host. For reductions their dtype must be in sums.ADDED. kind: the reduction, a key
+    of sums.OPS. Methods raise RuntimeError on all ranks if the ranks call different methods or pass different sizes or dtypes.
     """
 
     def __init__(self, exchange: Exchange, synchronize: Callable[[], None], rank: int, ranks: int) -> None:
-        """exchange, synchronize: an allgather of numbers and a barrier over the group."""
+        """exchange: an allgather of numbers over the group. synchronize: a barrier over the group."""
         self.rank, self.ranks = rank, ranks
         self._exchange, self._synchronize = exchange, synchronize
         self._piece = max(ALIGN * 8, min(PIECE_BYTES, BUFFER_BYTES // ranks) // (ALIGN * 8) * (ALIGN * 8))
@@ -71,7 +71,8 @@ class SharedMemory:
         return every
 
     def _map(self, path: str, size: int, token: list[int]) -> bool:
-        """Map rank 0's file. Return False if the path belongs to an unrelated process, because rank 0 is on another node."""
+        """Map rank 0's file. Return False if the path cannot be opened, or if it belongs to an unrelated process because rank 0
+        is on another node."""
         try:
             handle = os.open(path, os.O_RDWR)
         except OSError:
@@ -93,11 +94,12 @@ class SharedMemory:
             if found != table[0]:
                 raise RuntimeError(
                     f"mpi4py: {call}: rank {rank} has {found[0]} bytes and rank 0 has {table[0][0]}"
-                    + (", and another dtype or reduction" if found[1] != table[0][1] else "")
+                    + (", and their dtypes or reductions differ" if found[1] != table[0][1] else "")
                 )
 
     def _run(self, count: int, *phases: Phase) -> None:
-        """Run each phase on each of `count` pieces. A phase of a piece begins when all ranks have ended its previous phase."""
+        """Run all phases on each of `count` pieces. A piece enters a phase when all ranks have completed the piece's previous
+        phase."""
         turns = count + len(phases) - 1
         for turn in range(turns if count else 0):
             for place, phase in enumerate(phases):
@@ -131,7 +133,7 @@ class SharedMemory:
             share = -(-len(piece) // (self.ranks * ALIGN)) * ALIGN
             return min(rank * share, len(piece)), min((rank + 1) * share, len(piece))
 
-        def copy_in(k: int) -> None:  # not this rank's range, which no other rank reads
+        def copy_in(k: int) -> None:  # skips this rank's own range, which no other rank reads
             (low, high), buffer = bounds(pieces[k]), self._buffers(k, flat.dtype)[rank, : len(pieces[k])]
             buffer[:low].copy_(pieces[k][:low])
             buffer[high:].copy_(pieces[k][high:])
@@ -144,7 +146,7 @@ class SharedMemory:
         self._run(len(pieces), copy_in, reduce, lambda k: pieces[k].copy_(self._buffers(k, flat.dtype)[-1, : len(pieces[k])]))
 
     def reduce_scatter(self, rows: torch.Tensor, out: torch.Tensor, kind: str) -> None:
-        """Reduce rows (ranks, n) and store row r in out (n) on rank r. out must not overlap rows."""
+        """Reduce rows (ranks, n) over all ranks. Rank r stores row r of the result in out (n,), which must not overlap rows."""
         self._begin(rows, f"reduce_scatter {kind}")
         step = self._piece // self.ranks // ALIGN * ALIGN // rows.element_size() or 1
 

@@ -52,7 +52,7 @@ def kind_of(op: Any, dtype: torch.dtype) -> str:
 
 
 def mpi_op(kind: str, dtype: torch.dtype) -> MPI.Op:
-    """Return MPI's operation for a reduction. For bool it is a logical operation. Pure."""
+    """Return MPI's operation for a reduction. For bool, return the corresponding logical operation. Pure."""
     return OF_BOOLS[kind] if dtype == torch.bool else OPS[kind]
 
 
@@ -65,7 +65,8 @@ def average(tensor: torch.Tensor, ranks: int) -> None:
 
 
 def fold(blocks: torch.Tensor, kind: str, out: torch.Tensor) -> None:
-    """Reduce blocks (ranks, n) into out (n). Values are added in order of ranks in float32, and rounded once. Independent."""
+    """Reduce blocks (ranks, n) over ranks into out (n,). Values are reduced in float32, in order of ranks. The result is then
+    rounded once to the dtype of out. Independent."""
     blocks = blocks.float()
     if kind in ("SUM", "AVG"):
         done = blocks.sum(0)

@@ -2,8 +2,8 @@
 
 Collectives of a group run one after another in the group's thread. If the group is idle, a collective may run in the caller's
 thread. If a call takes too long, a watch thread ends it with an error that names the call and the missing ranks. To find the
-missing ranks, each rank that has waited for some time writes its rank and call to the group's store. A rank without an entry at
-the timeout is missing.
+missing ranks, each rank that has waited for some time writes its rank and call to the group's store. A rank that has written
+nothing when the timeout expires is reported as missing.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from mpidp.c10d.calls import Calls
 from mpidp.c10d.works import Queued
 
 CHECK_SECONDS = 0.1  # time between two checks by the watch thread
-REPORT_SECONDS = 1.0  # a rank that waits this long (at most a third of the timeout) writes to the store
-STORE_TIMEOUT = timedelta(seconds=10)  # keeps the store from blocking the watch thread
+REPORT_SECONDS = 1.0  # a rank writes to the store after waiting this long, or for a third of the timeout if that is shorter
+STORE_TIMEOUT = timedelta(seconds=10)  # timeout of the store, so that the store cannot block the watch thread
 NAMED = 8  # most ranks listed in one message
 
 
@@ -51,8 +51,8 @@ class Turns:
     def submit(self, work: Queued, at_once: bool) -> Queued:
         """Queue a collective, or run it immediately if `at_once` is true and the group is idle.
 
-        at_once: true if the caller waits for the collective immediately after this call. A collective that the group's own
-        thread submits, in the callback of a future, always runs immediately.
+        at_once: true if the caller waits for the collective immediately after this call. A collective that is submitted by the
+        group's own thread, in a future's callback, always runs immediately.
         """
         if self.broken is not None:
             work.drop(self.broken)
@@ -91,9 +91,9 @@ class Turns:
                 self.abort(work.error)
 
     def close(self) -> bool:
-        """Finish the queued calls and stop the thread. Returns False if the group is broken.
+        """Finish the queued calls and stop the thread. Returns True.
 
-        The thread of a broken group may never return from MPI.
+        If the group is broken, returns False without waiting, because the thread of a broken group may never return from MPI.
         """
         _watch.remove(self)
         if self.broken is not None:
@@ -119,7 +119,8 @@ class Turns:
                 waiting.drop(self.broken)
 
     def check_timeout(self) -> None:
-        """Report a long wait to the store, and abort after the timeout. The watch thread calls this method."""
+        """Report a long wait of the running call to the store, and abort the group after the call's timeout. The watch thread
+        calls this method."""
         work = self.running
         if work is None or work.ended or work.began == 0.0 or self.broken is not None:
             return
@@ -159,8 +160,8 @@ class Turns:
 
 
 def waiting_ranks(entries: str, size: int) -> dict[int, str]:
-    """Return the call in which each rank waits. entries: what the store holds, "RANK CALL;" for each rank. Other entries are
-    ignored, because any process that reaches the store can write to it. Pure."""
+    """Return the call in which each rank waits. entries: the store's text, which has "RANK CALL;" for each waiting rank. Text of
+    any other form is ignored, because any process that reaches the store can write to it. Pure."""
     found = re.findall(r"(?:^|;)(\d{1,9}) ([ -:<-~]{1,80})(?=;)", entries)
     return {int(rank): name for rank, name in found if int(rank) < size}
 

@@ -1,8 +1,8 @@
-"""Waits for other ranks by polling, and yields the core between polls to processes that compute.
+"""Waits for other ranks by polling. Between polls, the core is free for processes that compute.
 
-Three alternatives were not faster in a step of DDP, in which the main thread computes during communication: (1) sleep from the
-first poll on; (2) poll without pauses; (3) use (1) while the process computes, and (2) otherwise. For small calls, (1) is slower
-(docs/results/2026-11-27-c10d.md).
+Three alternatives were not faster in a training step of DDP, in which the main thread computes during communication. Alternative
+1 sleeps after every poll. Alternative 2 polls without pauses. Alternative 3 uses 1 while the process computes, and 2 otherwise.
+For small calls, alternative 1 is slower (docs/results/2026-11-27-c10d.md).
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ YIELDS, FIRST_SECONDS, LONGEST_SECONDS = 1000, 2e-5, 5e-4  # polls without a pau
 
 
 class Aborted(Exception):
-    """The group was aborted while a call waited."""
+    """Raised by a waiting call when its group is aborted."""
 
 
 def wait_for(request: MPI.Request, aborted: Callable[[], bool]) -> None:
-    """Poll until the request completes. The first polls, for about 1 ms, have no pauses. Later pauses grow.
+    """Poll until the request completes. In the first millisecond or so, polls have no pauses between them. Later polls do, and
+    the pauses grow.
 
-    Raises Aborted if aborted() returns True. Independent.
+    Raises Aborted if aborted() returns True before the request completes. Independent.
     """
     polls, pause = 0, FIRST_SECONDS
     while not request.Test():

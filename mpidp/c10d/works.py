@@ -61,7 +61,8 @@ class Promise(Work):
         return self.finished.is_set()
 
     def wait(self, timeout: timedelta = FOREVER) -> bool:
-        """Wait for completion. Raises the call's error, or DistBackendError after the timeout."""
+        """Wait for completion. Raises the call's error if the call failed, and DistBackendError if it is not complete after the
+        timeout."""
         seconds = timeout.total_seconds() if timeout else 0.0
         if not self._wait(seconds if seconds > 0 else None):
             raise DistBackendError(f"mpi4py: Timed out after {seconds:g} s, waiting for {self.name}")
@@ -91,8 +92,8 @@ class Promise(Work):
     def get_future(self) -> Any:
         """Return a future of the result.
 
-        A callback raises the call's error, so that C++ code also receives it. Future.set_exception would store the error as a
-        value, which crashes DDP's reducer.
+        If the call failed, the future's callback raises the call's error, so that C++ code also receives the error.
+        Future.set_exception would store the error as a value, which crashes DDP's reducer.
         """
         with self._lock:
             if self._future is not None:
@@ -115,10 +116,10 @@ class Queued(Promise):
     """A collective in a group's queue (turns.py)."""
 
     def __init__(self, work: Callable[[], None], result: Any, name: str, seconds: float) -> None:
-        """work: runs the collective. result: the output tensors. name: the name in messages. seconds: timeout in seconds."""
+        """work: runs the collective. result: the output tensors. name: the call's name in messages. seconds: the timeout."""
         super().__init__(result, name)
         self.seconds = seconds
-        self.number = 0  # number of the collective in its group, from 1
+        self.number = 0  # number of the collective in its group, counted from 1
         self.began = 0.0
         self.reported = False  # whether this rank's wait was written to the store
         self._work: Callable[[], None] | None = work
@@ -160,7 +161,7 @@ class Message(Promise):
         self._testing = threading.Lock()
 
     def progress(self) -> bool:
-        """Test the requests and complete the work if they are done. Returns whether the work is complete."""
+        """Test the requests, and complete the work if all requests are complete. Returns whether the work is complete."""
         with self._testing:
             if self.ended:
                 return True
@@ -180,7 +181,7 @@ class Message(Promise):
         self._source = statuses[0].Get_source()
         got, wanted = sum(status.Get_count(MPI.BYTE) for status in statuses), self._hosted.tensor.nbytes
         if got != wanted:
-            raise DistBackendError(f"mpi4py: {self.name}: {got} bytes from rank {self._source} for a tensor of {wanted} bytes")
+            raise DistBackendError(f"mpi4py: {self.name}: rank {self._source} sent {got} bytes for a tensor of {wanted} bytes")
         self._hosted.store()
 
     def _wait(self, seconds: float | None) -> bool:

@@ -1,7 +1,8 @@
 """Adds rows to the embedding and the head if the model has a larger vocabulary than the source of its initial weights.
 
 Each added row is the mean of the stored rows. At first, a new token is therefore about as likely as an average token (Hewitt
-2021; transformers' resize_token_embeddings uses the same mean). The result does not depend on the boxes that ranks read.
+2021). The function resize_token_embeddings of transformers uses the same mean. The result does not depend on which boxes each
+rank reads.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class BoxReader(Protocol):
     """A source of parameters: a checkpoint or a model folder."""
 
     def box(self, name: str, entry: Entry) -> Tensor:
-        """Read the entry's box of model/PARAMETER. Independent."""
+        """Read the box of the parameter that `entry` describes. name: model/PARAMETER. Independent."""
 
 
 class AddedRows:
@@ -34,7 +35,7 @@ class AddedRows:
         self._means: dict[str, Tensor] = {}
 
     def box(self, name: str, entry: Entry) -> Tensor:
-        """Read the entry's box of model/PARAMETER, like Reader.box."""
+        """Read the box of the parameter that `entry` describes, like Reader.box. name: model/PARAMETER."""
         if name.removeprefix("model/") not in MATRICES:
             return self._weights.box(name, entry)
         columns = (entry.tensor.shape if entry.shape is None else entry.shape)[1]
@@ -61,7 +62,8 @@ class AddedRows:
 
 
 def fits(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> bool:
-    """Return whether stored parameters have the wanted shapes, or would have them with more rows of the vocabulary. Pure."""
+    """Return whether the stored parameters have the wanted shapes. The embedding and the head may have fewer rows than wanted.
+    Pure."""
     return stored.keys() == wanted.keys() and all(
         size == wanted[name] or name in MATRICES and size[1:] == wanted[name][1:] and size[0] < wanted[name][0]
         for name, size in stored.items()

@@ -1,4 +1,5 @@
-"""Boxes of global tensors. Ranks that hold the same tensors divide them into boxes, and write the boxes to safetensors files."""
+"""Boxes of global tensors. Ranks that hold the same tensors divide them into boxes. Each rank writes its boxes to a safetensors
+file."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry
 
-SYNC_BYTES = 64 << 20  # fdatasync is called each time this many bytes are written, so that the disk writes a large file steadily
+SYNC_BYTES = 64 << 20  # call fdatasync after every SYNC_BYTES that are written, so that the disk writes a large file steadily
 DTYPES = {  # the names of dtypes in safetensors files
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -28,14 +29,14 @@ Box = list[list[int]]  # [start, stop) along each dimension; empty for a scalar
 
 
 def tensor_of(key: str) -> str:
-    """Return the name of the tensor that contains box `key`. The boxes of one tensor are named NAME#0, NAME#1 and so on, or NAME
-    if there is only one. Pure."""
+    """Return the name of the tensor that contains box `key`. The boxes of one tensor are named NAME#0, NAME#1 and so on. If the
+    tensor has only one box, the box is named NAME. Pure."""
     return key.partition("#")[0]
 
 
 def boxes_of_run(shape: tuple[int, ...], low: int, high: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Divide the elements [low, high) of a tensor, counted in row-major order, into boxes. Return [(first indices, size)] of the
-    boxes.
+    """Divide the elements [low, high) of a tensor, counted in row-major order, into boxes. Return [(first indices, shape)], one
+    pair for each box.
 
     A matrix gives at most three boxes: the end of one row, complete rows, and the beginning of another row. Pure."""
     if low >= high:
@@ -65,8 +66,9 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def share_out(shapes: Mapping[str, tuple[int, ...]], rank: int, size: int) -> dict[str, tuple[int, int]]:
-    """Return {name: (start, stop)}, the rows of replicated tensors that writer number `rank` of `size` writers writes. These rows
-    have about 1/size of all elements. Every row is written by exactly one writer. Pure."""
+    """Return {name: (start, stop)}, the rows of replicated tensors that one of `size` writers writes. These rows have about
+    1/size of all elements. Every row is written by exactly one writer. rank: the index of the writer, from 0 to size - 1.
+    Pure."""
     total = sum(rows * elements for rows, elements in map(_rows, shapes.values()))
     low, high = rank * total // size, (rank + 1) * total // size
     share, offset = {}, 0
@@ -89,15 +91,15 @@ class Piece:
 
     @property
     def box(self) -> Box:
-        """The box as stored in a manifest."""
+        """The box in the form in which manifests store it."""
         return [[start, start + length] for start, length in zip(self.at, self.tensor.shape, strict=True)]
 
 
 def pieces_of(entries: Mapping[str, Entry], share: tuple[int, int] | None) -> list[Piece]:
     """Return the pieces that this rank writes, in the order of its file.
 
-    share: (index of this rank, number of ranks) among the ranks that write replicated tensors; None if this rank writes none of
-    them. In addition, a rank writes all tensors that no other rank holds. Independent."""
+    share: (index of this rank, number of ranks) among the ranks that write replicated tensors, or None if this rank writes no
+    replicated tensors. In addition, a rank writes all tensors that no other rank holds. Independent."""
     found = []
     replicated = {name: tuple(e.tensor.shape) for name, e in entries.items() if e.layout == "replicated"}
     for name, (start, stop) in (share_out(replicated, *share) if share else {}).items():
@@ -106,12 +108,12 @@ def pieces_of(entries: Mapping[str, Entry], share: tuple[int, int] | None) -> li
     for name, entry in entries.items():
         if entry.layout != "replicated" and (entry.shape is None or entry.tensor.numel()):
             found.append(Piece(name, entry.tensor.detach(), entry.place))
-    # Sorted so that each piece is aligned to its element size.
+    # Sort the pieces by element size, so that each piece is aligned to its element size.
     return sorted(found, key=lambda piece: (-piece.tensor.element_size(), piece.name))
 
 
 def describe(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """Return shape, dtype and layout of the entries' tensors for a manifest. Independent."""
+    """Return the shape, dtype and layout of each entry's tensor, for a manifest. Independent."""
     return {
         tensor_of(name): {
             "shape": list(e.shape if e.shape is not None else e.tensor.shape),
@@ -124,8 +126,8 @@ def describe(entries: Mapping[str, Entry]) -> dict[str, Any]:
 def write_pieces(path: Path, pieces: Sequence[Piece], blocks: Iterable[memoryview]) -> tuple[int, int]:
     """Write a safetensors file and fsync it. Return (size in bytes, crc32).
 
-    blocks: the bytes of the pieces, in order. Other threads can run during the writes. If a write fails, the incomplete file is
-    removed, and OSError with its name is raised. Independent."""
+    blocks: the bytes of the pieces, in order. Other threads can run during the writes. If a write fails, removes the incomplete
+    file and raises OSError, which names the file. Independent."""
     about: dict[str, Any] = {}
     offset = 0
     for piece in pieces:

@@ -14,12 +14,12 @@ Layout = Literal["replicated", "sharded", "additive"]
 class Entry:
     """One rank's box of a named global tensor.
 
-    at: the indices in the global tensor at which the box begins; empty means at the beginning. shape: the shape of the global
-    tensor; None means that the box is the whole tensor. layout is one of:
+    at: the indices in the global tensor at which the box begins. If `at` is empty, the box begins at the first element. shape:
+    the shape of the global tensor, or None if the box is the whole tensor. layout is one of:
 
-    replicated: all replicas hold the same values, so any of them may write the tensor. sharded: only this rank holds the box.
-    additive: the global tensor is the sum over ranks (residuals of error feedback). If the number of ranks is the same after
-    loading, each rank gets its own summand. Otherwise rank 0 gets the sum.
+    replicated: all replicas hold the same values, so any replica may write the tensor. sharded: only this rank holds the box.
+    additive: the global tensor is the sum of the ranks' tensors, which are residuals of error feedback. If the checkpoint is
+    loaded on the same number of ranks, each rank gets its own summand. Otherwise rank 0 gets the sum.
     """
 
     tensor: Tensor

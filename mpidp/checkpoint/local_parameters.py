@@ -1,5 +1,5 @@
-"""The parameters that a rank holds. They are complete, or shards (strategies/sharded.py), which FSDP2 stores as DTensors split
-along dim 0. This module does not import torch.distributed."""
+"""The parameters that a rank holds: complete parameters, or shards of parameters (strategies/sharded.py). FSDP2 stores shards as
+DTensors that are split along dimension 0. This module does not import torch.distributed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mpidp.model.lora import saved_names
 
 
 def shard_rows(rows: int, rank: int, size: int) -> range:
-    """Return the rows of dim 0 that a rank holds. Every rank holds ceil(rows / size) rows, but the last ranks may have fewer or
-    none. Pure."""
+    """Return the rows of dimension 0 that a rank holds. Each rank holds ceil(rows / size) rows, except that the last ranks may
+    hold fewer rows or none. Pure."""
     each = -(-rows // size)
     return range(min(rows, rank * each), min(rows, (rank + 1) * each))
 
 
 def reshard_all(model: torch.nn.Module) -> None:
-    """Free gathered parameters, so that each rank holds only its shards. Independent."""
+    """Free the memory of gathered parameters, so that each rank holds only its shards. Independent."""
     for module in model.modules():
         reshard: Any = getattr(module, "reshard", None)
         if reshard is not None:
@@ -41,7 +41,7 @@ def shard_of(p: Tensor) -> Entry:
 
 
 def parameters_of(model: torch.nn.Module) -> dict[str, Entry]:
-    """Return the parameters to save, by name. With LoRA, only the adapters are saved, since the base model does not change.
+    """Return the parameters to save, by name. With LoRA these are only the adapters, because the base model does not change.
     Independent."""
     reshard_all(model)
     found = dict(model.named_parameters())
@@ -49,14 +49,14 @@ def parameters_of(model: torch.nn.Module) -> dict[str, Entry]:
 
 
 def whole(p: Tensor) -> Tensor:
-    """Return the whole parameter. Collective over the ranks that hold shards of it."""
+    """Return the whole parameter. Collective over the ranks that hold shards of the parameter."""
     tensor: Any = p.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
-    """Return the sha256 of the float32 parameters in name order, as little-endian bytes. Shards are gathered one parameter at a
-    time. Collective over the ranks that hold shards, if any."""
+    """Return the sha256 of the float32 parameters, in order of their names, as little-endian bytes. Shards are gathered one
+    parameter at a time. Collective over the ranks that hold shards, if there are shards."""
     reshard_all(model)  # otherwise NumPy's view would keep a gathered parameter in memory
     digest = hashlib.sha256()
     for _, p in sorted(model.named_parameters()):
@@ -65,7 +65,7 @@ def weights_sha256(model: torch.nn.Module) -> str:
 
 
 def boxes_held(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
-    """Return the sharded entries as {tensor: {key: entry}}. Pure."""
+    """Return the sharded entries as {tensor's name: {box's name: entry}}. Pure."""
     found: dict[str, dict[str, Entry]] = {}
     for key, entry in entries.items():
         if entry.shape is not None and entry.layout == "sharded":
@@ -86,7 +86,8 @@ def load_boxes(state: Mapping[str, Tensor], held: Mapping[str, Entry], optimizer
 
 
 def bytes_by_use(**tensors: Iterable[Tensor]) -> dict[str, int]:
-    """Return {use: bytes of storage}. Storage that several tensors share is counted once. Independent."""
+    """Return the bytes of memory that the tensors of each use occupy. Memory that several tensors share is counted once.
+    Independent."""
     return {
         what: sum({s.data_ptr(): s.nbytes() for t in some if (s := t.untyped_storage()).nbytes()}.values())
         for what, some in tensors.items()

@@ -1,7 +1,8 @@
-"""Checkpoints on disk: one file per writer, and a manifest with checksums that is written last. A rename commits the checkpoint.
+"""Checkpoints on disk. A checkpoint has one file for each rank that writes, and a manifest with checksums. The manifest is
+written last. Then a rename commits the checkpoint.
 
-    RUN/checkpoints/step_00000100/rank_00000.safetensors ...   named boxes of global tensors, one file per writer
-                                 /manifest.json                 written last: sizes, crc32, place of each box
+    RUN/checkpoints/step_00000100/rank_00000.safetensors ...   named boxes of global tensors, one file per rank
+                                 /manifest.json                 sizes and crc32 of files, the place of each box
     RUN/latest                                                  the name of the newest committed checkpoint
 
 Pieces are boxes of *global* tensors, so a checkpoint loads on any number of ranks. A checkpoint is valid only if its folder has
@@ -48,7 +49,7 @@ class _Tensor(TypedDict):
 
 
 class Manifest(TypedDict, total=False):
-    """The entries of a manifest that readers use. Its other entries are the state of the run."""
+    """The entries of a manifest that readers use. The other entries of a manifest are the state of the run."""
 
     files: Required[list[_File]]
     tensors: Required[dict[str, _Tensor]]
@@ -65,8 +66,8 @@ class Manifest(TypedDict, total=False):
 def commit(temporary: Path, body: Mapping[str, Any], keep: int) -> Path:
     """Rename the complete folder `temporary` to step_XXXXXXXX, then delete all but the newest `keep` checkpoints.
 
-    body: the content of the manifest; all files that it lists must exist. Raises OSError if a file is incomplete or the rename
-    fails. Errors after the rename are ignored. Independent."""
+    body: the content of the manifest. All files that the manifest lists must exist. Raises OSError if a file is incomplete or if
+    the rename fails. Errors after the rename are ignored. Independent."""
     for record in body["files"]:
         with open(temporary / record["file"], "rb") as file:  # open the file, because a file server then reports its current size
             if os.fstat(file.fileno()).st_size != record["bytes"]:
@@ -99,7 +100,8 @@ def _seal(body: Mapping[str, Any]) -> bytes:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints. Each is renamed first, so that no checkpoint is ever incomplete."""
+    """Delete all but the newest `keep` checkpoints. Each folder is renamed before it is deleted, so that no folder with a final
+    name is incomplete."""
     for path in [*folder.glob(".old_*"), *folder.glob(".writing_*")]:  # left behind by killed jobs
         shutil.rmtree(path, ignore_errors=True)
     for path in committed(folder)[keep:]:
@@ -109,16 +111,17 @@ def _prune(folder: Path, keep: int) -> None:
 
 
 def committed(folder: Path) -> list[Path]:
-    """Return the folders with final names, newest first. They may be invalid. Independent.
+    """Return the checkpoint folders with final names, newest first. The checkpoints may be invalid. Independent.
 
-    A folder that is being replaced is included until the new folder has its final name.
+    While a folder is being replaced, the old folder is included until the new folder has its final name.
     """
     found = [p for p in folder.iterdir() if _STEP_DIR.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(found, key=lambda p: (int(p.name.rpartition("_")[2]), not p.name.startswith(".")), reverse=True)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return the content of the manifest. Raises CheckpointError if it is missing, incomplete or modified. Independent."""
+    """Return the content of a checkpoint's manifest. Raises CheckpointError if the manifest is missing, incomplete or modified.
+    Independent."""
     file = path / "manifest.json"
     try:
         with open_regular(file) as opened:
@@ -141,8 +144,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Return a context for reading a checkpoint that converts errors to CheckpointError. This is needed even if the checksums are
-    correct, because another program may have written the file. Independent."""
+    """Return a context manager that converts errors from reading a checkpoint to CheckpointError. Such errors are possible even
+    if the checksums are correct, because another program may have written the file. Independent."""
     try:
         yield
     except (OSError, TypeError, ValueError, LookupError, AttributeError, RuntimeError, safetensors.SafetensorError) as error:
@@ -151,7 +154,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def check_file(path: Path, record: Mapping[str, Any]) -> None:
-    """Check one file of a checkpoint. Raises CheckpointError if its size or crc32 is wrong. Independent."""
+    """Check one file of a checkpoint. Raises CheckpointError if the file's size or crc32 is wrong. Independent."""
     file = path / record["file"]
     if file.parent != path:
         raise CheckpointError(f"{path / 'manifest.json'}: {record['file']} is not in the same folder")
@@ -168,8 +171,8 @@ def check_file(path: Path, record: Mapping[str, Any]) -> None:
 
 def newest_valid(run_dir: Path, comm: MPI.Intracomm) -> tuple[Path | None, list[str]]:
     """Return the newest valid checkpoint, and the reasons why newer checkpoints were skipped. Each rank checks some of the files.
-    Returns (None, []) if there are no checkpoints. Raises CheckpointError if none of the checkpoints is valid. Collective over
-    comm."""
+    Returns (None, []) if there are no checkpoints. Raises CheckpointError if there are checkpoints but none is valid. Collective
+    over comm."""
     names = comm.bcast([p.name for p in committed(run_dir / "checkpoints")] if comm.rank == 0 else None, root=0)
     reasons: list[str] = []
     for name in names:

@@ -1,12 +1,12 @@
 """Copies of checkpoints in object storage (run.mirror). A thread of rank 0 copies each checkpoint after its commit.
 
-    ADDRESS/mirror.json                           the id of the run whose checkpoints these are
-    ADDRESS/config.toml, metrics.jsonl, ...       the files of RUN that belong to its checkpoints
+    ADDRESS/mirror.json                           the id of the run to which the checkpoints belong
+    ADDRESS/config.toml, metrics.jsonl, ...       the other files of RUN that belong to the checkpoints
     ADDRESS/checkpoints/step_00000100/...         as in RUN; manifest.json is written last
 
-A checkpoint on the mirror is complete only if its manifest is there. The thread never stops the training: an error is a warning,
-and the next checkpoint is copied in full. The thread opens all files of a checkpoint before it copies the first, because a run
-deletes its old checkpoints.
+A checkpoint on the mirror is complete only if its manifest is there. Errors in the thread do not stop training. The thread prints
+a warning and continues with the next checkpoint. The thread opens all files of a checkpoint before it copies the first file,
+because the run may delete the checkpoint meanwhile.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from mpidp.runtime.files import open_regular
 from mpidp.runtime.log import log
 from mpidp.storage.address import without_secrets
 
-AGAIN_SECONDS = 5.0  # pause before the last checkpoint is tried again at the end of the run
+AGAIN_SECONDS = 5.0  # pause before copying of the last checkpoint is tried again at the end of the run
 
 
 class Mirror:
-    """Copies the checkpoints of a run in a thread. Methods are called by the main thread of one rank, and are independent."""
+    """Copies the checkpoints of a run in a thread. Only the main thread of one rank calls the methods. They are Independent."""
 
     def __init__(self, run_dir: Path, folder: MirrorFolder, keep: int) -> None:
         """keep: the number of checkpoints to keep on the mirror."""
@@ -42,14 +42,14 @@ class Mirror:
         self._thread.start()
 
     def add(self, checkpoint: Path) -> None:
-        """Copy this checkpoint. An earlier checkpoint that is still waiting is not copied."""
+        """Make the thread copy this checkpoint. An earlier checkpoint that is still waiting is not copied."""
         with self._changed:
             self._waiting = checkpoint
             self._changed.notify_all()
 
     def finish(self, seconds: float) -> bool:
-        """Wait until the newest checkpoint is copied, at most this long. If copying fails, it is tried again. Return whether the
-        mirror has the newest checkpoint. No more checkpoints can be added."""
+        """Wait at most `seconds` until the newest checkpoint is copied. If copying fails, try again. Return whether the mirror
+        has the newest checkpoint. Do not call add() after this method."""
         until, told = time.monotonic() + seconds, False
         with self._changed:
             self._ending = True
@@ -87,7 +87,7 @@ class Mirror:
             size = self._copy(checkpoint)
         except FileNotFoundError as error:
             with self._changed:
-                if self._waiting is not None:  # the run has deleted it; a newer one is next
+                if self._waiting is not None:  # the run has deleted the checkpoint; a newer one is next
                     return True
             reason = str(error)
         except (MpidpError, OSError) as error:
@@ -98,7 +98,7 @@ class Mirror:
             log.info("%s copied to %s (%.3g MB, %.1f s)", checkpoint.name, self._folder.address, size / 1e6,
                      time.monotonic() - began)
             return True
-        log.warning("warning: %s could not be copied to run.mirror (%s). Training continues; the next checkpoint is copied again",
+        log.warning("warning: %s could not be copied to run.mirror (%s). Training continues; the next checkpoint will be copied",
                     checkpoint.name, reason)
         return False
 
@@ -124,8 +124,8 @@ class Mirror:
 
 
 def open_mirror(run_dir: Path, address: str, resume: str, keep: int) -> Mirror:
-    """Open the mirror of a run as open_mirror_folder() does, and copy the newest checkpoint if the mirror lacks it. Independent.
-    """
+    """Open the mirror of a run with open_mirror_folder(). If the mirror lacks the newest checkpoint, start copying it.
+    Independent."""
     folder = open_mirror_folder(run_dir, address, resume)
     mirror = Mirror(run_dir, folder, keep)
     newest = committed(run_dir / "checkpoints") if resume != "never" else []

@@ -1,4 +1,5 @@
-"""The folder of a mirror (mirror.py): list its checkpoints, find out to which run they belong, and fetch the newest one."""
+"""The folder of a mirror (mirror.py). Lists the checkpoints in the folder, finds out to which run they belong, and fetches the
+newest checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from mpidp.storage.retry import Retries
 from mpidp.storage.store import Missing
 
 RUN_FILES = ("config.toml", "tokenizer.json", "special_tokens.json", "init.json", "metrics.jsonl", "hf/*")
-RETRY_SECONDS = 60.0  # how long a request is tried again; after a failure the next checkpoint is tried
+RETRY_SECONDS = 60.0  # how long a failing request is repeated; the mirror then continues with the next checkpoint
 PIECE = 16 << 20  # bytes fetched at a time
 _OURS = re.compile(r"checkpoints/step_(\d{8,})/(manifest\.json|rank_\d{5}\.safetensors)")
 _PART = re.compile(r"rank_\d{5}\.safetensors")
@@ -31,7 +32,7 @@ MARK = "mirror.json"
 
 
 class MirrorFolder:
-    """The folder at an address. Every method may raise DataError if the server fails. Independent."""
+    """A mirror, which is a folder at an address. Every method may raise DataError if the server fails. Independent."""
 
     def __init__(self, address: str) -> None:
         self._store = open_store(address, "run.mirror")
@@ -39,11 +40,11 @@ class MirrorFolder:
         self._retries = Retries(RETRY_SECONDS, "run.mirror")
 
     def close(self) -> None:
-        """Stop trying failed requests again. Independent."""
+        """Stop repeating failed requests. Independent."""
         self._retries.close()
 
     def names(self) -> list[str]:
-        """Return the names of the files of checkpoints. Independent."""
+        """Return the names of the files of all checkpoints. Independent."""
         found = self._retries.call(self.address, lambda: self._store.names("checkpoints"))
         return [name for name in found if _OURS.fullmatch(name)]
 
@@ -52,7 +53,7 @@ class MirrorFolder:
         return sorted({_step_of(name) for name in self.names() if name.endswith("/manifest.json")}, reverse=True)
 
     def write(self, name: str, content: IO[bytes], size: int) -> None:
-        """Write `size` bytes from the beginning of a file. Independent."""
+        """Write the first `size` bytes of the file `content` to the mirror. Independent."""
         def attempt() -> None:
             content.seek(0)
             self._store.write(name, content, size)
@@ -60,14 +61,13 @@ class MirrorFolder:
         self._retries.call(self.address / name, attempt)
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete files. Independent."""
+        """Delete files of the mirror. Independent."""
         names = list(names)
         self._retries.call(self.address, lambda: self._store.delete(names))
 
     def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep` complete checkpoints, and incomplete checkpoints that are older than the newest.
-        Independent.
-        """
+        """Delete all but the newest `keep` complete checkpoints. Also delete incomplete checkpoints that are older than the
+        newest checkpoint. Independent."""
         names = self.names()
         complete = sorted({_step_of(name) for name in names if name.endswith("/manifest.json")})
         old = [name for name in names if complete and _step_of(name) < complete[-1] and _step_of(name) not in complete[-keep:]]
@@ -75,7 +75,7 @@ class MirrorFolder:
             self.delete(sorted(old, key=lambda name: not name.endswith("/manifest.json")))
 
     def read(self, name: str) -> bytes | None:
-        """Return the content of a small file, or None if there is none. Independent."""
+        """Return the content of a small file, or None if the file does not exist. Independent."""
         where = self.address / name
         try:
             version = self._retries.call(where, lambda: self._store.version(name))
@@ -84,7 +84,7 @@ class MirrorFolder:
             return None
 
     def fetch(self, name: str, target: Path) -> None:
-        """Copy a file to the disk. Raises CheckpointError if it is missing. Independent."""
+        """Copy a file to the path `target`. Raises CheckpointError if the file is missing on the mirror. Independent."""
         where = self.address / name
         try:
             version = self._retries.call(where, lambda: self._store.version(name))
@@ -103,10 +103,12 @@ def _step_of(name: str) -> int:
 
 
 def open_mirror_folder(run_dir: Path, address: str, resume: str) -> MirrorFolder:
-    """Open the mirror of a run. If RUN has no checkpoint and the mirror has one, fetch it. resume: the value of run.resume.
+    """Open the mirror of a run. If RUN has no checkpoint, fetch the newest checkpoint of the mirror. resume: the value of
+    run.resume.
 
-    Raises UsageError if the mirror belongs to another run, and CheckpointError if it has checkpoints but none is valid. If the
-    server fails, raises DataError, but only logs a warning if the run has its own checkpoints. Independent."""
+    Raises UsageError if the mirror belongs to another run or has a newer checkpoint than RUN. Raises CheckpointError if a
+    checkpoint must be fetched but none is valid. If the server fails, raises DataError if RUN has no checkpoints, and otherwise
+    logs a warning. Independent."""
     folder = MirrorFolder(address)
     local = [int(path.name.rpartition("_")[2]) for path in committed(run_dir / "checkpoints")]
     own = _own_id(run_dir)
@@ -135,12 +137,12 @@ def open_mirror_folder(run_dir: Path, address: str, resume: str) -> MirrorFolder
     except DataError as error:
         if not local or own is None:
             raise
-        log.warning("warning: run.mirror: %s. Training continues, and the next checkpoint is copied", error)
+        log.warning("warning: run.mirror: %s. Training continues, and the next checkpoint will be copied", error)
     return folder
 
 
 def settings_on(address: str) -> dict[str, Any]:
-    """Return the content of config.toml on a mirror, by section; empty if the mirror has no complete checkpoint. Raises
+    """Return the content of config.toml on a mirror, by section. Return {} if the mirror has no complete checkpoint. Raises
     CheckpointError if the file is damaged, and DataError if the server fails. Independent."""
     folder = MirrorFolder(address)
     content = folder.read("config.toml") if folder.steps() else None
@@ -203,7 +205,7 @@ def _fetch_newest(folder: MirrorFolder, steps: list[int], run_dir: Path) -> None
 
 
 def _fetch_run_files(folder: MirrorFolder, run_dir: Path) -> None:
-    """Copy the log of the run. The other files are written again by the run itself."""
+    """Copy metrics.jsonl to RUN if RUN does not have it. The run itself writes the other files again."""
     if not (run_dir / "metrics.jsonl").exists():
         with suppress(CheckpointError):
             folder.fetch("metrics.jsonl", run_dir / "metrics.jsonl")

@@ -17,7 +17,7 @@ from mpidp.errors import CheckpointError
 
 
 class Reader(Mapping[str, Tensor]):
-    """The global tensors of a checkpoint by name, assembled from their pieces on access. Independent."""
+    """The global tensors of a checkpoint, by name. A tensor is assembled from its pieces when it is accessed. Independent."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -32,7 +32,7 @@ class Reader(Mapping[str, Tensor]):
 
     @property
     def num_bytes(self) -> int:
-        """The size of all files of the checkpoint."""
+        """The total size of the checkpoint's files."""
         return self._bytes
 
     def __iter__(self) -> Iterator[str]:
@@ -47,15 +47,15 @@ class Reader(Mapping[str, Tensor]):
         return self.part(name)
 
     def part(self, name: str, at: Sequence[int] = (), shape: Sequence[int] | None = None) -> Tensor:
-        """Return the box that begins at `at` and has this shape (default: the whole tensor). Only the box is read. Raises
-        CheckpointError if elements of the box are missing."""
+        """Return the box that begins at the indices `at` and has this shape. The default is the whole tensor. Only the box is
+        read. Raises CheckpointError if elements of the box are missing."""
         with readable(self.path):
             whole = tuple(self.meta["tensors"][name]["shape"])
             return self._assembled(name, self._pieces[name], tuple(at) or (0,) * len(whole), whole if shape is None else shape)
 
     def box(self, name: str, entry: Entry) -> Tensor:
-        """Return the box of the tensor that this entry describes. Raises CheckpointError if the tensor has another global shape
-        than the entry, or if elements of the box are missing."""
+        """Return the box of the tensor that `entry` describes. Raises CheckpointError if the global shapes of the tensor and the
+        entry differ, or if elements of the box are missing."""
         with readable(self.path):
             there, shape = tuple(self.meta["tensors"][name]["shape"]), entry.tensor.shape if entry.shape is None else entry.shape
             if there != tuple(shape):
@@ -96,9 +96,10 @@ class Reader(Mapping[str, Tensor]):
     def under(
         self, prefix: str, rank: int = 0, size: int = 1, boxes: Mapping[str, Mapping[str, Entry]] | None = None
     ) -> dict[str, Tensor]:
-        """Return {name without prefix: tensor} of all tensors whose names begin with prefix. For additive tensors, see own().
-        boxes: for some tensors, the boxes that this rank holds. Only these boxes of the tensors are read. They are returned under
-        the names of the boxes."""
+        """Return {name without prefix: tensor} for all tensors whose names begin with `prefix`. For additive tensors, see own().
+
+        boxes: the boxes that this rank holds, by the name of the tensor. Of these tensors, only the boxes are read, and they are
+        returned under the boxes' names."""
         found = {}
         for name in (name for name in self if name.startswith(prefix)):
             held = (boxes or {}).get(name.removeprefix(prefix))
@@ -109,9 +110,9 @@ class Reader(Mapping[str, Tensor]):
         return found
 
     def own(self, name: str, rank: int, size: int) -> Tensor:
-        """Return the whole tensor, or of an additive tensor the summand with which rank `rank` of `size` ranks continues."""
+        """Return the whole tensor. Of an additive tensor, return the summand with which rank `rank` of `size` ranks continues."""
         pieces, about = self._pieces[name], self.meta["tensors"][name]
-        if about["layout"] == "additive":  # each rank gets its own summand if as many ranks wrote it; else rank 0 gets the sum
+        if about["layout"] == "additive":  # own summand if as many ranks wrote the tensor; else rank 0 gets the sum
             pieces = pieces[rank : rank + 1] if len(pieces) == size else pieces if rank == 0 else []
         with readable(self.path):
             return self._assembled(name, pieces, (0,) * len(about["shape"]), about["shape"])

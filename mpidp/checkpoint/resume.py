@@ -22,8 +22,8 @@ from mpidp.runtime.world import raise_together
 
 
 def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
-    """Open a checkpoint. path: a checkpoint, or the folder of a run, whose newest valid checkpoint is opened. Raises
-    CheckpointError if there is no valid checkpoint. Collective over comm."""
+    """Open a checkpoint. path: a checkpoint, or the folder of a run. In a run's folder, the newest valid checkpoint is opened.
+    Raises CheckpointError if there is no valid checkpoint. Collective over comm."""
     with raise_together(comm):
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such folder")
@@ -45,7 +45,7 @@ def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
 
 
 def changed_base_message(path: Path | str, found: str, wanted: str) -> str:
-    """Return the error message for weights that are not those from which a run started. Pure."""
+    """Return the error message for a run that started from weights other than those in `path`. Pure."""
     return (
         f"the weights in {path} are not those from which the run started: they have changed, or belong to another model "
         f"(weights_sha256 {found}; {wanted} is needed). Give the original weights. A LoRA run does not store its base model, so "
@@ -59,8 +59,8 @@ def same_path(one: str, other: str) -> bool:
 
 
 def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
-    """Return the numerics fingerprint: what the bits of the results depend on, apart from the data and the other settings. Each
-    checkpoint stores it. When a run resumes, differences are logged. Independent."""
+    """Return the numerics fingerprint: everything that affects the bits of the results, except the data and the other settings.
+    Each checkpoint stores a fingerprint. When a run resumes, differences between the fingerprints are logged. Independent."""
     return {
         "threads": config.train.threads,
         "micro_batch": config.train.micro_batch,
@@ -97,11 +97,11 @@ def set_aside(run_dir: Path) -> Path | None:
 
 
 def find_checkpoint(run_dir: Path, resume: str, comm: MPI.Intracomm) -> tuple[Reader | None, list[str]]:
-    """Return (the checkpoint that run.resume selects, messages for the user). The checkpoint is None if the run starts from the
-    beginning.
+    """Return the checkpoint that run.resume selects, and messages for the user. The checkpoint is None if a new run starts.
 
-    resume: "auto" selects the newest valid checkpoint, if there is one. "must" does the same, but raises CheckpointError if there
-    is none. "never" selects no checkpoint, and moves the files of an earlier run to RUN/previous_N. Collective over comm.
+    resume: "auto" selects the newest valid checkpoint, if there are checkpoints. "must" does the same, but raises CheckpointError
+    if there are no checkpoints. "never" selects no checkpoint, and moves the files of an earlier run to RUN/previous_N.
+    Collective over comm.
     """
     notes: list[str] = []
     if resume == "never":
@@ -124,8 +124,9 @@ def find_checkpoint(run_dir: Path, resume: str, comm: MPI.Intracomm) -> tuple[Re
 
 
 def reject_changed_settings(saved: Mapping[str, Any], config: Config, checked_base: bool = False) -> None:
-    """Raise UsageError if a setting that must not change on resume has changed. saved: {section.key: value} of the checkpoint;
-    checked_base: train.init_from may change, because the hash of its weights is compared later. Independent."""
+    """Raise UsageError if a setting has changed that must stay the same when a run resumes. saved: {section.key: value} of the
+    checkpoint. checked_base: whether train.init_from may change, because the caller compares the hash of the weights later.
+    Independent."""
     changed = [
         f"{key} was {saved[key]!r}, is {value!r}"
         for key, about, value in fields_of(config)

@@ -1,11 +1,12 @@
-"""Asynchronous checkpoints. This module decides which rank writes what and when, and how all ranks handle failures in the same
-way.
+"""Asynchronous checkpoints. This module decides which ranks write, and when a save begins. It also ensures that all ranks handle
+a failed save in the same way.
 
 `begin` starts a save. A thread (writer.py) copies the state while the next step is computed. The state does not change before the
-next update, and `wait_for_copy` is called before this update. The thread then writes the copy during training, in one file of
-equal size per node. If a save is due before the previous save has finished, the ranks decide by the flags that they exchange in
-the step report. If the previous save fails, it is dropped and the new save begins. If the disk is only slow, the new save is
-skipped.
+next update, and `wait_for_copy` is called before this update. The thread then writes the copy during training. One rank per node
+writes, and the files have about equal sizes.
+
+A save can be due before the previous save has finished. The ranks then decide by the flags that they exchange in the step report.
+If the previous save has failed, it is dropped and the new save begins. If the disk is only slow, the new save is skipped.
 """
 
 from __future__ import annotations
@@ -26,33 +27,33 @@ from mpidp.errors import MpidpError
 from mpidp.runtime.log import log
 from mpidp.runtime.world import raise_together
 
-YOUNG_SECONDS = 2.0  # if a save is due, wait for the previous save until it is this old, in seconds (for short steps)
-FIRST_SECONDS = 60.0  # seconds until the first save with train.save_every=-1, whose cost is measured
-NODE_SECONDS = 30 * 86400.0  # assumed mean time between failures of a node, in seconds
+YOUNG_SECONDS = 2.0  # if a save is due, wait for the previous save, but only until this time after its start (for short steps)
+FIRST_SECONDS = 60.0  # time until the first save with train.save_every=-1; the cost of this save is measured
+NODE_SECONDS = 30 * 86400.0  # assumed mean time between failures of a node
 
 
 def best_interval(cost: float, seconds: float, num_nodes: int, failures: int, trained: float) -> float:
-    """Return the interval between saves that minimizes lost time, in seconds. It is sqrt(2 x cost x mean time between failures)
-    (Young 1974; Daly 2006), but at least twice the duration of a save.
+    """Return the interval between saves, in seconds, that minimizes lost time. The interval is sqrt(2 x cost x mean time between
+    failures) (Young 1974; Daly 2006), but at least twice the duration of a save.
 
     cost: the core seconds that a save takes from training. seconds: the duration of a save. failures: the number of failures so
-    far. trained: the seconds of training so far. The mean time between failures is estimated from these two numbers and from an
-    assumed rate of one failure per node in 30 days. Pure."""
+    far. trained: the seconds of training so far. The mean time between failures is estimated from `failures`, from `trained`, and
+    from an assumed rate of one failure per node in 30 days. Pure."""
     return max(2 * seconds, math.sqrt(2 * cost * (NODE_SECONDS / num_nodes + trained) / (1 + failures)))
 
 
 class Saver:
-    """Saves the checkpoints of a job. Each rank has one Saver, and all ranks make the same calls. Methods are independent unless
-    they say otherwise."""
+    """Saves the checkpoints of a job. Each rank has one Saver, and all ranks make the same calls. Methods are Independent unless
+    their docstrings say Collective."""
 
     def __init__(
         self, comm: MPI.Intracomm, run_dir: Path, every: int, keep: int, share: tuple[int, int] | None, alone: bool = False,
         may_commit: Callable[[], bool] = lambda: True,
     ) -> None:
-        """every: train.save_every; -1 means that saves are due by rank 0's clock. keep: number of checkpoints to keep. share: the
-        first rank of each node writes replicated tensors, and passes (its index among these ranks, their number); the other ranks
-        pass None. alone: whether this rank holds tensors that no other rank has. may_commit: on rank 0, returns whether this job
-        still holds the lock of the run. Collective over comm."""
+        """every: train.save_every. -1 means that rank 0's clock decides when a save is due. keep: the number of checkpoints to
+        keep. share: (index of this rank, number of ranks) among the ranks that write replicated tensors, which are the first
+        ranks of the nodes. Other ranks pass None. alone: whether this rank holds tensors that no other rank has. may_commit:
+        called on rank 0; returns whether this job still holds the lock of the run. Collective over comm."""
         self.comm, self.run_dir, self.every, self.keep, self.share = comm, run_dir, every, keep, share
         rows = comm.allgather((share is not None or alone, secrets.token_hex(4)))
         self._writers, self._token = [rank for rank, (writes, _) in enumerate(rows) if writes], rows[0][1]
@@ -61,7 +62,7 @@ class Saver:
         self._number = 0  # number of saves that were started
         self._save: Save | None = None  # the newest save, on ranks that write
         self._memory = HostMemory()
-        self._stalled = 0.0  # seconds for which the main thread waited for the newest save
+        self._stalled = 0.0  # seconds that the main thread has waited for the newest save
         self._warned = False
         self.failures, self.trained = 0, 0.0  # number of failures, and seconds of training, from metrics.jsonl
         self._next, self._interval = time.monotonic() + FIRST_SECONDS, 0.0
@@ -76,15 +77,15 @@ class Saver:
         self.failures, self.trained = failures, trained
 
     def flags(self) -> np.ndarray:
-        """Return four flags for the step report: whether the thread waits for files of other ranks, whether it writes, whether
-        its last attempt failed, and whether a save is due by the clock."""
+        """Return four flags for the step report. The first three say whether this rank's thread waits for files of other ranks,
+        whether it writes, and whether its last attempt failed. The fourth says whether a save is due by the clock."""
         state = self._save.state if self._save else None
         late = self.every < 0 and self.comm.rank == 0 and time.monotonic() >= self._next
         return np.array([*(state == one for one in (WAITS, WRITES, FAILS)), late], dtype=float)
 
     def wait_for_recent_save(self, step: int) -> None:
-        """If a save is due after this step, wait for the previous save, but at most until it is YOUNG_SECONDS old. Call this
-        before the step report."""
+        """If a save is due after this step, wait for the previous save, but at most until YOUNG_SECONDS after its start. Call
+        this method before the step report."""
         if self.every < 1 or step % self.every:
             return
         while (save := self._save) and save.state in (WAITS, WRITES) and time.monotonic() - save.began < YOUNG_SECONDS:
@@ -123,16 +124,16 @@ class Saver:
         self._stalled = time.monotonic() - began
 
     def wait_for_copy(self) -> None:
-        """Wait until this rank's state has been copied. The state may change once this call has returned on all ranks and they
-        have synchronized."""
+        """Wait until this rank's state has been copied. The state may change when this call has returned on all ranks and the
+        ranks have synchronized."""
         if self._save and not self._save.released.is_set():
             began = time.monotonic()
             self._save.released.wait()
             self._stalled += time.monotonic() - began
 
     def wait_for_save(self, must: bool = False, enter: Callable[[str], None] = lambda phase: None) -> None:
-        """Wait for the current save. If the save fails, it is dropped, and with must=True all ranks raise MpidpError. enter:
-        called with the name of the phase whenever a rank makes progress. Collective over comm."""
+        """Wait for the current save. If the save fails, drop it, and with must=True raise MpidpError on all ranks. enter: called
+        with the name of the phase whenever a rank makes progress. Collective over comm."""
         before, pause = -1, 1e-3
         while True:
             own_flags = self.flags()[:3]
@@ -150,7 +151,7 @@ class Saver:
             return
         error = self._drop()
         is_cause = error is not None and not isinstance(error, PeerFilesError)
-        has_cause = self.comm.allreduce(is_cause, MPI.LOR)  # a rank whose peers' files are missing does not know the reason
+        has_cause = self.comm.allreduce(is_cause, MPI.LOR)  # a rank that misses other ranks' files does not know the cause
         with raise_together(self.comm):
             if must and error is not None and (is_cause or not has_cause):
                 raise MpidpError(
@@ -159,13 +160,13 @@ class Saver:
                 ) from error
 
     def pop_events(self) -> list[dict[str, Any]]:
-        """Return and clear the events since the last call. Ranks other than rank 0 return an empty list."""
+        """Return the events since the last call of pop_events(), and clear them. Ranks other than rank 0 return an empty list."""
         self._note()
         events, self._events = self._events, []
         return events if self.comm.rank == 0 else []
 
     def _note(self) -> None:
-        """On rank 0, record an event if the newest save has been committed since the last call."""
+        """On rank 0, record an event if the newest save has been committed since the last call of this method."""
         if self._save and self._save.saved:
             cost, self._save.saved = self._save.saved | {"stall_seconds": self._stalled}, None
             self._events.append({"event": "saved", "step": self._save.step, **cost})
@@ -178,8 +179,8 @@ class Saver:
         before, self._interval = self._interval, best_interval(cost, seconds, num_nodes, self.failures, self.trained)
         self._next = began + self._interval
         if not before / 2 < self._interval < 2 * before:
-            log.info(f"train.save_every=-1: a checkpoint every {self._interval:,.0f} s. Each costs {cost:.2g} core seconds and "
-                     f"takes {seconds:.2g} s; {self.failures} failures so far")
+            log.info(f"train.save_every=-1: one checkpoint every {self._interval:,.0f} s. Each costs {cost:.2g} core seconds "
+                     f"and takes {seconds:.2g} s; {self.failures} failures so far")
 
     def close(self) -> None:
         """Drop the current save on this rank, and wait until its thread no longer reads the state."""
@@ -188,7 +189,7 @@ class Saver:
             self._save.released.wait()
 
     def _drop(self) -> Exception | None:
-        """Drop the failed save. All ranks call this when no thread is writing. Return the error of this rank."""
+        """Drop the failed save. All ranks call this method when no thread is writing. Return this rank's error, or None."""
         error = None
         if self._save:
             self._save.dropping.set()

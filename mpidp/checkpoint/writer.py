@@ -1,9 +1,9 @@
-"""One save on one rank. A thread copies the state, writes the copy, and on rank 0 commits the checkpoint.
+"""The part of a save that one rank does. A thread copies the state, writes the copy, and on rank 0 commits the checkpoint.
 
-The thread does not use MPI. The ranks exchange files in the folder `.writing_step_XXXXXXXX_<token>`. Each writer writes its data
-file, and then a small file that describes it, called its record. (Rank 0 needs no record of its own file.) When rank 0 has read
-all records, it commits the checkpoint. A write that fails, for example on a full disk, is retried with growing pauses until the
-main thread drops the save. Uncommitted folders are deleted later.
+The thread does not use MPI. The ranks exchange files in the folder `.writing_step_XXXXXXXX_<token>`. A rank first writes its data
+file. Then every rank except rank 0 writes a record, which is a small file that describes the data file. When rank 0 has read all
+records, it commits the checkpoint. A write that fails, for example on a full disk, is retried with growing pauses until the main
+thread drops the save. Uncommitted folders are deleted later.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ IDLE, WAITS, WRITES, FAILS = range(4)  # finished; waiting for records; writing;
 
 
 class Dropped(Exception):  # noqa: N818
-    """The main thread has dropped the save. Raised in the thread of the save."""
+    """Raised in the thread of a save after the main thread has dropped the save."""
 
 
 class PeerFilesError(OSError):
-    """Files of other ranks are missing. Writing this rank's file again would not help."""
+    """Raised if files of other ranks are missing. Writing this rank's file again would not help."""
 
 
 class HostMemory:
@@ -52,8 +52,8 @@ class HostMemory:
         self._bytes: Tensor | None = None
 
     def allocate(self, size: int, pinned: bool) -> Tensor:
-        """Return a uint8 tensor of shape (size,). The memory is reused if the size is unchanged. pinned: whether to lock the
-        pages for copies from a GPU. Independent."""
+        """Return a uint8 tensor of shape (size,). The memory is reused if the size is the same as in the last call. pinned:
+        whether to pin the memory, for copies from a GPU. Independent."""
         if self._bytes is None or self._bytes.numel() != size:
             self._bytes = None
             self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
@@ -62,7 +62,7 @@ class HostMemory:
 
 @dataclass
 class Save:
-    """One save of this rank's state. Its thread starts when the object is created. Independent."""
+    """One save of this rank's state. The save's thread starts when the object is created. Independent."""
 
     step: int
     folder: Path  # RUN/checkpoints/.writing_...
@@ -72,7 +72,7 @@ class Save:
     rank: int
     writers: list[int]  # ranks that write a file
     keep: int  # number of checkpoints to keep
-    wait: bool  # whether the main thread waits; then CPU tensors are not copied first, and failed writes are not retried
+    wait: bool  # whether the main thread waits for the save: CPU tensors are not copied first, and failed writes are not retried
     memory: HostMemory
     may_commit: Callable[[], bool]  # on rank 0: returns whether this job still holds the run's lock
     state: int = WRITES
@@ -101,7 +101,7 @@ class Save:
             self.state = IDLE
 
     def _try(self, blocks: list[memoryview]) -> None:
-        """Write and commit. Retry until this succeeds or the save is dropped."""
+        """Write and commit the save. Retry until this succeeds or the save is dropped."""
         pause = 1.0
         while True:
             self.state = WRITES
@@ -120,7 +120,7 @@ class Save:
             pause = min(LONGEST_PAUSE, 2 * pause)
 
     def _fail(self, error: Exception, pause: float | None) -> None:
-        """Print a warning once, then sleep for `pause` seconds, or if pause is None until the save is dropped."""
+        """Print a warning once. Then sleep for `pause` seconds, or until the save is dropped if `pause` is None."""
         if self.error is None and not self.wait:
             log.warning("warning: rank %d: the checkpoint of step %d could not be written (%s). Training continues, and the save "
                         "is retried", self.rank, self.step, describe_error(error))
@@ -129,7 +129,8 @@ class Save:
             raise Dropped
 
     def _copy(self) -> list[memoryview]:
-        """Return the bytes of the pieces, in order. They are a copy, or on the CPU the state itself if the main thread waits."""
+        """Return the bytes of the pieces, in order. The bytes are a copy of the state. If the main thread waits and the state is
+        on the CPU, they are the state itself."""
         try:
             self._pieces = pieces_of(self.entries, self.share)
             if self.wait and self._ready is None:
@@ -150,7 +151,7 @@ class Save:
                     offset += piece.tensor.nbytes
                 if stream is not None:
                     stream.synchronize()
-        except Exception as error:  # for example out of memory
+        except Exception as error:  # for example, not enough memory
             self.released.set()
             if not isinstance(error, Dropped):
                 self._fail(error, None)
@@ -167,7 +168,7 @@ class Save:
                 yield block[at : at + BLOCK]
 
     def _write(self, blocks: list[memoryview]) -> None:
-        """Write this rank's file, and a record of it for rank 0."""
+        """Write this rank's file, and a record of the file for rank 0."""
         name = f"rank_{self.rank:05d}"
         self.folder.mkdir(parents=True, exist_ok=True)
         size, crc = write_pieces(self.folder / f"{name}.safetensors", self._pieces, self._in_blocks(blocks))
@@ -176,7 +177,7 @@ class Save:
         first = self.share is not None and self.share[0] == 0  # only the first writer describes the replicated tensors
         described = {n: e for n, e in self.entries.items() if first or e.layout != "replicated"}
         self._records[self.rank] = {"file": file, "tensors": describe(described)}  # each tensor is described once
-        if self.rank:  # once rank 0 sees the record, it syncs and renames the folder
+        if self.rank:  # rank 0 syncs and renames the folder when it sees the record
             write_file(self.folder / f"{name}.json", json.dumps(self._records[self.rank]).encode(), sync_folder=False)
 
     def _collect(self) -> None:

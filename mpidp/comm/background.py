@@ -1,5 +1,5 @@
-"""A thread that communicates while the rank computes. It runs its tasks in the order of submission. If the MPI library does not
-allow calls from two threads at a time, submit() runs each task immediately, in the calling thread."""
+"""A thread that communicates while the rank computes. The thread runs tasks in the order of submission. If the MPI library does
+not allow calls from two threads at a time, submit() runs each task immediately, in the calling thread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 
 class Task:
-    """A function call that the background thread makes, and its outcome."""
+    """A function call that the background thread makes. The object also stores the call's outcome."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._work = work
@@ -19,32 +19,32 @@ class Task:
         self._error: BaseException | None = None
 
     def run(self) -> None:
-        """Run the task and store an exception that it raises, for wait(). The background thread calls this method.
+        """Run the task. If the task raises an exception, store the exception for wait(). The background thread calls this method.
         Independent."""
         try:
             self._work()
-        except BaseException as error:  # wait() raises it in the calling thread; here it would be lost
+        except BaseException as error:  # wait() raises it in the calling thread; an error raised here would be lost
             self._error = error
         self._done.set()
 
     def wait(self) -> None:
         """Wait until the task is done. If the task raised an exception, raise this exception here. If the task is collective, the
-        caller must ensure that the other ranks run it, too. Independent."""
+        caller must ensure that the other ranks also run the task. Independent."""
         self._done.wait()
         if self._error is not None:
             raise self._error
 
 
 class Background:
-    """The background thread. The first task starts it. Tasks may be collective if all ranks submit the same tasks in the same
-    order. Independent."""
+    """The background thread. The first submitted task starts the thread. Tasks may be collective if all ranks submit the same
+    tasks in the same order. Independent."""
 
     def __init__(self) -> None:
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def submit(self, work: Callable[[], None]) -> Task:
-        """Submit a task that calls work() after all earlier tasks, and return the task."""
+        """Submit a task that calls work() after all earlier tasks have run. Return the task."""
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             task = Task(work)
             task.run()

@@ -1,5 +1,5 @@
-"""Describes tensors to mpi4py: buf(tensor) returns an MPI buffer specification. Tensors that MPI cannot add or would misread are
-rejected."""
+"""Describes tensors to mpi4py. For example, buf(tensor) returns the buffer specification that mpi4py's communication methods
+take. Tensors that MPI cannot add or would misread are rejected."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ _DATATYPES = {
 
 
 def memory(tensor: torch.Tensor) -> Any:
-    """Return the tensor's memory, on the host or (for a CUDA-aware MPI) on the device. Independent.
+    """Return the tensor's memory as an object that mpi4py accepts. Raises ValueError if the tensor is not contiguous.
+    Independent.
 
-    For a CUDA tensor, first synchronize the stream that writes the tensor. MPI does not synchronize the stream, and would
-    silently send old values.
+    CUDA tensors need a CUDA-aware MPI. First synchronize the stream that writes the tensor. MPI does not synchronize the stream,
+    and would silently send old values.
     """
     if not tensor.is_contiguous():
         raise ValueError(f"MPI needs contiguous memory, got strides {tensor.stride()} for shape {tuple(tensor.shape)}")
@@ -30,8 +31,8 @@ def memory(tensor: torch.Tensor) -> Any:
 
 
 def datatype(tensor: torch.Tensor) -> Any:
-    """Return the MPI datatype of a tensor. Raises TypeError for types that MPI cannot sum portably, such as bfloat16 and
-    float16."""
+    """Return the MPI datatype of a tensor's elements. Raises TypeError for dtypes that not every MPI library can sum, such as
+    bfloat16 and float16."""
     if tensor.dtype not in _DATATYPES:
         raise TypeError(f"MPI has no portable sum for {tensor.dtype}: reduce in float32, or send bytes and add in torch")
     return _DATATYPES[tensor.dtype]
@@ -43,6 +44,6 @@ def buf(tensor: torch.Tensor) -> list[Any]:
 
 
 def bufv(tensor: torch.Tensor, counts: Sequence[int], offsets: Sequence[int]) -> list[Any]:
-    """Return the buffer specification for collectives with one range of elements per rank, for example Alltoallv. counts,
-    offsets: the size and the start of each rank's range, in elements. Independent."""
+    """Return the buffer specification for collectives with one range of elements per rank, for example Alltoallv. counts: the
+    number of elements in each rank's range. offsets: the first element of each range. Independent."""
     return [memory(tensor), (list(counts), list(offsets)), datatype(tensor)]

@@ -1,8 +1,8 @@
-"""Groups of ranks that sum gradients: in shared memory within a group, and with MPI messages between groups.
+"""Groups of ranks that sum gradients. Within a group, ranks use shared memory. Between groups, they use MPI messages.
 
-A *group* is a set of consecutive ranks that share memory. It stores one sum of gradients. Each of the first `num_rails` ranks of
-a group owns one slice of this sum. The owners of the same slice in all groups form a *rail*. They exchange MPI messages. Without
-shared memory every rank is its own group, and there is one rail, which contains all ranks.
+A *group* is a set of consecutive ranks that share memory. Each group stores one sum of gradients. Each of the first `num_rails`
+ranks of a group owns one slice of this sum. The owners of the same slice in all groups form a *rail*, and exchange MPI messages.
+Without shared memory every rank is its own group, and there is one rail, which contains all ranks.
 
 With MPI fault tolerance (ULFM), shared memory must survive failed ranks. An MPI window is freed with its communicator. Therefore
 a group maps an anonymous file (memfd) instead. After a failure the remaining ranks keep the memory of their previous group.
@@ -26,8 +26,8 @@ from mpidp.runtime.ulfm import revocable
 from mpidp.runtime.world import raise_together
 
 SHARED_MEMORY = "/dev/shm"  # where MPI keeps shared-memory windows
-# Bytes of SHARED_MEMORY per rank that an MPI library allocates later, for messages. If they are not free, the rank ends with a
-# bus error. Measured with Intel MPI 2021.18 and 2021.19: up to 16 MiB. MPICH and Open MPI allocate this memory at their start.
+# Bytes of SHARED_MEMORY that an MPI library allocates for messages on each rank, after the windows. If they are not free, the
+# rank ends with a bus error. Intel MPI 2021.18 and 2021.19 allocated up to 16 MiB. MPICH and Open MPI allocate at their start.
 FOR_MESSAGES = {"Intel MPI": 16 << 20}
 
 
@@ -36,7 +36,7 @@ class Group:
     """This rank's group and its rail."""
 
     node: MPI.Intracomm  # the ranks that share memory
-    rail: MPI.Intracomm  # the owners of this rank's slice, in order of groups; COMM_NULL for a rank that owns none
+    rail: MPI.Intracomm  # the owners of this rank's slice, in order of groups; COMM_NULL for a rank that owns no slice
     members: list[range]  # the ranks of each group, by index of the group
     index: int  # index of this rank's group in members
     num_rails: int  # number of slices of the sum
@@ -53,15 +53,16 @@ class Group:
         return self.node.rank < self.num_rails
 
     def slice_of(self, num_elements: int) -> slice:
-        """Return this rank's slice of a flat tensor. It consists of whole norm blocks, and is empty if the rank owns no slice.
-        Independent."""
+        """Return this rank's slice of a flat tensor of num_elements. The slice consists of whole norm blocks. It is empty if the
+        rank owns no slice. Independent."""
         if not self.owns:
             return slice(0, 0)
         bounds = slice_bounds(num_elements, self.num_rails, NORM_BLOCK)
         return slice(bounds[self.node.rank], bounds[self.node.rank + 1])
 
     def fence(self, wait: Wait | None = None) -> None:
-        """Make writes by any rank of the group before this call visible to all after it. Collective over node."""
+        """Synchronize the ranks of the group. After this call, every rank sees what the others wrote to shared memory before
+        the call. Collective over node."""
         if self.node.size > 1:
             for window in self._windows:
                 window.Sync()
@@ -71,9 +72,10 @@ class Group:
 
     def memory(self, elements: int, device: torch.device, room: int = 0) -> list[torch.Tensor]:
         """Return zeroed float32 memory: one tensor per rank of the group, in order of ranks. This rank's tensor has `elements`
-        elements. Other ranks may request other sizes. With fault tolerance each tensor has space for `room` elements. If this
-        group reuses the memory of a previous group, it gets the same allocations in the same order, with their contents.
-        Collective over node."""
+        elements. Other ranks may request other sizes. With fault tolerance, each tensor has space for `room` elements.
+
+        If this group reuses the memory of a previous group, successive calls return that group's allocations in the same order,
+        with their contents. Collective over node."""
         room = max(elements, room) if launched_with_ulfm() else elements
         if found := self._found(elements):
             return found
@@ -95,8 +97,8 @@ class Group:
         return [_floats(window.Shared_query(rank)[0]) for rank in range(self.node.size)]
 
     def _map(self, elements: int) -> list[torch.Tensor]:
-        """Map an anonymous file, which belongs to no communicator. The system frees the file when the last process that maps it
-        ends. Pages are allocated at the first write."""
+        """Map an anonymous file, which belongs to no communicator. The system frees the file when the last process that maps the
+        file ends. Memory pages are allocated at the first write."""
         counts = self.node.allgather(elements)
         handle = -1
         if self.node.rank == 0:
@@ -110,22 +112,22 @@ class Group:
         return list(flat.split(counts))
 
     def common(self, elements: int, device: torch.device) -> torch.Tensor:
-        """Return float32 memory (elements,) that all ranks of the group share. It is zeroed, or has the contents of the previous
-        group's memory. Collective over node."""
+        """Return float32 memory (elements,) that all ranks of the group share. The memory is zeroed, or has the contents of the
+        previous group's memory. Collective over node."""
         held = self.memory(elements if self.node.rank == 0 else 0, device)[0]
         self._given[-1] = [held]
         return held
 
     def own(self, elements: int, device: torch.device) -> torch.Tensor:
-        """Return float32 memory (elements,) that is private to this rank. It is zeroed, or has the contents from before a
-        failure. Independent."""
+        """Return float32 memory (elements,) that is private to this rank. The memory is zeroed, or has the contents from before
+        a failure. Independent."""
         if not self._found(elements):
             self._given.append([torch.zeros(elements, device=device)])
         return self._given[-1][0]
 
     def _found(self, elements: int) -> list[torch.Tensor]:
-        """Return the next allocation of the previous group if there is one and this rank's tensor in it is large enough, else
-        []."""
+        """Return the next allocation of the previous group. Return [] if there is none, or if this rank's tensor in the
+        allocation is too small."""
         if not self._before:
             return []
         found = self._before.pop(0)
@@ -180,8 +182,8 @@ def by_node(mesh: Topology) -> Group:
 
 
 def regroup(mesh: Topology, before: Group) -> Group:
-    """Make groups of the remaining ranks after a failure. They share memory if the previous groups did, and they keep this
-    memory. Collective over mesh.dp."""
+    """Make groups of the remaining ranks after a failure. The new groups share memory if the previous groups did, and they keep
+    the previous groups' memory. Collective over mesh.dp."""
     group = by_node(mesh) if before.shares else alone(mesh)
     group.reuse_memory(before)
     return group
@@ -190,7 +192,7 @@ def regroup(mesh: Topology, before: Group) -> Group:
 def make_group(mesh: Topology, transport: str, needed_bytes: int, device: torch.device) -> tuple[Group, str]:
     """Make the groups for comm.transport=auto, window or messages. Return this rank's group and a description of the transport.
     needed_bytes: size of the shared memory that this rank will allocate. The free space of /dev/shm is checked first, because a
-    larger window would cause a SIGBUS. All nodes use the same transport. Collective over mesh.dp."""
+    window that does not fit would end the rank with a bus error. All nodes use the same transport. Collective over mesh.dp."""
     if transport == "messages":
         return alone(mesh), "messages"
     if device.type != "cpu":
@@ -218,8 +220,8 @@ def make_group(mesh: Topology, transport: str, needed_bytes: int, device: torch.
 
 
 def _mpi_agrees(mesh: Topology) -> bool:
-    """Return True if MPI can share memory among the ranks of each host. Under srun, Intel MPI assumes that all nodes have the
-    same number of ranks; otherwise it returns windows of 0 bytes. Collective over mesh.dp."""
+    """Return True if MPI can share memory among the ranks of each host. Under srun, Intel MPI cannot do this if the nodes have
+    different numbers of ranks. Its windows then have 0 bytes. Collective over mesh.dp."""
     shared = _sharing(mesh.dp)
     here = MPI.Group.Translate_ranks(shared.group, None, mesh.dp.group)
     first = sum(mesh.node_sizes[: mesh.node_index])

@@ -1,9 +1,9 @@
 """Exchanges gradients between GPUs with NCCL. MPI is used only to set up torch's NCCL process group.
 
-The reducer `tree` works as with MPI: ranks exchange pieces of their tree nodes, add them with torch in the tree's order, and
-exchange the sums. An exchange is a group of NCCL sends and receives, like NCCL's own all-to-all. The reducer `allreduce` uses
-NCCL's allreduce. Exchanges are asynchronous to the host and run in order with the other work on the device's current stream. Only
-gradients are sent with NCCL; everything else is sent with MPI.
+The reducer `tree` works as it does with MPI. Ranks exchange pieces of their partial sums, add them with torch in the tree's
+order, and exchange the sums. An exchange is a group of NCCL sends and receives, like NCCL's own all-to-all. The reducer
+`allreduce` uses NCCL's allreduce. Exchanges are asynchronous to the host. They run in order with the other work on the device's
+current stream. Only gradients are sent with NCCL. All other data are sent with MPI.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from mpidp.runtime.environment import launched_with_ulfm
 from mpidp.runtime.topology import Topology
 from mpidp.runtime.world import polite_barrier, raise_together
 
-CONNECT_SECONDS = 60  # time-out for the ranks to connect to rank 0's store
-EXCHANGE_SECONDS = 600  # time limit of an exchange; run.hang_seconds is shorter, so the watchdog first reports missing ranks
+CONNECT_SECONDS = 60  # timeout for connecting to rank 0's store
+EXCHANGE_SECONDS = 600  # timeout of an exchange; run.hang_seconds is shorter, so the watchdog reports missing ranks first
 
 
 class Nccl(Messages):
-    """Exchanges tensors with NCCL between ranks that share no memory. A process can have only one Nccl object, because it uses
-    torch's default process group. Collective over comm."""
+    """Exchanges tensors with NCCL between ranks that share no memory. A process can have only one Nccl object, because the object
+    uses torch's default process group. Collective over comm."""
 
     in_thread = False  # reductions use the same stream as computation, so a thread could not overlap them
 
     def __init__(self, device: torch.device, comm: MPI.Intracomm, backend: str = "nccl") -> None:
-        """Connect the ranks of comm. backend: the backend of torch.distributed; "gloo" does the same on CPUs. Raises MpidpError
-        if the ranks cannot connect. Collective over comm."""
+        """Connect the ranks of comm. backend: the torch.distributed backend, for example "gloo" for CPU tensors. Raises
+        MpidpError if the ranks cannot connect. Collective over comm."""
         super().__init__(device, backend)
         self._comm = comm
         from torch import distributed
@@ -68,7 +68,7 @@ class Nccl(Messages):
                 ) from error
 
     def _connect(self, store: Any) -> None:
-        """Connect all ranks and test the connections with a sum, before step 1. Does not use MPI."""
+        """Connect all ranks and test the connections by summing a number over all ranks. This method does not use MPI."""
         self._torch.init_process_group(
             self.mode, store=store, rank=self._comm.rank, world_size=self._comm.size,
             timeout=timedelta(seconds=EXCHANGE_SECONDS), device_id=self.device if self.device.type == "cuda" else None,
@@ -101,7 +101,7 @@ class Nccl(Messages):
         self.sent_bytes += 2 * wire.nbytes * (comm.size - 1) // comm.size
 
     def _exchange(self, sends: dict[int, torch.Tensor], takes: dict[int, torch.Tensor]) -> None:
-        """Send sends[rank] to each rank in `sends`, and at the same time receive takes[rank] from each rank in `takes`."""
+        """Send sends[rank] to each rank in `sends`. At the same time, receive takes[rank] from each rank in `takes`."""
         steps = [self._torch.P2POp(self._torch.isend, part, rank) for rank, part in sends.items()]
         steps += [self._torch.P2POp(self._torch.irecv, part, rank) for rank, part in takes.items()]
         for work in self._torch.batch_isend_irecv(steps) if steps else ():
@@ -110,7 +110,7 @@ class Nccl(Messages):
 
     def close(self) -> None:
         self._torch.destroy_process_group()
-        polite_barrier(self._comm)  # rank 0 runs the store, which other ranks may use until here
+        polite_barrier(self._comm)  # rank 0 runs the store, and other ranks may use the store until here
 
 
 def _by_rank(parts: RankParts) -> dict[int, torch.Tensor]:
@@ -161,13 +161,13 @@ def has_nccl() -> bool:
 
 
 def gpu_name(device: torch.device) -> str:
-    """Return a name of the GPU that contains its UUID. GPU numbers are not unique, because on a rank that sees only one GPU the
-    number of this GPU is 0. Independent."""
+    """Return a name of the GPU that contains the GPU's UUID. GPU numbers are not unique: a rank that sees only one GPU always
+    numbers it 0. Independent."""
     return f"GPU {torch.cuda.get_device_properties(device).uuid}"
 
 
 def shared_gpus(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """Return a message for each GPU that several ranks share; rows: (host, GPU) of each rank. Pure."""
+    """Return a message for each GPU that several ranks share. rows: (host, GPU) of each rank. Pure."""
     users: dict[tuple[str, str], list[str]] = {}
     for rank, row in enumerate(rows):
         users.setdefault(row, []).append(str(rank))

@@ -1,4 +1,4 @@
-"""Averages tensors over a group of ranks, or with the tensor received from one other rank."""
+"""Averages a tensor over a group of ranks, or averages it with the tensor of one other rank."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Peers:
         self._groups: dict[tuple[int, ...], MPI.Intracomm] = {}
 
     def average(self, flat: Tensor, ranks: Sequence[int], spare: Tensor) -> None:
-        """Replace flat, (n,), by its mean over `ranks`, which include this rank. spare: a temporary tensor (n,). All ranks in
-        `ranks` get the same bits. Collective over `ranks`."""
+        """Replace flat by its mean over `ranks`, which must include this rank. flat, spare: tensors (n,); spare is overwritten.
+        All ranks in `ranks` get the same bits. Collective over `ranks`."""
         if len(ranks) == 2:
             self._exchange(flat, other := ranks[ranks[0] == self.comm.rank], other, spare)
         elif len(ranks) > 2:
@@ -33,8 +33,8 @@ class Peers:
                 self.transport.store(wire, flat[start:stop])
 
     def gossip(self, flat: Tensor, hop: int, spare: Tensor) -> None:
-        """Replace flat, (n,), by the mean of this rank's flat and that of rank (rank - hop) mod size. spare: a temporary tensor
-        (n,). Collective over comm."""
+        """Replace flat by the mean of this rank's flat and the flat of rank (rank - hop) mod size. flat, spare: tensors (n,);
+        spare is overwritten. Collective over comm."""
         if hop % self.comm.size:
             self._exchange(flat, (self.comm.rank + hop) % self.comm.size, (self.comm.rank - hop) % self.comm.size, spare)
 

@@ -1,5 +1,5 @@
-"""Tests whether the MPI library accepts CUDA pointers. The library's own flags for this are unreliable. If the library does not
-accept the pointers, the test causes a segmentation fault, so it runs in a child process."""
+"""Tests whether the MPI library accepts CUDA pointers. The libraries' own answers to this question are unreliable. If the library
+does not accept CUDA pointers, the test causes a segmentation fault, so it runs in a child process."""
 
 from __future__ import annotations
 
@@ -43,15 +43,17 @@ def device_buffers_work(timeout_seconds: float = 60.0) -> bool:
     except subprocess.TimeoutExpired:
         child.kill()
         output, _ = child.communicate()
-    for file in Path("/dev/shm").glob(f"mpich_shm_{child.pid:x}_*"):  # MPICH does not remove them if the process crashes
+    for file in Path("/dev/shm").glob(f"mpich_shm_{child.pid:x}_*"):  # MPICH does not remove these files if the process crashes
         file.unlink(missing_ok=True)
     return child.returncode == 0 and b"device buffers work" in output
 
 
 def gradient_path(wanted: str, device: torch.device, comm: MPI.Intracomm) -> str:
-    """Return how gradients are exchanged. For CPU tensors, this is "host". For CUDA tensors, it is "staged" (MPI reads pinned
-    host memory), "device" (MPI reads device memory) or "nccl" (without MPI). wanted: one of the last three, or "auto", which
-    means "device" if the probe succeeds on every rank, else "staged". Collective over comm."""
+    """Return how gradients are exchanged: "host" for CPU tensors, otherwise "staged", "device" or "nccl". With "staged", MPI
+    reads pinned host memory. With "device", MPI reads device memory. With "nccl", MPI is not used.
+
+    wanted: "staged", "device", "nccl" or "auto". "auto" means "device" if the probe succeeds on every rank, and "staged"
+    otherwise. Collective over comm."""
     if device.type == "cpu":
         return "host"
     if wanted != "auto":

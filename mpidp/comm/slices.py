@@ -1,4 +1,4 @@
-"""Cuts flat buffers into slices, and computes the norm of a gradient by blocks."""
+"""Cuts flat buffers into slices. Computes the norm of a gradient block by block."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def slice_bounds(length: int, size: int, multiple: int = ALIGN) -> list[int]:
 
 
 def squares_of_blocks(flat: torch.Tensor) -> torch.Tensor:
-    """Return the sum of squares of each block of NORM_BLOCK elements, float64 (blocks,). flat: (n,), n a multiple of NORM_BLOCK.
-    The bits depend neither on the number of threads nor on which blocks are computed in one call. Independent."""
+    """Return the sum of squares of each block of NORM_BLOCK elements: (blocks,), float64. flat: (n,), n a multiple of NORM_BLOCK.
+    The bits do not depend on the number of threads, or on which blocks one call computes. Independent."""
     rows = torch.linalg.vector_norm(flat.view(-1, 256), dim=1)  # short rows: torch splits a single long row over threads
     return rows.double().square().view(-1, NORM_BLOCK // 256).sum(1)
 
@@ -36,17 +36,17 @@ def squares_of_blocks(flat: torch.Tensor) -> torch.Tensor:
 def sum_in_order(values: Iterable[float]) -> float:
     """Return the float64 sum of the values, added one after the other. Pure.
 
-    The built-in sum() does so up to Python 3.11. Later versions correct the rounding errors, so the bits differ.
+    The built-in sum() adds in this way up to Python 3.11. Later versions correct the rounding errors, so the bits differ.
     """
     return functools.reduce(operator.add, values, 0.0)
 
 
 def norm_of_squares(squares: Tensor) -> float:
-    """Return the square root of the sum of squares, or 0 if the sum is negative. squares: (blocks,) float64, added in order.
-    Independent.
+    """Return the square root of the sum of squares, or 0 if the sum is negative. squares: (blocks,), float64. They are added in
+    order. Independent.
 
-    math.sqrt rounds its result correctly. The result of torch.sqrt can differ in the last bit, also for float64 (seen with MKL on
-    an AMD CPU).
+    math.sqrt rounds its result correctly. The result of torch.sqrt can differ in the last bit, also for float64. This was seen
+    with MKL on an AMD CPU.
     """
     return math.sqrt(squares.cpu().cumsum(0)[-1].clamp(min=0.0))
 
@@ -54,6 +54,6 @@ def norm_of_squares(squares: Tensor) -> float:
 def global_norm(flat: Tensor) -> float:
     """Return the L2 norm of a flat gradient, computed in float64. flat: (n,), n a multiple of NORM_BLOCK.
 
-    Fixed blocks are added in a fixed order, so the norm does not depend on the number of ranks or threads. Independent.
+    The blocks and their order are fixed, so the norm does not depend on the number of ranks or threads. Independent.
     """
     return norm_of_squares(squares_of_blocks(flat))

@@ -1,7 +1,7 @@
 """Opens the TCP store through which torch's process groups exchange addresses.
 
 torch's TCPStore has no authentication, so every process that can connect to the store can read and change it. If all ranks are on
-one host, the store therefore listens only on loopback. Otherwise it listens only on the interface to which the other hosts
+one host, the store therefore listens only on loopback. Otherwise the store listens only at the address to which the other hosts
 resolve the name of rank 0's host.
 """
 
@@ -19,8 +19,9 @@ LOOPBACK, EVERY_INTERFACE, EVERY_IPV4 = "127.0.0.1", "::", "0.0.0.0"
 
 
 def open_store(comm: MPI.Intracomm, timeout: timedelta, name: str = "") -> Any:
-    """Return a connection to the store, which runs on rank 0 at a free port. name: another name or address of rank 0's host, if
-    its host name is not reachable. If a rank cannot connect, every rank raises RuntimeError. Collective over comm."""
+    """Return a connection to the store, which runs on rank 0 at a free port. name: another name or address of rank 0's host, for
+    hosts that cannot connect to its host name. Raises RuntimeError on every rank if any rank cannot connect. Collective over
+    comm."""
     from torch import distributed
 
     here = socket.gethostname()
@@ -60,9 +61,9 @@ def _connected(address: str, port: int, timeout: timedelta) -> Any:
 
 
 def listen(addresses: Collection[str]) -> tuple[str, int, int]:
-    """Listen at a free port. Return (address, port, handle of the socket). addresses: the addresses at which other hosts reach
-    this host. Without addresses, listen on loopback. With several addresses, or an address that this host does not have, listen
-    on every interface. Independent."""
+    """Listen at a free port. Return (address, port, file descriptor of the socket). addresses: the addresses at which other hosts
+    reach this host. If there are none, listen on loopback. If there are several, or if this host does not have the address,
+    listen on every interface. Independent."""
     chosen = LOOPBACK if not addresses else next(iter(addresses)) if len(addresses) == 1 else EVERY_INTERFACE
     while True:
         listening = socket.socket(socket.AF_INET6 if ":" in chosen else socket.AF_INET)

@@ -1,9 +1,9 @@
 """Passes tensors to MPI, directly or through pinned host memory.
 
 For a piece of a tensor, `Messages.load` returns a *wire* tensor that MPI may read and write. On the CPU the wire tensor is the
-piece itself. On CUDA it is a copy in pinned host memory (mode "staged"), or the piece itself after the current stream is
-synchronized (mode "device"). Mode "device" is used only if a probe has shown that the MPI library is CUDA-aware. Reducers that
-exchange wire tensors through these methods can also use NCCL (nccl.py).
+piece itself. On CUDA the wire tensor depends on the mode. In mode "staged", it is a copy in pinned host memory. In mode "device",
+it is the piece itself, and load() first synchronizes the current stream. Mode "device" is used only if a test has shown that the
+MPI library is CUDA-aware (probe.py). Reducers that use these methods can also use NCCL (nccl.py).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ RankParts = tuple[torch.Tensor, Sequence[int], Sequence[int]]  # (tensor, length
 
 
 class Messages:
-    """Exchanges tensors over MPI. It counts the bytes that this rank sends and the seconds that the strategy's exchanges take.
-    pop_counts() returns both. The bytes include messages between the ranks that share one replica of the model. Independent."""
+    """Exchanges tensors over MPI. The object counts the bytes that this rank sends, and the seconds that the strategy's exchanges
+    take; see pop_counts(). The bytes include messages between the ranks that share one replica of the model. Independent."""
 
     in_thread = True  # whether a thread may exchange gradients during backward
 
@@ -46,7 +46,8 @@ class Messages:
         return held[:elements]
 
     def load(self, piece: torch.Tensor, key: object) -> torch.Tensor:
-        """Return a wire tensor with the current values of `piece`. key: names the buffer, if the values must be copied."""
+        """Return a wire tensor with the current values of `piece`. key: the name of the buffer to use if the values are
+        copied."""
         if piece.device.type == "cpu":
             return piece
         if self.mode == "staged":
@@ -58,30 +59,31 @@ class Messages:
         return piece
 
     def store(self, wire: torch.Tensor, piece: torch.Tensor) -> None:
-        """Copy the values of a wire tensor into `piece`. Later work on the device's stream sees them."""
+        """Copy the values of a wire tensor into `piece`. Later work on the device's stream sees the new values."""
         if wire.data_ptr() != piece.data_ptr():
             piece.copy_(wire)
 
     def ready(self) -> None:
-        """Wait until wire tensors that torch has written may be passed to MPI."""
+        """Wait until torch has finished writing wire tensors, so that they may be passed to MPI."""
         if self.mode == "device":
             torch.cuda.current_stream(self.device).synchronize()
 
     def alltoallv(self, comm: MPI.Intracomm, wait: Wait, source: RankParts, target: RankParts) -> None:
-        """Send to each rank its range of source, and receive from each rank into its range of target. source and target contain
-        wire tensors. A rank sends nothing to itself. Collective over comm."""
+        """Send range r of source to each rank r, and receive range r of target from each rank r. source and target contain wire
+        tensors. A rank sends nothing to itself. Collective over comm."""
         wait(comm.Ialltoallv(bufv(*source), bufv(*target)))
         self.sent_bytes += source[0].element_size() * sum(source[1])
 
     def allgatherv(self, comm: MPI.Intracomm, wait: Wait, whole: RankParts) -> None:
-        """Gather a wire tensor in place: each rank has written its own range and receives the ranges of the other ranks.
+        """Gather a wire tensor in place. Each rank has written its own range, and receives the ranges of the other ranks.
         Collective over comm."""
         wait(comm.Iallgatherv(MPI.IN_PLACE, bufv(*whole)))
         self.sent_bytes += whole[0].element_size() * whole[1][comm.rank] * (comm.size - 1)
 
     def allreduce(self, comm: MPI.Intracomm, wait: Wait, wire: torch.Tensor, blocking: bool) -> None:
-        """Sum a wire tensor over the ranks in place. MPI chooses the order of addition. blocking: use MPI's blocking call, which
-        is up to 2.7 times as fast with Open MPI but adds in another order; must be equal on all ranks. Collective over comm."""
+        """Sum a wire tensor over the ranks in place. MPI chooses the order of addition. blocking: use MPI's blocking call. With
+        Open MPI it is up to 2.7 times as fast, but adds in another order, so all ranks must pass the same value. Collective over
+        comm."""
         if blocking:
             comm.Allreduce(MPI.IN_PLACE, buf(wire))
         else:
@@ -89,7 +91,7 @@ class Messages:
         self.sent_bytes += 2 * wire.nbytes * (comm.size - 1) // comm.size
 
     def pop_counts(self) -> tuple[int, float]:
-        """Return (bytes sent, seconds) since the last call, and reset both to zero."""
+        """Return (bytes sent, seconds) since the last call of pop_counts(), and reset both to zero."""
         counts = self.sent_bytes, self.seconds
         self.sent_bytes, self.seconds = 0, 0.0
         return counts
@@ -103,8 +105,8 @@ class Messages:
         self.seconds += time.perf_counter() - begin
 
     def synchronize(self) -> None:
-        """Wait until the started exchanges are done. With MPI this does nothing, because each exchange is done when its method
-        returns. Independent."""
+        """Wait until the started exchanges are done. With MPI this method does nothing, because an exchange is done when its
+        method returns. Independent."""
 
     def close(self) -> None:
         """Close the transport after the last exchange. Collective over the ranks that exchange."""

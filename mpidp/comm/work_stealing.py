@@ -1,15 +1,16 @@
-"""Work stealing within a node: a rank that has finished its lanes takes lanes of other ranks. Counters in shared memory
-coordinate this.
+"""Work stealing within a node. A rank that has finished its own lanes takes lanes of other ranks. Counters in shared memory
+ensure that no two ranks take the same lane.
 
-A rank takes lanes of its own range from the left; other ranks (thieves) take them from the right. Two counters per range make
-this safe without a lock. `claimed` counts permissions: a rank that draws a number below the length of the range may take one more
-lane of the range. `stolen` counts thefts: the s-th theft takes the s-th lane from the right. All ranks draw permissions for a
-range from the same counter. Therefore every lane is taken exactly once, whatever the delays.
+A rank takes lanes of its own range from the left. Other ranks take lanes of this range from the right. Two counters per range
+make work stealing safe without a lock. Every rank that wants a lane first increments `claimed`. If the previous value is less
+than the length of the range, the rank may take one lane. A rank that takes a lane of another rank then increments `stolen`. If
+the previous value is s, the rank takes lane s from the right, counted from 0. Therefore every lane is taken exactly once,
+whatever the delays.
 
-All access is by MPI_Fetch_and_op in one long epoch. On shared memory this works even if the rank that owns the counter does not
-call MPI (with MPICH 4 it does not work; steals_freely() tests it). No rank loads or stores a counter directly, so MPI ensures
-that all ranks see the current values. With Open MPI, set OMPI_MCA_osc=^ucx before MPI starts, so that Open MPI uses its
-shared-memory component.
+The counters are accessed only with MPI_Fetch_and_op, in one epoch that lasts until close(). In shared memory, access succeeds
+even if the rank that owns the counter makes no MPI call. MPICH 4 is an exception, so steals_freely() tests this. No rank loads or
+stores a counter directly, so MPI ensures that all ranks see the current values. With Open MPI, set OMPI_MCA_osc=^ucx before MPI
+starts, so that Open MPI uses its shared-memory component.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ SLEEP_SECONDS = 1.0  # the longest time for which steals_freely() makes no MPI c
 
 
 class Tickets:
-    """Hands out the lanes of this node. Independent, except for the constructor and close().
+    """Assigns the lanes of this node to its ranks. Independent, except for the constructor and close().
 
-    All ranks of the node must synchronize between the last next_own() or steal() of one step and the first of the next step. The
-    allreduce in every training step does this.
+    All ranks of the node must synchronize between their last call of next_own() or steal() in one step and their first call in
+    the next step. The allreduce in every training step synchronizes them.
     """
 
     def __init__(self, node: MPI.Intracomm) -> None:
@@ -52,7 +53,7 @@ class Tickets:
         node.Barrier()
 
     def begin(self, ranges: Sequence[range]) -> None:
-        """Begin a step in which rank i of the node owns the lanes ranges[i]. All ranks of the node call this with the same
+        """Begin a step in which rank i of the node owns the lanes ranges[i]. All ranks of the node call this method with the same
         ranges. Raises ValueError unless there is one range per rank."""
         if len(ranges) != self.size:
             raise ValueError(f"{len(ranges)} ranges of lanes for {self.size} ranks of a node")
@@ -61,14 +62,14 @@ class Tickets:
         self._zero(self._set ^ 1)  # the previous step's set, which is no longer in use
 
     def next_own(self) -> int | None:
-        """Take and return the next lane of this rank's range. Return None if all lanes are taken."""
+        """Take and return the next lane of this rank's range. Return None if all lanes of the range are taken."""
         if not self._permitted(self._me):
             return None
         self._taken += 1
         return self._ranges[self._me][self._taken - 1]
 
     def steal(self) -> int | None:
-        """Take and return a lane of the rank with the most lanes left. Return None if no rank has any."""
+        """Take and return a lane of the rank with the most lanes left. Return None if no rank has lanes left."""
         while True:
             left = [len(lanes) - self._draw(rank, CLAIMED, 0, MPI.NO_OP) for rank, lanes in enumerate(self._ranges)]
             victim = max(range(self.size), key=left.__getitem__)
@@ -78,8 +79,8 @@ class Tickets:
                 return self._ranges[victim][-1 - self._draw(victim, STOLEN, 1, MPI.SUM)]
 
     def close(self) -> None:
-        """Free the memory. Do not call this after an error on only some of the ranks, because all ranks must call it. Collective
-        over node."""
+        """Free the shared memory. Because all ranks must call this method, do not call it after an error on only some of the
+        ranks. Collective over node."""
         self._win.Unlock_all()
         self._win.Free()
 
@@ -91,7 +92,8 @@ class Tickets:
             self._draw(self._me, counter, 0, MPI.REPLACE, used)
 
     def _draw(self, rank: int, counter: int, value: int, op: MPI.Op, used: int | None = None) -> int:
-        """Apply an operation to a rank's counter and return its previous value. The operation is complete on return."""
+        """Apply an operation to a rank's counter and return its previous value. The operation is complete when this method
+        returns."""
         self._given[0] = value
         place = COUNTERS * (self._set if used is None else used) + counter
         self._win.Fetch_and_op([self._given, MPI.INT64_T], [self._found, MPI.INT64_T], rank, place, op)
@@ -101,7 +103,7 @@ class Tickets:
 
 def steals_freely(comm: MPI.Intracomm) -> bool:
     """Return True if a rank of this node can take lanes of a rank that makes no MPI call. The test takes milliseconds if the
-    result is True, else SLEEP_SECONDS. comm: the ranks of this node. Collective over comm."""
+    result is True, and SLEEP_SECONDS if it is False. comm: the ranks of this node. Collective over comm."""
     flag = MPI.Win.Allocate_shared(COUNTER_BYTES * (comm.rank == 0), COUNTER_BYTES, comm=comm)
     memory: Any = flag.Shared_query(0)[0]
     drawn = np.frombuffer(memory, dtype=np.int64)  # set by rank 1, without MPI

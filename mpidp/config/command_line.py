@@ -1,7 +1,7 @@
-"""Read settings from a TOML file and from `--section.key=value` arguments, and print their help.
+"""Reads settings from a TOML file and from `--section.key=value` arguments. Also makes the help text of all settings.
 
-An unknown key or value raises UsageError, and the message suggests the closest valid one. Imports neither torch nor MPI, so
-that errors are reported before MPI starts.
+An unknown key or value raises UsageError. Its message suggests the closest valid key or value. This module imports neither torch
+nor MPI, so that errors are reported before MPI starts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def _nearest(word: str, words: Sequence[str]) -> str:
 
 
 def _convert(key: str, raw: Any, about: dataclasses.Field[Any], where: str) -> Any:
-    """Convert a command-line word or a TOML value to the field's type and check its choices and limits."""
+    """Convert a command-line word or a TOML value to the field's type. Check that the value is among the field's choices and
+    within its limits."""
     meta = about.metadata
     kind = {"int": int, "float": float, "bool": bool, "str": str}[str(about.type)]
     raw = 0 if meta["auto"] and raw == "auto" else raw
@@ -74,7 +75,8 @@ def _assign(chosen: dict[str, Any], key: str, raw: Any, where: str) -> None:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Return the settings of a TOML file as {section.key: value}, unchecked. Raises UsageError if the file cannot be read."""
+    """Return the settings of a TOML file as {section.key: value}, without checking the values. Raises UsageError if the file
+    cannot be read."""
     try:
         tree = tomllib.loads(read_whole(path, MAX_TOML_BYTES, may_be_empty=True).replace("\r\n", "\n"))
     except (DataError, tomllib.TOMLDecodeError, RecursionError) as error:
@@ -88,8 +90,9 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def read_run_config(path: Path) -> dict[str, Any]:
-    """Return the settings of a run's config.toml as {section.key: value}. Values of known settings have the right types; other
-    versions may have had other choices and other settings. Raises UsageError if a value has another type. Independent."""
+    """Return the settings of a run's config.toml as {section.key: value}. Only the types of known settings are checked, because
+    another version of mpidp may have had other settings and choices. Raises UsageError if a value has the wrong type.
+    Independent."""
     types = {name: about.type for name, about, _ in fields_of()}
     flat = read_toml(path)
     for key, value in flat.items():
@@ -104,8 +107,9 @@ def read_run_config(path: Path) -> dict[str, Any]:
 def from_args(arguments: Sequence[str]) -> Config:
     """Build the configuration from command-line arguments.
 
-    arguments: at most one CONFIG.toml, and settings as --section.key=value or --section.key value, which override the file.
-    Raises UsageError if a key or a value is not valid, or if settings contradict each other. Independent."""
+    arguments: at most one configuration file (.toml), and settings as --section.key=value or --section.key value. These settings
+    override those in the file. Raises UsageError if a key or a value is not valid, or if settings contradict each other.
+    Independent."""
     chosen: dict[str, Any] = {}
     words = list(arguments)
     files = 0
@@ -135,15 +139,15 @@ def from_args(arguments: Sequence[str]) -> Config:
 
 
 def parse_with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
-    """Parse a command's own options with argparse, and the other arguments with from_args. Raises UsageError if one is not
-    valid."""
+    """Parse a command's own options with argparse, and the other arguments with from_args. Raises UsageError if an argument is
+    not valid."""
     options, settings = parser.parse_known_args(list(arguments))
     return options, from_args(settings)
 
 
 def settings_help() -> str:
-    """Return the help text of all settings: a line for each, with its key, default, meaning and unit. Pure."""
-    lines = ["settings (--section.key=value; `*`: cannot change on resume)"]
+    """Return the help text of all settings. Each setting has a line with its key, default, meaning and unit. Pure."""
+    lines = ["settings, given as --section.key=value (a setting with `*` must not change when a run resumes)"]
     for key, about, default in fields_of():
         meta = about.metadata
         star = "*" if meta["resume"] == FIXED else " "

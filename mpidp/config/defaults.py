@@ -10,14 +10,14 @@ from mpidp.config.settings import StrategySettings
 
 Settings = Mapping[str, Any]  # {section.key: value}
 
-# {setting: the methods that use it}
+# {setting: the methods that use the setting}
 METHODS = {f.name: f.metadata["methods"] for f in fields(StrategySettings) if f.metadata["methods"]}
 DEFAULTS = {name: getattr(StrategySettings, name) for name in METHODS}
 
 
 def kind(name: str, quorum: float) -> str:
-    """Return the method that strategy.name and strategy.quorum select: "quorum" if the strategy is synchronous and the quorum is
-    below 1, otherwise the name. Pure."""
+    """Return the method that strategy.name and strategy.quorum select. The method is "quorum" if the strategy is synchronous and
+    the quorum is below 1. Otherwise it is `name`. Pure."""
     return "quorum" if name == "synchronous" and quorum < 1 else name
 
 
@@ -32,7 +32,7 @@ def sync_intervals(settings: Settings, steps: int) -> tuple[int, int]:
     name, every, meet = method_of(settings), settings["strategy.sync_every"], settings["strategy.meet_every"]
     if name == "synchronous":
         return 1, 1
-    overlapping = settings["strategy.overlap"] or settings["strategy.fragments"] > 1  # averages then do not make ranks equal
+    overlapping = settings["strategy.overlap"] or settings["strategy.fragments"] > 1  # then averages do not make ranks equal
     global_average = settings["strategy.group"] == "all" and not overlapping
     if name in ("delayed", "server", "quorum"):
         return 1, meet or 10
@@ -43,10 +43,11 @@ def sync_intervals(settings: Settings, steps: int) -> tuple[int, int]:
 
 
 def outer(settings: Settings) -> tuple[float, float]:
-    """Return (outer_lr, outer_momentum), with automatic values filled in where the strategy has an outer step.
+    """Return (outer_lr, outer_momentum), with automatic values filled in if the strategy has an outer step.
 
-    Updates arrive late with overlap, and with sparse compression because of error feedback. Momentum would apply them again, even
-    later. Its default is therefore smaller with overlap, and 0 with sparse compression (SparseLoCo, Sarfi 2025, section 3). Pure.
+    With overlap, updates arrive late. With sparse compression, they also arrive late, because of error feedback. Momentum would
+    apply late updates again, even later. The default momentum is therefore smaller with overlap, and 0 with sparse compression
+    (SparseLoCo, Sarfi 2025, section 3). Pure.
     """
     lr, momentum = settings["strategy.outer_lr"], settings["strategy.outer_momentum"]
     if settings["strategy.name"] != "local" or settings["strategy.group"] != "all":
@@ -57,13 +58,13 @@ def outer(settings: Settings) -> tuple[float, float]:
 
 
 def ratio(settings: Settings) -> float:
-    """Return comm.ratio with its automatic value filled in. With strategy.name=local, topk sends more, because averages are
-    rare. Pure."""
+    """Return comm.ratio, with the automatic value filled in. The automatic value for topk is larger with strategy.name=local,
+    because averages are rare. Pure."""
     topk = 0.03 if settings["strategy.name"] == "local" else 0.01
     usual = {"topk": topk, "randomk": 0.1}
     return float(settings["comm.ratio"] or usual.get(settings["comm.compress"], 0.0))
 
 
 def known_settings(name: str, **settings: Any) -> dict[str, Any]:
-    """Return those of `settings` that the strategy `name` uses. Independent."""
+    """Return the settings among `settings` that the strategy `name` uses. Independent."""
     return {key: value for key, value in settings.items() if name in METHODS[key]}

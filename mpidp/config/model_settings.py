@@ -1,4 +1,5 @@
-"""The settings of section model, and the shape of the Transformer that they describe. Imports neither torch nor MPI."""
+"""The settings of section model, and the shape of the Transformer that they describe. This module imports neither torch nor
+MPI."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ class ModelSettings:
 
     kind: str = setting("transformer", "transformer, lstm, or your own model as MODULE:FACTORY (docs/library.md)", resume=FIXED)
     options: str = setting("", "extra arguments for your own model: NAME=VALUE,...", resume=FIXED)
-    num_layers: int = setting(4, "number of blocks", "layers", low=1, resume=FIXED)
-    num_heads: int = setting(4, "attention heads; must divide model_dim", "heads", low=1, resume=FIXED)
-    num_kv_heads: int = setting(0, "key-value heads; must divide num_heads; 0: num_heads", "heads", low=0, resume=FIXED)
+    num_layers: int = setting(4, "number of Transformer blocks", "layers", low=1, resume=FIXED)
+    num_heads: int = setting(4, "number of attention heads; must divide model_dim", "heads", low=1, resume=FIXED)
+    num_kv_heads: int = setting(0, "number of key-value heads; must divide num_heads; 0: num_heads", "heads", low=0, resume=FIXED)
     model_dim: int = setting(128, "model width", "channels", low=2, resume=FIXED)
     hidden_dim: int = setting(0, "feed-forward width; 0: 8/3 model_dim, rounded up to a multiple of 64", "channels", low=0,
                               resume=FIXED)
@@ -27,11 +28,11 @@ class ModelSettings:
     dropout: float = setting(0.0, "dropout rate of embeddings and residual branches", "", low=0.0, high=0.99, resume=FIXED)
     tie_embeddings: bool = setting(False, "use one matrix for the embedding and the output head", "bool", resume=FIXED)
     rope_theta: float = setting(10000.0, "base of the rotary position embedding", "", low=1.0, resume=FIXED)
-    rope_scaling: str = setting("", "RoPE scaling: linear, llama3, yarn or longrope, with numbers (docs/model.md)", resume=FIXED)
+    rope_scaling: str = setting("", "RoPE scaling: linear, llama3, yarn or longrope, and numbers (docs/model.md)", resume=FIXED)
     norm_eps: float = setting(1e-5, "epsilon of norms", "", low=0.0, resume=FIXED)
     head_dim: int = setting(0, "head size; 0: model_dim / num_heads", "channels", low=0, resume=FIXED)
     vocab_size: int = setting(0, "rows of embedding and output head; 0: the tokenizer's size", "tokens", low=0, resume=FIXED)
-    activation: str = setting("silu", "activation of the feed-forward layer; gelu: exact; relu2: relu(x)^2", "",
+    activation: str = setting("silu", "activation of the feed-forward layer; gelu: exact GELU; relu2: relu(x)^2", "",
                               CHOICES["activation"], resume=FIXED)
     gated: bool = setting(True, "true: the feed-forward layer is down(act(gate(x)) * up(x)); false: down(act(up(x)))", "bool",
                           resume=FIXED)
@@ -40,29 +41,29 @@ class ModelSettings:
     qk_norm: str = setting("", "RMSNorm of queries and keys: per head, or over all heads of a layer; empty: none", "",
                            CHOICES["qk_norm"], resume=FIXED)
     norm: str = setting("rms", "rms: RMSNorm; layer: LayerNorm with gain and bias", "", CHOICES["norm"], resume=FIXED)
-    norm_plus_one: bool = setting(False, "norms multiply by 1 + weight", "bool", resume=FIXED)
+    norm_plus_one: bool = setting(False, "norms multiply by 1 + weight instead of weight", "bool", resume=FIXED)
     norm_place: str = setting("before", "norms before each branch, after it, or both", "", CHOICES["norm_place"], resume=FIXED)
     parallel: bool = setting(False, "attention and feed-forward layer of a block have the same input", "bool", resume=FIXED)
-    positions: str = setting("rotary", "rotary: rotate queries and keys; learned: add a table's rows to the embedding", "",
+    positions: str = setting("rotary", "rotary: rotate queries and keys; learned: add rows of a learned table to embeddings", "",
                              CHOICES["positions"], resume=FIXED)
     position_rows: int = setting(0, "rows of the table of learned positions; 0: seq_len", "rows", low=0, resume=FIXED)
     rotary_dims: int = setting(0, "number of leading dimensions of each head that are rotated; 0: all", "channels", low=0,
                                resume=FIXED)
-    rotary_layers: str = setting("", "one letter per layer, repeated, for example yyyn: y rotary positions, n none; empty: all y",
+    rotary_layers: str = setting("", "a letter for each layer, repeated, as in yyyn; y: rotary positions; n: none; empty: all y",
                                  "letters", resume=FIXED)
     window: int = setting(0, "sliding window: number of positions that a position attends to, including itself; 0: all earlier "
                           "positions", "tokens", low=0, high=2**31, resume=FIXED)
-    window_layers: str = setting("", "one letter per layer, repeated, for example wf: w window, f full attention; empty: all w",
+    window_layers: str = setting("", "a letter for each layer, repeated, as in wf; w: window; f: full attention; empty: all w",
                                  "letters", resume=FIXED)
     window_rope_theta: float = setting(0.0, "rope_theta of layers with a window; 0: rotary positions as in the other layers", "",
                                        low=0.0, resume=FIXED)
     window_rope_scaling: str = setting("", "rope_scaling of layers with a window, if window_rope_theta is set", "", resume=FIXED)
-    embedding_scale: float = setting(1.0, "factor of the embedding's output", "", resume=FIXED)
+    embedding_scale: float = setting(1.0, "factor for the embedding's output", "", resume=FIXED)
     input_mix: bool = setting(False, "mix the embedding's output into the input of each block, with two learned factors", "bool",
                               resume=FIXED)
-    residual_scale: float = setting(1.0, "factor of the output of attention and of the feed-forward layer", "", resume=FIXED)
-    attention_scale: float = setting(0.0, "factor of attention scores; 0: head_dim ** -0.5", "", low=0.0, resume=FIXED)
-    logit_scale: float = setting(1.0, "factor of the logits", "", resume=FIXED)
+    residual_scale: float = setting(1.0, "factor for the outputs of attention and feed-forward layers", "", resume=FIXED)
+    attention_scale: float = setting(0.0, "factor for attention scores; 0: head_dim ** -0.5", "", low=0.0, resume=FIXED)
+    logit_scale: float = setting(1.0, "factor for the logits", "", resume=FIXED)
     attention_cap: float = setting(0.0, "soft-cap of attention scores: cap * tanh(score / cap); 0: none", "", low=0.0,
                                    resume=FIXED)
     logit_cap: float = setting(0.0, "soft-cap of the logits: cap * tanh(logit / cap); 0: none", "", low=0.0, resume=FIXED)
@@ -83,13 +84,13 @@ def transformer_shape(m: ModelSettings, vocab_size: int) -> TransformerShape:
 
 
 def automatic(m: ModelSettings) -> dict[str, int]:
-    """Return the values of the Transformer's automatic settings, as they are saved. Pure."""
+    """Return the values of the Transformer's automatic settings, in the form in which they are saved. Pure."""
     shape = transformer_shape(m, 1)
     return {"num_kv_heads": shape.num_kv_heads, "hidden_dim": shape.hidden_dim, "position_rows": shape.table_rows}
 
 
 def shape_problems(m: ModelSettings) -> Iterator[str]:
-    """Yield a message for each setting of the Transformer that is invalid or contradicts another one. Pure."""
+    """Yield a message for each setting of the Transformer that is invalid or contradicts another setting. Pure."""
     problems = []
     if m.head_dim % 2:
         problems.append(f"model.head_dim={m.head_dim} must be even")

@@ -1,4 +1,4 @@
-"""Fill in the automatic values of a config: threads, device, precision, steps, model shape."""
+"""Fills in the automatic values of a config: threads, device, precision, steps, model shape."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpidp.runtime.environment import launched_with_ulfm
 
 
 def check_shards(level: int) -> None:
-    """Raise UsageError if sharding is combined with ULFM, since the shard of a failed rank would be lost. Independent."""
+    """Raise UsageError if sharding is combined with ULFM, because the shard of a failed rank would be lost. Independent."""
     if level and launched_with_ulfm():
         raise UsageError(
             f"mesh.shard={level} is not supported with mpirun --with-ft ulfm: the shard of a failed rank would be lost, and the "
@@ -27,8 +27,8 @@ def check_shards(level: int) -> None:
 
 
 def resolve_reducer(config: Config) -> str:
-    """Return the name of the reducer. The value auto means tree for synchronous training without compression, else allreduce.
-    Depends only on the config. Pure."""
+    """Return the name of the reducer. The value auto means tree for synchronous training without compression and with mesh.shard
+    below 2. Otherwise auto means allreduce. Pure."""
     if config.comm.reducer != "auto":
         return config.comm.reducer
     # With mesh.shard=2 or 3, FSDP2 reduces gradients.
@@ -42,7 +42,8 @@ def kind_of(config: Config) -> str:
 
 
 def workers(config: Config, size: int) -> int:
-    """Return the number of ranks that compute gradients: all but the servers. Raises UsageError if no rank remains. Pure."""
+    """Return the number of ranks that compute gradients, which are all ranks but the servers. Raises UsageError if all ranks are
+    servers. Pure."""
     serving = (config.strategy.servers or 1) if config.strategy.name == "server" else 0
     if serving >= size:
         raise UsageError(
@@ -55,8 +56,8 @@ def workers(config: Config, size: int) -> int:
 def model_shape(config: Config, vocab_size: int) -> Shape:
     """Return the model's shape with automatic values filled in. A user's own model is also created and tested.
 
-    vocab_size: number of tokens in the tokenizer. Raises UsageError if model.vocab_size is smaller, or if the model cannot be
-    trained. Independent."""
+    vocab_size: number of tokens in the tokenizer. Raises UsageError if model.vocab_size is smaller than this number, or if the
+    model cannot be trained. Independent."""
     m = config.model
     if m.vocab_size and m.vocab_size < vocab_size:
         raise UsageError(
@@ -77,7 +78,7 @@ def model_shape(config: Config, vocab_size: int) -> Shape:
 
 
 def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, device: torch.device, dtype: torch.dtype) -> Config:
-    """Return the config with all automatic values filled in, as it is printed, saved and compared on resume.
+    """Return the config with all automatic values filled in. This config is printed and saved, and compared when a run resumes.
 
     Raises UsageError if sharding is combined with ULFM, or if the ranks would never average. Pure."""
     check_shards(config.mesh.shard)

@@ -1,4 +1,4 @@
-"""Unsupported combinations of settings: the rules that training checks and the table in docs/methods.md. Pure."""
+"""Unsupported combinations of settings. Training checks these rules, and docs/methods.md shows them as a table. Pure."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from mpidp.config.defaults import DEFAULTS, METHODS, Settings, kind, method_of
 from mpidp.model.options import DEFAULTS as OPTIONS
 
-KINDS = ("transformer", "lstm")  # built-in values of model.kind; any other is MODULE:FACTORY
-TRANSFORMER_ONLY = {"num_heads": 4, "num_kv_heads": 0, "hidden_dim": 0, "rope_theta": 10000.0, **OPTIONS}  # with their defaults
+KINDS = ("transformer", "lstm")  # built-in values of model.kind; other values are MODULE:FACTORY
+TRANSFORMER_ONLY = {"num_heads": 4, "num_kv_heads": 0, "hidden_dim": 0, "rope_theta": 10000.0, **OPTIONS}  # settings and defaults
 
 
 @dataclass(frozen=True)
 class Rule:
     """Two settings that cannot be combined, and the reason."""
 
-    one: str  # the two settings, as shown to the user
+    one: str  # the first setting, as shown to the user
     other: str
-    has_one: Callable[[Settings], bool]  # whether the settings contain the first one
+    has_one: Callable[[Settings], bool]  # returns whether the first setting is in use
     has_other: Callable[[Settings], bool]
     why: str
 
@@ -56,7 +56,7 @@ _partial = _is_not("strategy.group", "all")
 _tasks = _is_not("train.eval_tasks", "")
 _auto = _is("train.micro_batch", 0)
 _momentum = _is_not("optim.momentum_warmup", 0)
-_UPDATES = "checkpoints store the number of updates with the parameters of AdamW, which may not exist"
+_UPDATES = "checkpoints store the number of updates with AdamW's parameters, and there may be no such parameters"
 RULES = [
     Rule(_OTHERS, "comm.reducer=tree|root", _other, _is("comm.reducer", "tree", "root"),
          "these methods reduce one buffer per rank at their own intervals; use comm.reducer=allreduce or naive"),
@@ -65,7 +65,7 @@ RULES = [
     Rule(_OTHERS, "train.audit_every", _other, _is_not("train.audit_every", 0),
          "an audit compares lanes and replicas, which differ between ranks or arrive late with these methods"),
     Rule(_OTHERS, "train.noise_every", _other, _is_not("train.noise_every", 0),
-         "the measurement needs the gradient of each lane at the same parameters, which only comm.reducer=tree keeps"),
+         "the measurement needs each lane's gradient at the same parameters, and only comm.reducer=tree keeps these gradients"),
     Rule(_OTHERS, "comm.overlap=thread|poll", _other, _is("comm.overlap", "thread", "poll"),
          "these methods overlap communication in their own way; use strategy.overlap or strategy.name=delayed"),
     Rule(_OTHERS, "comm.gpu=nccl", _other, _is("comm.gpu", "nccl"),
@@ -147,7 +147,7 @@ RULES = [
     Rule("train.init_from", "model.zero_init", _is_not("train.init_from", ""), _is("model.zero_init", True),
          "the initial weights come from the other model"),
     Rule("optim.name=adam|sgd", "optim.cautious_decay", _is("optim.name", "adam", "sgd"), _is("optim.cautious_decay", True),
-         "these optimizers add weight decay to the gradient, so it is a part of the update"),
+         "these optimizers add weight decay to the gradient, so weight decay is a part of the update"),
     Rule("optim.name=adamw|adam|sgd", "optim.momentum_warmup", _is("optim.name", "adamw", "adam", "sgd"), _momentum,
          "their momentum is optim.beta1"),
     Rule("optim.momentum_warmup", "model.lora_rank", _momentum, _lora, _UPDATES),
@@ -159,7 +159,7 @@ RULES = [
     Rule("train.eval_tasks", _FSDP, _tasks, _fsdp,
          "a forward pass needs all replicas, which answer different numbers of requests; use mpidp evaluate --tasks"),
     Rule("train.eval_tasks", "train.compile", _tasks, _is("train.compile", True),
-         "each length of a request would be compiled; use mpidp evaluate --tasks"),
+         "torch would compile the model again for each length of request; use mpidp evaluate --tasks"),
 ]
 
 
@@ -196,7 +196,8 @@ MAX_STEPS = 100  # maximum number of steps in a timeline
 
 
 def steps_of(timeline: str) -> tuple[int, int]:
-    """Return (first, last) step of a timeline, counted from 1, both included; (0, 0) for none.
+    """Return (first, last), the steps of a timeline. Steps are counted from 1, and both are included. Return (0, 0) if there is
+    no timeline.
 
     Raises ValueError if the text does not have the form FIRST:LAST, or if a step is not valid. Pure."""
     if not timeline:

@@ -1,6 +1,6 @@
 """The configuration: all sections of settings, checks for contradictions, and TOML output.
 
-command_line.py reads settings from files and arguments. Imports neither torch nor MPI.
+command_line.py reads settings from files and arguments. This module imports neither torch nor MPI.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Config:
     energy: EnergySettings = field(default_factory=EnergySettings)
 
     def with_values(self, **sections: Mapping[str, Any]) -> Config:
-        """Return a copy with changed values: config.with_values(train={"lanes": 8}). Values are not checked."""
+        """Return a copy with changed values, for example config.with_values(train={"lanes": 8}). Values are not checked."""
         return dataclasses.replace(self, **{s: dataclasses.replace(getattr(self, s), **v) for s, v in sections.items()})
 
     def flat(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def checked(config: Config) -> Config:
     problems = []
     if train.global_batch < train.micro_batch:
         problems.append(f"train.global_batch={train.global_batch} is smaller than train.micro_batch={train.micro_batch}")
-    num_micro_batches = -(-train.global_batch // (train.micro_batch or 1))  # 0: auto
+    num_micro_batches = -(-train.global_batch // (train.micro_batch or 1))  # 0 means auto
     if train.lanes > num_micro_batches:
         problems.append(f"train.lanes={train.lanes} is more than the {num_micro_batches} micro-batches of a step")
     shape_unknown = train.init_from and not model.vocab_size  # the shape is read from init_from later
@@ -129,7 +129,7 @@ def stops_by_loss(config: Config) -> list[str]:
 
 
 def to_toml(config: Config) -> str:
-    """Return the config as TOML text; from_args reads it back to the same config."""
+    """Return the config as TOML text. from_args() turns the text back into the same config."""
     lines: list[str] = []
     section = ""
     for key, _, value in fields_of(config):

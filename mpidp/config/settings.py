@@ -1,6 +1,7 @@
-"""Every setting, by section: frozen dataclasses. Each field has a default, a description, a unit and limits.
+"""All settings, as one frozen dataclass per section. Each field has a default, a description, a unit and limits.
 
-Section model is in model_settings.py. rules.py and schema.py check which settings go together. Imports neither torch nor MPI.
+Section model is in model_settings.py. rules.py and schema.py check which settings can be combined. This module imports neither
+torch nor MPI.
 """
 
 from __future__ import annotations
@@ -9,19 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-FIXED = "fixed"  # on resume, a change is rejected
-FREE = "free"  # on resume, a change is accepted
+FIXED = "fixed"  # when a run resumes, a change is rejected
+FREE = "free"  # when a run resumes, a change is accepted
 
 
 def setting(
     default: Any, text: str, unit: str = "", choices: Sequence[str] = (), low: float | None = None, high: float | None = None,
     resume: str = FREE, methods: Sequence[str] = (), auto: bool = False,
 ) -> Any:
-    """Return a dataclass field with its description for --help and its limits.
+    """Return a dataclass field whose metadata contain the setting's limits and its description for --help.
 
-    low, high: limits of the value, both included. resume: FIXED if the setting must not change on resume, else FREE. methods: the
-    strategies that use a setting strategy.*; "quorum" means strategy.name=synchronous with strategy.quorum below 1. auto: whether
-    the value 0 may be written as auto.
+    low, high: limits of the value, both included. resume: FIXED if the setting must not change when a run resumes, else FREE.
+    methods: for a setting strategy.*, the methods that use the setting. "quorum" means strategy.name=synchronous with
+    strategy.quorum below 1. auto: whether the value 0 may be written as auto.
     """
     about = {
         "text": text, "unit": unit, "choices": tuple(choices), "low": low, "high": high, "resume": resume,
@@ -35,18 +36,18 @@ class DataSettings:
     """Settings data.*: the training data."""
 
     path: str = setting(
-        "shards/stdlib", "folder with the shards, or s3://bucket/prefix; the default corpus is prepared if it does not exist",
+        "shards/stdlib", "folder of shards, or s3://bucket/prefix; the default corpus is prepared if shards/stdlib is missing",
         "path",
     )
     cache_dir: str = setting("", "local folder that caches parts of remote shards; empty: in the temporary folder", "path")
-    cache_gb: float = setting(10.0, "largest size of this cache on each node", "10^9 bytes", low=0.05)
+    cache_gb: float = setting(10.0, "largest size of cache_dir on each node", "10^9 bytes", low=0.05)
     retry_seconds: float = setting(300.0, "how long to retry a failed request to a server", "s", low=0.0)
     verify: str = setting(
         "auto", "check the shards' checksums before training, not only sizes and headers; auto: if this takes under a second", "",
         ("auto", "true", "false"),
     )
     order: str = setting("shuffled", "order of the training windows", "", ("shuffled", "sequential"), resume=FIXED)
-    resident: str = setting("auto", "keep this rank's tokens in GPU memory", "", ("auto", "true", "false"))
+    resident: str = setting("auto", "keep this rank's tokens in GPU memory; auto: if they fit", "", ("auto", "true", "false"))
     documents: str = setting(
         "auto", "joined: attention crosses the ends of documents; apart: attention stays within a document; auto: apart if the "
         "shards contain packed rows, else joined", "",
@@ -61,7 +62,7 @@ class TrainSettings:
     init_from: str = setting(
         "", "take model and initial weights from a run or a Hugging Face folder (docs/huggingface.md)", "path", resume=FIXED,
     )
-    steps: int = setting(0, "number of parameter updates; 0: set by tokens or epochs, else 300", "steps", low=0)
+    steps: int = setting(0, "number of parameter updates; 0: computed from tokens or epochs, or 300 without them", "steps", low=0)
     tokens: int = setting(0, "train for this many tokens instead of steps; 0: off", "tokens", low=0)
     epochs: float = setting(0.0, "train for this many passes over the data instead of steps; 0: off", "epochs", low=0.0)
     target_loss: float = setting(0.0, "stop when val_loss is at most this value; 0: off", "nats/token", low=0.0)
@@ -81,7 +82,7 @@ class TrainSettings:
     compile: bool = setting(False, "compile each block with torch.compile (needs a C++ compiler)", "bool")
     recompute: bool = setting(False, "activation checkpointing: store only each block's input and recompute the rest", "bool")
     loss: str = setting(
-        "auto", "how the loss is computed: whole: from all logits; chunked: for some positions at a time, with less memory; "
+        "auto", "whole: compute the loss from all logits; chunked: for some positions at a time, with less memory; "
         "auto: chunked if the logits are large", "", ("auto", "whole", "chunked"), resume=FIXED,
     )
     deterministic: bool = setting(True, "on CUDA, use only deterministic kernels", "bool")
@@ -90,8 +91,8 @@ class TrainSettings:
     eval_tokens: int = setting(65536, "tokens of the validation split per evaluation; 0: all", "tokens", low=0)
     eval_tasks: str = setting("", "tasks of lm-eval for each evaluation, for example arc_easy,hellaswag (docs/use.md)", "names")
     eval_tasks_dir: str = setting("", "folder with task files (.yaml) for eval_tasks", "path")
-    eval_tasks_limit: int = setting(0, "items of each of eval_tasks; 0: all", "items", low=0)
-    save_every: int = setting(100, "steps between checkpoints; 0: only at the end; -1: by the measured cost of a checkpoint",
+    eval_tasks_limit: int = setting(0, "number of items to evaluate in each task of eval_tasks; 0: all", "items", low=0)
+    save_every: int = setting(100, "steps between checkpoints; 0: only at the end; -1: chosen by measured cost",
                               "steps", low=-1)
     balance: str = setting(
         "even", "how lanes are divided among ranks: evenly, by measured speed, or by work stealing", "",
@@ -123,7 +124,7 @@ class OptimizerSettings:
     beta2: float = setting(0.99, "decay of the second moment", "", low=0.0, high=0.9999999)
     clip: float = setting(1.0, "maximum gradient norm (clipping); 0: off", "", low=0.0)
     cautious_decay: bool = setting(
-        False, "weight decay only of elements that the update moves towards 0 (adamw, muon, normuon)", "bool",
+        False, "apply weight decay only to elements that the update moves towards 0 (adamw, muon, normuon)", "bool",
     )
     momentum_warmup: int = setting(
         0, "muon, normuon: steps over which the momentum rises from 0.85 to 0.95; 0: 0.95 from the first step", "steps", low=0,
@@ -133,7 +134,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class StrategySettings:
-    """Settings strategy.*: how ranks synchronize. `methods` lists the strategies that use a setting."""
+    """Settings strategy.*: how ranks synchronize. `methods` lists the methods that use a setting."""
 
     name: str = setting(
         "synchronous", "training strategy (docs/methods.md)", "", ("synchronous", "delayed", "local", "server"), resume=FIXED,
@@ -209,7 +210,7 @@ class CommSettings:
     )
     rank: int = setting(4, "powersgd: rank of the approximation", "", low=1)
     transport: str = setting(
-        "auto", "within a node: shared memory window or MPI messages; auto: window if shared memory has room", "",
+        "auto", "use a shared memory window or MPI messages within a node; auto: window if shared memory has enough space", "",
         ("auto", "window", "messages"),
     )
     copies: str = setting(
@@ -223,7 +224,7 @@ class CommSettings:
     bucket_mb: float = setting(4.0, "size of a gradient bucket", "MiB", low=0.001)
     gpu: str = setting(
         "auto", "how CUDA gradients are reduced: by GPU-aware MPI (device), through host memory (staged), or by NCCL; "
-        "auto: device if a probe succeeds", "", ("auto", "device", "staged", "nccl"),
+        "auto: device if a test succeeds, else staged", "", ("auto", "device", "staged", "nccl"),
     )
 
 
@@ -238,7 +239,7 @@ class MeshSettings:
                               low=1)
     sequence: bool = setting(False, "sequence parallelism: divide the positions of norms and residuals among the tp ranks")
     shard: int = setting(
-        0, "sharding over replicas: 0: off; 1: optimizer state; 2: also gradients; 3: also parameters", "level", low=0, high=3,
+        0, "what replicas shard; 0: nothing; 1: optimizer state; 2: also gradients; 3: also parameters", "level", low=0, high=3,
     )
 
 
@@ -254,7 +255,7 @@ class RunSettings:
     keep: int = setting(3, "number of checkpoints to keep", "", low=1)
     mirror: str = setting("", "address to which checkpoints are copied, for example s3://bucket/runs/NAME", "path")
     hang_seconds: float = setting(
-        60.0, "end the job with exit code 6 if it makes no progress for this time and the time of 20 usual steps; 0: off", "s",
+        60.0, "end the job with exit code 6 if no rank makes progress for this time, or 20 usual steps if longer; 0: off", "s",
         low=0.0,
     )
     tries: int = setting(3, "maximum number of successive starts from the same checkpoint", "", low=1)
@@ -273,7 +274,7 @@ class FaultSettings:
 
 @dataclass(frozen=True)
 class MetricsSettings:
-    """Settings metrics.*: what is recorded besides metrics.jsonl (docs/report.md)."""
+    """Settings metrics.*: what is recorded in addition to metrics.jsonl (docs/report.md)."""
 
     timeline: str = setting("", "steps FIRST:LAST to trace on all ranks, written to RUN/timeline.json; empty: none", "steps")
     kernels: bool = setting(False, "also trace kernels with torch.profiler in the steps of timeline, one file per rank", "bool")
@@ -290,4 +291,4 @@ class EnergySettings:
 
     grams_per_kwh: float = setting(0.0, "carbon intensity of your electricity (CO2e), for mpidp.report; 0: unknown", "g/kWh",
                                    low=0.0)
-    price_per_node_hour: float = setting(0.0, "price in your currency, for mpidp.report; 0: unknown", "", low=0.0)
+    price_per_node_hour: float = setting(0.0, "price of a node-hour in your currency, for mpidp.report; 0: unknown", "", low=0.0)

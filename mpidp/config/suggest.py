@@ -1,4 +1,4 @@
-"""Guesses which setting a user meant, if the name of a setting is unknown. Imports neither torch nor MPI."""
+"""Guesses which setting a user meant, if the name of a setting is unknown. This module imports neither torch nor MPI."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ SYNONYMS = {  # for each setting, its names in other programs (transformers, nan
 
 
 def suggestion(key: str, known: Collection[str]) -> str:
-    """Return the setting of `known` that the unknown `key` most likely means: its name in another program, a setting of this name
-    in another section, or the closest spelling. Pure."""
+    """Return the setting in `known` that the user most likely meant by the unknown `key`. This is the setting that has this name
+    in another program, a setting of this name in another section, or the setting with the closest spelling. Pure."""
     key = key.lower().replace("-", "_")
     section, _, name = key.rpartition(".")
     other = {word: setting for setting, words in SYNONYMS.items() if setting in known for word in words.split()}

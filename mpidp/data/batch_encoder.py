@@ -1,4 +1,5 @@
-"""Encode texts with a Hugging Face tokenizer: first with the `tokenizers` library, then with tiktoken if its ids are equal."""
+"""Encodes texts with a Hugging Face tokenizer. The first texts are encoded with the `tokenizers` library. Later texts are encoded
+with tiktoken, which is faster, if tiktoken gives the same ids."""
 
 from __future__ import annotations
 
@@ -10,18 +11,20 @@ import numpy as np
 from mpidp.data.fast_bpe import FastBPE, NotEqual
 from mpidp.data.long_text import Placed, joined
 
-CHARACTERS = 2**19  # encoded by the library before tiktoken starts, and CHARACTERS_PER_TOKEN for each token of the vocabulary:
-CHARACTERS_PER_TOKEN = 64  # with less text, the checks would take longer than tiktoken saves
+# Before tiktoken starts, the library encodes CHARACTERS + CHARACTERS_PER_TOKEN x (vocabulary size) characters. With less text,
+# the checks would take longer than tiktoken saves.
+CHARACTERS = 2**19
+CHARACTERS_PER_TOKEN = 64
 
 
 class BatchEncoder:
-    """Encodes texts. The results do not depend on which program computes them. Special tokens in the texts stay plain text.
+    """Encodes texts. The results do not depend on the program that computes them. Special tokens in the texts stay plain text.
 
-    program: which program encodes now, and why; "" for little text.
+    program: the program that encodes now, and the reason if it is not tiktoken. With little text, program is "".
     """
 
     def __init__(self, text: str, library: Any) -> None:
-        """text: the contents of a tokenizer.json; library: the same tokenizer in the library `tokenizers`."""
+        """text: the contents of a tokenizer.json. library: the same tokenizer, as an object of the `tokenizers` library."""
         self.program = ""
         self._text, self._library = text, library
         self._left = CHARACTERS + CHARACTERS_PER_TOKEN * library.get_vocab_size()
@@ -40,7 +43,7 @@ class BatchEncoder:
         return found
 
     def placed(self, text: str) -> Placed:
-        """Return the ids of a text, and the characters of each id. Independent."""
+        """Return the ids of a text, and the range of characters of each id. Independent."""
         if self._fast is not None:
             try:
                 return self._fast.placed(text)
@@ -51,7 +54,8 @@ class BatchEncoder:
         return found
 
     def _count(self, texts: Sequence[str], found: list[np.ndarray]) -> None:
-        """Count the characters of texts that the library encoded. After enough of them, start tiktoken and compare its ids."""
+        """Count the characters that the library has encoded. When there are enough, start tiktoken, and check that it
+        gives the library's ids for these texts."""
         before, self._left = self._left, self._left - sum(map(len, texts))
         if before > 0 >= self._left:
             try:

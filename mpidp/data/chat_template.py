@@ -1,8 +1,8 @@
-"""Render chat templates, as transformers does. Pure.
+"""Renders chat templates in the same way as transformers. Pure.
 
-Templates are untrusted input. They run in jinja2's immutable sandbox, with limits of time and memory. trim_blocks, lstrip_blocks
-and loop controls are on. A template can use raise_exception, tojson, strftime_now, namespace, dict and the tokenizer's special
-tokens by name (bos_token).
+Templates are untrusted input. They run in jinja2's immutable sandbox, with limits on time and memory. jinja2's trim_blocks,
+lstrip_blocks and loop controls are on. A template can use raise_exception, tojson, strftime_now, namespace and dict. It can also
+use the tokenizer's special tokens by name, for example bos_token.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 
 from mpidp.errors import DataError, UsageError
 
-BEGIN, END = "\ufdd0", "\ufdd1"  # around the parts that {% generation %} marks; both are noncharacters
+BEGIN, END = "\ufdd0", "\ufdd1"  # noncharacters of Unicode that enclose the parts that {% generation %} marks
 MAX_SECONDS = 2.0  # CPU time of one rendering
-MAX_TIMEOUTS = 3  # chats that may exceed MAX_SECONDS
+MAX_TIMEOUTS = 3  # after this many chats that exceed MAX_SECONDS, rendering stops with an error
 MAX_MEMORY = 2**30  # bytes that one rendering may allocate
-MAX_BITS = 2**12  # length of the integers that a template computes
-REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a message for its reasoning; most templates read the first
+MAX_BITS = 2**12  # largest number of bits of an integer that a template computes
+REASONING = ("reasoning_content", "thinking", "reasoning")  # keys for a message's reasoning; most templates use the first
 STANDARD = frozenset(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
@@ -35,19 +35,19 @@ class TemplateRejection(ValueError):  # noqa: N818
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template and its inputs. Raises DataError if the template is invalid and UsageError if jinja2 is missing."""
+    """A chat template and its inputs. Methods raise DataError if the template is invalid, and UsageError if jinja2 is missing."""
 
     text: str
     names: Mapping[str, str]  # special tokens by name, such as bos_token
     moment: float  # the time that strftime_now returns, in seconds since 1970; the same on all ranks
     args: Mapping[str, Any] = field(default_factory=dict)  # other variables, such as enable_thinking
-    tool_text: str | None = None  # the template of chats with tools; None: the same template
+    tool_text: str | None = None  # the template for chats with tools; None: use the same template
 
     def __getstate__(self) -> dict[str, Any]:  # the template is sent to other ranks; the compiled form cannot be pickled
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def of(self, tools: Any) -> Template:
-        """Return the template of chats with these tools, as transformers chooses it."""
+        """Return the template for chats with these tools. transformers makes the same choice."""
         return self if tools is None or self.tool_text is None else self._for_tools
 
     @cached_property
@@ -73,11 +73,11 @@ class Template:
         raise DataError(f"{problem}; correct it, or give another template with --chat-template")
 
     def check(self) -> None:
-        """Raise UsageError or DataError if the template cannot be used."""
+        """Raise DataError if the template is invalid, and UsageError if jinja2 is missing."""
         assert self._compiled is not None and self.of([])._compiled is not None
 
     def undefined_names(self) -> list[str]:
-        """Return the names of special tokens (*_token) that the template uses and that have no value."""
+        """Return the names of special tokens (*_token) that the template uses but that have no value."""
         from jinja2 import meta
 
         used = meta.find_undeclared_variables(_environment(self.moment).parse(self.text))
@@ -89,8 +89,8 @@ class Template:
     ) -> str:
         """Return the text of a chat. Raises TemplateRejection if the template rejects the chat.
 
-        prompt: end with the generation prompt. args: variables of this chat; they override those of the template. The text has
-        BEGIN and END around the parts that {% generation %} marks.
+        prompt: whether the text ends with the generation prompt. args: variables of this chat, which override variables of the
+        template. In the text, BEGIN and END enclose the parts that {% generation %} marks.
         """
         jinja2, template = _library(), self.of(tools)._compiled
         given = {**self.names, **self.args, **(args or {})} | {
@@ -119,7 +119,8 @@ class Template:
 
 
 def _message(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message as transformers passes it: without null values, and with its reasoning under the usual key."""
+    """Return a message in the form in which transformers passes it to templates: without null values, and with its reasoning
+    under the usual keys."""
     message = {key: value for key, value in given.items() if value is not None}
     reasoning = next((message[key] for key in REASONING if key in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
@@ -127,7 +128,8 @@ def _message(given: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Limit the CPU time and the memory of the body, where the system supports it. Raises TimeoutError or MemoryError."""
+    """Limit the CPU time and the memory of the body, if the system supports limits. Raises TimeoutError or MemoryError if the
+    body exceeds a limit."""
     with _limited_memory(), _limited_time():
         yield
 
@@ -185,7 +187,7 @@ def _environment(moment: float) -> Any:
     from jinja2.utils import Namespace as Plain
 
     class Generation(Extension):
-        """{% generation %}: marks the assistant's parts."""
+        """The tag {% generation %}, which marks the assistant's parts."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -201,7 +203,7 @@ def _environment(moment: float) -> Any:
         """Limits the integers that a template can compute."""
 
         intercepted_binops = frozenset({"**", "*"})
-        timeouts = 0  # renderings that took too long
+        timeouts = 0  # number of renderings that took too long
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             if isinstance(left, int) and isinstance(right, int):

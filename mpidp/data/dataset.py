@@ -1,7 +1,7 @@
-"""Batches of any map-style dataset. An epoch has each item exactly once, with any number of ranks. Independent.
+"""Batches of any map-style dataset. An epoch contains each item exactly once, for any number of ranks. Independent.
 
-Position k of epoch e has item permute(k), where permute is a Feistel permutation keyed by (seed, e). Therefore no list of indices
-is stored. A global batch consists of the next `batch` positions, and is divided into micro-batches and lanes as in training
+Item permute(k) is at position k of epoch e. Here permute is a Feistel permutation keyed by (seed, e), so no list of indices is
+stored. A global batch consists of the next `batch` positions. It is divided into micro-batches and lanes as in training
 (mpidp/data/lanes.py). The last batch of an epoch may be shorter. The only state is the number of the next batch.
 """
 
@@ -18,7 +18,7 @@ from mpidp.errors import DataError, UsageError
 
 
 class Items:
-    """The micro-batches of a dataset. read(batch, v) returns micro-batch v of a batch. Batches are numbered from 0 over all
+    """The micro-batches of a dataset. read(batch, v) returns micro-batch v of a batch. Batches are numbered from 0, over all
     epochs."""
 
     def __init__(
@@ -89,10 +89,10 @@ def from_dataset(
 ) -> Items:
     """Return the batches of a map-style dataset for mpidp.library.
 
-    dataset: an object with len() and [i]. batch: number of items per step, of all ranks together. micro_batch: number of items
-    per forward pass; 0 means an eighth of the batch, so that up to 8 ranks can share a batch. lanes: as train.lanes. collate:
-    makes a batch of a list of items; default: torch's default_collate. Raises UsageError if an argument is invalid, and DataError
-    if there are no items. Independent.
+    dataset: an object with len() and [i]. batch: number of items per step, over all ranks. micro_batch: number of items per
+    forward pass. 0 means an eighth of the batch, so that up to 8 ranks can share a batch. lanes: see the setting train.lanes.
+    collate: a function that makes a batch from a list of items. The default is torch's default_collate. Raises UsageError if an
+    argument is invalid, and DataError if there are no items. Independent.
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise UsageError(

@@ -1,4 +1,5 @@
-"""Encode texts with a tokenizer, BOS and special tokens, in the same way in prepare, generate and evaluate."""
+"""Encodes texts with a tokenizer, BOS and special tokens. prepare, generate and evaluate use this module, so that they encode in
+the same way."""
 
 from __future__ import annotations
 
@@ -18,11 +19,11 @@ from mpidp.errors import DataError
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer, and the special tokens of the training data. All methods raise DataError if a character has no id."""
+    """A tokenizer, and the special tokens of the training data. Encoding raises DataError if a character has no id."""
 
     tokenizer: Tokenizer
     table: SpecialTokens
-    special: str = "text"  # "tokens": names of special tokens in a text ("<|im_end|>") become their ids; "text": they stay text
+    special: str = "text"  # "tokens": names of special tokens in a text ("<|im_end|>") become ids; "text": names stay text
 
     def batch(self, texts: list[str]) -> list[np.ndarray]:
         """Encode several texts, without BOS. Independent."""
@@ -31,15 +32,15 @@ class Encoder:
         return [placed.ids for placed in self.placer(texts)]
 
     def pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Encode a text that is given in pieces, cut anywhere. Yield the ids of the whole text in parts, without BOS.
-        Independent."""
+        """Encode a text that is given in pieces. The text may be cut anywhere. Yield the ids of the whole text in parts, without
+        BOS. Independent."""
         if self.special == "text":
             return self.tokenizer.encode_pieces(pieces)
         return encode_pieces(pieces, lambda text: self.placer([text])[0])
 
     def ids(self, text: str) -> np.ndarray:
-        """Return the ids of a text of any length, without BOS: (n,) int64. Raises DataError also if half of a surrogate pair is
-        missing. Independent."""
+        """Return the ids of a text of any length, without BOS: (n,) int64. Also raises DataError if the text contains half of a
+        surrogate pair. Independent."""
         try:
             text.encode()
         except UnicodeEncodeError as error:  # the tokenizers library would raise a TypeError that does not name the reason
@@ -47,40 +48,41 @@ class Encoder:
         return self.tokenizer.encode(text) if self.special == "text" else np.concatenate(list(self.pieces([text])))
 
     def begins(self, ids: np.ndarray) -> np.ndarray:
-        """Return the ids of a text. If the training data has BOS and the text does not begin with BOS, put BOS in front. Pure."""
+        """Return the ids of a text, with BOS in front if the training data has BOS. BOS is not added twice. Pure."""
         return ids if self.table.bos is None or self._has_bos(ids) else np.insert(ids, 0, self.table.bos)
 
     def document(self, text: str) -> np.ndarray:
-        """Return the ids of a text after BOS or an end-of-document token, so that its first token has a context. Independent."""
+        """Return the ids of a text, with BOS or the end-of-document token in front, so that the text's first token has a context.
+        Independent."""
         ids = self.ids(text)
         return ids if self._has_bos(ids) else np.insert(ids, 0, self.begin)
 
     def prompt(self, text: str) -> list[int]:
-        """Return the ids of a prompt, after BOS if the training data has it. An empty prompt is BOS or an end of document.
-        Independent."""
+        """Return the ids of a prompt, with BOS in front if the training data has BOS. An empty prompt becomes BOS or the
+        end-of-document token. Independent."""
         found: list[int] = self.begins(self.ids(text)).tolist()
         return found or [self.begin]
 
     @property
     def begin(self) -> int:
-        """The id before a document: BOS if the training data has it, else the end-of-document id."""
+        """The id before a document: BOS if the training data has BOS, else the end-of-document id."""
         return self.table.ends[0] if self.table.bos is None else self.table.bos
 
     def named(self, texts: Sequence[str]) -> tuple[str, int]:
-        """Return (name of a special token, number of texts): a token whose name is encoded as text, and the texts that contain
-        such names. Return ("", 0) if there is none. Pure."""
+        """Find texts with names of special tokens that are encoded as plain text. Return (one of these names, number of such
+        texts), or ("", 0) if there are no such texts. Pure."""
         names = self.names if self.special == "text" else None
         found = [match[0] for text in texts if names is not None and (match := names.search(text))]
         return (found[0], len(found)) if found else ("", 0)
 
     @cached_property
     def placer(self) -> Callable[[list[str]], list[Placed]]:
-        """A function that encodes several texts, and returns which characters each token holds."""
+        """A function that encodes several texts. It also returns the range of characters of each token."""
         return placer(self.tokenizer, self.special)
 
     @cached_property
     def names(self) -> re.Pattern[str] | None:
-        """A pattern of the names of special tokens; None if the tokenizer has none."""
+        """A regular expression that matches the names of special tokens, or None if the tokenizer has no special tokens."""
         found = sorted(special_names(self.tokenizer), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, found))) if found else None
 

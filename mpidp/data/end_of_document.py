@@ -1,4 +1,5 @@
-"""Choose the token that ends a document: the token that the model's files declare, or one of the usual names. Independent."""
+"""Chooses the token that ends a document: the token that the model's files declare, or a token with one of the usual names.
+Independent."""
 
 from __future__ import annotations
 
@@ -10,15 +11,15 @@ from mpidp.data.model_files import optional_object
 from mpidp.errors import DataError
 
 USUAL_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "<EOD>", "[EOS]", "[SEP]")
-TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|eot|>", "<|eom_id|>")  # end a turn of a chat
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|eot|>", "<|eom_id|>")  # they end a turn of a chat
 
 
 def find_eod(vocab: Mapping[str, int], eod: str | int | None, declared: str | None = None) -> int:
-    """Return the id of the end-of-document token. Raises DataError if there is none.
+    """Return the id of the end-of-document token. Raises DataError if there is no such token.
 
-    eod: the token or its id, if it is known. declared: the model's eos_token. It is chosen unless it ends a turn of a chat:
-    documents in the pretraining of such a model end with another token. Otherwise the first token of USUAL_EOD that is in the
-    vocabulary is chosen.
+    eod: the token or its id, if it is known. declared: the model's eos_token. If eod is None, this token is chosen, unless it
+    ends a turn of a chat. In the pretraining data of such a model, documents end with another token. If neither applies, the
+    first token of USUAL_EOD that is in the vocabulary is chosen.
     """
     if isinstance(eod, int) and eod in vocab.values():
         return eod
@@ -32,7 +33,7 @@ def find_eod(vocab: Mapping[str, int], eod: str | int | None, declared: str | No
 
 
 def eod_of_index(folder: Path) -> int | None:
-    """Return the end-of-document id in FOLDER/index.json, or None."""
+    """Return the end-of-document id in FOLDER/index.json, or None if there is none."""
     try:
         eod = json.loads((folder / "index.json").read_bytes()).get("eod")
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -41,7 +42,8 @@ def eod_of_index(folder: Path) -> int | None:
 
 
 def declared_eos(folder: Path) -> str | None:
-    """Return the eos_token in FOLDER/tokenizer_config.json, else in special_tokens_map.json, or None."""
+    """Return the eos_token in FOLDER/tokenizer_config.json or, if it has none, in FOLDER/special_tokens_map.json. Return None if
+    neither file has an eos_token."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         found = (optional_object(folder / name) or {}).get("eos_token")
         found = found.get("content") if isinstance(found, dict) else found

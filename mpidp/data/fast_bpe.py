@@ -1,13 +1,13 @@
-"""Encode text with tiktoken, with the ids that the `tokenizers` library gives. tiktoken needs about a sixth of the CPU time.
+"""Encodes text with tiktoken, which needs about a sixth of the CPU time of the `tokenizers` library. The ids are the same.
 
-This is done only if the ids are provably equal. Both programs split a text into words with a regular expression, and apply
-byte-pair encoding to each word.
+tiktoken is used only if the ids are provably equal. Both programs split a text into words with a regular expression, and apply
+byte-pair encoding to each word. This module checks both parts:
 
-- The merges: tiktoken joins any two neighbours whose joined bytes are a token, and `tokenizers` joins only the pairs in its list.
-  Both join the pair of lowest rank first. The results are equal if, for each token, the last pair that tiktoken joins within
-  this token's bytes is in the list: until the last join, a token's bytes are encoded independently of their neighbours.
-- The words: the two engines can have different versions of Unicode. So each character is compared, in several contexts, the
-  first time that it occurs.
+- Merges. tiktoken joins any two neighbours whose joined bytes are a token. `tokenizers` joins only the pairs in its list. Both
+  join the pair of lowest rank first. Until the last join, the bytes of a token are encoded independently of the bytes around
+  them. The results are therefore equal if, for each token, the last pair that tiktoken joins within its bytes is in the list.
+- Words. The two regular-expression engines can have different versions of Unicode. Therefore each character is tested in several
+  contexts when it first occurs.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ import numpy as np
 from mpidp.data.long_text import Placed
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-PATTERNS = (  # patterns of a Split in the tokenizer.json of Llama 3 and Qwen 2; both programs treat them alike
+PATTERNS = (  # Split patterns in the tokenizer.json of Llama 3 and Qwen 2; both programs treat them in the same way
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-CONTEXTS = ("a{0}a", "1{0}1", ".{0}.", " {0} ", "{0}{0}", "\n{0}\n", "'{0}'s{0}", " {0}a", "A{0}1")  # around a character
-LONG_SPACE = 2**18  # white space in a row. tiktoken's regular expressions panic at a million
+CONTEXTS = ("a{0}a", "1{0}1", ".{0}.", " {0} ", "{0}{0}", "\n{0}\n", "'{0}'s{0}", " {0}a", "A{0}1")  # texts around a character
+LONG_SPACE = 2**18  # consecutive white-space characters; with a million, tiktoken's regular expressions panic
 SPACE = re.compile(rf"\s{{{LONG_SPACE}}}")
 KNOWN = {"type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
          "ignore_merges", "vocab", "merges"}
 
 
 class NotEqual(Exception):
-    """tiktoken would give other ids, or it is unknown whether the ids are equal. The message is the reason."""
+    """Raised if tiktoken would give other ids, or if it is unknown whether the ids are equal. The message is the reason."""
 
 
 class FastBPE:
-    """A byte-level BPE tokenizer that is computed by tiktoken."""
+    """A byte-level BPE tokenizer that uses tiktoken."""
 
     def __init__(self, text: str, library: Any) -> None:
-        """text: the contents of a tokenizer.json; library: the same tokenizer in the library `tokenizers`. Raises NotEqual."""
+        """text: the contents of a tokenizer.json. library: the same tokenizer, as an object of the `tokenizers` library. Raises
+        NotEqual if tiktoken cannot be used for this tokenizer."""
         try:
             import tiktoken
         except ImportError:
@@ -62,7 +63,7 @@ class FastBPE:
         if parsed["model"].get("ignore_merges") and (words := [name for name in added if self._is_word(name)]):
             raise NotEqual(f"the special token {words[0]!r} is a word, which the tokenizers library looks up in the vocabulary")
         self._ids = np.array([by_bytes[token] for token in ranks], dtype=np.int64)
-        self._lengths = np.zeros(max(by_bytes.values()) + 1, dtype=np.int64)  # bytes of each id
+        self._lengths = np.zeros(max(by_bytes.values()) + 1, dtype=np.int64)  # number of bytes of each id
         for token, i in by_bytes.items():
             self._lengths[i] = len(token)
         self._pattern = _pattern(parsed)
@@ -78,24 +79,25 @@ class FastBPE:
         return list(map(self._encode, texts) if self._threads is None else self._threads.map(self._encode, texts))
 
     def placed(self, text: str) -> Placed:
-        """Encode a text; return its ids with the characters of each. Raises NotEqual as encode_batch(). Independent."""
+        """Return the ids of a text, and the range of characters of each id. Raises NotEqual in the same case as encode_batch().
+        Independent."""
         ids = self.encode_batch([text])[0]
         stops = np.cumsum(self._lengths[ids])  # in bytes
         starts = stops - self._lengths[ids]
         data = np.frombuffer(text.encode(), dtype=np.uint8)
-        character = np.cumsum((data & 0xC0) != 0x80) - 1  # of each byte; UTF-8 continues a character with 10xxxxxx
+        character = np.cumsum((data & 0xC0) != 0x80) - 1  # index of each byte's character; 10xxxxxx continues a character
         return Placed(ids, character[starts], character[stops - 1] + 1)
 
     @cached_property
     def _words(self) -> Any:
-        """An encoding with the same words, in which each pair of bytes is a token."""
+        """A tiktoken encoding that splits texts into the same words, and in which each pair of bytes is a token."""
         import tiktoken
 
         return tiktoken.Encoding("words", pat_str=self._pattern, mergeable_ranks=_pairs(), special_tokens={})
 
     @cached_property
     def threads(self) -> int:
-        """The number of threads: that of the library `tokenizers`."""
+        """The number of threads, which is the same as that of the `tokenizers` library."""
         if os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("false", "off", "no", "f", "n", "0"):
             return 1
         named = os.environ.get("RAYON_NUM_THREADS", "")
@@ -106,7 +108,7 @@ class FastBPE:
         return ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
     def _is_word(self, name: str) -> bool:
-        """Return whether a text can have this token as one of its words."""
+        """Return whether this token can be one of the words into which a text is split."""
         try:
             text = _bytes(name).decode()
         except (NotEqual, UnicodeDecodeError):
@@ -120,7 +122,8 @@ class FastBPE:
         return found
 
     def _check_characters(self, text: str) -> None:
-        """Compare the words of both programs for the characters of a text that are new. Raises NotEqual."""
+        """Compare the words of both programs for the characters that occur for the first time. Raises NotEqual if the words
+        differ."""
         codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
         new = np.unique(codes[~self._seen[codes]])
         if not len(new):
@@ -128,13 +131,13 @@ class FastBPE:
         sample = "".join(context.format(chr(code)) for code in new.tolist() for context in CONTEXTS)
         words = [_bytes(word) for word, _ in self._library.pre_tokenizer.pre_tokenize_str(sample)]
         ids = [i for word in words for i in self._words._core_bpe.encode_single_piece(word)]
-        if ids != self._words.encode_ordinary(sample):  # each pair of bytes is a token, so other words give other ids
-            raise NotEqual(f"a character of {chr(new[0])!r} to {chr(new[-1])!r} is in another word")
+        if ids != self._words.encode_ordinary(sample):  # each pair of bytes is a token, so different words give different ids
+            raise NotEqual(f"tiktoken splits words differently at a character from {chr(new[0])!r} to {chr(new[-1])!r}")
         self._seen[new] = True
 
 
 def check_pairs(pairs: Mapping[bytes, Collection[tuple[bytes, bytes]]], ranks: Mapping[bytes, int]) -> None:
-    """Raise NotEqual if, for some token, tiktoken joins last a pair that is not in the list of this token. Pure."""
+    """Raise NotEqual if, for some token, the last pair that tiktoken joins is not in the token's list of pairs. Pure."""
     for word, listed in pairs.items():
         parts = [bytes([byte]) for byte in word]
         while len(parts) > 2:
@@ -148,8 +151,8 @@ def check_pairs(pairs: Mapping[bytes, Collection[tuple[bytes, bytes]]], ranks: M
 
 
 def _pairs_of_tokens(parsed: dict[str, Any]) -> dict[bytes, list[tuple[bytes, bytes]]]:
-    """Return the pairs that are merged to each token, in the order of their ranks. A tokenizer that was converted from tiktoken
-    has several pairs of the same rank. Raises NotEqual if it is not plain byte-level BPE."""
+    """Return, for each token, the pairs that are merged to this token, in order of rank. A tokenizer that was converted from
+    tiktoken has several pairs of the same rank. Raises NotEqual if the tokenizer is not plain byte-level BPE."""
     model = parsed["model"]
     plain = {"dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"}
     if model.get("type") != "BPE" or model.keys() - KNOWN or any(model.get(key) for key in plain) or parsed.get("normalizer"):
@@ -168,7 +171,8 @@ def _pairs_of_tokens(parsed: dict[str, Any]) -> dict[bytes, list[tuple[bytes, by
 
 
 def _pattern(parsed: dict[str, Any]) -> str:
-    """Return tiktoken's pattern for the pre-tokenizer. Raises NotEqual if the pre-tokenizer is not known."""
+    """Return the pattern for tiktoken that corresponds to the pre-tokenizer. Raises NotEqual if the pre-tokenizer is not
+    known."""
     found = parsed.get("pre_tokenizer") or {}
     steps = found.get("pretokenizers", []) if found.get("type") == "Sequence" else [found]
     last = steps[-1] if steps else {}
@@ -191,7 +195,8 @@ def _pairs() -> dict[bytes, int]:
 
 
 def byte_names() -> list[str]:
-    """Return the character of each byte in byte-level BPE (GPT-2): its own character if printable, else one from U+0100 on."""
+    """Return the character that stands for each byte in byte-level BPE (GPT-2). A printable character stands for its own byte.
+    The other bytes have characters from U+0100 on."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]

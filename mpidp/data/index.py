@@ -1,4 +1,4 @@
-"""index.json: the description of a folder of shards. It is validated when read and written atomically."""
+"""index.json, which describes a folder of shards. The file is validated when it is read. It is written atomically."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.h5")  # excludes folders, hidden
 
 @dataclass(frozen=True)
 class FileRecord:
-    """The index's record of one shard."""
+    """The entry of one shard in the index."""
 
     name: str
     split: str
     tokens: int
     documents: int  # number of documents that start in this file
     text_bytes: int  # UTF-8 bytes of the tokens' text
-    size: int  # bytes of the file
+    size: int  # size of the file in bytes
     crc32: str
     sha256: str
 
@@ -45,7 +45,7 @@ class SplitRecord:
     tokens: int
     documents: int
     text_bytes: int
-    loss_mask: bool  # whether its shards have a loss mask
+    loss_mask: bool  # whether the split's shards have a loss mask
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,15 @@ class Index:
     special_tokens_sha256: str = ""  # sha256 of special_tokens.json; "": there is no such file
 
     def tokenizer_bytes(self, folder: Path) -> bytes:
-        """Return the contents of tokenizer.json. Raises DataError if it is missing or has changed."""
+        """Return the contents of tokenizer.json. Raises DataError if the file is missing or has changed."""
         return _content(folder, "tokenizer.json", self.tokenizer_sha256)
 
     def special_tokens_bytes(self, folder: Path) -> bytes | None:
-        """Return the contents of special_tokens.json, or None if these shards have none (special_tokens.py)."""
+        """Return the contents of special_tokens.json, or None if these shards have no such file (special_tokens.py)."""
         return _content(folder, "special_tokens.json", self.special_tokens_sha256) if self.special_tokens_sha256 else None
 
     def to_json(self) -> str:
-        """Return the contents of index.json. They depend on the shards only, so equal shards have an equal index."""
+        """Return the contents of index.json. They depend only on the shards, so equal shards have equal indexes."""
         tokenizer = {"kind": self.tokenizer_kind, "file": "tokenizer.json", "sha256": self.tokenizer_sha256}
         optional: dict[str, Any] = {"window": self.window} if self.window else {}
         if self.special_tokens_sha256:
@@ -85,8 +85,8 @@ class Index:
 
 
 def read_index(folder: Path, name: str = "index.json", shown: str = "") -> Index:
-    """Read the index of a folder of shards. shown: the folder in errors, if it is a copy of this one. Raises DataError if the
-    index is missing or invalid. Independent."""
+    """Read the index of a folder of shards. shown: the folder to name in error messages, if `folder` is only a copy. Raises
+    DataError if the index is missing or invalid. Independent."""
     path = folder / name
     named = f"{shown or folder}/{name}"
     try:
@@ -106,7 +106,7 @@ def read_index(folder: Path, name: str = "index.json", shown: str = "") -> Index
 
 
 def _content(folder: Path, name: str, sha256: str) -> bytes:
-    """Return the contents of a file of the shards. Raises DataError unless they have this sha256."""
+    """Return the contents of a file in the folder. Raises DataError unless the contents have this sha256."""
     path = folder / name
     try:
         with open_regular(path) as file:

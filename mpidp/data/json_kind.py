@@ -1,4 +1,4 @@
-"""Decide how a .json file holds rows: one object per line, an array of objects, or not at all. Independent."""
+"""Decides how a .json file stores rows: as one object per line, as an array of objects, or not at all. Independent."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, BinaryIO
 from mpidp.data.row_fields import any_of
 from mpidp.data.unpack import MARK, lines_of
 
-BEGIN_BYTES = 2**20  # enough of a file to hold its first object, in most cases
+BEGIN_BYTES = 2**20  # the first bytes of a file; in most cases they contain the first object
 
 
 def json_kind(stream: BinaryIO, wanted: Collection[str]) -> tuple[str, str]:
-    """Return (kind, doubt) of a JSON file: ("lines", ""), ("array", "") or ("text", why it holds no rows). Independent.
+    """Return ("lines", ""), ("array", "") or ("text", REASON) for a JSON file. REASON says why the file has no rows. Independent.
 
-    wanted: names of fields. A single object, and the first object of an array, must have one of them. If `wanted` is empty, any
-    object is accepted.
+    wanted: names of fields. A single object, and the first object of an array, must have one of these fields. If `wanted` is
+    empty, any object is accepted.
     """
     lines = _begin(stream)
     first, begun = lines[0], b"".join(lines).strip()
@@ -41,7 +41,8 @@ def parse_object(line: bytes) -> dict[str, Any] | None:
 
 
 def _begin(stream: BinaryIO) -> list[bytes]:
-    """Return the first lines that are not blank: at least two, and BEGIN_BYTES, if there are as many."""
+    """Return the first lines that are not blank. These are at least two lines, and at least BEGIN_BYTES, if the file has as many.
+    """
     found: list[bytes] = []
     size = 0
     for line in lines_of(stream):
@@ -54,13 +55,13 @@ def _begin(stream: BinaryIO) -> list[bytes]:
 
 
 def _of_array(begun: bytes, wanted: Collection[str]) -> tuple[str, str]:
-    """Return (kind, doubt) of an array. begun: its beginning, without the bracket."""
+    """Return the result of json_kind() for an array. begun: the beginning of the array, without the bracket."""
     if not begun.startswith(b"{"):
         return "text", "a JSON array whose items are not objects"
     try:
         item, _ = json.JSONDecoder().raw_decode(begun.decode(errors="replace"))
     except (ValueError, RecursionError):
-        return "array", ""  # longer than `begun`, or malformed; the reader of the rows reports which
+        return "array", ""  # the object is longer than `begun`, or malformed; the reader of the rows reports which
     if wanted and not item.keys() & set(wanted):
         return "text", f"a JSON array of objects without a field {any_of(wanted)}"
     return "array", ""

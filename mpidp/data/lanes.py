@@ -2,7 +2,7 @@
 
 A global batch of G sequences is split into V = ceil(G / micro_batch) micro-batches (the last may be shorter). The micro-batches
 are divided into L lanes. Lane l consists of micro-batches [l V // L, (l + 1) V // L). Their gradients are accumulated in order. V
-and L are fixed for a run. A lane gives the same bits on any rank.
+and L are fixed for a run. The gradient of a lane has the same bits on any rank.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Lanes:
         return ((v + 1) * self.num_lanes - 1) // self.num_micro_batches
 
     def of_rank(self, rank: int, world_size: int) -> range:
-        """Return the lanes of a rank, a contiguous range. The ranges of ranks are as equal in length as possible. A rank >=
-        world_size has no lanes."""
+        """Return the lanes of a rank, which are a contiguous range. The ranks' ranges are as equal in length as possible. If
+        rank >= world_size, the range is empty."""
         if rank >= world_size:
             return range(self.num_lanes, self.num_lanes)
         return even_ranges(self.num_lanes, world_size)[rank]

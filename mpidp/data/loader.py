@@ -1,8 +1,8 @@
-"""The data loader. A thread reads, checks and pins micro-batches ahead of time. It never calls MPI.
+"""The data loader. A thread reads, checks and pins micro-batches ahead of time. The thread never calls MPI.
 
 The only state is one integer, next_batch. The loader prefetches the micro-batches that this rank is expected to compute. Other
-micro-batches are read on demand, because lanes may move between ranks. On CUDA, the tokens that a rank needs stay on the device
-if they fit. A micro-batch is then made with one gather.
+micro-batches are read on demand, because lanes may move between ranks. On CUDA, the tokens that a rank needs stay in the device's
+memory if there is enough space. A micro-batch is then made with one gather operation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PIECE_TOKENS = 2**23  # tokens read at a time
 
 @dataclass
 class MicroBatch:
-    """The data of one forward pass. b may be less than micro_batch, or 0, in an epoch's last batch."""
+    """The data of one forward pass of b sequences. In an epoch's last batch, b may be less than micro_batch, or 0."""
 
     v: int  # index of the micro-batch in its global batch
     tokens: Tensor  # (b, T) int64
@@ -70,9 +70,9 @@ class MicroBatch:
 
 @dataclass
 class Batch:
-    """One global batch. batch[v] is micro-batch v, which is prefetched or read on demand. Thread-safe.
+    """One global batch. batch[v] is micro-batch v, which is prefetched or read on demand. Access is thread-safe.
 
-    Raises IndexError if v is out of range. Raises DataError if reading fails, which also closes the loader.
+    Raises IndexError if v is out of range. If reading fails, closes the loader and raises DataError.
     """
 
     batch: int  # numbered from 0 over all epochs
@@ -99,7 +99,7 @@ def check_targets(stream: TokenStream, first: int) -> None:
             return
     raise DataError(
         f"{stream.path}: the loss mask excludes all of the first {first:,} targets of split {stream.split!r}, so there is no "
-        "loss: prepare it again" + ", or evaluate on more tokens (train.eval_tokens)" * (stream.split != "train")
+        "loss: prepare the shards again" + ", or evaluate on more tokens (train.eval_tokens)" * (stream.split != "train")
     )
 
 
@@ -107,10 +107,10 @@ class Loader:
     """An endless iterator of Batch objects, starting at start_batch. Independent.
 
     micro_batches: indices v of the micro-batches that this rank is expected to compute. prefetch: number of batches to read
-    ahead. resident: whether the tokens of these micro-batches stay on a CUDA device. The values are "true", "false", and "auto"
-    (if the tokens need less than a quarter of the device's free memory). resident has no effect on CPUs, with a loss mask, or if
-    documents are kept apart. An error in the thread, for example DataError for an id outside the vocabulary, is raised by every
-    later call of next().
+    ahead. resident: whether the tokens of these micro-batches stay on a CUDA device: "true", "false" or "auto". "auto" keeps them
+    there if they need less than a quarter of the device's free memory. resident has no effect on CPUs, with a loss mask, or if
+    documents are kept apart. If an error occurs in the thread, for example DataError for an id outside the vocabulary, every
+    later call of next() raises this error.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Loader:
         self._stream, self._sampler, self._device = stream, sampler, device
         self._micro_batches = tuple(micro_batches)
         self._resident = _Resident.make(stream, sampler, self._micro_batches, device, resident)
-        self._advised: dict[int, tuple[int, int]] = {}  # lane -> (epoch, number) of the last pool advised
+        self._advised: dict[int, tuple[int, int]] = {}  # lane -> (epoch, number) of the last pool that is read ahead
         self._queue: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=max(1, prefetch))
         self._error: BaseException | None = None
         self._closed = threading.Event()
@@ -156,7 +156,7 @@ class Loader:
         self._micro_batches = tuple(micro_batches)
 
     def close(self) -> None:
-        """Stop the thread. May be called twice."""
+        """Stop the thread. Later calls do nothing."""
         self._closed.set()
         while self._thread.is_alive():
             try:
@@ -177,7 +177,8 @@ class Loader:
             self._queue.put(error)
 
     def _read_now(self, batch: int, v: int) -> MicroBatch:
-        """Read micro-batch v in the calling thread and move it to the device. Later calls of next() raise the same error."""
+        """Read micro-batch v in the calling thread and move it to the device. If this fails, later calls of next() raise the same
+        error."""
         if not 0 <= v < self._sampler.lanes.num_micro_batches:
             raise IndexError(f"micro-batch {v} is not in 0..{self._sampler.lanes.num_micro_batches - 1}")
         try:
@@ -191,8 +192,8 @@ class Loader:
         return self._resident is not None and self._resident.holds(self._sampler.extent([v]))
 
     def _read(self, batch: int, v: int) -> MicroBatch:
-        """Read micro-batch v to the host. If its tokens are on the device already, store the numbers of its windows instead of
-        tokens. Thread-safe."""
+        """Read micro-batch v to the host. If its tokens are already on the device, the micro-batch has the numbers of its windows
+        instead of tokens. This method is thread-safe."""
         sampler, stream, seq_len = self._sampler, self._stream, self._sampler.seq_len
         windows = sampler.windows(batch, v)
         if self._is_resident(v):

@@ -1,10 +1,10 @@
-"""Encode a text of any length in windows of bounded size. The result equals the ids of the whole text.
+"""Encodes a text of any length in windows of bounded size. The result equals the ids of the whole text.
 
-If two pieces of a text are encoded separately, their ids can differ from the ids of the whole text: a tokenizer may put a space
-before each piece, and a token may cross the cut. Therefore windows overlap. The cut is put at a character at which a token begins
+If two pieces of a text are encoded separately, their ids can differ from the ids of the whole text. A tokenizer may put a space
+before each piece, and a token may cross the cut. Therefore the windows overlap. The cut is at a character at which a token begins
 in both windows. After this character, both windows must have the same tokens, up to a margin before the end of the first window.
-Tokens before the cut are taken from the first window, and tokens after it from the second window. In byte-pair encoding, whether
-a sequence of tokens is valid depends on neighbouring tokens only. Therefore these are the tokens of the whole text.
+Tokens before the cut are taken from the first window. Tokens after the cut are taken from the second window. In byte-pair
+encoding, the validity of a sequence of tokens depends only on neighbouring tokens. Therefore the result is correct.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import numpy as np
 
 WINDOW = 2**20  # characters that are encoded at once
 OVERLAP = 2**12  # characters that two windows have in common
-MAX_WINDOW = 2**24  # a window grows up to this size while no place to cut it is found
-MIN_AGREED = 4  # tokens
+MAX_WINDOW = 2**24  # a window grows up to this size if no place for a cut is found
+MIN_AGREED = 4  # number of tokens that must be equal after a cut
 
 
 @dataclass(frozen=True)
 class Placed:
-    """The ids of a text, and the characters [start, stop) of each: int64 (n,) each."""
+    """The ids of a text, and the range of characters [start, stop) of each id. All arrays are int64 (n,)."""
 
     ids: np.ndarray
     starts: np.ndarray
     stops: np.ndarray
 
     def holds(self, start: int, stop: int) -> np.ndarray:
-        """Return which tokens hold any of the characters [start, stop), bool (n,). Pure."""
+        """Return which tokens contain any of the characters [start, stop): bool (n,). Pure."""
         return (self.stops > start) & (self.starts < stop)
 
 
@@ -46,9 +46,10 @@ def joined(encodings: list[tuple[int, Any]]) -> Placed:
 
 
 def encode_pieces(pieces: Iterable[str], encode: Encode) -> Iterator[np.ndarray]:
-    """Encode a text that is given in pieces, cut anywhere. Yield the ids of the whole text in parts. Independent.
+    """Encode a text that is given in pieces. The text may be cut anywhere. Yield the ids of the whole text in parts. Independent.
 
-    If two windows agree nowhere within MAX_WINDOW characters, the text is cut at any token, and ids near the cut may differ.
+    If no place for a cut is found within MAX_WINDOW characters, the text is cut at an arbitrary token. Ids near this cut may
+    differ from those of the whole text.
     """
     text, given, limit = "", 0, WINDOW  # the ids of text[:given] were yielded before
     for piece in pieces:
@@ -69,12 +70,12 @@ def encode_pieces(pieces: Iterable[str], encode: Encode) -> Iterator[np.ndarray]
 
 
 def _first(starts: np.ndarray, place: int) -> int:
-    """Return the index of the first token that begins at or after a place."""
+    """Return the index of the first token that begins at or after the character `place`."""
     return int(np.argmax(starts >= place)) if place and (starts >= place).any() else len(starts) if place else 0
 
 
 def _find_cut(text: str, placed: Placed, encode: Encode) -> tuple[int, int] | None:
-    """Return (the character at which the next window begins, the character from which its tokens count)."""
+    """Return (character at which the next window begins, character from which the next window's tokens are used), or None."""
     for overlap in (OVERLAP, 8 * OVERLAP):
         if overlap <= len(text) // 2:
             for start in _starts_of_window(text, placed.starts, len(text) - overlap, overlap // 4):
@@ -85,7 +86,8 @@ def _find_cut(text: str, placed: Placed, encode: Encode) -> tuple[int, int] | No
 
 
 def _starts_of_window(text: str, starts: np.ndarray, low: int, width: int) -> Iterator[int]:
-    """Yield characters at which a window could begin: lines and words first, then tokens and characters near them."""
+    """Yield characters at which a window could begin. Beginnings of lines and words come first. Beginnings of tokens, and
+    characters near them, come next."""
     seen = set()
     tokens = starts[_first(starts, low) :][:8].tolist()
     lines = [text.find("\n", low, low + width) + 1, text.find(" ", low, low + width), text.find(" ", low, low + width) + 1]
@@ -96,8 +98,8 @@ def _starts_of_window(text: str, starts: np.ndarray, low: int, width: int) -> It
 
 
 def _agreement(first: Placed, second: Placed, start: int, stop: int) -> int | None:
-    """Return the character from which the tokens of two windows agree up to character `stop`, or None. The second window begins
-    at character `start` of the first."""
+    """Return the character from which the tokens of two windows are equal, up to character `stop`. Return None if there is no
+    such character. The second window begins at character `start` of the first."""
     ids, starts, stops = first.ids, first.starts, first.stops
     other_ids, other_starts = second.ids, second.starts + start
     end = _first(starts, stop)
@@ -112,6 +114,6 @@ def _agreement(first: Placed, second: Placed, start: int, stop: int) -> int | No
 
 
 def _last_token(placed: Placed, low: int) -> tuple[int, int]:
-    """Return a cut at the last token that begins before a character."""
+    """Return a cut at the last token that begins before the character `low`."""
     place = int(placed.starts[max(0, _first(placed.starts, low) - 1)]) or low
     return place, place

@@ -1,4 +1,4 @@
-"""Read the files of a model's folder that are beside its weights and tokenizer.json: JSON objects and chat templates."""
+"""Reads files in a model's folder other than the weights and tokenizer.json: JSON objects and chat templates."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def optional_object(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object. Return None if the file does not exist. Raises DataError if it is invalid. Independent."""
+    """Read a JSON object. Return None if the file does not exist. Raises DataError if the file is invalid. Independent."""
     try:
         found: dict[str, Any] = read_json(path, dict, MAX_BYTES)
         return found
@@ -37,10 +37,12 @@ def optional_object(path: Path) -> dict[str, Any] | None:
 
 
 def chat_templates_of(folder: Path) -> dict[str, str]:
-    """Return the chat templates in a folder by name. "tool_use" is for chats with tools, "default" for others. Independent.
+    """Return the chat templates in a folder, by name. "tool_use" is for chats with tools. "default" is for other chats.
+    Independent.
 
-    The templates are chat_template.jinja and additional_chat_templates/NAME.jinja if there are any, else `chat_template` of
-    tokenizer_config.json, else of chat_template.json. Raises DataError if a file cannot be read.
+    The templates come from the first source that exists: the files chat_template.jinja and additional_chat_templates/NAME.jinja,
+    the entry `chat_template` of tokenizer_config.json, or the same entry of chat_template.json. Raises DataError if a file cannot
+    be read.
     """
     files = {"default": folder / TEMPLATE, "tool_use": folder / TEMPLATES / "tool_use.jinja"}
     if found := {name: read_template(file) for name, file in files.items() if file.exists()}:
@@ -56,7 +58,7 @@ def chat_templates_of(folder: Path) -> dict[str, str]:
 
 
 def read_template(path: Path) -> str:
-    """Read a chat template from a file. Raises DataError if it cannot be read. Independent."""
+    """Read a chat template from a file. Raises DataError if the file cannot be read. Independent."""
     try:
         with open_regular(path) as file:
             data = file.read(MAX_TEMPLATE_BYTES + 1)

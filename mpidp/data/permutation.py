@@ -1,4 +1,4 @@
-"""A keyed permutation of 0..n-1 that needs no memory (a Feistel network with cycle walking)."""
+"""A keyed permutation of 0..n-1 that stores no table. It is a Feistel network with cycle walking."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def _walk(x: np.ndarray, n: int, keys: np.ndarray, inverse: bool) -> np.ndarray:
 
 
 def _feistel(x: np.ndarray, half_bits: int, keys: np.ndarray, inverse: bool) -> np.ndarray:
-    """Apply a balanced Feistel network on 2 half_bits bits. It uses only integers, so all machines give the same result."""
+    """Apply a balanced Feistel network to numbers of 2 x half_bits bits. The network uses only integers, so all machines give the
+    same result."""
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = x >> shift, x & mask
     if inverse:

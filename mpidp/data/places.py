@@ -1,7 +1,7 @@
-"""Encode text and return, for each token, the characters that it holds. This maps spans of characters to tokens.
+"""Encodes text, and finds the characters of each token. The result shows which tokens contain a given range of characters.
 
-With special="tokens", the names of special tokens in the text ("<|im_end|>") become their ids, as in transformers. With "text"
-they stay text, as in Tokenizer.encode.
+With special="tokens", names of special tokens in the text, such as "<|im_end|>", become the tokens' ids, as in transformers. With
+special="text", the names stay text, as in Tokenizer.encode.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The record batches of .parquet and .arrow files, a few rows at a time."""
+"""Reads .parquet and .arrow files as record batches of a few rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from mpidp.data.row_fields import shown_name
 from mpidp.errors import DataError, UsageError
 
-WITH_COLUMNS = ("parquet", "arrow")  # the kinds of files that are read by columns (text_files.py)
+WITH_COLUMNS = ("parquet", "arrow")  # kinds of files from which single columns can be read (text_files.py)
 BATCH_ROWS = 64
 BUFFER_BYTES = 2**20  # read buffer of a column; without it, pyarrow reads whole row groups into memory
 TOKENS = ("input_ids", "token_ids", "tokens")  # usual names of columns of token ids
@@ -24,15 +24,16 @@ def reading_columns(path: str, kind: str) -> Iterator[None]:
         raise UsageError(f"{path}: reading .{kind} needs pyarrow: pip install 'mpidp[data]'") from None
     try:
         yield
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # UnicodeDecodeError: a name of a column
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the name of a column may not be UTF-8
         raise DataError(f"{path} is not a readable {kind} file ({error}); replace or remove it") from None
 
 
 def record_batches(path: str, kind: str, columns: Collection[str]) -> Iterator[Any]:
-    """Yield pyarrow's record batches of at most BATCH_ROWS rows, in a context of reading_columns.
+    """Yield pyarrow record batches of at most BATCH_ROWS rows. Call this function inside reading_columns().
 
-    kind: "parquet" or "arrow": an Arrow stream, as save_to_disk of Hugging Face's datasets writes it, or an Arrow file. columns:
-    those to read; empty: all. Raises DataError if a column is missing, and pyarrow's errors. Independent.
+    kind: "parquet", or "arrow" for an Arrow file or an Arrow stream. Hugging Face's datasets library writes streams.
+    columns: the columns to read. If it is empty, all columns are read. Raises DataError if a column is missing. Also raises
+    pyarrow's errors. Independent.
     """
     import pyarrow.ipc
     import pyarrow.parquet
@@ -44,7 +45,7 @@ def record_batches(path: str, kind: str, columns: Collection[str]) -> Iterator[A
         return
     with pyarrow.memory_map(path) as mapped:
         for batch in _batches(pyarrow, mapped):
-            batch.validate(full=True)  # offsets in a damaged file may point outside it
+            batch.validate(full=True)  # offsets in a damaged file may point outside the file
             _check_columns(path, batch.schema.names, columns)
             selected = batch.select(list(columns) or batch.schema.names)
             yield from (selected.slice(at, BATCH_ROWS) for at in range(0, batch.num_rows, BATCH_ROWS))

@@ -1,4 +1,4 @@
-"""Read the rows of a file: JSON lines, a JSON array, a .csv table, a .parquet or an .arrow file. Independent."""
+"""Reads the rows of a file, which may be JSON lines, a JSON array, a .csv table, or a .parquet or .arrow file. Independent."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from mpidp.errors import DataError
 
 @dataclass(frozen=True)
 class Row:
-    """A row. fields: its values by name, or None if the row is malformed; `reason` then describes the problem."""
+    """A row of a file. fields: the values by name, or None if the row is malformed. `reason` then describes the problem."""
 
     path: str
     unit: str  # what `number` counts: line, item or row
-    number: int  # from 1
+    number: int  # counted from 1
     fields: dict[str, Any] | None
     reason: str = ""
     bad_utf8: bool = False  # whether bytes that are not UTF-8, or unpaired surrogates, were replaced
 
     @property
     def place(self) -> str:
-        """FILE:LINE, or FILE and the number of the item or row."""
+        """The row's place: FILE:LINE, or FILE and the number of the item or row."""
         return f"{self.path}:{self.number}" if self.unit == "line" else f"{self.path}: {self.unit} {self.number}"
 
 
 def records(file: TextFile, columns: Collection[str] = (), surrogates: bool = False) -> Iterator[Row]:
-    """Yield the rows of a file of kind lines, array, table, parquet or arrow; blank lines are skipped. Independent.
+    """Yield the rows of a file of kind lines, array, table, parquet or arrow. Blank lines are skipped. Independent.
 
-    columns: the columns to read of a .parquet or .arrow file; empty: all. surrogates: leave unpaired surrogates as they are.
-    Raises DataError if the file cannot be read, and UsageError if a library is missing.
+    columns: the columns to read from a .parquet or .arrow file. If it is empty, all columns are read. surrogates: whether to
+    leave unpaired surrogates as they are. Raises DataError if the file cannot be read, and UsageError if a library is missing.
     """
     kinds = {"lines": _lines, "array": _array, "table": _table}
     with reading(file.path):
@@ -66,7 +66,7 @@ def decoded(raw: bytes) -> tuple[str, bool]:
 
 
 def without_surrogates(value: Any) -> tuple[Any, bool]:
-    """Replace unpaired surrogates in all strings of a JSON value; return (value, whether there were any). Pure."""
+    """Replace unpaired surrogates in all strings of a JSON value. Return (new value, whether anything was replaced). Pure."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -169,9 +169,10 @@ def _values(column: Any) -> Any:
 
 
 def _as_text(value: Any) -> tuple[Any, bool]:
-    """Decode all bytes in a value; return (value, whether bytes were replaced).
+    """Decode all bytes in a value. Return (decoded value, whether bytes were replaced).
 
-    Nulls in objects are left out. In Arrow, all objects of a column have the same keys, and missing keys have the value null.
+    Null values in objects are left out. In Arrow, all objects of a column have the same keys, and missing keys have the value
+    null.
     """
     if isinstance(value, bytes):
         return decoded(value)

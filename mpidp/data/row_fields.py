@@ -1,4 +1,4 @@
-"""The fields of a row: parsed values, and names of fields for messages. Pure."""
+"""The fields of a row. These functions parse values, and write names of fields in messages. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class RowSkipped(ValueError):  # noqa: N818
 
 
 def field_of(fields: Mapping[str, Any], key: str, kind: type) -> Any:
-    """Return the value of a field, which may be a JSON string; None if it is absent. Raises RowSkipped if it has another type."""
+    """Return the value of a field, or None if the field is absent. A string is parsed as JSON. Raises RowSkipped if the value is
+    not of type `kind`."""
     value = fields.get(key) if fields.get(key) != "" else None
     value = parsed_field(key, value) if isinstance(value, str) else value
     if value is not None and not isinstance(value, kind):
@@ -27,8 +28,8 @@ def field_of(fields: Mapping[str, Any], key: str, kind: type) -> Any:
 
 
 def objects_of(fields: Mapping[str, Any], key: str) -> list[Any] | None:
-    """Return a field that is a list of objects; None if it is absent. The list, or each object, may be a JSON string. Raises
-    RowSkipped if the field is something else."""
+    """Return the value of a field, which must be a list of objects, or None if the field is absent. The list, or each object, may
+    be a JSON string. Raises RowSkipped if the value is not such a list."""
     found: list[Any] | None = field_of(fields, key, list)
     found = found and [parsed_field(key, one) if isinstance(one, str) else one for one in found]
     if not all(isinstance(one, dict) for one in found or []):
@@ -51,17 +52,17 @@ def describe(value: Any) -> str:
 
 
 def keys_of(names: Iterable[str], shown: int = 12) -> str:
-    """Return names of fields for a message. Pure."""
+    """Return a list of names of fields, as text for a message. Pure."""
     found = [shown_name(name) for name in names]
     return ", ".join(found[:shown]) + (", ..." if found[shown:] else "") or "none"
 
 
 def any_of(names: Collection[str]) -> str:
-    """Return words for a message which says that one of these fields is needed. Pure."""
+    """Return the names of fields of which one is needed, as text for a message. Pure."""
     return " or ".join(f"`{name}`" for name in names)
 
 
 def shown_name(name: str) -> str:
-    """Return a name of a field for a message: short, without control characters. Pure."""
+    """Return the name of a field, shortened and without control characters, as text for a message. Pure."""
     printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in name[:MAX_NAME])
     return printable if len(name) <= MAX_NAME else f"{printable}..."

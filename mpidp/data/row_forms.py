@@ -1,4 +1,5 @@
-"""The forms in which rows of chats are published, and their common form {"messages": [{"role", "content"}, ...]}. Pure.
+"""The forms in which rows of chats are published. They are converted to the common form {"messages": [{"role", "content"}, ...]}.
+Pure.
 
 | form | a row |
 |---|---|
@@ -7,7 +8,7 @@
 | Alpaca | `instruction`, `input`, `output`; `system`, `history` (pairs of a question and an answer) |
 | Dolly | `instruction`, `context`, `response` |
 
-A new form is a new row of FORMS, or of INSTRUCTIONS.
+To add a form of instructions, add an entry to INSTRUCTIONS.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mpidp.data.row_fields import RowSkipped, describe, keys_of, objects_of, par
 
 LISTS = ("messages", "conversations", "conversation")  # names of the list of messages
 INSTRUCTIONS = {"Alpaca": ("instruction", "input", "output"), "Dolly": ("instruction", "context", "response")}
-ROLES = {  # the values of `from`, with those of LLaMA-Factory and axolotl
+ROLES = {  # the role for each value of `from`, including the values of LLaMA-Factory and axolotl
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "model": "assistant",
     "system": "system", "tool": "tool", "observation": "tool", "function_call": "assistant",
 }  # fmt: skip
@@ -27,20 +28,20 @@ ALPACA = (  # the prompt of Stanford's Alpaca: its first sentence, and its parts
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n",
     ", paired with an input that provides further context", "### Instruction:\n{}\n\n", "### Input:\n{}\n\n", "### Response:\n",
 )
-MARKS = ("<|im_start|>", "[INST]", "<|start_header_id|>", "<start_of_turn>", "### Response:")  # marks of rendered chats
-UNWANTED = ("label", "kto_tag")  # false: the model should avoid this answer (TRL's unpaired preferences; LLaMA-Factory's)
+MARKS = ("<|im_start|>", "[INST]", "<|start_header_id|>", "<start_of_turn>", "### Response:")  # they occur in rendered chats
+UNWANTED = ("label", "kto_tag")  # such a field is false if the model should avoid the answer (TRL, LLaMA-Factory)
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 PREFERENCES = (
-    "rows of preferences (`chosen`, `rejected`) are not supported: mpidp learns answers. Write the "
-    "answer to learn as the last of `messages`, or as `completion`"
+    "rows of preferences (`chosen`, `rejected`) are not supported, because mpidp learns from answers. "
+    "Write the answer to learn as the last message of `messages`, or as `completion`"
 )
 
 
 def as_messages(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Return the row with its messages in `messages`, and the name of its form, which is empty if the row has the common form.
+    """Return (the row in the common form, the name of the row's form). The name is empty if the row already has the common form.
 
-    Other fields stay. A row of an unknown form is returned unchanged. Raises RowSkipped for rows of preferences, and for a
-    malformed row of a known form."""
+    Other fields stay. A row of an unknown form is returned with an empty name. Raises RowSkipped for rows of preferences, and for
+    malformed rows of a known form."""
     row = {key: value for key, value in fields.items() if value is not None}
     if found := [key for key in MEDIA if row.get(key)]:
         raise RowSkipped("malformed", f"a row with `{found[0]}`: mpidp trains on text only")
@@ -69,8 +70,9 @@ def as_messages(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def as_pair(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Return the row with `prompt` and `completion`, and the name of its form; empty if it has these fields or an unknown form.
-    Instructions become the prompt of Stanford's Alpaca. Raises RowSkipped if the row needs --format chat."""
+    """Return (the row with `prompt` and `completion`, the name of the row's form). The name is empty if the row already has these
+    fields, or has an unknown form. Instructions are put into the prompt of Stanford's Alpaca. Raises RowSkipped if the row needs
+    --format chat."""
     row = {key: value for key, value in fields.items() if value is not None}
     if "completion" not in row:
         _refuse_preferences(row, None)
@@ -95,7 +97,7 @@ def _refuse_unwanted(row: Mapping[str, Any]) -> None:
 
 
 def _refuse_preferences(row: Mapping[str, Any], messages: list[Any] | None) -> None:
-    """Raise RowSkipped if the row has preferences, and no messages that end with an answer."""
+    """Raise RowSkipped if the row has preferences but no messages that end with an answer."""
     last = messages[-1] if messages else None
     ends = isinstance(last, dict) and last.get("role") == "assistant"
     if "chosen" in row and "rejected" in row and not ends:
@@ -103,8 +105,8 @@ def _refuse_preferences(row: Mapping[str, Any], messages: list[Any] | None) -> N
 
 
 def _objects(row: Mapping[str, Any], key: str) -> list[Any] | None:
-    """Return the list of messages of a field; None if it is not a list. It may be JSON text, or an object of lists, which is how
-    the datasets library writes the feature Sequence({"from": ..., "value": ...})."""
+    """Return the list of messages in a field, or None if the field has no list. The list may be given as JSON text. It may also
+    be an object of lists, as the datasets library writes the feature Sequence({"from": ..., "value": ...})."""
     value = row[key]
     value = parsed_field(key, value) if isinstance(value, str) else value
     if isinstance(value, dict) and value and all(isinstance(one, list) for one in value.values()):
@@ -115,7 +117,7 @@ def _objects(row: Mapping[str, Any], key: str) -> list[Any] | None:
 
 
 def _of_sharegpt(message: Any) -> dict[str, Any]:
-    """Return a message of ShareGPT with role and content; a function call as tool_calls."""
+    """Convert a message of ShareGPT to a message with role and content. A function call becomes tool_calls."""
     if not isinstance(message, dict):
         raise RowSkipped("malformed", f"a message is {describe(message)}, not an object")
     if "from" not in message:
@@ -132,7 +134,8 @@ def _of_sharegpt(message: Any) -> dict[str, Any]:
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:
-    """Return the tool calls in the value of a function_call: JSON text of {"name", "arguments"}, or of a list of them."""
+    """Return the tool calls in the value of a function_call. The value is an object {"name", "arguments"}, a list of such
+    objects, or one of these as JSON text."""
     found = parsed_field("value", value) if isinstance(value, str) else value
     calls = found if isinstance(found, list) else [found]
     if not calls or not all(isinstance(one, dict) and isinstance(one.get("name"), str) and "arguments" in one for one in calls):
@@ -144,8 +147,8 @@ def _calls(value: Any) -> list[dict[str, Any]]:
 
 
 def _with_system(row: Mapping[str, Any], key: str, messages: list[Any]) -> dict[str, Any]:
-    """Return the row with these messages in place of field `key`. The field `system` becomes the first message, if the messages
-    have none. Tools without a type get the type function, as in transformers."""
+    """Return the row with these messages in place of field `key`. The field `system` becomes the first message, unless there is
+    already a system message. Tools without a type get the type "function", as in transformers."""
     found = {k: v for k, v in row.items() if k != key} | {"messages": messages}
     if isinstance(system := row.get("system"), str) and not any(one.get("role") == "system" for one in messages):
         del found["system"]
@@ -171,7 +174,7 @@ def _question(row: Mapping[str, Any], instruction: str, more: str, answer: str) 
 
 
 def _history(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the earlier turns of a row of Alpaca."""
+    """Return the earlier turns of a row of form Alpaca."""
     history = row.get("history") or []
     history = parsed_field("history", history) if isinstance(history, str) else history
     pairs = isinstance(history, list) and all(isinstance(one, list) and len(one) == 2 for one in history)

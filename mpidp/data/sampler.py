@@ -1,14 +1,15 @@
-"""The order of windows. The windows of a micro-batch are a pure function of (seed, batch, micro-batch). Independent.
+"""The order of training windows. The windows of a micro-batch are a pure function of (seed, batch, micro-batch). Independent.
 
-Window w consists of tokens [w T, w T + T + 1) of the stream: T inputs, and the T targets shifted by one. An epoch has each window
-exactly once. Batches are numbered over all epochs. The last batch of an epoch may be shorter.
+Window w consists of tokens [w T, w T + T + 1) of the stream. The first T tokens are the inputs, and the last T tokens are the
+targets. An epoch contains each window exactly once. Batches are numbered over all epochs. The last batch of an epoch may be
+shorter.
 
-order="sequential": position k of an epoch has window k.
+With order="sequential", window k is at position k of an epoch.
 
-order="shuffled": each lane reads its own contiguous section of the stream. Blocks of about 1 MiB within a section are permuted.
-The windows of 16 consecutive permuted blocks (a pool) are then permuted again. Therefore reads are long, and neighbouring windows
-of the corpus are rarely in the same batch. Permutations are Feistel networks keyed by (seed, epoch, lane), so no list of indices
-is stored.
+With order="shuffled", each lane reads its own contiguous section of the stream. The blocks of a section, of about 1 MiB each, are
+permuted. A pool consists of 16 consecutive permuted blocks, and the windows of a pool are permuted. Therefore reads are long, and
+neighbouring windows of the corpus are rarely in the same batch. Permutations are Feistel networks keyed by (seed, epoch, lane),
+so no list of indices is stored.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Sampler:
 
     @property
     def bytes_ahead(self) -> int:
-        """The number of bytes that a lane reads and reads ahead: one pool and the next pool."""
+        """The number of bytes of two pools: the pool that a lane reads, and the next pool, which is read ahead."""
         return 2 * POOL_BLOCKS * BLOCK_BYTES if self.order == "shuffled" else 0
 
     def batch_sequences(self, batch: int) -> int:
@@ -82,7 +83,7 @@ class Sampler:
         return min(self.lanes.global_batch, self.num_windows - step * self.lanes.global_batch)
 
     def part(self, lane: int) -> range:
-        """Return the windows that a lane reads in each epoch (shuffled order)."""
+        """Return the windows that a lane reads in each epoch, if order is "shuffled"."""
         places, full = self._places(lane), self.steps_per_epoch - 1
         rest = self.batch_sequences(full)  # an epoch's last batch has positions 0..rest-1
         return range(full * places.start + min(places.start, rest), full * places.stop + min(places.stop, rest))
@@ -141,8 +142,8 @@ class Sampler:
                      min(micro_batches.stop * self.lanes.micro_batch, self.lanes.global_batch))
 
     def _positions(self, batch: int, v: int) -> tuple[int, int, range]:
-        """Return (epoch, lane, positions). Positions are relative to the lane's section, or to the epoch if order is
-        sequential."""
+        """Return (epoch, lane, positions) of a micro-batch. Positions are relative to the lane's section. If order is sequential,
+        they are relative to the epoch."""
         epoch, step = divmod(batch, self.steps_per_epoch)
         lane, places = self.lanes.lane_of(v), self.lanes.sequences(v)
         stop = max(places.start, min(places.stop, self.batch_sequences(batch)))
@@ -154,8 +155,8 @@ class Sampler:
         return -(-len(part) // self.block_windows)
 
     def _gap(self, part: range, epoch: int, lane: int) -> tuple[int, int]:
-        """Return (the position at which the last block ends in the permuted order, how many windows it has fewer than the other
-        blocks)."""
+        """Return two facts about the section's last block, which may be short: the position at which it ends in the permuted
+        order, and how many windows it lacks."""
         num_blocks = self._num_blocks(part)
         lacks = num_blocks * self.block_windows - len(part)
         slot = _slot_of(num_blocks - 1, num_blocks, self.seed, epoch, lane)
@@ -192,8 +193,8 @@ class Sampler:
 
 @lru_cache(maxsize=1024)
 def _run_of(sampler: Sampler, pool: Pool, run: int) -> np.ndarray:
-    """Return windows [run RUN, (run + 1) RUN) of a pool. RUN windows are permuted together, because this takes hardly longer than
-    permuting the windows of one micro-batch."""
+    """Return windows [run RUN, (run + 1) RUN) of a pool, in permuted order. RUN windows are permuted together, because this takes
+    hardly longer than permuting the windows of one micro-batch."""
     extent = sampler._extent(pool)
     return sampler.mixed(pool, range(extent.start + run * RUN, min(extent.start + (run + 1) * RUN, extent.stop)))
 

@@ -1,7 +1,7 @@
-"""Where shards are: a local folder, or a folder at an address such as s3://bucket/prefix (mpidp/storage).
+"""Access to shards in a local folder, or in a folder at an address such as s3://bucket/prefix (mpidp/storage).
 
-Both provide copies of the small files in a local folder. For each shard, both provide a file that HDF5 can open, views of its
-datasets, checksums, and reading ahead.
+Both kinds of folder provide the small files in a local folder. For each shard, both provide a file that HDF5 can open, views of
+the file's datasets, checksums, and reading ahead.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mpidp.storage.store import Version
 
 
 class Slices(Protocol):
-    """A vector in a file. A slice of it is an array."""
+    """A vector in a file. Slicing the vector gives an array."""
 
     def __getitem__(self, places: slice, /) -> np.ndarray: ...
 
@@ -38,13 +38,13 @@ class Shard(Protocol):
     is_regular: bool
 
     def source(self) -> Any:
-        """Return what h5py.File opens. Independent."""
+        """Return the object that h5py.File opens. Independent."""
 
     def view(self, dtype: np.dtype[Any], offset: int, count: int) -> Slices:
-        """Return a vector that begins at byte `offset`. Independent."""
+        """Return a vector of `count` elements that begins at byte `offset` of the file. Independent."""
 
     def advise(self, begin: int, size: int) -> None:
-        """Start to read bytes [begin, begin + size) ahead. Returns immediately. Independent."""
+        """Start reading bytes [begin, begin + size) ahead of time, and return immediately. Independent."""
 
     def checksums(self) -> tuple[str, str]:
         """Return (crc32, sha256) of the file, in hexadecimal. Independent."""
@@ -57,7 +57,7 @@ class Shard(Protocol):
 
 
 class LocalShard:
-    """A file on a local disk, mapped into memory at its first view. Raises OSError if it is missing."""
+    """A file on a local disk. The first call of view() maps it into memory. Raises OSError if the file is missing."""
 
     def __init__(self, path: Path) -> None:
         status = os.stat(path)
@@ -130,14 +130,14 @@ class RemoteShard:
 
 
 class LocalShards:
-    """A local folder of shards. path: the folder, for messages; local: the folder of index.json and tokenizer.json."""
+    """A local folder of shards. path: the folder's name in messages. local: the folder that has index.json and tokenizer.json."""
 
     def __init__(self, folder: Path) -> None:
         self.path = self.local = folder
         self.versions: Mapping[str, Version] = {}  # see RemoteFolder
 
     def open(self, name: str) -> LocalShard:
-        """Open a shard. Raises OSError if it is missing. Independent."""
+        """Open a shard. Raises OSError if the shard is missing. Independent."""
         return LocalShard(self.path / name)
 
     def expect(self, versions: Mapping[str, Version]) -> None:
@@ -154,12 +154,12 @@ class RemoteShards(RemoteFolder):
     """A folder of shards at an address. See RemoteFolder."""
 
     def open(self, name: str) -> RemoteShard:
-        """Open a shard. Raises FileNotFoundError if it is missing, and DataError if the server fails. Independent."""
+        """Open a shard. Raises FileNotFoundError if the shard is missing, and DataError if the server fails. Independent."""
         return RemoteShard(self.open_file(name))
 
 
 def open_folder(path: str | Path, cache: CacheOptions = DEFAULT_CACHE) -> LocalShards | RemoteShards:
-    """Open a folder of shards. Raises UsageError if an address is not valid, and DataError if its server fails. Independent."""
+    """Open a folder of shards. Raises UsageError if an address is not valid, and DataError if the server fails. Independent."""
     if isinstance(path, str) and is_remote(path):
         return RemoteShards(path, cache)
     for problem in address_problems("", str(path)):
@@ -168,5 +168,5 @@ def open_folder(path: str | Path, cache: CacheOptions = DEFAULT_CACHE) -> LocalS
 
 
 def open_index(path: str) -> Index:
-    """Return the index of a folder of shards. Raises UsageError and DataError as open_folder() and read_index(). Independent."""
+    """Return the index of a folder of shards. Raises the same errors as open_folder() and read_index(). Independent."""
     return read_index(open_folder(path).local, shown=path)

@@ -1,4 +1,4 @@
-"""Write a shard, and compute the checksums of one. shards.py describes the format."""
+"""Writes a shard, and computes its checksums. shards.py describes the format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mpidp.runtime.files import write_file
 
 SHARD_FORMAT = "mpidp-tokens"
 VERSION = 1
-HDF5_BYTES = 1 << 16  # more than HDF5 writes besides the data
+HDF5_BYTES = 1 << 16  # an upper limit of what HDF5 writes in addition to the data
 
 
 class Written(NamedTuple):
@@ -34,10 +34,10 @@ def write_shard(
     path: Path, pieces: Iterable[np.ndarray], num_tokens: int, doc_offsets: np.ndarray,
     attributes: dict[str, int | str], mask: Iterable[np.ndarray] | None = None,
 ) -> Written:
-    """Write one shard from pieces with num_tokens ids in total. Independent.
+    """Write one shard from pieces that have num_tokens ids in total. Independent.
 
-    attributes: at least split, vocab_size and tokenizer_sha256. The same input gives the same bytes. The file is written
-    atomically: it gets its name when it is complete and on disk.
+    attributes: the shard's attributes, at least split, vocab_size and tokenizer_sha256. The same input gives the same bytes. The
+    file is written atomically: it gets its final name when it is complete and on disk.
     """
     dtypes = {"tokens": token_dtype(int(attributes["vocab_size"])), "loss_mask": np.dtype("u1")}
 
@@ -48,7 +48,7 @@ def write_shard(
         with open(temporary, "r+b") as empty:
             _reserve(empty.fileno(), room)  # before HDF5 opens the file, because HDF5 cannot close a file on a full disk
         with h5py.File(
-            temporary, "w", libver=("earliest", "v110"), track_order=False, locking=False  # no other process opens it
+            temporary, "w", libver=("earliest", "v110"), track_order=False, locking=False  # no other process opens this file
         ) as file, _closable(file):
             _reserve(file.id.get_vfd_handle(), room)  # again, because HDF5 has truncated the file
             file.create_dataset("doc_offsets", data=np.asarray(doc_offsets, dtype="<u8"))
@@ -73,7 +73,7 @@ def write_shard(
 
 
 def _reserve(handle: int, size: int) -> None:
-    """Reserve this many bytes on the disk. Raises OSError if there are fewer."""
+    """Reserve this many bytes on the disk. Raises OSError if the disk has less free space."""
     try:
         os.posix_fallocate(handle, 0, size)
     except OSError as error:
@@ -83,8 +83,8 @@ def _reserve(handle: int, size: int) -> None:
 
 @contextmanager
 def _closable(file: h5py.File) -> Iterator[None]:
-    """Run a body that writes the file. If a write fails nevertheless, let HDF5 write to memory from then on, so that it can close
-    the file. Raises OSError also where HDF5 raises RuntimeError."""
+    """Run a body that writes the file. If a write fails although space was reserved, let HDF5 write to memory from then on, so
+    that it can close the file. Raises OSError, also if HDF5 raises RuntimeError."""
     try:
         yield
     except (OSError, RuntimeError) as error:

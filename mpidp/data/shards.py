@@ -3,7 +3,7 @@ read from a server in ranges (shard_folder.py).
 
     DIR/train_00000.h5 ...  DIR/val_00000.h5 ...  DIR/tokenizer.json  DIR/index.json (written last)
 
-A shard has these datasets, contiguous and unfiltered so that they can be mapped:
+A shard has these datasets. They are contiguous and unfiltered, so that they can be mapped into memory:
   tokens       (n,)  uint16 if vocab_size <= 65536, else uint32
   doc_offsets  (d,)  uint64, positions in this shard where documents start; a document may continue in the next shard
   loss_mask    (n,)  uint8, optional: 0 where a token is not a target
@@ -11,12 +11,13 @@ and the scalar attributes format, version, split, shard, num_shards, vocab_size,
 
 index.json: format "mpidp-shards", version 1, vocab_size, eod, tokenizer {kind, file, sha256}, source (any), window (optional),
 splits {name: {tokens, documents, text_bytes, loss_mask}}, files [{name, split, tokens, documents, text_bytes, size, crc32,
-sha256}]. text_bytes: UTF-8 bytes of the tokens' text; size: bytes of the file; crc32, sha256: of the file. With a window, no
-document crosses a multiple of this many tokens, each split ends with one more token, and documents must be kept apart. The files
-of a split, in the order of the index, form one stream of tokens.
+sha256}]. text_bytes: UTF-8 bytes of the tokens' text. size, crc32, sha256: of the file. If there is a window, the shards are
+packed: no document crosses a multiple of this many tokens, each split ends with one more token, and documents must be kept apart.
+The files of a split, in the order of the index, form one stream of tokens.
 
 An HDF5 file can be malicious. External storage and links can refer to any file of the machine, and a small file can declare huge
-datasets. So only hard-linked, contiguous, unfiltered datasets inside the file, with the index's length, are mapped.
+datasets. Therefore a dataset is mapped only if it is hard-linked, contiguous, unfiltered and inside the file, and has the
+length that the index states.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from mpidp.errors import DataError, UsageError
 from mpidp.runtime.files import most_open_files
 from mpidp.storage.remote import DEFAULT_CACHE, CacheOptions
 
-AUTO_BYTES = 128 * 2**20  # with data.verify=auto, checksums of at most this many bytes are checked: under a second
+AUTO_BYTES = 128 * 2**20  # data.verify=auto checks checksums only up to this total size, which takes under a second
 
 
 @dataclass
@@ -55,8 +56,8 @@ class _Mapped:
 class TokenStream:
     """All tokens of one split, concatenated over its shards in index order. Independent. Thread-safe.
 
-    The constructor reads only index.json. A shard is opened at its first read. If there are more shards than the process may open
-    files, the shard that was not used for longest is closed. Raises DataError if the index or the split is missing or invalid.
+    The constructor reads only index.json. A shard is opened at its first read. If too many shards are open, the least recently
+    used shard is closed. Raises DataError if the index or the split is missing or invalid.
     """
 
     def __init__(self, path: str | Path, split: str = "train", cache: CacheOptions = DEFAULT_CACHE) -> None:
@@ -66,7 +67,7 @@ class TokenStream:
         self.index = index = read_index(self.folder, shown=str(self.path))
         if split not in index.splits:
             raise DataError(f"{self.path} has no split {split!r}, but only {', '.join(sorted(index.splits))}; "
-                            "prepare it again with --val-fraction above 0")
+                            "prepare the shards again with --val-fraction above 0")
         totals = index.splits[split]
         self.files: list[FileRecord] = [record for record in index.files if record.split == split]
         self.num_tokens: int = totals.tokens
@@ -81,9 +82,9 @@ class TokenStream:
         self.bytes_read = 0  # bytes returned by read() and read_mask()
         self.bytes_fetched = 0  # bytes that advise() asked the kernel to read
         self._starts = np.cumsum([0] + [record.tokens for record in self.files])
-        self._mapped: dict[int, _Mapped] = {}  # the most recently used last
-        self._most_mapped = max(1, most_open_files() // 4)  # training and validation, and files of others
-        self._checked: set[int] = set()  # files whose document starts are validated
+        self._mapped: dict[int, _Mapped] = {}  # in order of last use
+        self._most_mapped = max(1, most_open_files() // 4)  # training and validation get a quarter each
+        self._checked: set[int] = set()  # files whose document starts have been validated
         self._lock = threading.Lock()  # the loader's thread and the training loop may both read
 
     def keep_apart(self, documents: str, seq_len: int) -> None:
@@ -100,7 +101,8 @@ class TokenStream:
             )
 
     def check(self, files: Iterable[int] | None = None, contents: bool = False) -> None:
-        """Raise DataError if a file (default: all) is missing or has a wrong size, header or, with `contents`, checksum."""
+        """Raise DataError if a file is missing, or has a wrong size or header. The default is all files. contents: whether to
+        also check the checksums."""
         for i in range(len(self.files)) if files is None else files:
             self._map(i)
             if contents:
@@ -130,7 +132,7 @@ class TokenStream:
         out = np.empty(count, dtype=np.bool_)
         for i, first, n, at in self._pieces(start, count):
             mask = self._map(i).mask
-            assert mask is not None  # _map rejects files without one
+            assert mask is not None  # _map rejects files without a mask
             out[at : at + n] = mask[first : first + n] != 0
         with self._lock:
             self.bytes_read += out.nbytes
@@ -147,8 +149,8 @@ class TokenStream:
         return out
 
     def advise(self, start: int, count: int) -> None:
-        """Have tokens [start, start + count) read ahead: by the kernel (madvise), or by threads that fetch them. Returns
-        immediately."""
+        """Start reading tokens [start, start + count) ahead of time, and return immediately. The kernel reads local files
+        (madvise). Threads fetch remote files."""
         for i, first, n, _ in self._pieces(start, count):
             mapped = self._map(i)
             mapped.file.advise(mapped.offset + first * self.token_bytes, n * self.token_bytes)
@@ -169,17 +171,17 @@ class TokenStream:
             bad = int(np.argmax(ids >= self.vocab_size))
             name, at = self.locate(start + bad)
             raise DataError(f"{self.path / name}: token {at} is {ids[bad]}, not below vocab_size {self.vocab_size}; the file "
-                            f"is damaged: run python -m data_tools.verify {self.path}, then prepare it again")
+                            f"is damaged: run python -m data_tools.verify {self.path}, then prepare the shards again")
 
     def doc_offsets(self, file: int) -> np.ndarray:
-        """Return where documents start in a file, (d,) uint64. Raises DataError if they are invalid."""
+        """Return the positions in a file at which documents start, (d,) uint64. Raises DataError if these are invalid."""
         offsets = self._map(file).doc_offsets[:]
         if offsets.size and (offsets[-1] >= self.files[file].tokens or (offsets[1:] <= offsets[:-1]).any()):
             raise self._error(file, "its doc_offsets lie outside the file, or are not in ascending order")
         return offsets
 
     def _pieces(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-        """Yield (file, first token in the file, tokens, offset in the result) for a range of tokens."""
+        """Yield (file, first token in the file, number of tokens, offset in the result) for each file of a range of tokens."""
         if start < 0 or count < 0 or start + count > self.num_tokens:
             raise ValueError(f"tokens [{start}, {start + count}) are outside the stream of {self.num_tokens}")
         i = int(np.searchsorted(self._starts, start, side="right")) - 1

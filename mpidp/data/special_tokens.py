@@ -1,7 +1,7 @@
-"""The special tokens of a model: one table, stored as special_tokens.json in the shards and in RUN.
+"""The special tokens of a model, in one table. The table is stored as special_tokens.json in the folder of shards and in RUN.
 
-prepare writes it, train copies it to the run, and generate, evaluate and export use it. Plain tokenizers (byte, char, our BPE)
-have no such file: their table is the default of special_tokens_of().
+The command prepare writes this file, train copies it to the run, and generate, evaluate and export use it. Plain tokenizers
+(byte, char, and BPE trained by mpidp) have no such file. Their table is the default of special_tokens_of().
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FILE = "special_tokens.json"
 FORMAT = "mpidp-special-tokens"
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")  # files of a model
 _END_OF_TEXT, _LLAMA = "<|endoftext|>", {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-CLASS_NAMES: dict[str, dict[str, str]] = {  # names that transformers' tokenizer classes define if no file does
+CLASS_NAMES: dict[str, dict[str, str]] = {  # special tokens of transformers' tokenizer classes, if no file defines them
     "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END_OF_TEXT),
     "GPTNeoXTokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END_OF_TEXT) | {"pad_token": "<|padding|>"},
     "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), _END_OF_TEXT),
@@ -56,11 +56,11 @@ class SpecialTokens:
     bos: int | None  # the id before every document and row; None: there is none
     ends: tuple[int, ...]  # ids that end a text; the end-of-document id is the first
     pad: int | None = None
-    special: str = "text"  # "tokens": the names of special tokens in prompts and rows become their ids; "text": they stay text
+    special: str = "text"  # "tokens": names of special tokens in prompts and rows become ids; "text": names stay text
     names: Mapping[str, str] = field(default_factory=dict)  # bos_token, eos_token, ...: variables of the chat template
     template: str | None = None  # chat template (jinja2)
     template_args: Mapping[str, Any] = field(default_factory=dict)  # other variables of the template, such as enable_thinking
-    tool_template: str | None = None  # the template of chats with tools; None: the same template
+    tool_template: str | None = None  # the template for chats with tools; None: use the same template
 
     def to_json(self) -> str:
         """Return the contents of special_tokens.json."""
@@ -73,7 +73,7 @@ class SpecialTokens:
 
 
 def read_special_tokens(folder: Path) -> SpecialTokens | None:
-    """Read FOLDER/special_tokens.json. Return None if there is none. Raises DataError if it is invalid. Independent."""
+    """Read FOLDER/special_tokens.json. Return None if the file does not exist. Raises DataError if it is invalid. Independent."""
     path = folder / FILE
     found = optional_object(path)
     if found is None:
@@ -88,7 +88,7 @@ def read_special_tokens(folder: Path) -> SpecialTokens | None:
 def for_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
     """Return the table of a run. Independent.
 
-    Older runs have no file. Their table comes from RUN/hf: the files of the model that the run was fine-tuned from.
+    Older runs have no special_tokens.json. Their table is made from RUN/hf, which has the files of the model that was fine-tuned.
     """
     found = read_special_tokens(run_dir)
     if found is not None:
@@ -101,7 +101,7 @@ def for_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
 def special_tokens_of(folder: Path | None, tokenizer: Tokenizer) -> SpecialTokens:
     """Return the table of a tokenizer: FOLDER/special_tokens.json, or a table made from the files that transformers reads.
 
-    folder: None if the tokenizer has none. Raises DataError if a file is invalid. Independent.
+    folder: the tokenizer's folder, or None if there is no folder. Raises DataError if a file is invalid. Independent.
     """
     if folder is not None and (stored := read_special_tokens(folder)) is not None:
         return with_template(stored, tokenizer, stored.template)
@@ -123,9 +123,9 @@ def special_tokens_of(folder: Path | None, tokenizer: Tokenizer) -> SpecialToken
 
 
 def with_template(table: SpecialTokens, tokenizer: Tokenizer, template: str | None) -> SpecialTokens:
-    """Return the table with a chat template (None: without one). Independent.
+    """Return the table with this chat template, or without a template if `template` is None. Independent.
 
-    The token that the template writes after an assistant's turn is then among its ends.
+    The token that the template writes after an assistant's turn is added to the table's `ends`.
     """
     ends, special = [tokenizer.eod, *table.ends], special_names(tokenizer)
     if template is not None:
@@ -140,8 +140,8 @@ def special_names(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _names(files: Mapping[str, dict[str, Any]], about: Mapping[str, Any]) -> dict[str, str]:
-    """Return the special tokens by name, as transformers does: those of the tokenizer's class, replaced by those of the two
-    files."""
+    """Return the special tokens by name, as transformers determines them. Tokens in the model's files replace the tokens of the
+    tokenizer's class."""
     config = files.get("tokenizer_config.json", {})
     merged = dict(config)
     if "added_tokens_decoder" not in config:
@@ -199,7 +199,7 @@ def _parsed(found: Mapping[str, Any]) -> SpecialTokens:
 
 
 def _ids(value: Any) -> list[int]:
-    """Return the valid ids of an id, a list of ids, or null."""
+    """Return the valid ids in `value`, which is an id, a list of ids, or null."""
     return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int and 0 <= i < 2**31]
 
 

@@ -1,4 +1,4 @@
-"""Recognize the kind of a text file, which may be compressed, by its name and first bytes, for all readers. Independent.
+"""Recognizes the kind of a text file by its name and first bytes. The file may be compressed. Independent.
 
 | kind | names (in any case; also with .gz or .zst) | content |
 |---|---|---|
@@ -45,7 +45,8 @@ MAX_TEXT_BYTES = 2**30  # largest file that is read as one text
 
 
 class NotText(ValueError):  # noqa: N818
-    """Raised for a file that cannot be read as text. The message completes "FILE ...". `kind`: "empty" or "binary"."""
+    """Raised for a file that cannot be read as text. The message continues a sentence that begins with the file's name. kind:
+    "empty" or "binary"."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -54,7 +55,7 @@ class NotText(ValueError):  # noqa: N818
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file and how to read it. `doubt`: why a file that is read as plain text may be meant to hold rows, or ""."""
+    """A file and how to read it. doubt: the reason why a file that is read as plain text may be meant to have rows, or ""."""
 
     path: str
     kind: str  # lines, array, table, parquet or text
@@ -63,7 +64,7 @@ class TextFile:
     doubt: str = ""
 
     def open(self) -> BinaryIO:
-        """Open the file after its byte order mark. Raises OSError. Independent."""
+        """Open the file and skip its byte order mark. Raises OSError if the file cannot be read. Independent."""
         stream = open_bytes(self.path)
         stream.read(self.skip)
         return stream
@@ -77,10 +78,11 @@ def kind_of(name: str) -> tuple[str, str]:
 
 
 def recognize(path: str | Path, name: str | None = None, wanted: Collection[str] = ()) -> TextFile:
-    """Look at the name and at the first bytes of a file. Raises NotText, DataError and UsageError. Independent.
+    """Recognize a file by its name and first bytes. Raises NotText if the file is not text, DataError if it cannot be read, and
+    UsageError if the decompressor is missing. Independent.
 
     name: the file's name, if it differs from the name in the path. wanted: names of fields. A .csv file, and a .json file of a
-    single line, hold rows only if they have one of these fields, or if `wanted` is empty.
+    single line, have rows only if they have one of these fields, or if `wanted` is empty.
     """
     path = str(path)
     with reading(path):
@@ -110,7 +112,7 @@ def recognize(path: str | Path, name: str | None = None, wanted: Collection[str]
 
 
 def _check_head(head: bytes, kind: str) -> int:
-    """Return the number of bytes of the byte order mark. Raises NotText."""
+    """Return the number of bytes of the byte order mark. Raises NotText if these first bytes show that the file is not text."""
     if not head:
         raise NotText("empty", "is empty")
     if kind in ("parquet", "arrow"):
@@ -140,7 +142,7 @@ def _header(file: TextFile) -> set[str]:
 
 
 def _is_json(head: bytes) -> bool:
-    """True if each complete line of the first bytes is a JSON object."""
+    """Return whether each complete line in the first bytes is a JSON object."""
     *lines, last = head.split(b"\n")
     lines = [line for line in (lines if len(head) == PROBE_BYTES else [*lines, last]) if line.strip()]
     return bool(lines) and all(parse_object(line) is not None for line in lines)

@@ -1,4 +1,5 @@
-"""The UTF-8 bytes of each token, for counting the bytes of scored tokens and for decoding one token after the other. Pure.
+"""The UTF-8 bytes of each token. They are used to count the bytes of scored tokens, and to decode one token after the other.
+Pure.
 
 This works for mpidp's byte and char tokenizers, byte-level BPE, and SentencePiece's tokens with or without byte fallback. The
 end-of-document token has no bytes, because it is not part of a text. Other added tokens have the bytes of their names.
@@ -24,13 +25,13 @@ METASPACE = "\u2581"
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """The bytes of each id of a tokenizer. An id without a token has none."""
+    """The bytes of each id of a tokenizer. An id without a token has no bytes."""
 
     of: list[bytes]
     begin: bool = False  # whether the tokenizer puts a space before each text; this space is not part of the text
     stripped: bool = False  # whether decoding removes this space
-    added: frozenset[int] = frozenset()  # ids after which the tokenizer puts such a space, too
-    bos: int | None = None  # the id that may stand before a text; there it has no bytes
+    added: frozenset[int] = frozenset()  # ids after which the tokenizer also puts such a space
+    bos: int | None = None  # the BOS id, which has no bytes at the beginning of a text
 
     def count(self, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """Return the number of bytes of each id, (n,) int64. starts: (n,) bool, true for the first token of each text."""
@@ -61,7 +62,7 @@ class TokenBytes:
 
 @lru_cache(maxsize=4)
 def bytes_of_tokens(tokenizer: Tokenizer) -> TokenBytes | None:
-    """Return the bytes of each id, or None if the tokenizer's decoder is of another kind. Independent."""
+    """Return the bytes of each id, or None if the tokenizer's decoder is of an unknown kind. Independent."""
     if isinstance(tokenizer, ByteTokenizer):
         return TokenBytes([*(bytes([i]) for i in range(256)), b""])
     if isinstance(tokenizer, CharTokenizer):
@@ -89,7 +90,7 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> TokenBytes | None:
 
 
 def _nested(part: Any, key: str) -> Iterable[dict[str, Any]]:
-    """Yield the steps of a decoder, a normalizer or a pre-tokenizer, which may be a Sequence of several."""
+    """Yield the steps of a decoder, a normalizer or a pre-tokenizer, which may be a Sequence of several steps."""
     if not isinstance(part, dict):
         return
     if part.get("type") != "Sequence":
@@ -106,7 +107,7 @@ def _vocabulary(parsed: dict[str, Any], size: int) -> list[str]:
 
 
 def _is_plain(step: dict[str, Any]) -> bool:
-    """Return whether _sentencepiece can apply a step of a decoder."""
+    """Return whether _sentencepiece() can apply this step of a decoder."""
     if step["type"] == "Replace":
         return "String" in step["pattern"]
     return step["type"] != "Strip" or (step["content"], step["start"], step["stop"]) == (" ", 1, 0)
@@ -124,7 +125,7 @@ def _sentencepiece(token: str, steps: list[dict[str, Any]], falls_back: bool) ->
 
 
 def _prefix(parsed: dict[str, Any]) -> tuple[bool, bool]:
-    """Return whether encoding puts a space before a text, and whether it does so after added tokens, too."""
+    """Return (whether encoding puts a space before a text, whether it also puts a space after added tokens)."""
     first = again = False
     for step in [*_nested(parsed.get("normalizer"), "normalizers"), *_nested(parsed.get("pre_tokenizer"), "pretokenizers")]:
         if step["type"] == "Prepend":
@@ -137,6 +138,7 @@ def _prefix(parsed: dict[str, Any]) -> tuple[bool, bool]:
 
 
 def _scheme(step: dict[str, Any]) -> str:
-    """Return the prepend_scheme of a step of type Metaspace. It says where encoding adds a space, which decoding removes: before
-    each part of a text between added tokens ("always"), before the first part ("first") or nowhere ("never")."""
+    """Return the prepend_scheme of a Metaspace step, which says where encoding adds a space. Decoding removes this space.
+    "always" means before each part of a text between added tokens, "first" means before the first part, and "never" means
+    nowhere."""
     return str(step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never"))

@@ -1,4 +1,4 @@
-"""Tokenizers: encode text to ids and decode ids to text. Stored as DIR/tokenizer.json.
+"""Tokenizers encode text to ids and decode ids to text. A tokenizer is stored as DIR/tokenizer.json.
 
 | kind | vocabulary | end of document (EOD) | file format |
 |---|---|---|---|
@@ -31,7 +31,7 @@ MAX_VOCAB = 2**24
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return the narrowest dtype of shards for a vocabulary size."""
+    """Return the narrowest dtype in which shards can store ids of this vocabulary size."""
     return np.dtype("<u2") if vocab_size <= 65536 else np.dtype("<u4")
 
 
@@ -39,7 +39,7 @@ class Tokenizer(ABC):
     """The interface of all tokenizers. Ids are int64 arrays of shape (n,)."""
 
     kind: str
-    vocab_size: int  # ids are below this; includes EOD
+    vocab_size: int  # all ids, including EOD, are below vocab_size
     eod: int
     program: str = ""  # the program that encodes, and the reason for this program; "" if there is no choice
     bos: int | None = None  # the id that the tokenizer puts before each text, if any; encode() omits it
@@ -54,16 +54,17 @@ class Tokenizer(ABC):
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """Encode a text that is given in pieces. Yield the ids of the whole text in parts. The pieces may be cut anywhere. Memory
-        is bounded."""
+        use is bounded."""
         yield from (self.encode(piece) for piece in pieces)
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Decode ids to text. EOD is dropped; bytes that are not UTF-8 become U+FFFD."""
+        """Decode ids to text. EOD is dropped. Bytes that are not UTF-8 become U+FFFD."""
 
     @abstractmethod
     def to_json(self) -> str:
-        """Return the contents of tokenizer.json. For a loaded file this is exactly its text, so the sha256 does not change."""
+        """Return the contents of tokenizer.json. For a loaded tokenizer, they equal the text of its file, so the sha256 does not
+        change."""
 
 
 class ByteTokenizer(Tokenizer):
@@ -85,7 +86,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """One token per character, for small corpora. characters: all distinct; the i-th has id i."""
+    """One token per character, for small corpora. characters: distinct characters, in the order of their ids."""
 
     kind = "char"
 
@@ -118,8 +119,8 @@ class CharTokenizer(Tokenizer):
 class HFTokenizer(Tokenizer):
     """A Hugging Face tokenizer.json, used through the `tokenizers` library.
 
-    text: the file's contents. eod, declared: see find_eod(). Raises DataError if the
-    file is malformed or has no such token. Encoding adds no special tokens and never truncates or pads.
+    text: the file's contents. eod, declared: see find_eod(). Raises DataError if the file is malformed or has no end-of-document
+    token. Encoding adds no special tokens and never truncates or pads.
     """
 
     kind = "bpe"
@@ -164,7 +165,7 @@ class HFTokenizer(Tokenizer):
         return self._encoder.program
 
     def _without_eod(self, text: str, ids: np.ndarray) -> np.ndarray:
-        """If the ids of a text contain EOD, split each EOD of the text in its middle and encode the text again."""
+        """Return `ids`, or new ids of the text if `ids` contains EOD (see placed_without)."""
         return self._placed(text).ids if (ids == self.eod).any() else ids
 
     def _window(self, text: str) -> Placed:
@@ -176,8 +177,8 @@ class HFTokenizer(Tokenizer):
 
 
 def placed_without(library: Any, text: str, eod: int) -> Placed:
-    """Encode a text with a tokenizer of the library `tokenizers`. If the ids contain `eod`, split each name of this token in its
-    middle and encode the text again. Pure."""
+    """Encode a text with a tokenizer of the `tokenizers` library, so that the ids do not contain `eod`. If the ids of the whole
+    text contain `eod`, cut the text in the middle of each occurrence of this token's name, and encode the parts. Pure."""
     encoding = library.encode(text, add_special_tokens=False)
     name = str(library.id_to_token(eod))
     if eod not in encoding.ids or name not in text or len(name) < 2:
@@ -192,8 +193,8 @@ def placed_without(library: Any, text: str, eod: int) -> Placed:
 def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
     """Load a tokenizer.json. path: the file, or a folder of shards or of a run that contains it. Independent.
 
-    eod: for Hugging Face files, the token that ends a document; None: the token in the folder's index.json, else the choice of
-    find_eod(). Raises DataError if the file is missing, malformed or too large.
+    eod: for Hugging Face files, the token that ends a document. None means the token in the folder's index.json or, without an
+    index, the choice of find_eod(). Raises DataError if the file is missing, malformed or too large.
     """
     path = Path(path)
     if path.is_dir():
@@ -214,7 +215,7 @@ def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
 
 
 def tokenizer_from_json(text: str, eod: str | int | None = None, declared: str | None = None) -> Tokenizer:
-    """Make a tokenizer from the contents of a tokenizer.json (mpidp's or Hugging Face's). Raises DataError if it is malformed.
+    """Make a tokenizer from the contents of a tokenizer.json (mpidp's or Hugging Face's). Raises DataError if they are malformed.
 
     eod, declared: see find_eod().
     """
@@ -246,7 +247,8 @@ def check_bpe_size(vocab_size: int, option: str = "") -> None:
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> HFTokenizer:
-    """Train byte-level BPE with at most vocab_size ids (EOD is 0, then 256 bytes). The same texts give the same tokenizer.
+    """Train byte-level BPE with at most vocab_size ids. Id 0 is EOD, and the next 256 ids are the bytes. The same texts give the
+    same tokenizer.
 
     Raises UsageError if vocab_size is below 257 or the `tokenizers` library is missing. Independent.
     """

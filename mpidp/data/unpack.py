@@ -1,4 +1,4 @@
-"""Open a file and read its bytes. Files compressed with gzip or zstandard are decompressed. Memory is bounded. Independent.
+"""Opens a file and reads its bytes. Files compressed with gzip or zstandard are decompressed. Memory use is bounded. Independent.
 
 The compression is recognized by the first bytes of the file. The name does not have to end in .gz or .zst.
 """
@@ -20,7 +20,7 @@ from mpidp.errors import DataError, UsageError
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # the first bytes of a file
 SUFFIXES = {".gz": GZIP, ".zst": ZSTD}
 SKIPPABLE = 0x184D2A50  # the first number of a zstandard frame without content; its last four bits may have any value
-MAX_WINDOW = 2**31  # bytes; the largest that `zstd --long` writes
+MAX_WINDOW = 2**31  # bytes; the largest window that `zstd --long` writes
 PIECE_BYTES = 2**17
 MAX_ROW_BYTES = 2**26  # longest line of JSON, and largest .json array; limits the memory that a row needs
 MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
@@ -28,7 +28,7 @@ MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Convert errors of reading into a DataError that names the file. Independent."""
+    """Convert errors while reading into a DataError that names the file. Independent."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -44,7 +44,8 @@ def is_regular(path: str | Path) -> bool:
 def packing(path: str | Path) -> bytes:
     """Return the compression of a file: GZIP, ZSTD, or b"" if it is not compressed. Independent.
 
-    Raises OSError if the name ends in .gz or .zst and the content differs, and UsageError if the decompressor is missing.
+    Raises OSError if the name ends in .gz or .zst but the content is not compressed in this way. Raises UsageError if the
+    decompressor is missing.
     """
     with open(path, "rb") as file:
         head = file.read(4)
@@ -68,8 +69,8 @@ def zstandard(path: str | Path) -> Any:
 
 
 def open_bytes(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading its decompressed bytes. Raises OSError, and UsageError if the decompressor is missing.
-    Independent."""
+    """Open a regular file for reading its decompressed bytes. Raises OSError if the file cannot be opened, and UsageError if the
+    decompressor is missing. Independent."""
     found = packing(path)
     if found == GZIP:
         return gzip.open(path, "rb")  # type: ignore[return-value]
@@ -79,7 +80,7 @@ def open_bytes(path: str | Path) -> BinaryIO:
 
 
 def lines_of(stream: BinaryIO) -> Iterator[bytes | None]:
-    """Yield the lines of a stream, with their newline. None stands for a line above MAX_ROW_BYTES. Independent."""
+    """Yield the lines of a stream, with their newlines. None stands for a line of more than MAX_ROW_BYTES. Independent."""
     while line := stream.readline(MAX_ROW_BYTES + 1):
         if len(line) <= MAX_ROW_BYTES or line.endswith(b"\n"):
             yield line
@@ -92,8 +93,9 @@ def lines_of(stream: BinaryIO) -> Iterator[bytes | None]:
 class ZstdStream(io.RawIOBase):
     """The decompressed bytes of a zstandard file of any number of frames.
 
-    Blocks are decompressed one by one. A block has at most 128 KiB of content. Apart from the frame's window, memory therefore
-    does not depend on the compression ratio. A truncated file raises OSError; the library's own reader would raise no error.
+    Blocks are decompressed one by one. A block has at most 128 KiB of content. Apart from the frame's window, memory use
+    therefore does not depend on the compression ratio. Reading a truncated file raises OSError. The library's own reader would
+    raise no error.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -1,7 +1,8 @@
 """`[mpirun -np N] python -m mpidp.doctor [--gpu] [--network] [--data DIR] [--run DIR] [--clean] [--script FILE] [--json]`
 
-Check the launch, the machines and the folders before training, and report how to correct problems. Use the launch line of the
-job. Measurements are written to cluster.json, in the run's folder or the current folder. docs/doctor.md explains the table.
+Check the launch, the machines and the folders before training, and report how to correct problems. Start this command with the
+launch line of the job. It writes its measurements to cluster.json in the folder given by --run, or else in the current folder.
+docs/doctor.md explains the table.
 """
 
 from __future__ import annotations
@@ -39,26 +40,26 @@ T = TypeVar("T")
 
 
 def main() -> None:
-    """Run all checks; print the table, write cluster.json, set the exit code. Collective over COMM_WORLD."""
+    """Run all checks, print the table, write cluster.json and set the exit code. Collective over COMM_WORLD."""
     parser = Parser(
         prog=program("mpidp.doctor"), usage="[mpirun -np N] %(prog)s [options]", description=(__doc__ or "").partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--gpu", action="store_true", help="require GPUs, and test whether MPI accepts device pointers")
-    parser.add_argument("--network", action="store_true", help="measure with larger messages, for longer")
-    add_data(parser, "to check: is it available on every node, and how fast is it read?", kind=Path)
-    parser.add_argument("--run", type=Path, metavar="DIR", help="check a run.dir: writable? do locks work? enough space?")
-    parser.add_argument("--clean", action="store_true", help="remove shared memory and session folders that your ended jobs left")
+    parser.add_argument("--network", action="store_true", help="measure the network with larger messages, for a longer time")
+    add_data(parser, "to check: whether every node has it, and how fast it is read", kind=Path)
+    parser.add_argument("--run", type=Path, metavar="DIR", help="check a run.dir: is it writable, do locks work, is there space?")
+    parser.add_argument("--clean", action="store_true", help="remove the shared memory and session folders that your jobs left")
     parser.add_argument("--script", type=Path, metavar="FILE", help="check the #SBATCH lines of this job script")
     add_json(parser)
-    parser.add_argument("--deadline", type=float, default=120.0, metavar="SECONDS", help="time limit of a check (%(default)g)")
+    parser.add_argument("--deadline", type=float, default=120.0, metavar="SECONDS", help="time limit of each check (%(default)g)")
     options = parser.parse_args()
     deadline = Deadline(options.deadline)
     environ, launched = dict(os.environ), launched_size()
     reject_tiny_memory(environ, options)
     world = start(launch.launcher_of(environ), deadline)
     if world is None or (world.size == 1 and launcher_rank() > 0):
-        return  # one of N jobs of one rank: only the first reports
+        return  # this process is one of N jobs of one rank, of which only the first reports
     found, cluster = examine(world, options, environ, launched, deadline)
     last: CheckResult | None = None
     if world.rank == 0:
@@ -82,7 +83,7 @@ def one_line(result: CheckResult) -> str:
 
 
 def exit_before_mpi(message: str) -> NoReturn:
-    """Print a message and exit. For use before MPI starts. Independent."""
+    """Print a message and exit. Call this function only before MPI starts. Independent."""
     log.error("mpidp: rank %d on %s: %s", launcher_rank(), socket.gethostname(), message)
     sys.exit(1)
 
@@ -95,7 +96,7 @@ class Deadline:
         threading.Thread(target=self._watch, name="deadline", daemon=True).start()
 
     def enter(self, check: str) -> None:
-        """Start the time of a check."""
+        """Begin a check, and start its time limit."""
         self.check, self.since = check, time.monotonic()
 
     def _watch(self) -> None:
@@ -104,17 +105,17 @@ class Deadline:
         words = f"{self.check!r} takes longer than {self.seconds:g} s (--deadline); stacks follow, then the job ends"
         log.error("mpidp: rank %d hangs: %s with exit code %d", launcher_rank(), words, HANG_EXIT_CODE)
         faulthandler.dump_traceback(all_threads=True)
-        time.sleep(PAUSE_SECONDS)  # all ranks reach the deadline together: let each print its stacks before one ends the job
+        time.sleep(PAUSE_SECONDS)  # all ranks reach the deadline together; wait until each has printed its stacks
         os._exit(HANG_EXIT_CODE)
 
 
 def reject_tiny_memory(environ: Mapping[str, str], options: argparse.Namespace) -> None:
-    """Exit if /dev/shm is too small for MPI to start, and warn if MPI may crash. Ended jobs may have left shared memory in it.
-    Independent."""
+    """Exit if /dev/shm has too little free space for MPI to start, and warn if MPI may crash. Before the exit, report the shared
+    memory that ended jobs left in /dev/shm. Independent."""
     host, (place, ranks) = socket.gethostname(), launch.on_this_node(environ)
     room = memory.check_shm({host: facts.shared_memory()}, ranks)
     if room.verdict != WRONG:
-        if room.verdict != "ok" and not place and ranks > 1:  # MPI may crash when it starts: say why before
+        if room.verdict != "ok" and not place and ranks > 1:  # MPI may crash when it starts, so give the reason now
             log.warning("mpidp: %s", one_line(room))
         return
     if place:
@@ -126,8 +127,9 @@ def reject_tiny_memory(environ: Mapping[str, str], options: argparse.Namespace) 
 
 
 def start(launcher: str, deadline: Deadline) -> MPI.Intracomm | None:
-    """Start MPI and return COMM_WORLD. A library that does not fit its launcher may end the process here. The launcher's first
-    process then starts MPI as a single process, for the remaining checks; the others return None. Collective over COMM_WORLD."""
+    """Start MPI and return COMM_WORLD. If the MPI library does not fit the launcher, starting MPI could end the process. In this
+    case the launcher's first process starts MPI as a single process, for the remaining checks, and the others return None.
+    Collective over COMM_WORLD."""
     warnings.filterwarnings("ignore", "suspicious MPI", RuntimeWarning)  # the table reports it in more detail
     import mpi4py
 
@@ -145,7 +147,7 @@ def start(launcher: str, deadline: Deadline) -> MPI.Intracomm | None:
 
 
 class Checkup:
-    """Collects check results on rank 0, in order. An exception in a check becomes a result."""
+    """Collects the results of checks on rank 0, in order. If a check raises an exception, its result is a warning."""
 
     def __init__(self, world: MPI.Intracomm, deadline: Deadline) -> None:
         self.world, self.deadline = world, deadline
@@ -159,7 +161,7 @@ class Checkup:
 
     def measure(self, what: str, measure: Callable[[], T | CheckResult]) -> list[T]:
         """Call `measure` on every rank and return the answers in rank order. `measure` must not communicate. It may return a
-        CheckResult instead of an answer; the first of these is added to the table. Collective over world."""
+        CheckResult instead of an answer. The first such CheckResult is added to the table. Collective over world."""
         self.deadline.enter(what)
         try:
             own = measure()
@@ -173,8 +175,8 @@ class Checkup:
 def examine(
     world: MPI.Intracomm, options: argparse.Namespace, environ: Mapping[str, str], launched: int, deadline: Deadline
 ) -> tuple[list[CheckResult], dict[str, Any]]:
-    """Return the results and the contents of cluster.json, both on rank 0. launched: ranks that the launcher started. Collective
-    over world."""
+    """Return the results of all checks, and the contents of cluster.json. Only rank 0 has all results. launched: the number of
+    ranks that the launcher started. Collective over world."""
     from mpi4py import MPI
 
     name, version = MPI.get_vendor()
@@ -185,7 +187,7 @@ def examine(
     everyone = world.allgather(facts.gather(world.rank, library))
     hosts = [one.host for one in everyone]
     host = hosts[world.rank]
-    first = hosts.index(host) == world.rank  # first rank of its node
+    first = hosts.index(host) == world.rank  # whether this rank is the first of its node
 
     mpirun = measure("mpirun", lambda: launch.mpirun_here() if world.size == 1 else ("", ""))  # needed only with a single rank
     check("launch", lambda: launch.check_launch(world.size, launched, library, launcher, mpirun[0] if mpirun else ("", "")))

@@ -1,4 +1,4 @@
-"""Collect facts about one rank and its machine. The checks compare the facts of all ranks."""
+"""Collects facts about one rank and its machine. The checks compare the facts of all ranks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def gather(rank: int, library: str) -> MachineFacts:
             module: Any = importlib.import_module(name)
             versions[name] = str(module.__version__)
             if name == "torch" and module.cuda.is_available():
-                name = "torch.cuda"  # for the error message: the calls below may fail
+                name = "torch.cuda"  # the name in the error message, because the calls below may fail
                 seen = [module.cuda.get_device_properties(index) for index in range(module.cuda.device_count())]
                 gpus = [(str(one.uuid), str(one.name)) for one in seen]
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Results of checks (verdict, text, fix) and the table that shows them. Pure."""
+"""Results of checks, and the table that shows them. A result has a verdict, a text and a fix. Pure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class CheckResult:
     what: str  # name of the check
     verdict: str  # one of VERDICTS
     words: str  # what was found
-    fix: str = ""  # how to correct it
+    fix: str = ""  # how to correct the problem
 
 
 def worst(results: Sequence[CheckResult]) -> CheckResult:
@@ -43,7 +43,7 @@ def run_check(what: str, check: Callable[..., CheckResult | list[CheckResult]], 
 
 
 def table(results: Sequence[CheckResult]) -> str:
-    """Format the results as a table: a row for each result, with its fix below. Pure."""
+    """Format the results as a table. Each result has a row, and its fix is below this row. Pure."""
     name = max(len(result.what) for result in results)
     lines = []
     for result in results:
@@ -76,11 +76,11 @@ def size(number: float) -> str:
 
 
 def ranks(found: Sequence[int]) -> str:
-    """Format ranks: "rank 0" or "ranks 0-3". Pure."""
+    """Format ranks as text, for example "rank 0" or "ranks 0-3". Pure."""
     return f"rank{'s' * (len(found) > 1)} {numbers(found)}"
 
 
 def where(found: Sequence[tuple[int, str]]) -> str:
-    """Format (rank, host) pairs: "ranks 0-1 on n1, n2". Pure."""
+    """Format (rank, host) pairs as text, for example "ranks 0-1 on n1, n2". Pure."""
     hosts = list(dict.fromkeys(host for _, host in found))
     return f"{ranks([rank for rank, _ in found])} on {', '.join(hosts[:4])}{' ...' * (len(hosts) > 4)}"

@@ -1,4 +1,4 @@
-"""Check which cores, threads and GPUs each rank uses, and which of them are shared. Pure, except `probe`."""
+"""Checks which cores, threads and GPUs each rank uses, and which of these are shared by ranks. Pure, except `probe`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BIND = {
     "srun": "srun --cpus-per-task={k} --cpu-bind=cores (srun does not inherit this option from sbatch: set SRUN_CPUS_PER_TASK)",
 }
 
-UNBIND = {  # for a trial with more ranks than cores: these launchers bind by default
+UNBIND = {  # options for a trial with more ranks than cores, because these launchers bind ranks by default
     "Intel MPI": "; for a trial with more ranks than cores, I_MPI_PIN=off",
     "Open MPI": "; for a trial with more ranks than cores, mpirun --bind-to none --oversubscribe",
 }
@@ -65,8 +65,8 @@ def check_cores(facts: Sequence[MachineFacts], launcher: str) -> CheckResult:
 
 
 def crowded(facts: Sequence[MachineFacts]) -> tuple[int, ...]:
-    """Return the smallest set of cores to which more ranks are bound than it has cores, or () if there is none. facts: of a node.
-    Pure."""
+    """Return the smallest set of cores to which more ranks are bound than there are cores in the set. Return () if there is no
+    such set. facts: the facts of the ranks of one node. Pure."""
     sets = sorted({one.cores for one in facts} | {tuple(sorted({core for one in facts for core in one.cores}))}, key=len)
     return next((cores for cores in sets if sum(set(one.cores) <= set(cores) for one in facts) > len(cores)), ())
 
@@ -97,11 +97,11 @@ def check_threads(facts: Sequence[MachineFacts]) -> list[CheckResult]:
 
 
 def spins(facts: MachineFacts) -> bool:
-    """Return whether the environment lets waiting OpenMP threads spin for long. Pure."""
+    """Return whether the environment lets waiting OpenMP threads spin for a long time. Pure."""
     count = facts.waiting.get("GOMP_SPINCOUNT", "").strip()
     if count.isdigit():
         return int(count) > 10 * int(SPIN_COUNT)
-    return bool(count) or facts.waiting.get("OMP_WAIT_POLICY", "").strip().lower() == "active"  # INFINITE, or 30k
+    return bool(count) or facts.waiting.get("OMP_WAIT_POLICY", "").strip().lower() == "active"  # count: INFINITE, or 30k
 
 
 def waiting_words(facts: MachineFacts) -> str:
@@ -110,7 +110,7 @@ def waiting_words(facts: MachineFacts) -> str:
 
 
 def check_gpus(facts: Sequence[MachineFacts], wanted: bool) -> CheckResult:
-    """Check which GPU each rank would train on (cuda:{local rank % GPUs}), by UUID. Pure."""
+    """Check which GPU each rank would train on, which is cuda:{local rank % number of GPUs}. GPUs are compared by UUID. Pure."""
     if not any(one.gpus for one in facts):
         fix = "install a CUDA build of torch, and request GPUs for the job (--gpus-per-node)" if wanted else ""
         return CheckResult("GPUs", "wrong" if wanted else "skipped", "torch finds no GPU on any rank", fix)
@@ -122,7 +122,7 @@ def check_gpus(facts: Sequence[MachineFacts], wanted: bool) -> CheckResult:
             users.setdefault(uuid, []).append(one.rank)
     if without := users.pop("", []):
         fix = "use nodes that all have GPUs (--gpus-per-node), or --train.device=cpu"
-        return CheckResult("GPUs", "wrong", f"{ranks(without)} without a GPU, others have one\n{listed(lines)}", fix)
+        return CheckResult("GPUs", "wrong", f"no GPU on {ranks(without)}, but GPUs on other ranks\n{listed(lines)}", fix)
     for uuid, sharing in users.items():
         if len(sharing) > 1:
             fix = "use one rank per GPU; if each rank sees a single GPU, make a different GPU visible to each rank"
@@ -131,15 +131,15 @@ def check_gpus(facts: Sequence[MachineFacts], wanted: bool) -> CheckResult:
 
 
 def probe() -> bool:
-    """Return True if Sendrecv and Allreduce of device memory give correct results. The test runs in a child process, because MPI
-    may crash in it. Independent."""
+    """Return True if Sendrecv and Allreduce of device memory give correct results. The test runs in a child process, because it
+    may crash MPI. Independent."""
     from mpidp.comm.probe import device_buffers_work
 
     return device_buffers_work(60.0)
 
 
 def check_probe(facts: Sequence[MachineFacts], works: Sequence[bool | None]) -> CheckResult:
-    """Report the results of `probe`. works: the result of each rank; None if it did not run there. Pure."""
+    """Report the results of `probe`. works: the result of each rank, or None if the rank did not run the test. Pure."""
     tried = [one for one in works if one is not None]
     if not any(one.gpus for one in facts):
         return CheckResult("CUDA-aware MPI", "skipped", "no GPU")

@@ -1,4 +1,4 @@
-"""Check the #SBATCH lines of a job script. Pure."""
+"""Checks the #SBATCH lines of a job script. Pure."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ SHORT = {"-G": "--gpus"}
 
 
 def check_job_script(text: str, name: str) -> CheckResult:
-    """Check that a job script requests GPUs in one way: --gres=gpu and --gpus-per-node are two requests. name: of the script, for
-    the message. Pure."""
+    """Check that a job script requests GPUs only once. For Slurm, --gres=gpu and --gpus-per-node are two requests. name: the name
+    of the script in the message. Pure."""
     given = dict(sbatch_options(text))
     gres = [one for one in given.get("--gres", "").split(",") if one.partition(":")[0] == "gpu"]
     others = [f"{option}={given[option]}" for option in GPU_OPTIONS if option in given]
@@ -29,7 +29,7 @@ def check_job_script(text: str, name: str) -> CheckResult:
 
 
 def sbatch_options(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the (option, value) of the #SBATCH lines, which end at the first command, as in Slurm. Pure."""
+    """Yield (option, value) for the options on #SBATCH lines. Lines after the first command are ignored, as in Slurm. Pure."""
     for line in text.splitlines():
         if line.strip() and not line.startswith("#"):
             return
@@ -37,7 +37,7 @@ def sbatch_options(text: str) -> Iterator[tuple[str, str]]:
             continue
         try:
             words = shlex.split(line.removeprefix("#SBATCH"), comments=True)
-        except ValueError:  # an open quotation mark: sbatch reports it
+        except ValueError:  # a quotation mark is not closed; sbatch reports this
             continue
         for i, word in enumerate(words):
             option, _, value = word.partition("=")
@@ -47,6 +47,6 @@ def sbatch_options(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _count(request: str) -> str:
-    """Return the number of GPUs of gpu, gpu:N or gpu:TYPE:N, as text."""
+    """Return the number of GPUs in a request gpu, gpu:N or gpu:TYPE:N, as text."""
     last = request.rpartition(":")[2]
     return last if last.isdigit() else "1"

@@ -1,4 +1,4 @@
-"""Check that the launcher and the MPI library form one job of the right size. Pure, except `mpirun_here`."""
+"""Checks that the launcher and the MPI library together start one job of the right size. Pure, except `mpirun_here`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ INTEL, OPEN_MPI = "Intel MPI", "Open MPI"
 SRUN = {
     "MPICH": "srun --mpi=pmi2", OPEN_MPI: "srun --mpi=pmix", INTEL: "I_MPI_PMI_LIBRARY=/path/of/libpmi2.so srun --mpi=pmi2",
 }
-MPIRUN = {INTEL: "the mpiexec.hydra of Intel MPI"}  # what to start ranks with, if not mpirun
+MPIRUN = {INTEL: "the mpiexec.hydra of Intel MPI"}  # the command that starts ranks, if it is not mpirun
 LEVELS = ("single", "funneled", "serialized", "multiple")
 
 
 def launcher_of(environ: Mapping[str, str]) -> str:
-    """Return the launcher of this process: "Open MPI", "Intel MPI" or "MPICH" for their mpirun, "srun", or "" without a launcher.
-    Pure."""
+    """Return the launcher of this process: "Open MPI", "Intel MPI" or "MPICH" for the mpirun of this library, "srun", or "" if
+    there is no launcher. Pure."""
     if "OMPI_COMM_WORLD_SIZE" in environ:
         return OPEN_MPI
     if "MPI_LOCALNRANKS" in environ:
@@ -30,7 +30,7 @@ def launcher_of(environ: Mapping[str, str]) -> str:
 
 
 def on_this_node(environ: Mapping[str, str]) -> tuple[int, int]:
-    """Return (local rank, number of ranks on this node) from the launcher's variables; (0, 1) without them. Pure."""
+    """Return (local rank, number of ranks on this node) from the launcher's variables, or (0, 1) if there are none. Pure."""
     local_ranks = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
     counts = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")
     place, count = (next((environ[name] for name in names if name in environ), "") for names in (local_ranks, counts))
@@ -43,8 +43,8 @@ def incompatible(kind: str, launcher: str) -> bool:
 
 
 def mpirun_here() -> tuple[str, str]:
-    """Return (path, kind) of the mpirun on the PATH; kind is "MPICH", "Open MPI", "Intel MPI" or "other". ("", "") without one.
-    Independent."""
+    """Return (path, kind) of the mpirun on the PATH, or ("", "") if there is none. kind is "MPICH", "Open MPI", "Intel MPI" or
+    "other". Independent."""
     if not (path := shutil.which("mpirun")):
         return "", ""
     environ = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS_OWN)}
@@ -56,7 +56,7 @@ def mpirun_here() -> tuple[str, str]:
 def check_launch(size: int, launched: int, library: str, launcher: str, mpirun: tuple[str, str]) -> CheckResult:
     """Check that N processes form one job of N ranks, not N jobs of one rank.
 
-    launched: number of ranks that the launcher started, 0 if unknown. mpirun: from mpirun_here(). Pure."""
+    launched: the number of ranks that the launcher started, or 0 if it is unknown. mpirun: the result of mpirun_here(). Pure."""
     kind = library.rpartition(" ")[0]
     starter = {"srun": "srun", "": "a launcher"}.get(launcher, f"the mpirun of {launcher}")
     if size == 1 and (launched > 1 or incompatible(kind, launcher)):
@@ -72,7 +72,7 @@ def check_launch(size: int, launched: int, library: str, launcher: str, mpirun: 
         words = f"{size} ranks, started by {starter}; MPI library {library}"
         if launcher != INTEL:
             return CheckResult("launch", "ok", words)
-        return CheckResult("launch", "ok", words, "for jobs, use its mpiexec.hydra: its mpirun passes no signal on to the ranks")
+        return CheckResult("launch", "ok", words, "for jobs, use mpiexec.hydra: Intel's mpirun passes no signals to the ranks")
     words = f"one rank, {f'started by {starter}' if launcher else 'no launcher'}; MPI library {library}"
     if not mpirun[0]:
         return CheckResult("launch", "note", f"{words}; no mpirun on the PATH", "load or install an MPI module, or try srun")
@@ -102,7 +102,7 @@ def check_slurm(size: int, environ: Mapping[str, str]) -> CheckResult:
 
 
 def check_thread_level(level: int) -> CheckResult:
-    """Check for MPI_THREAD_MULTIPLE: it allows gradients to be reduced during the backward pass. Pure."""
+    """Check that MPI has MPI_THREAD_MULTIPLE, with which gradients can be reduced during the backward pass. Pure."""
     words = f"MPI_THREAD_{LEVELS[level].upper()}"
     if LEVELS[level] == "multiple":
         return CheckResult("MPI threads", "ok", words)
@@ -113,7 +113,7 @@ def check_thread_level(level: int) -> CheckResult:
 def check_ulfm(library: str, environ: Mapping[str, str]) -> CheckResult:
     """Check whether the remaining ranks can continue after a rank fails. Pure."""
     if environ.get("OMPI_MCA_mpi_ft_enable") not in ("1", "true"):
-        words = "the job ends when a rank fails; started again, it resumes from its last checkpoint"
+        words = "the job ends when a rank fails; the same command then resumes from the last checkpoint"
         fix = "to continue without failed ranks, use Open MPI 5 and mpirun --with-ft ulfm --mca coll ^han,adapt"
         return CheckResult("dead ranks", "note", words, fix)
     excluded = environ.get("OMPI_MCA_coll", "")

@@ -1,4 +1,5 @@
-"""Check the size of /dev/shm and find the segments that killed jobs left in it. These occupy memory until they are removed."""
+"""Checks the size of /dev/shm, and finds the segments that killed jobs left there. Such segments occupy memory until they are
+removed."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ from mpidp.doctor.findings import CheckResult, listed, size
 
 # names of segments of MPICH and its derivatives, of Open MPI 5 and 4 (windows and messages), of UCX and of PSM
 OF_MPI = re.compile(r"mpich_s|osc_(sm|rdma|ucx)\.|sm_segment\.|vader_segment\.|ucx_shm_posix_|psm\d?_shm")
-SMALL = 64 << 20  # bytes; the default of docker
-# Bytes per rank. With less than OF_A_RANK no MPI library starts (MPICH needs 1.02 MiB). With less than SAFE some crash at their
-# start or later: MPICH 5 below 9 MiB, MPICH 4 below 4.2 MiB, Intel MPI below 16 MiB. With the settings in LESS they need less.
+SMALL = 64 << 20  # bytes; the size of /dev/shm in docker by default
+# Bytes per rank. With less than OF_A_RANK no MPI library starts (MPICH needs 1.02 MiB). With less than SAFE some libraries crash,
+# when they start or later: MPICH 5 below 9 MiB, MPICH 4 below 4.2 MiB, Intel MPI below 16 MiB. With LESS they need less.
 OF_A_RANK, SAFE = 5 << 18, 16 << 20
 LESS = "MPIR_CVAR_CH4_NETMOD=ofi (MPICH) or I_MPI_FABRICS=ofi (Intel MPI), with which MPI needs less shared memory"
 
@@ -33,7 +34,7 @@ class Segment:
     name: str
     bytes: int
     owner: str
-    own: bool  # whether it belongs to this user
+    own: bool  # whether the segment belongs to this user
     age_seconds: float
     state: str  # "used", "gone" (no process has it open) or "unknown"
 
@@ -46,7 +47,7 @@ def find(host: str, folder: Path = Path(SHARED_MEMORY)) -> list[Segment]:
     """Return all segments of MPI jobs. Independent."""
     in_use, found = _in_use(folder), []
     for path in sorted(folder.iterdir()):
-        with suppress(OSError):  # removed in the meantime
+        with suppress(OSError):  # the file was removed in the meantime
             about = path.lstat()
             if OF_MPI.match(path.name) and path.is_file() and not path.is_symlink():
                 state, owner = "used" if path.name in in_use else _state_by_lease(path), str(about.st_uid)
@@ -58,7 +59,8 @@ def find(host: str, folder: Path = Path(SHARED_MEMORY)) -> list[Segment]:
 
 
 def clean(segments: Sequence[Segment], folder: Path = Path(SHARED_MEMORY)) -> list[Segment]:
-    """Remove this user's segments that no process has open, after a second check. Return the removed segments. Independent."""
+    """Check again which of this user's segments no process has open, and remove them. Return the removed segments.
+    Independent."""
     in_use, removed = _in_use(folder), []
     for one in segments:
         if one.own and one.state == "gone" and one.name not in in_use:
@@ -84,9 +86,9 @@ def _in_use(folder: Path) -> set[str]:
 
 @contextmanager
 def _leased(path: Path) -> Iterator[None]:
-    """Hold a lease on a file. The kernel grants it only if no other process has the file open or mapped, in any container. Raises
-    OSError otherwise."""
-    # SIGIO is sent if another process opens the file; by default it would end this process.
+    """Hold a lease on a file. The kernel grants the lease only if no other process, in any container, has the file open or
+    mapped. Otherwise raises OSError."""
+    # If another process opens the file, the kernel sends SIGIO, which by default would end this process.
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
@@ -117,7 +119,7 @@ def check_segments(segments: Sequence[Segment], removed: Sequence[Segment]) -> l
         found.append(CheckResult("old segments", "ok", f"removed {_these(removed)}"))
     if own:  # Open MPI 5 leaves 72 KiB for every process that was started without mpirun
         verdict = "warning" if sum(one.bytes for one in own) > 1 << 20 else "note"
-        words = f"left by ended jobs of yours: {_these(own)}"
+        words = f"left by your ended jobs: {_these(own)}"
         found.append(CheckResult("old segments", verdict, words, "--clean removes them; no process has them open"))
     if others:
         words = f"of other users, or of unknown state: {_these(others)}"

@@ -1,4 +1,4 @@
-"""Measure the network between ranks (latency, bandwidth, the interface in use) and the offsets of clocks."""
+"""Measures the network between ranks: latency, bandwidth and the interface in use. Also compares the clocks of nodes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 TAG = 7
-SMALL = 256 << 10  # bytes of a first message, whose time determines the size of the next messages
-SLOW_NODE, SLOW_LINK = 5e8, 1.2e8  # bytes/s; slower means shared cores, or a network of 1 Gbit/s
+SMALL = 256 << 10  # bytes of the first message, whose time determines the size of the next messages
+SLOW_NODE, SLOW_LINK = 5e8, 1.2e8  # bytes/s; a slower node probably has shared cores, a slower link is a network of 1 Gbit/s
 SETTINGS = ("FI_", "UCX_", "MPIR_CVAR_CH4_NETMOD", "MPIR_CVAR_CH4_OFI", "MPICH_OFI_", "HYDRA_IFACE", "PRTE_MCA_prte_if",
             "I_MPI_FABRICS", "I_MPI_OFI_PROVIDER", "OMPI_MCA_btl", "OMPI_MCA_pml", "OMPI_MCA_mtl")  # fmt: skip
 HOW = {
@@ -47,8 +47,8 @@ def _speed(bandwidth: float) -> str:
 
 
 def pairs(hosts: Sequence[str]) -> list[list[tuple[int, int]]]:
-    """Return lists of pairs of ranks; the pairs of one list measure at the same time. The pairs are the first ranks of
-    neighbouring nodes, or ranks 0 and 1 of a single node. hosts: the host of each rank. Pure."""
+    """Return lists of pairs of ranks. The pairs of one list measure at the same time. A pair is the first ranks of two
+    neighbouring nodes. If there is only one node, the only pair is ranks 0 and 1. hosts: the host of each rank. Pure."""
     firsts = [hosts.index(host) for host in dict.fromkeys(hosts)]
     if len(firsts) == 1:
         return [[(0, 1)]] if len(hosts) > 1 else []
@@ -80,8 +80,8 @@ def measure(world: MPI.Intracomm, hosts: Sequence[str], thorough: bool) -> list[
 
 
 def ping(comm: MPI.Intracomm, other: int, size: int, most: int, seconds: float) -> list[float]:
-    """Exchange messages of `size` bytes with pong() on rank `other`, until there are `most` of them or `seconds` have passed.
-    Return half of each round-trip time, without the first one. Collective over the two ranks."""
+    """Exchange messages of `size` bytes with pong() on rank `other`, until `most` messages are sent or `seconds` have passed.
+    Return half of each round-trip time, except the first. Collective over the two ranks."""
     comm.send(size, other, TAG)
     out, back, times = bytearray(size), bytearray(size), list[float]()
     began = time.perf_counter()
@@ -103,7 +103,7 @@ def pong(comm: MPI.Intracomm, other: int) -> None:
 
 
 def _sent() -> dict[str, int]:
-    """Return the bytes sent by each interface of this machine so far."""
+    """Return the number of bytes that each interface of this machine has sent so far."""
     found = {}
     with suppress(OSError):
         for line in Path("/proc/net/dev").read_text().splitlines()[2:]:
@@ -116,7 +116,7 @@ def _sent() -> dict[str, int]:
 
 
 def _busiest(before: Mapping[str, int], after: Mapping[str, int], least: float) -> str:
-    """Return the interface that sent the most bytes, or "" if it sent fewer than `least`. Pure."""
+    """Return the interface that sent the most bytes. Return "" if this interface sent fewer than `least` bytes. Pure."""
     grown = {name: count - before.get(name, count) for name, count in after.items()}
     name = max(grown, key=lambda name: grown[name], default="")
     return name if name and grown[name] >= least else ""
@@ -134,7 +134,7 @@ def check_links(links: Sequence[NetworkLink], library: str, environ: Mapping[str
         return [CheckResult("network", "warning" if slow else "ok", f"{slowest}; one node, so no network was measured", slow)]
     words = str(slowest) + (f", the slowest of {len(links)} links (median {_speed(usual)})" if len(links) > 1 else "")
     fix = f"repair or exclude one of {' and '.join(slowest.ends)}" if speed < 0.5 * usual else choose if speed < SLOW_LINK else ""
-    names = sorted({link.interface or "none whose bytes the kernel counts (shared memory, or another fabric)" for link in links})
+    names = sorted({link.interface or "unknown (the kernel counts no bytes: shared memory, or another fabric)" for link in links})
     given = ", ".join(f"{name}={value}" for name, value in environ.items() if name.startswith(SETTINGS)) or "no variable is set"
     verdict = "warning" if len(names) > 1 else "ok"
     interface = CheckResult("interface", verdict, f"used between nodes: {', '.join(names)}; {given}", choose)
@@ -142,15 +142,15 @@ def check_links(links: Sequence[NetworkLink], library: str, environ: Mapping[str
 
 
 def check_clocks(times: Sequence[float], hosts: Sequence[str]) -> CheckResult:
-    """Compare the clocks of nodes, because locks, logs and time limits use them. times: of each rank, right after a barrier.
-    Pure."""
+    """Compare the clocks of nodes, because locks, logs and time limits use the clocks. times: each rank's time right after a
+    barrier. Pure."""
     if len(set(hosts)) == 1:
         return CheckResult("clocks", "skipped", "only one node")
     late = max(range(len(times)), key=lambda rank: abs(times[rank] - times[0]))
     apart = times[late] - times[0]
     if abs(apart) < 0.5:
         return CheckResult("clocks", "ok", f"all within {abs(apart):.2g} s")
-    words = f"{hosts[late]} is {apart:+.3g} s from {hosts[0]}"
+    words = f"the clock of {hosts[late]} differs by {apart:+.3g} s from the clock of {hosts[0]}"
     return CheckResult("clocks", "warning", words, "synchronize the clocks (chrony, ntpd)")
 
 

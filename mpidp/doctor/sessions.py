@@ -1,5 +1,5 @@
-"""Find the session folders that killed mpiruns of Open MPI left behind. Each is named after the process id of its mpirun. A later
-mpirun with the same process id fails to start ("The PMIx server's listener thread failed to start")."""
+"""Finds the session folders that killed mpirun processes of Open MPI left behind. Each folder is named after the process id of
+its mpirun. A later mpirun with the same process id fails to start ("The PMIx server's listener thread failed to start")."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Session:
 
 
 def find(host: str, folder: Path | None = None) -> list[Session]:
-    """Return this user's session folders whose mpirun has ended. folder: where they are; default: the temporary folder.
-    Independent."""
+    """Return this user's session folders whose mpirun has ended. folder: the folder that contains them, by default the temporary
+    folder. Independent."""
     found = []
     for path in sorted((folder or Path(tempfile.gettempdir())).iterdir()):
-        with suppress(OSError):  # removed in the meantime
+        with suppress(OSError):  # the folder was removed in the meantime
             named = OF_MPIRUN.fullmatch(path.name)
             own = path.is_dir() and not path.is_symlink() and path.lstat().st_uid == os.getuid()
             if named and own and not Path(f"/proc/{named[1]}").exists():
@@ -57,7 +57,7 @@ def check_sessions(sessions: Sequence[Session], removed: Sequence[Session]) -> C
     """Report session folders left by killed mpiruns. Pure."""
     left = [one for one in sessions if one not in removed]
     if left:
-        words = f"left by killed mpiruns of yours: {len(left)}\n{listed([str(one) for one in left])}"
+        words = f"left by killed mpirun processes of yours: {len(left)}\n{listed([str(one) for one in left])}"
         fix = "--clean removes them: an mpirun that gets the same process id would not start"
         return CheckResult("old sessions", "note", words, fix)
     if removed:

@@ -1,4 +1,5 @@
-"""Check folders: whether all nodes see the shards and run.dir, how fast reads are, whether locks work, how much space is free."""
+"""Checks folders: whether all nodes see the shards and run.dir, how fast reads are, whether locks work, and whether there is
+enough space."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from mpidp.doctor.findings import CheckResult, size, where
 from mpidp.errors import UsageError
 
 CHUNK = 4 << 20  # bytes per read
-SLOW_READ = 50e6  # bytes/s per rank: far more than training reads, so a lower speed points at a problem
+SLOW_READ = 50e6  # bytes/s per rank; training reads far less, so a lower speed indicates a problem
 LOCKS = {"flock": fcntl.flock, "fcntl": fcntl.lockf}
 PROBE = ".doctor.lock"
 _CHILD = "import sys; from mpidp.doctor.storage import *; print(lock_states(Path(sys.argv[1])))"
@@ -38,7 +39,7 @@ def read(folder: Path, host: str, rank: int, ranks: int, seconds: float) -> Read
     """Read this rank's part of the shards for at most `seconds`, bypassing the page cache. Independent."""
     files = sorted(folder.glob("*.h5"))
     if not (folder / "index.json").is_file() or not files:
-        return ReadTest(host, problem=f"{folder} holds no index.json and *.h5")
+        return ReadTest(host, problem=f"{folder} has no index.json with *.h5 files")
     try:
         with open(files[rank % len(files)], "rb", buffering=0) as file:
             part = os.fstat(file.fileno()).st_size // -(-ranks // len(files))
@@ -98,7 +99,7 @@ def lock_states(folder: Path) -> dict[str, bool | str] | CheckResult:
                 lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             found[name] = False
         except FileNotFoundError as error:
-            return CheckResult("run.dir", "wrong", f"rank 0's file there is not visible to all: {error}", "use a shared folder")
+            return CheckResult("run.dir", "wrong", f"some ranks do not see rank 0's file: {error}", "use a shared folder")
         except OSError as error:
             found[name] = isinstance(error, BlockingIOError) or str(error)
     return found
@@ -122,7 +123,8 @@ def check_locks(states: Sequence[Mapping[str, bool | str]]) -> CheckResult:
 
 
 def check_room(folder: Path) -> CheckResult:
-    """Check that there is space for all checkpoints that exist at once: run.keep of them, and one being written. Independent."""
+    """Check that there is space for all checkpoints that exist at the same time: run.keep checkpoints, and the one that is being
+    written. Independent."""
     parent = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     status, keep = os.statvfs(parent), RunSettings.keep
     free, words = status.f_bavail * status.f_frsize, f"{folder}: {size(status.f_bavail * status.f_frsize)} free"

@@ -1,14 +1,14 @@
-"""Audits detect silent hardware errors in memory and cores.
+"""Audits detect silent hardware errors in memory and in processor cores.
 
-Every `every` steps an audit checks two things. *Weights*: replicas compare checksums of parameters and optimizer state, tensor by
-tensor. A replica that differs from the majority is overwritten with the majority's state. Without a majority the run returns to
-its last checkpoint, whose weights were compared before it was saved. *Computation*: before gradients are reduced, one lane of
-each rank is computed a second time by another rank. The lane and the other rank change from audit to audit. If the two results
-are not bit-identical, the step is repeated.
+An audit takes place every train.audit_every steps. It checks two things. *Weights*: replicas compare checksums of parameters and
+optimizer state, tensor by tensor. A replica that differs from the majority is overwritten with the majority's state. Without a
+majority, the run returns to its last checkpoint. This checkpoint is reliable, because weights are also compared before they are
+saved. *Computation*: before gradients are reduced, one lane of each rank is computed a second time by another rank. The lane and
+the other rank change from audit to audit. If the two results are not bit-identical, the step is repeated.
 
 On a mesh, each part of the model is compared with the same part of the other replicas. Parameters that all ranks of a stage hold
-(the gains of norms) are also compared within the stage. If they differ only within the stage, the run returns to its last
-checkpoint.
+(the gains of norms) are also compared within the stage. If these parameters differ only within the stage, the run returns to its
+last checkpoint.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def checksum(tensor: Tensor) -> int:
 
 
 def vote(rows: Sequence[tuple[int, ...]]) -> tuple[int | None, list[int]]:
-    """Return (index of the majority's row, indices of rows that differ from it). If no row occurs in more than half of the
-    places, return (None, all indices). Pure."""
+    """Return (index of the majority's row, indices of rows that differ from it). If no row is equal to more than half of the
+    rows, return (None, all indices). Pure."""
     row, count = Counter(rows).most_common(1)[0]
     if 2 * count <= len(rows):
         return None, list(range(len(rows)))
@@ -45,14 +45,14 @@ def vote(rows: Sequence[tuple[int, ...]]) -> tuple[int | None, list[int]]:
 
 
 def suspects(disagreements: Sequence[tuple[int, int]]) -> list[int]:
-    """Return the ranks that occur in most of the disagreeing pairs. With three or more ranks, each rank is in two pairs, so a
-    rank that computes wrong results occurs more often than other ranks. Pure."""
+    """Return the ranks that occur in the largest number of disagreeing pairs. With three or more ranks, each rank is in two
+    pairs, so a rank that computes wrong results occurs more often than other ranks. Pure."""
     seen = Counter(rank for pair in disagreements for rank in set(pair))
     return sorted(rank for rank, count in seen.items() if count == max(seen.values()))
 
 
 class SpareSlot:
-    """Replaces the strategy while a lane is computed only for comparison. Gradients are written to a spare slot."""
+    """Takes the place of the strategy while a lane is computed only for comparison. Gradients are written to a spare slot."""
 
     def __init__(self, buffer: GradientBuffer, slot: int) -> None:
         self._buffer, self._slot = buffer, slot
@@ -70,7 +70,7 @@ class SpareSlot:
 class AuditFinding:
     """An error that an audit found. All ranks have equal findings."""
 
-    ranks: list[int]  # ranks with different bits, or all ranks that may be wrong
+    ranks: list[int]  # ranks whose bits differ from the majority, or all ranks that may be wrong
     what: str  # description for the user
     repaired: bool  # whether the majority's state was copied to these ranks
 
@@ -95,7 +95,7 @@ class Audit:
         return replica * self._grid.parts + self._grid.model.rank
 
     def _combine(self, *own: AuditFinding | None) -> AuditFinding | None:
-        """Combine the findings of all ranks into one, which is equal on all ranks. Collective over the job's ranks."""
+        """Combine the findings of all ranks into one finding, and return it on all ranks. Collective over the job's ranks."""
         found = [finding for finding in own if finding is not None]
         if self._grid.parts == 1:  # without a mesh, all ranks have the same result
             return found[0] if found else None
@@ -116,8 +116,8 @@ class Audit:
     def begin(self, step: int, ranges: Sequence[range]) -> tuple[int, list[int]]:
         """Begin the audit of a step. Return (lane that this rank computes a second time, all audited lanes). Independent."""
         size, round_ = self.comm.size, step // self.every
-        # The offset size / 2 is skipped. With this offset two ranks would only check each other, which does not show which is
-        # wrong.
+        # The offset size / 2 is skipped. With this offset, pairs of ranks would only check each other. A difference would not
+        # show which rank of the pair is wrong.
         offsets = [offset for offset in range(1, size) if 2 * offset != size] or [1]
         offset = offsets[round_ % len(offsets)]
         of_rank = [lanes[round_ % len(lanes)] for lanes in ranges]

@@ -1,11 +1,11 @@
-"""The heartbeat board records the step and phase of each rank without MPI. A report about a hang uses it to name the ranks that
-block the other ranks.
+"""The heartbeat board records the step and phase of each rank without MPI. If the job hangs, a report uses the board to name the
+ranks that block the other ranks.
 
-The ranks of a node share a small memory with one record for each rank. A write takes microseconds and does not access the disk.
-The record of a rank can be read even if the rank is stopped or its interpreter is blocked. When no rank of a node makes progress,
-one of its ranks copies the memory to RUN/.board/HOST.json, which the other nodes read. Each node has a file of its own, because
-two nodes must not write to the same page of a file. If the folder is missing or not writable, only information about other nodes
-is missing.
+The ranks of a node share a small memory segment with one record for each rank. A write takes microseconds and does not access the
+disk. The record of a rank can be read even if the rank is stopped or its interpreter is blocked. When no rank of a node makes
+progress, one of its ranks copies the memory to RUN/.board/HOST.json, which the other nodes read. Each node has a file of its own,
+because two nodes must not write to the same page of a file. If this folder is missing or not writable, reports lack only the
+information about other nodes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NAMED = 4  # maximum number of ranks listed in a message
 
 @dataclass(frozen=True)
 class HeartbeatRow:
-    """The entry of the board for a rank. Times are in seconds before now."""
+    """The board's record of one rank. Times are in seconds before the present."""
 
     rank: int
     host: str
@@ -79,7 +79,7 @@ def blame(rows: list[HeartbeatRow]) -> tuple[str, list[HeartbeatRow]]:
 
     The blocking ranks are the first of these groups that is not empty: 1. ranks whose processes are stopped or have exited; 2.
     the ranks with the least progress, if they are not in a phase in which ranks wait; 3. ranks without a heartbeat; 4. the ranks
-    with the least progress. Pure."""
+    with the least progress, in any phase. Pure."""
     heard = [row for row in rows if row.state != SILENT]
     behind = [row for row in heard if row.place == min(other.place for other in heard)]
     silent = [row for row in rows if row.state == SILENT]
@@ -99,8 +99,8 @@ class HeartbeatBoard:
     """This rank's access to the board: it writes its own record and reads the records of all ranks. Independent."""
 
     def __init__(self, rank: int, hosts: list[str], pids: list[int], token: str, run_dir: Path) -> None:
-        """hosts, pids: those of all ranks. token: unique to the job. The shared memory file has the token in its name until
-        unlink()."""
+        """hosts, pids: the host names and process ids of all ranks. token: a string that is unique to the job. The shared memory
+        file has the token in its name."""
         self.rank, self._hosts, self._pids, self._token, self._folder = rank, hosts, pids, token, run_dir / ".board"
         self.host = hosts[rank]
         here = [r for r, host in enumerate(hosts) if host == self.host]
@@ -133,7 +133,7 @@ class HeartbeatBoard:
         return time.monotonic() - max(here + [NODE.unpack_from(self._memory, at)[2] for at in self._nodes.values()])
 
     def exchange(self, every_seconds: float) -> None:
-        """Write this node's file and read the files of other nodes. Do nothing if a rank of this node did so in the last
+        """Write this node's file and read the files of other nodes. Do nothing if a rank of this node has done this in the last
         every_seconds."""
         now = time.monotonic()
         if not self._nodes or now - CLOCK.unpack_from(self._memory)[0] < every_seconds:

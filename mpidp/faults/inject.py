@@ -3,25 +3,25 @@
     MPIDP_FAULT="kill:1:5:reduce,after=0.01 delay:2:1,factor=2"
 
 Faults are separated by spaces. Each has the form `kind:rank:step[:phase][,name=value...]`. rank: the rank's number when the job
-started. step: the step that is being computed, counted from 1; in the phases evaluate, checkpoint and respawn, the last completed
-step. Each fault occurs once per process, even if the run returns to a checkpoint or continues without failed ranks. This module
-imports neither torch nor MPI.
+started. step: the number of the step that is being computed, counted from 1. In the phases evaluate, checkpoint and respawn, it
+is the last completed step. Each fault occurs once per process, even if the run returns to a checkpoint or continues without
+failed ranks. This module imports neither torch nor MPI.
 
 | kind | what happens |
 |---|---|
 | kill, segv, stop, term, usr1 | the rank sends itself this signal |
 | exit, sysexit, raise | the rank calls os._exit(3), calls sys.exit(3), or raises a RuntimeError |
 | hang, gil | the rank sleeps forever; with gil it also holds the GIL, so that no other thread runs |
-| delay | from this step to step until=, the rank sleeps after each micro-batch: seconds= plus (factor= - 1) x its time |
+| delay | from this step to step until=, the rank sleeps after each micro-batch, for seconds= + (factor= - 1) x its time |
 | nan | the gradient of one batch, or of times= successive batches, is not finite |
 | wrong | the gradient is wrong once, and correct when the step is repeated; with until=, it is wrong up to that step |
 | flip | after the update, bit number bit= (0..31) of the first element of parameter number tensor= flips |
 
 nan and wrong need comm.reducer=tree, which keeps the gradients of lanes separate. Faults of the first three rows occur when the
-phase begins (default: compute). With `after=SECONDS` they occur this many seconds later, even if another phase has begun.
-sysexit, raise and hang do not support `after`. A step has the phases data, compute, comm_wait and update. An update has the
-phases reduce, apply and publish. After the update the phases evaluate and checkpoint may follow. The phase respawn replaces
-failed ranks.
+phase begins (default: compute). With `after=SECONDS`, these faults occur this many seconds later, even if another phase has
+begun. sysexit, raise and hang do not support `after`. A step has the phases data, compute, comm_wait and update. An update has
+the phases reduce, apply and publish. After the update the phases evaluate and checkpoint may follow. In the phase respawn, failed
+ranks are replaced.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def make_nan(lane: int, gradient: Any) -> None:
 
 
 def make_wrong(lane: int, gradient: Any) -> None:
-    """Add 1 to the first element of the gradient, like a faulty core might."""
+    """Add 1 to the first element of the gradient, as a faulty core might."""
     gradient[0] += 1.0
 
 
@@ -100,7 +100,7 @@ class Fault:
     after: float = 0.0  # seconds after the phase begins
     seconds: float = 0.0  # constant part of a delay, in seconds
     factor: float = 1.0  # slowdown of each micro-batch by a delay
-    until: int = 0  # last step; 0 means no limit for delay, and a single step for wrong
+    until: int = 0  # last step of the fault; 0 means no limit for delay, and only one step for wrong
     times: int = 1  # number of batches
     tensor: int = -1  # index of the parameter
     bit: int = -1
@@ -119,7 +119,8 @@ class Fault:
 
 
 class InjectedFaults(StepObserver):
-    """The injected faults of a job, and which of them have occurred on this rank. bool() is False without faults. Independent."""
+    """The injected faults of a job, and which of them have occurred on this rank. bool() returns False if there are no faults.
+    Independent."""
 
     def __init__(self, faults: Sequence[Fault] = (), rank: int = 0) -> None:
         self.of_all_ranks = tuple(faults)
@@ -135,7 +136,7 @@ class InjectedFaults(StepObserver):
         return any(fault.kind in ("nan", "wrong") for fault in self.of_all_ranks)
 
     def enter(self, step: int, phase: str) -> None:
-        """Cause the faults that end or stop this rank in this phase of this step, immediately or with a timer."""
+        """Cause the faults that are to end or stop this rank in this phase of this step, immediately or with a timer."""
         place = (step, phase)
         for fault in self.of_this_rank:
             if fault.kind in ACTIONS and (fault.step, fault.phase) == place and self._once(fault):
@@ -148,7 +149,7 @@ class InjectedFaults(StepObserver):
 
     def gradient_faults(self, step: int, attempt: int = 0) -> list[Callable[[int, Any], None]]:
         """Return the functions that change each lane's gradient in this step. A fault of a single step occurs only at the first
-        attempt at the step. A fault of several steps occurs at each attempt, like that of a broken core."""
+        attempt at the step. A fault of several steps occurs at each attempt, like an error of a broken core."""
         return [
             make_nan if fault.kind == "nan" else make_wrong for fault in self.of_this_rank
             if (fault.kind == "wrong" and fault.until > fault.step and fault.step <= step <= fault.until)
@@ -157,7 +158,7 @@ class InjectedFaults(StepObserver):
         ]
 
     def flip(self, step: int, parameters: Sequence[Any]) -> None:
-        """Flip the bits of parameters that should flip after the update of this step."""
+        """Flip the bits for which a fault is defined after the update of this step. parameters: all parameters, in order."""
         for fault in self.of_this_rank:
             if fault.kind == "flip" and fault.step == step and self._once(fault):
                 first = parameters[fault.tensor].detach().view(-1)[:1]

@@ -1,10 +1,10 @@
 """Replaces a failed rank by a new process. The launcher starts the job's command again, and the new process joins the other ranks
 in one communicator.
 
-The MPI calls for this wait for all ranks without a time limit. Therefore only rank 0 starts the process. Before each collective
-call, the ranks agree that all are present. The call then runs in a thread with a time limit. If a rank fails, only the attempt
-fails. Each new process is started by a separate call, because processes started by one call are not notified of each other's
-failures.
+The MPI calls that add a process wait for all ranks, without a time limit. Therefore only rank 0 starts the process. Before each
+collective call, the ranks agree that all are present. The call then runs in a thread with a time limit. If a rank fails
+meanwhile, only this attempt to add a rank fails. Each new process is started by a separate call, because processes started by one
+call are not notified of each other's failures.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mpidp.runtime.environment import launched_with_ulfm
 from mpidp.runtime.log import log
 from mpidp.runtime.ulfm import agree, revocable
 
-OPTION = "state_base_recoverable"  # with it, mpirun continues after a rank has failed
+OPTION = "state_base_recoverable"  # with this option, mpirun continues after a rank has failed
 LAUNCH = f"mpirun --with-ft ulfm --prtemca {OPTION} 1 --mca coll ^han,adapt"
 START_SECONDS = 40.0  # time limit for a process to start and connect, which happens before its slow imports
 CONNECT_SECONDS = 20.0  # time limit for a collective call, which takes milliseconds if no rank fails

@@ -27,8 +27,8 @@ class RestartLog:
         self.path, self._begun = run_dir / "tries.json", begun
 
     def begin(self, step: int, most: int, rank: int) -> None:
-        """Count a start from the checkpoint of this step, or from the beginning if step is -1. Raises UsageError on rank 0 after
-        `most` starts."""
+        """Count a start from the checkpoint of this step, or from the beginning if step is -1. Raises UsageError on rank 0 if
+        `most` starts from this checkpoint were counted before."""
         self._begun = True
         if rank:
             return
@@ -50,8 +50,8 @@ class RestartLog:
         self._write(self._read() | {"words": message[:2000]})
 
     def ended(self, error: BaseException | None, rank: int) -> None:
-        """Record how this start ended. error: the exception that ended the job, or None. Rank 0 writes the file. A
-        rank whose error the other ranks do not have also writes it."""
+        """Record how this start ended. error: the exception that ended the job, or None. Rank 0 writes the file. If only one rank
+        has an error, this rank also writes the file."""
         if not self._begun:
             return
         everywhere = isinstance(error, MpidpError) and error.everywhere

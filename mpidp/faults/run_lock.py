@@ -25,7 +25,7 @@ LOCK_BYTES = 512  # size of the lock file; each write replaces the whole content
 
 
 class _Holder(TypedDict, total=False):
-    """The content of the lock."""
+    """The content of the lock file."""
 
     host: Required[str]
     pid: Required[int]
@@ -38,13 +38,14 @@ class _Holder(TypedDict, total=False):
 
 
 class RunLock:
-    """The lock file RUN/lock. Rank 0 holds it while the job runs. Another job can take it over when its holder no longer exists.
-    Independent.
+    """The lock file RUN/lock. Rank 0 holds the lock while the job runs. Another job can take over the lock when its holder no
+    longer exists. Independent.
 
-    Between processes of one machine, the kernel's lock on the open file decides. It is released when its holder exits. Between
-    machines, the content of the file decides. A thread of the holder increments a counter in the file. A lock whose counter does
-    not change has no holder. A requeued Slurm job takes the lock from its first launch. If only the Slurm daemon of a node
-    failed, the processes of the first launch may still run. They then find a different token in the file.
+    On one machine, the kernel's lock on the open file (flock) determines the holder. The kernel releases this lock when the
+    holder exits. Between machines, the content of the file determines the holder. A thread of the holder increments a counter in
+    the file. If the counter does not change, the holder no longer runs. A requeued Slurm job takes over the lock of its first
+    launch. If only the Slurm daemon of a node failed, the processes of the first launch may still run. They then find a different
+    token in the file and stop.
     """
 
     def __init__(
@@ -53,10 +54,10 @@ class RunLock:
     ) -> None:
         """Acquire the lock. Raises UsageError if the folder is not writable, or if a running job holds the lock.
 
-        patience_seconds: how long to wait for a holder on this machine, because mpirun may exit shortly before its ranks; if
-        infinite, wait for any holder. name: of the lock's file. option: the option that names the folder, for messages.
-        watch_seconds: how long to watch the counter of a holder on another machine. ours: True if the holder was a failed rank of
-        this job."""
+        patience_seconds: how long to wait for a holder on this machine. A wait is needed because mpirun may exit shortly before
+        its ranks. If infinite, wait for any holder. name: the file name of the lock. option: the option that names the folder,
+        for messages. watch_seconds: how long to watch the counter of a holder on another machine. ours: True if the holder was a
+        failed rank of this job."""
         self.path, self._option = run_dir / name, option
         self.lost = False  # True once another job has taken the lock
         self._handle: int | None = None
@@ -143,7 +144,7 @@ class RunLock:
         if not self.held():
             os.close(self._handle)
             raise UsageError(
-                f"{self.path}: another job acquired it at the same time; choose another folder with --{self._option}=DIR"
+                f"{self.path}: another job acquired the lock at the same time; choose another folder with --{self._option}=DIR"
             )
 
     def _write(self, handle: int) -> None:

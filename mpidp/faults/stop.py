@@ -18,8 +18,8 @@ TAKEN_OVER = "another copy of this job has taken over"
 
 
 class StopRequest:
-    """Detects requests to stop: SIGUSR1 (the only signal that both mpiruns forward), SIGTERM, SIGINT, a file STOP in run.dir, the
-    time limit, and the loss of the run's lock. Independent."""
+    """Detects requests to stop. These are the signals SIGUSR1, SIGTERM and SIGINT, a file STOP in run.dir, the time limit, and
+    the loss of the run's lock. SIGUSR1 is the only signal that the mpirun of both MPICH and Open MPI forwards. Independent."""
 
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
@@ -56,11 +56,11 @@ class StopRequest:
 
 
 def stop_time(end: float | None, now: float, early_seconds: float) -> float:
-    """Return the time at which to stop a job whose time limit is `end`. It is early_seconds before `end`, or a tenth of the
-    remaining time before `end` if that is less.
+    """Return the time at which to stop a job whose time limit is `end`. This time is early_seconds before `end`. If a tenth of
+    the remaining time is shorter than early_seconds, it is this tenth before `end`.
 
-    Times are in seconds since 1970. Returns infinity if `end` is None. Also returns infinity if `end` is in the past, because it
-    then belongs to another job. Pure."""
+    Times are in seconds since 1970. Returns infinity if `end` is None. Also returns infinity if `end` is in the past, because
+    such a time belongs to another job. Pure."""
     if end is None or end <= now or not early_seconds:
         return math.inf
     return end - min(early_seconds, (end - now) / 10)

@@ -18,18 +18,19 @@ from mpidp.faults.heartbeat import LOST, HeartbeatBoard, blame
 from mpidp.runtime.log import log
 from mpidp.runtime.observers import StepObserver
 
-STEPS = 20  # a job that makes no progress in the time of this many usual steps has hung
+STEPS = 20  # without progress for the time of this many usual steps, a job counts as hung
 REMEMBERED = 50  # number of recent steps whose median time is the time of a usual step
 STACKS = 8  # maximum number of ranks per node that print their stacks
 
 
 class Watchdog(StepObserver):
-    """Records this rank's position on the heartbeat board. If no rank has sent a heartbeat for max(hang_seconds, 20 usual steps),
-    one rank of each node prints a report. All processes then exit with code 6.
+    """Records this rank's position on the heartbeat board. If no rank has sent a heartbeat for max(hang_seconds, the time of 20
+    usual steps), one rank of each node prints a report. All processes then exit with code 6.
 
-    A Python thread checks this. It runs during blocking MPI calls, because they release the GIL. If the GIL is never released,
-    faulthandler's timer ends the process. The first occurrence of a phase may take `first_times` times as long, because it may
-    compile code, open connections or read files that are not cached. Checks begin with the first phase. Independent.
+    A Python thread checks the heartbeats. It also runs during blocking MPI calls, because these calls release the GIL. If the GIL
+    is never released, faulthandler's timer ends the process. The first occurrence of a phase may take `first_times` times as
+    long, because it may compile code, open connections or read files that are not cached. Checks begin with the first phase.
+    Independent.
     """
 
     def __init__(

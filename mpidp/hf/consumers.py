@@ -1,6 +1,6 @@
-"""Programs that read an exported folder, and the restrictions of each program (docs/consumers.md, with versions). Pure.
+"""The programs that can read an exported folder, and the restrictions of each program. docs/consumers.md lists versions. Pure.
 
-An entry of CONSUMERS is a program and its restrictions. tests/programs/test_consumers.py compares these with the programs: a
+CONSUMERS maps each program to its restrictions. tests/programs/test_consumers.py tests these with the programs themselves. A
 program must compute the same results as mpidp if and only if no restriction refuses the model.
 """
 
@@ -21,15 +21,15 @@ from mpidp.hf.names import settings_of
 class Facts:
     """The contents of config.json, tokenizer.json and tokenizer_config.json of an exported folder, and the options of its model.
 
-    The options do not depend on how config.json states them: a family may state windows by layer_types or by a period, and rope
-    scaling once or for each kind of layers.
+    The options do not depend on how config.json states them. For example, one family states windows by layer_types, and another
+    family by a period.
     """
 
     config: Mapping[str, Any]
     tokenizer: Mapping[str, Any]
     tokenizer_config: Mapping[str, Any]
-    options: Mapping[str, Any]  # options of the model, as from settings_of
-    files: frozenset[str] = frozenset()  # names of all files but the weights
+    options: Mapping[str, Any]  # options of the model, as returned by settings_of()
+    files: frozenset[str] = frozenset()  # names of all files except the weights
 
     @property
     def head_dim(self) -> int:
@@ -37,7 +37,7 @@ class Facts:
 
     @property
     def ropes(self) -> set[str]:
-        """The kinds of rope scaling: linear, llama3, ...; empty if there is none."""
+        """The kinds of rope scaling, such as linear or llama3. The set is empty without rope scaling."""
         texts = (self.options["rope_scaling"], self.options["window_rope_scaling"])
         return {text.partition(":")[0] for text in texts if text}
 
@@ -69,9 +69,9 @@ class Facts:
 
 @dataclass(frozen=True)
 class Restriction:
-    """A feature that a program does not support. applies: returns whether an exported folder needs the feature; says: what
-    happens, and what the user can do; refused: true if the program fails or computes another result, so that nothing is
-    written."""
+    """A feature that a program does not support. applies: returns whether an exported folder needs the feature. says: what
+    happens, and what the user can do. refused: whether the export is refused, because the program fails or computes different
+    results."""
 
     applies: Callable[[Facts], bool]
     says: str
@@ -179,9 +179,9 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
 
 
 def check(consumer: str, texts: Mapping[str, bytes]) -> list[str]:
-    """Return notes about the restrictions of a program for a folder that has these text files. Pure.
+    """Return notes about those restrictions of a program that concern a folder with these text files. Pure.
 
-    Raises UsageError if the program fails or computes another result.
+    Raises UsageError if the program fails or computes different results with this folder.
     """
     config, tokenizer, about = (json.loads(texts[name]) for name in ("config.json", "tokenizer.json", "tokenizer_config.json"))
     facts = Facts(config, tokenizer, about, settings_of(config, "config.json"), frozenset(texts))

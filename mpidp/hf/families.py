@@ -1,8 +1,8 @@
-"""The model families that can be imported and exported: one row each. Pure, without torch.
+"""The table of the model families that can be imported and exported. Pure, without torch.
 
-A row has the conversion of the fields of config.json to options of the model (fields.py, layers.py, rope_fields.py), and the
-names of the tensors (tensors.py). It also lists the options that the family always has, the fields that must have certain values,
-and the fields that do not change the logits.
+Each family has a row. The row states how fields of config.json are converted to options of the model (fields.py, layers.py,
+rope_fields.py), and how the tensors are named (tensors.py). It also lists the options that the family always has, the fields that
+must have certain values, and the fields that do not change the logits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mpidp.hf.tensors import Layout
 MAX_LAYERS = 2**16
 DROPOUTS = ("attention_dropout", "hidden_dropout", "classifier_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop",
             "residual_dropout", "embedding_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob")
-FREE = {  # fields that change no logits, in every family
+FREE = {  # fields that do not change the logits, in every family
     "architectures", "model_type", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "auto_map", "dtype",
     "torch_dtype", "initializer_range", "use_cache", "output_attentions", "output_hidden_states", "output_scores", "return_dict",
     "return_dict_in_generate", "chunk_size_feed_forward", "problem_type", "id2label", "label2id", "num_labels", "_num_labels",
@@ -63,7 +63,7 @@ QKV = ("attention.q", "attention.k", "attention.v")
 
 
 def without(names: Mapping[str, str], *left_out: str) -> dict[str, str]:
-    """Return the names without some of them. Pure."""
+    """Return the names, except those in left_out. Pure."""
     return {name: value for name, value in names.items() if name not in left_out}
 
 
@@ -101,11 +101,11 @@ GPT_NEOX = Layout(
 
 @dataclass(frozen=True)
 class Family:
-    """A model family of transformers.
+    """A model family of the transformers library.
 
     title: public models of the family. options: the options that all models of the family have. only: the fields that must have
     one of these values. free: the fields that do not change the logits. longest: the field with the maximum context length.
-    copies: for each old name of a field, which other programs still read, the field whose value it repeats.
+    copies: maps the old name of a field, which other programs still read, to the new name. Both get the same value.
     """
 
     architecture: str
@@ -153,7 +153,7 @@ def mlp_bias(key: str = "mlp_bias") -> Field:
 
 
 def query_scale(default: float) -> Field:
-    """Return the Field query_pre_attn_scalar of Gemma. Attention scores are divided by its square root."""
+    """Return the Field query_pre_attn_scalar of Gemma. Attention scores are divided by the square root of its value."""
     return number(
         "query_pre_attn_scalar", "attention_scale", default, lambda value, _: value**-0.5,
         lambda scale, options: _whole((scale or head_size(options) ** -0.5) ** -2),
@@ -168,7 +168,7 @@ ROOT = implied("embedding_scale", lambda found: math.sqrt(found["model_dim"]))
 GEMMA = {"norm_plus_one": True}
 LAYER_NORM = {"norm": "layer", "gated": False}
 QWEN_WINDOW = layered_window(4096, above("max_window_layers", 28), True, ("max_window_layers",), first_window)
-GEMMA_ACT = without(ACTIVATIONS, "gelu") | {"gelu": "gelu_tanh"}  # Gemma 1's files say gelu, and mean the approximation
+GEMMA_ACT = without(ACTIVATIONS, "gelu") | {"gelu": "gelu_tanh"}  # Gemma 1's files say gelu, but mean gelu_tanh
 
 FAMILIES: tuple[Family, ...] = (
     Family("LlamaForCausalLM", "llama", "Llama 2, Llama 3, TinyLlama, SmolLM2", (*usual(), bias(), mlp_bias(), rope())),

@@ -1,4 +1,5 @@
-"""How fields of config.json become options of the model, and back: the building blocks of families.py. Pure, without torch."""
+"""Converts fields of config.json to options of the model, and back. families.py combines these conversions. Pure, without
+torch."""
 
 from __future__ import annotations
 
@@ -11,14 +12,14 @@ from mpidp.errors import DataError
 
 Options = dict[str, Any]  # settings of section model, without the prefix
 MOST = 2**31 - 1
-ACTIVATIONS = {  # the options by the names in transformers; the first name of each option is written
+ACTIVATIONS = {  # name in transformers -> option; if an option has several names, the first is written
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_accurate": "gelu_tanh", "relu2": "relu2",
 }
 
 
 class Given:
-    """A config.json that is read. where: its path, for error messages."""
+    """The contents of a config.json. where: the file's path, for error messages."""
 
     def __init__(self, config: Mapping[str, Any], where: object) -> None:
         self.config, self.where = config, where
@@ -28,7 +29,8 @@ class Given:
         raise DataError(f"{self.where}: {message}")
 
     def number(self, key: str, kind: type = int, default: float | None = None, most: float = MOST) -> Any:
-        """Return a positive number. A missing key, or null, means the default. Raises DataError. Pure."""
+        """Return the positive number under a key. If the key is missing or null, return the default. Raises DataError if there is
+        no default, or if the value is not a positive number of type `kind` of at most `most`. Pure."""
         value = self.config.get(key)
         value = default if value is None else value
         if value is None:
@@ -41,7 +43,8 @@ class Given:
         return kind(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """Return a truth value. A missing key means the default, null means false. Raises DataError. Pure."""
+        """Return the boolean under a key. A missing key means the default, and null means false. Raises DataError if the value is
+        not a boolean. Pure."""
         value = self.config.get(key, default)
         value = False if value is None else value
         if not isinstance(value, bool):
@@ -51,10 +54,10 @@ class Given:
 
 @dataclass(frozen=True)
 class Field:
-    """Some fields of config.json that determine some options of the model.
+    """One or several fields of config.json, and the options of the model that they determine.
 
-    read: returns the options; its second argument has the options of the earlier Fields. write: returns the fields for the
-    options of a model. If it cannot express an option, config_of() detects this when it reads the result again.
+    read: returns the options. Its second argument has the options that earlier Fields returned. write: returns the fields for the
+    options of a model. If these fields cannot express an option, config_of() detects this when it reads the result again.
     """
 
     keys: tuple[str, ...]
@@ -77,7 +80,7 @@ def number(
     key: str, option: str, default: float, into: Callable[[float, Options], float] = lambda value, _: value,
     back: Callable[[float, Options], float] = lambda value, _: value, most: float = 2.0**62,
 ) -> Field:
-    """Return the field of a positive number. into, back: convert its value to the option and back."""
+    """Return the Field of a positive number. into: converts the number to the option. back: converts the option to the number."""
 
     def read(given: Given, found: Options) -> Options:
         return {option: float(into(given.number(key, float, default, most), found))}
@@ -86,7 +89,7 @@ def number(
 
 
 def cap(key: str, option: str, default: float | None) -> Field:
-    """Return the Field of a soft-cap. null means no soft-cap; the option is then 0."""
+    """Return the Field of a soft-cap. null means no soft-cap, and the option is then 0."""
 
     def read(given: Given, found: Options) -> Options:
         value = given.config.get(key, default)
@@ -96,7 +99,7 @@ def cap(key: str, option: str, default: float | None) -> Field:
 
 
 def flag(key: str, default: bool, on: Options, off: Options) -> Field:
-    """Return the field of a truth value that determines several options."""
+    """Return the Field of a boolean that determines several options. on, off: these options if the boolean is true, or false."""
 
     def write(options: Options) -> dict[str, Any]:
         return {key: any(options[name] == value != off[name] for name, value in on.items())}
@@ -105,12 +108,12 @@ def flag(key: str, default: bool, on: Options, off: Options) -> Field:
 
 
 def activation(key: str, default: str, names: Mapping[str, str] = ACTIVATIONS) -> Field:
-    """Return the field of the activation. names: the options by the names that the family accepts."""
+    """Return the Field of the activation function. names: name that the family accepts -> option."""
 
     def read(given: Given, found: Options) -> Options:
         name = given.config.get(key, default)
         if not isinstance(name, str) or name not in names:
-            given.refuse(f"{key}={short(name)} is not supported: mpidp's Transformer has {', '.join(names)}")
+            given.refuse(f"{key}={short(name)} is not supported: mpidp's Transformer supports {', '.join(names)}")
         return {"activation": names[name]}
 
     def write(options: Options) -> dict[str, Any]:
@@ -126,12 +129,12 @@ def implied(option: str, value: Callable[[Options], Any]) -> Field:
 
 
 def tied(default: bool) -> Field:
-    """Return tie_word_embeddings."""
+    """Return the Field tie_word_embeddings."""
     return flag("tie_word_embeddings", default, {"tie_embeddings": True}, {"tie_embeddings": False})
 
 
 def head_dim(default: int = 0) -> Field:
-    """Return head_dim. default: the family's head size; 0: hidden_size / num_attention_heads."""
+    """Return the Field head_dim. default: the family's head size; 0: hidden_size / num_attention_heads."""
 
     def read(given: Given, found: Options) -> Options:
         return {"head_dim": given.number("head_dim", default=default or found["model_dim"] // found["num_heads"] or None)}

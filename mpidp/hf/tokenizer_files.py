@@ -18,9 +18,11 @@ CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
 
 
 def with_begin(tokenizer_json: str, bos: int | None) -> str:
-    """Return the tokenizer.json, changed so that the ids of each text begin with `bos`, or without BOS if bos is None. Pure.
+    """Return the tokenizer.json, changed so that the ids of each text begin with the id `bos`. If bos is None, no BOS is added.
+    Pure.
 
-    A post-processor often adds BOS. Without BOS in training, BOS would be an id whose embedding was never trained.
+    A post-processor often adds BOS. If the training data has no BOS, the embedding of BOS is not trained, so texts must not
+    contain it.
     """
     from tokenizers import Tokenizer as Theirs
 
@@ -45,17 +47,18 @@ def with_begin(tokenizer_json: str, bos: int | None) -> str:
 def text_files(
     special: SpecialTokens, name_of: Mapping[int, str], kept: Mapping[str, Mapping[str, Any]], longest: int
 ) -> dict[str, Any]:
-    """Return the contents of tokenizer_config.json, generation_config.json and others: an object for JSON, else a text. Pure.
+    """Return the contents of tokenizer_config.json, generation_config.json and other files, by file name. The contents are an
+    object for JSON files, and a string for other files. Pure.
 
-    name_of: the text of each special id; kept: the objects of these files that belong to the model that the run was fine-tuned
-    from, by file; longest: the largest number of tokens of a text.
+    name_of: the text of each special token, by id. kept: the contents of these files in the model that the run was fine-tuned
+    from, by file name. longest: the maximum number of tokens of a text.
     """
     scratch = not kept
     eod = special.ends[0]
     given = {"eos": name_of[eod], "pad": name_of[eod if special.pad is None else special.pad]}
     if special.bos is not None:
         given["bos"] = name_of[special.bos]
-    elif special.template is None:  # a text begins after the end of another one, as in training
+    elif special.template is None:  # a text follows the end-of-document token, as in training
         given["bos"] = name_of[eod]
     template = (special.template or "") + (special.tool_template or "")
     named = {key: name for key, name in special.names.items() if key.endswith("_token") and key in template}
@@ -97,7 +100,7 @@ def config_ids(special: SpecialTokens) -> dict[str, Any]:
 
 
 def _ends(before: Any, ends: tuple[int, ...]) -> int | list[int]:
-    """Return the ids that end a text: those of the base model first, then those of the data."""
+    """Return the ids that end a text: first the ids of the base model, then the ids of the data."""
     first = [i for i in (before if isinstance(before, list) else [before]) if type(i) is int]
     found = list(dict.fromkeys([*first, *ends]))
     return found[0] if len(found) == 1 else found
@@ -118,7 +121,8 @@ def _text(value: Any) -> Any:
 
 
 def _with_arguments(template: str, arguments: Mapping[str, Any]) -> str:
-    """Return the template with the arguments of prepare as defaults, because apply_chat_template does not know them."""
+    """Return the template, with the template arguments of prepare as default values. apply_chat_template does not know these
+    arguments."""
     one = "{%- if NAME is not defined %}{%- set NAME = VALUE %}{%- endif %}"
     lines = [one.replace("VALUE", _literal(value)).replace("NAME", name) for name, value in arguments.items()]
     return "".join(lines) + template

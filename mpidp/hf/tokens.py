@@ -50,9 +50,9 @@ def same(file: Path, used: bytes) -> bool:
 
 
 def extends(file: Path, used: bytes) -> bool:
-    """Return whether `used` is the tokenizer.json `file` with added tokens, whose ids are new. Other ids have the same meaning.
+    """Return whether `used` differs from the tokenizer.json `file` only by added tokens that have new ids.
 
-    Raises DataError like same().
+    Raises DataError in the same cases as same().
     """
     first, second = _both(file, used)
     known, added = first.pop("added_tokens") or [], second.pop("added_tokens") or []

@@ -1,4 +1,4 @@
-"""The folder in which an export is written before it is moved to its place."""
+"""Makes the folder in which an export is written before the export is moved to its final place."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # fil
 
 @contextmanager
 def work_folder(out: Path) -> Iterator[Path]:
-    """Create an empty folder beside `out`. Remove it at the end, unless it was renamed. A folder that a killed export left is
-    emptied. Raises UsageError if another process writes `out` now. Independent."""
+    """Return a context with an empty folder beside `out`. At the end, the folder is removed, unless it was renamed. If a killed
+    export left this folder, it is emptied first. Raises UsageError if another process is writing `out`. Independent."""
     folder = out.with_name(f".{out.name}.part")
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

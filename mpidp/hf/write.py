@@ -36,13 +36,13 @@ def write_folder(
     dtype: str = "float32", max_file_bytes: int = 5 * 10**9, before: Path | None = None,
     consumer: str = "",
 ) -> str:
-    """Create the folder `out`, and return the architecture's name. Raises UsageError if `out` exists or cannot be written, if no
-    family has the options of the model, if a weight is too large for the dtype, or if the program `consumer` cannot compute this
-    model. Independent.
+    """Create the folder `out`, and return the architecture's name. Raises UsageError if `out` exists or cannot be written, or if
+    no family has the options of the model. Also raises UsageError if a weight is too large for the dtype, or if the program
+    `consumer` does not support the model. Independent.
 
-    weight: returns a parameter by mpidp's name; tokenizer: a Hugging Face tokenizer.json; special: the special tokens of the run;
-    before: a folder with the companion files of the model that this one was fine-tuned from; they are copied. Only one weight
-    file is in memory at a time.
+    weight: returns a parameter, given mpidp's name of it. tokenizer: a Hugging Face tokenizer.json. special: the special tokens
+    of the run. before: a folder with the companion files of the model that this model was fine-tuned from. These files are
+    copied. Only one weight file is in memory at a time.
     """
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out} exists and is not overwritten: choose another folder, or remove it")
@@ -63,7 +63,8 @@ def write_folder(
 
 
 def files_of(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Assign tensors to files, in order. Each file has at least one tensor and, if it has several, at most max_bytes. Pure."""
+    """Assign tensors to files, in order. Each file has at least one tensor. A file with several tensors has at most max_bytes.
+    Pure."""
     files: list[list[str]] = []
     room = 0
     for name, size in sizes.items():
@@ -100,8 +101,8 @@ def _write_weights(
             os.fsync(written.fileno())
         place |= dict.fromkeys(names, file)
     if not_finite:
-        log.warning("warning: %d exported tensors have values that are nan or inf, first %s: the training diverged before this "
-                    "checkpoint. Use an earlier one", len(not_finite), not_finite[0])
+        log.warning("warning: %d exported tensors contain nan or inf, for example %s: the training diverged before this "
+                    "checkpoint. Use an earlier checkpoint", len(not_finite), not_finite[0])
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(place.items()))}
         write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
@@ -111,7 +112,7 @@ def _stored(
     name: str, size: tuple[int, ...], places: Mapping[str, Place], weight: Callable[[str], Tensor], dtype: torch.dtype,
     not_finite: list[str],
 ) -> Tensor:
-    """Return a tensor as the family stores it, from the parameters that it holds."""
+    """Return a tensor as the family stores it, assembled from the parameters that it contains."""
     found = torch.empty(size, dtype=dtype)
     for parameter, place in places.items():
         values = _converted(name, weight(parameter), dtype, not_finite)
@@ -124,8 +125,8 @@ def _stored(
 
 
 def _converted(name: str, tensor: Tensor, dtype: torch.dtype, not_finite: list[str]) -> Tensor:
-    """Return the tensor in this dtype. Adds its name to not_finite if it has nan or inf. Raises UsageError if the dtype is too
-    narrow for a value."""
+    """Return the tensor in this dtype. Adds `name` to not_finite if the tensor has nan or inf. Raises UsageError if a finite
+    value is too large for the dtype."""
     found = tensor.to(dtype)
     bad = ~torch.isfinite(found)
     if bad.any():

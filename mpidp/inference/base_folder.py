@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a model to evaluate and to generate with, for example a base model before it is fine-tuned."""
+"""Opens a Hugging Face folder for evaluation and generation, for example a base model before it is fine-tuned."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MICRO_BATCH = 8  # windows per forward pass
 
 
 class BaseFolder(ModelFolder):
-    """A Hugging Face folder with `path`, `meta` and box(), like the Reader of a checkpoint. Independent.
+    """A Hugging Face folder. It has `path`, `meta` and box() like the Reader of a checkpoint. Independent.
 
-    seq_len: length of the context; 0: that of the model, at most USUAL_SEQ_LEN. Raises DataError if the folder is invalid, and
-    UsageError if its context is shorter than seq_len.
+    seq_len: length of the context; 0: the model's own length, but at most USUAL_SEQ_LEN. Raises DataError if the folder is
+    invalid, and UsageError if the model's context is shorter than seq_len.
     """
 
     def __init__(self, path: Path, seq_len: int = 0) -> None:

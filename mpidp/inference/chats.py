@@ -1,4 +1,5 @@
-"""Chats as prompts: messages are rendered with the run's chat template, up to the beginning of the assistant's answer."""
+"""Reads chats and converts them to prompts. The run's chat template renders the messages, up to the beginning of the assistant's
+answer."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ EXAMPLE = '{"messages": [{"role": "user", "content": "Why?"}]}'
 
 
 def read_chats(path: str | Path) -> list[dict[str, Any]]:
-    """Read chats. A row has "messages", or "prompt": a list of messages, or a string, which is one message of the user; or
-    the row is one of ShareGPT, Alpaca or Dolly. A line of a text file is one message of the user.
+    """Read chats from a file. A row has "messages" with a list, or "prompt" with a list of messages or the text of one user
+    message. Rows in the formats of ShareGPT, Alpaca and Dolly are also accepted. In a text file, each line is one user message.
 
-    Raises DataError if the file cannot be read, or a row has none of these. Independent.
+    Raises DataError if the file cannot be read, or if a row has none of these forms. Independent.
     """
     if recognized(path).kind == "text":
         return read_prompts(path)
@@ -54,7 +55,8 @@ def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def template_of(table: SpecialTokens, run: str, moment: float) -> Template:
-    """Return the run's chat template. Raises UsageError if the run has none. moment: the time that the template sees, in seconds.
+    """Return the run's chat template. Raises UsageError if the run has none. moment: the time that the template may print, in
+    seconds since 1970.
 
     Independent.
     """
@@ -71,7 +73,7 @@ def template_of(table: SpecialTokens, run: str, moment: float) -> Template:
 def rendered(template: Template, row: dict[str, Any]) -> str:
     """Return the text of a row's chat, with the generation prompt at its end. Raises DataError if the template rejects the chat.
 
-    A row may have tools, documents and chat_template_kwargs, as in prepare: values or JSON strings. Independent.
+    A row may have tools, documents and chat_template_kwargs, as in prepare. Each is a value or a JSON string. Independent.
     """
     try:
         args, tools = field_of(row, "chat_template_kwargs", dict), objects_of(row, "tools")

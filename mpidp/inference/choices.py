@@ -1,9 +1,9 @@
 """Read and encode multiple-choice questions, and compute accuracies. Pure.
 
 As in lm-evaluation-harness, the model's answer is the choice with the highest log-likelihood after the context. `accuracy` uses
-the plain sum (the harness's acc). `accuracy_norm` divides this sum by the number of characters of the choice, without one leading
-space (the harness's acc_norm; the harness adds this space itself). `accuracy_token` divides it by the choice's tokens. Of choices
-with equal scores, the first is taken.
+the log-likelihood itself (acc in the harness). `accuracy_norm` divides it by the number of characters of the choice, without one
+leading space (acc_norm in the harness, which adds this space itself). `accuracy_token` divides it by the number of tokens of the
+choice. If several choices have the highest score, the first is the answer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EXAMPLE = '{"context": "2 + 2 =", "choices": [" 4", " 5"], "label": 0}'
 
 @dataclass(frozen=True)
 class Question:
-    """A multiple-choice question. line: its number in the file; label: index of the right choice."""
+    """A multiple-choice question. line: the question's number in the file. label: index of the right choice."""
 
     line: int
     context: str
@@ -45,7 +45,7 @@ class EncodedChoice:
 def read_choices(path: str | Path) -> list[Question]:
     """Read questions from a file of rows (.jsonl, .json, ...). A label is an index from 0, or the right choice's text.
 
-    Raises DataError, which names the line, if a question is invalid. Independent.
+    Raises DataError if a question is invalid. The message names the line. Independent.
     """
     found = []
     for one in read_rows(path, EXAMPLE):
@@ -103,7 +103,7 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def accuracies(items: Sequence[Question], encoded: Sequence[Sequence[EncodedChoice]], scores: np.ndarray) -> dict[str, Any]:
-    """Return accuracies and question counts. scores: (questions, largest number of choices), log-likelihoods in nats. Pure."""
+    """Return accuracies and question counts. scores: log-likelihoods in nats, (questions, largest number of choices). Pure."""
     right = dict.fromkeys(("accuracy", "accuracy_norm", "accuracy_token"), 0)
     for item, rows, row in zip(items, encoded, scores, strict=True):
         plain = row[: len(item.choices)]

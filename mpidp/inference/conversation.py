@@ -1,4 +1,4 @@
-"""A chat of several turns: its messages, and the prompt that fits into the model's context."""
+"""A chat of several turns. It keeps the messages, and makes prompts that fit into the model's context."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ ANSWER_SHARE = 4  # a quarter of the context is kept free for the answer, if the
 
 @dataclass(frozen=True)
 class Turn:
-    """A prompt for the model. ids: of the chat so far; tokens: largest number of tokens of the answer; left_out: messages at the
-    beginning of the chat that no longer fit."""
+    """A prompt for the model. ids: the token ids of the chat so far. tokens: maximum number of tokens of the answer. left_out:
+    number of messages that were deleted at the beginning of the chat, because they no longer fit."""
 
     ids: list[int]
     tokens: int
@@ -26,7 +26,7 @@ class Conversation:
     """The messages of a chat. Independent."""
 
     def __init__(self, template: Template, encoder: Encoder, seq_len: int, tokens: int, system: str | None = None) -> None:
-        """seq_len: length of the context. tokens: largest number of tokens of an answer. system: the system message."""
+        """seq_len: length of the context. tokens: maximum number of tokens of an answer. system: the system message."""
         self._template, self._encoder, self._seq_len, self._tokens = template, encoder, seq_len, tokens
         self._begin = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[dict[str, str]] = []
@@ -38,8 +38,8 @@ class Conversation:
     def ask(self, text: str) -> Turn:
         """Add a message of the user, and return the prompt.
 
-        If the chat does not fit into the context, its oldest turns are left out, and are forgotten. Raises DataError if the
-        message alone does not fit, or if the template rejects the chat; then the message is not added.
+        If the chat does not fit into the context, its oldest turns are deleted. Raises DataError if the message alone does not
+        fit, or if the template rejects the chat. In these cases the message is not added.
         """
         turns = [*self._turns, {"role": "user", "content": text}]
         room = min(self._tokens, max(1, self._seq_len // ANSWER_SHARE))

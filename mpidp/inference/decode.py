@@ -1,4 +1,4 @@
-"""Generate text from prompts, several at a time. Batching does not change any text."""
+"""Generates text from several prompts at a time. Batching does not change any text, unless exact=False."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class DecodedText:
     """A sequence during generation. Its window is the part that the model sees."""
 
     def __init__(self, model: Any, ids: list[int], tokens: int, seed: int, on_token: Callable[[int], bool]) -> None:
-        """ids: the prompt; tokens: maximum number to add; on_token: called with each new token, returns True to
-        stop; seed: seeds the random generator."""
+        """ids: the token ids of the prompt. tokens: maximum number of new tokens. on_token: called with each new token; returns
+        True to stop. seed: seed of the random generator."""
         self.ids, self.on_token = list(ids), on_token
         self.limit = len(ids) + tokens
         self.start = 0  # index of the first id in the window
@@ -61,10 +61,10 @@ def decode(
 ) -> None:
     """Generate until all sequences have ended. Collective over loaded.grid.model.
 
-    Sequences with one new position run as a batch. Longer inputs run one at a time, so nothing is padded. ends: the ids
-    that end a sequence. vocab_size: of the tokenizer; the additional ids of a padded vocabulary are never drawn. exact: compute
-    sequences together only where this changes no bit; otherwise, inputs of equal length run as a batch. Raises
-    DataError if a logit is nan or inf, or if all are -inf.
+    Sequences with one new position run as a batch. Longer inputs run one at a time, so nothing is padded. ends: the ids that end
+    a sequence. vocab_size: number of tokens of the tokenizer. The additional ids of a padded vocabulary are never drawn. exact:
+    whether sequences are computed together only where this changes no bit. If not, all inputs of equal length run as a batch.
+    Raises DataError if a logit is nan or inf, or if all are -inf.
     """
     while live := [row for row in rows if not row.ended]:
         unseen = {row: row.unseen() for row in live}
@@ -100,10 +100,10 @@ def continue_prompts(
     stops: Sequence[str] = (), write: Callable[[str], None] | None = None, interrupted: Callable[[], bool] = lambda: False,
     exact: bool = True,
 ) -> list[tuple[int, Continuation]]:
-    """Generate continuations of prompts as one batch; return (prompt number, continuation) pairs.
+    """Generate continuations of prompts as one batch. Return (prompt number, continuation) pairs.
 
-    prompts: token ids by prompt number; write: called with prompt 0's new text, piece by piece; interrupted: called after each
-    token, returns True to end the text; the same on all ranks of a replica. exact: see decode(). Collective over
+    prompts: token ids by prompt number. write: called with prompt 0's new text, piece by piece. interrupted: called after each
+    token; returns True to end the text. It must return the same on all ranks of a replica. exact: see decode(). Collective over
     loaded.grid.model.
     """
     streams = {

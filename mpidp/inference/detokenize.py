@@ -1,4 +1,4 @@
-"""Decode generated tokens one after the other, in time proportional to their number. Pure.
+"""Decodes generated tokens one after the other, in time proportional to their number. Pure.
 
 A character of several bytes may be spread over several tokens. Its bytes are kept until the character is complete.
 """
@@ -32,7 +32,8 @@ def detokenizer_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> Detokenizer:
 
 
 class _Bytewise:
-    """Joins the bytes of the tokens. begins: whether the text starts here, so that a space before it is not part of it."""
+    """Joins and decodes the bytes of the tokens. begins: whether the text begins with these tokens. If so, a space that the
+    tokenizer puts before each text is removed."""
 
     def __init__(self, of: TokenBytes, begins: bool) -> None:
         self._of, self._begins = of, begins and of.stripped
@@ -49,7 +50,8 @@ class _Bytewise:
 
 
 class _Windowed:
-    """Decodes each token with the last tokens before it, because a decoder may treat the first token of a text differently."""
+    """Decodes each token together with the last tokens before it, because a decoder may treat the first token of a text
+    differently."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._decode, self._before, self._new = tokenizer.decode, list(prompt[-CONTEXT:]), list[int]()

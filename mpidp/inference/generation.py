@@ -1,4 +1,5 @@
-"""Generate texts for prompts or chats, which the ranks share. Imports torch and MPI only when it runs."""
+"""Generates texts for prompts or chats, which are divided among the ranks. torch and MPI are imported only when generate()
+runs."""
 
 from __future__ import annotations
 
@@ -20,14 +21,13 @@ def lines_of(rows: list[dict[str, Any]]) -> str:
 
 
 def generate(world: Any, options: argparse.Namespace, write: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
-    """Generate a text for each prompt. Return one row per prompt, in order, on rank 0 of world; other ranks return no rows.
+    """Generate a text for each prompt. Return one row per prompt, in order, on rank 0 of world. Other ranks return an empty list.
 
-    A row has the keys of its input line, and three more: text (the generated text), tokens (number of generated tokens), ended
-    (why it ended: tokens, eod or stop). Batches of prompts are distributed over the replicas, which does not change any text
-    unless options.exact is "false".
-    write: called with the first prompt and then with its text, piece by piece. Raises UsageError if --out cannot be written,
-    DataError if a prompt or the tokenizer is invalid, and CheckpointError if the run has no valid checkpoint. Collective over
-    world.
+    A row has the keys of its input line, and the keys text, tokens and ended. text: the generated text. tokens: the number of
+    generated tokens. ended: why generation ended (tokens, eod or stop). Batches of prompts are distributed over the replicas.
+    This does not change any text, unless options.exact is "false". write: called with the first prompt and then with its text,
+    piece by piece. Raises UsageError if --out cannot be written, DataError if a prompt or the tokenizer is invalid, and
+    CheckpointError if the run has no valid checkpoint. Collective over world.
     """
     from mpidp.inference.chats import template_of
     from mpidp.inference.decode import continue_prompts
@@ -96,7 +96,7 @@ def _read(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _text(template: Any, row: dict[str, Any], index: int) -> str:
-    """Return the text of a prompt. template: the chat template, for --chat. Raises DataError if it rejects the chat."""
+    """Return the text of a prompt. template: the chat template, for --chat. Raises DataError if the template rejects the chat."""
     from mpidp.errors import DataError
     from mpidp.inference.chats import rendered
 
@@ -107,7 +107,8 @@ def _text(template: Any, row: dict[str, Any], index: int) -> str:
 
 
 def _encoded(encoder: Any, prompt: str, seq_len: int, index: int) -> list[int]:
-    """Encode a prompt, after BOS if the training data has it. An empty prompt becomes BOS or the end-of-document token.
+    """Encode a prompt. If the training data has BOS, the ids begin with BOS. An empty prompt becomes BOS or the end-of-document
+    token.
 
     Raises DataError if the prompt does not fit into the model's context.
     """
@@ -123,7 +124,8 @@ def _encoded(encoder: Any, prompt: str, seq_len: int, index: int) -> list[int]:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], world: Any) -> None:
-    """Write the rows as JSON lines on rank 0. If this fails, print them and raise UsageError. Collective over world."""
+    """Write the rows as JSON lines on rank 0. If the file cannot be written, print the rows and raise UsageError. Collective over
+    world."""
     from mpidp.errors import UsageError
     from mpidp.runtime.files import write_file
     from mpidp.runtime.world import raise_together

@@ -1,8 +1,8 @@
-"""Evaluate a model with EleutherAI's evaluation harness (lm-eval). The harness runs on rank 0; its requests are shared by all
-ranks (shared_requests.py).
+"""Evaluates a model with EleutherAI's evaluation harness (lm-eval). The harness runs on rank 0. All ranks compute the answers to
+the harness's requests (shared_requests.py).
 
-Contexts, windows and stop texts are treated as in the harness's model type `hf`, for models of transformers. So the figures are
-those of the exported model.
+Contexts, windows and stop strings are treated as in `hf`, the harness's model type for the transformers library. Therefore the
+results equal those of the exported model.
 """
 
 from __future__ import annotations
@@ -32,22 +32,23 @@ from mpidp.inference.tasks import TaskOptions, harness
 from mpidp.runtime.files import write_file, writing
 from mpidp.runtime.log import log
 
-USUAL_NEW_TOKENS = 256  # most new tokens if a task sets no limit; the harness's default
-USUAL_TOP_K = 50  # with do_sample, as in transformers
-BOOTSTRAP = 1000  # samples for standard errors that have no formula
+USUAL_NEW_TOKENS = 256  # maximum number of new tokens if a task sets none; the harness's default
+USUAL_TOP_K = 50  # top_k if a task sets none, as in transformers
+BOOTSTRAP = 1000  # bootstrap samples, for standard errors that have no formula
 SEEDS = (0, 1234, 1234)  # seeds of random, numpy and torch: the harness's defaults
-NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1, "use_cache": True}  # options without effect
+NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1, "use_cache": True}  # values without effect
 
 
 def run_tasks(
     requests: SharedRequests, tasks: dict[str, Any] | None, options: TaskOptions, name: str, prefix: int, seq_len: int,
     samples: bool = False,
 ) -> dict[str, Any] | None:
-    """Evaluate on tasks. Return the harness's results on rank 0: results, groups, versions, n-shot and, if wanted, samples.
+    """Evaluate on tasks. Return the harness's results on rank 0, and None on other ranks. The results have the keys results,
+    groups, versions and n-shot, and also samples if `samples` is true.
 
-    tasks: of load_tasks, on rank 0. name: of the model. prefix: the id before a text without context. seq_len: the length of the
-    context. Other ranks return None. Raises DataError if a request does not fit the model, or if the harness fails. Collective
-    over the ranks of `requests`.
+    tasks: the result of load_tasks() on rank 0. name: name of the model. prefix: the token id that is put before a text without
+    context. seq_len: the length of the context. Raises DataError if a request does not fit the model, or if the harness fails.
+    Collective over the ranks of `requests`.
     """
     def work() -> dict[str, Any]:
         assert tasks is not None
@@ -65,8 +66,9 @@ def run_tasks(
 
 
 def prefix_of(encoder: Encoder, has_base: bool) -> int:
-    """Return the id that the harness puts before a text without context: BOS of the exported model, or its end of text. has_base:
-    whether the model is a Hugging Face folder, or fine-tuned from one; then its names of special tokens are kept. Pure."""
+    """Return the token id that the harness puts before a text without context. This is BOS of the exported model, or its
+    end-of-text token if it has no BOS. has_base: whether the model is a Hugging Face folder, or was fine-tuned from one. In this
+    case the names of the folder's special tokens are kept. Pure."""
     table, ids = encoder.table, special_names(encoder.tokenizer)
     named = [ids[name] for key in ("bos_token", "eos_token") if (name := table.names.get(key, "")) in ids]
     if has_base:
@@ -77,8 +79,8 @@ def prefix_of(encoder: Encoder, has_base: bool) -> int:
 
 
 def figures_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return {task or group: {metric: value}} of the harness's results, without the filter "none". A value that is not finite or
-    unknown is None. Pure."""
+    """Return {task or group: {metric: value}} from the harness's results. The filter "none" is removed from the names of metrics.
+    A value that is not finite becomes None. Pure."""
     found: dict[str, dict[str, Any]] = {}
     for name, figures in (results["results"] | results.get("groups", {})).items():
         found[name] = {
@@ -89,7 +91,7 @@ def figures_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Write the harness's results as JSON. A value that JSON does not have becomes null or a string. Raises UsageError if the
+    """Write the harness's results as JSON. A value that JSON cannot express becomes null or a string. Raises UsageError if the
     file cannot be written. Independent."""
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -123,7 +125,7 @@ def _own_seeds() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _errors_named() -> Iterator[None]:
-    """Raise DataError for an error of the harness or of a task. Errors of mpidp and of MPI stay."""
+    """Convert exceptions of the harness and of tasks to DataError. Exceptions of mpidp and of MPI are not converted."""
     try:
         yield
     except (MpidpError, MPI.Exception):
@@ -131,7 +133,7 @@ def _errors_named() -> Iterator[None]:
     except Exception as error:
         log.debug("%s", traceback.format_exc())
         problem = f"the evaluation harness failed ({type(error).__name__}: {error})"
-        raise DataError(f"{problem}; MPIDP_LOG=debug shows where") from error
+        raise DataError(f"{problem}; set MPIDP_LOG=debug to see where") from error
 
 
 def _model_class() -> Any:
@@ -226,8 +228,8 @@ def _model_class() -> Any:
 
 
 def _generation(given: dict[str, Any], encoder: Encoder) -> tuple[int, tuple[str, ...], Sampling]:
-    """Return (largest number of tokens, stops, sampling) of generation_kwargs. Raises UsageError for an option that is not
-    supported. Pure."""
+    """Return (maximum number of new tokens, stop strings, sampling) from generation_kwargs. Raises UsageError for an option that
+    is not supported. Pure."""
     rest = dict(given)
     until = rest.pop("until", None) or []
     lengths = [rest.pop(key, None) for key in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")]
@@ -255,9 +257,9 @@ def _text(encoder: Encoder, ids: Sequence[int], stops: Sequence[str]) -> str:
 
 
 def _chat(template: Template, messages: Sequence[dict[str, str]], prompt: bool) -> str:
-    """Return the text of a chat. prompt: True to end with the generation prompt, False to end within the last message, which the
-    model continues. If the template rejects the system message, render the other messages only. Raises DataError if the
-    template rejects them, too."""
+    """Return the text of a chat. prompt: True to end the text with the generation prompt. False to end the text with the content
+    of the last message, which the model then continues. If the template rejects the system message, render the other messages
+    only. Raises DataError if the template also rejects these messages."""
     try:
         text = template.render(messages, prompt)
     except TemplateRejection as error:

@@ -1,4 +1,4 @@
-"""Load a trained model from a run's folder, for evaluate and generate."""
+"""Loads a trained model from a run's folder or from a Hugging Face folder, for evaluate and generate."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ Source: TypeAlias = Reader | BaseFolder  # where a model comes from
 
 
 def home_of(reader: Source) -> Path:
-    """Return the folder that has the files beside the weights: the run's folder, or the Hugging Face folder. Pure."""
+    """Return the folder that has the other files of the model, such as the tokenizer: the run's folder, or the Hugging Face
+    folder. Pure."""
     return reader.path if isinstance(reader, BaseFolder) else reader.path.parent.parent
 
 
@@ -61,7 +62,8 @@ class Loaded:
     name: str = "the model"  # the path of its checkpoint, for error messages
 
     def diverged(self, what: str) -> DataError:
-        """Return the error for results that are nan or infinite, to be raised on every rank of a replica. Independent."""
+        """Return the error for results that are nan or infinite. The caller must raise it on every rank of a replica.
+        Independent."""
         return DataError.on_every_rank(
             f"{self.name}: the {what} is not finite (nan or inf). The training has probably diverged: use an earlier checkpoint, "
             "or train again with a lower optim.lr"
@@ -71,7 +73,8 @@ class Loaded:
     def forward(self, tokens: Tensor, caches: list[Any] | None = None) -> Tensor | None:
         """Run the model on tokens (B, T), which continue the sequences in the caches.
 
-        Returns logits (B, T, V of this rank) on the last pipeline stage, None on other stages. Collective over grid.model.
+        Returns logits (B, T, this rank's part of V) on the last pipeline stage, and None on other stages. Collective over
+        grid.model.
         """
         stages, tokens = self.stages, tokens.to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -118,7 +121,8 @@ def own_tokenizer(reader: Source) -> Path:
 
 
 def check_same_tokenizer(reader: Source, stream: TokenStream) -> None:
-    """Raise DataError unless the shards were prepared with the model's tokenizer, however its file is formatted. Independent."""
+    """Raise DataError unless the shards were prepared with the model's tokenizer. The formatting of the tokenizer's file does not
+    matter. Independent."""
     if stream.tokenizer_sha256 == reader.meta["tokenizer"]:
         return
     own = own_tokenizer(reader)
@@ -128,8 +132,8 @@ def check_same_tokenizer(reader: Source, stream: TokenStream) -> None:
 
 
 def table_of_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
-    """Return the special tokens of a run, with all ends of the model from which it was fine-tuned. Raises DataError if a file is
-    invalid. Independent."""
+    """Return the special tokens of a run. If the run was fine-tuned from a model, the tokens that end a text of that model also
+    end a text here. Raises DataError if a file is invalid. Independent."""
     table, base = for_run(run_dir, tokenizer), run_dir / "hf"
     if not base.is_dir():
         return table
@@ -139,9 +143,9 @@ def table_of_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
 def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str | None = None) -> Encoder:
     """Load the model's tokenizer, or the tokenizer at `path`, and the table of special tokens of the training data.
 
-    path: a tokenizer.json, or a folder that contains one. special: what the names of special tokens in texts become ("text",
-    "tokens"); None: as in the training data. Raises DataError if a file is missing, has changed, or does not suit the model.
-    Independent.
+    path: a tokenizer.json, or a folder that contains one. special: how names of special tokens in texts are encoded: "text" as
+    other text, "tokens" as one id; None: as in the training data. Raises DataError if a file is missing, has changed, or does not
+    suit the model. Independent.
     """
     with readable(reader.path):
         tokenizer = load_tokenizer(path or own_tokenizer(reader), reader.meta["eod"])
@@ -161,8 +165,8 @@ def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str 
 def open_source(path: Path, world: MPI.Intracomm, seq_len: int = 0) -> Source:
     """Open the newest checkpoint of a run, one checkpoint, or a Hugging Face folder.
 
-    seq_len: --seq-len, for a folder. Rank 0 logs the folder's notes. Raises CheckpointError, DataError or UsageError if this is
-    not possible. Collective over world.
+    seq_len: --seq-len, for a folder. Rank 0 logs the folder's notes. Raises CheckpointError if no valid checkpoint exists,
+    DataError if a folder is invalid, and UsageError if seq_len does not suit `path`. Collective over world.
     """
     if not is_base_folder(path):
         if seq_len:
@@ -176,7 +180,7 @@ def open_source(path: Path, world: MPI.Intracomm, seq_len: int = 0) -> Source:
 
 
 def open_model(options: Any, world: MPI.Intracomm, special: str | None = None) -> tuple[Source, Loaded, Encoder]:
-    """Open a run's newest checkpoint or a Hugging Face folder: its model (this rank's part) and its tokenizer.
+    """Open a run's newest checkpoint or a Hugging Face folder. Return its reader, this rank's part of the model, and its encoder.
 
     options: the parsed options run, tokenizer, tp, pp, device, threads, model_kind, seq_len. special: see load_encoder. Raises
     CheckpointError or DataError if a file is missing or damaged, and UsageError if an option does not suit the model. Collective
@@ -204,7 +208,8 @@ def weights_at(path: Path) -> Reader | ModelFolder:
 
 
 def base_model(reader: Source, parts: ModelPartition, moved: str = "") -> Any:
-    """Return the base model of a LoRA run, which its checkpoints do not contain: train.init_from, or weights from the seed.
+    """Return the base model of a LoRA run, because checkpoints contain only adapters. It is the model train.init_from, or has
+    weights initialized from the seed.
 
     moved: the new path of the base model; "" if it has not moved. Raises DataError if the base model is missing, has another
     shape or has changed. Does not support parts of models. Independent.
@@ -220,7 +225,7 @@ def base_model(reader: Source, parts: ModelPartition, moved: str = "") -> Any:
             sizes = {name: tuple(tensors.get(f"model/{name}", {"shape": ()})["shape"]) for name in parts.sizes}
         else:
             stored, sizes = weights.settings["vocab_size"], weights.sizes
-        if not fits(sizes, parts.sizes):  # before memory for these sizes is used
+        if not fits(sizes, parts.sizes):  # checked before memory is allocated
             raise DataError(f"{path} is not the base model of {reader.path}: its tensors have other sizes")
         model = base_weights(settings, parts.shape, parts.part)
         parts.load(AddedRows(weights, stored) if parts.shape.vocab_size > stored else weights, model)
@@ -232,12 +237,12 @@ def base_model(reader: Source, parts: ModelPartition, moved: str = "") -> Any:
 def load_model(reader: Source, grid: Grid, device: str, threads: int, kind: str = "", base: str = "") -> Loaded:
     """Load the checkpoint's model (this rank's part), ready for inference. Independent.
 
-    kind: model.kind as the user named it, which a run with a custom model needs; base: where the base of a LoRA run is now, ""
-    if it has not moved. Raises CheckpointError if the checkpoint is damaged, and UsageError if the grid, the device or the kind
-    is not possible.
+    kind: model.kind on the user's command line, which is required for a custom model. base: the new path of the base model of a
+    LoRA run, or "" if it has not moved. Raises CheckpointError if the checkpoint is damaged, and UsageError if the grid, the
+    device or the kind does not suit the model.
     """
     if not 0 <= threads <= MAX_THREADS:
-        raise UsageError(f"--threads {threads}: must be in 0..{MAX_THREADS}; 0 means: as in training")
+        raise UsageError(f"--threads {threads}: must be in 0..{MAX_THREADS}; 0 means the number used in training")
     where = resolve_device(device, grid.everyone)
     with readable(reader.path), torch.no_grad():
         if not isinstance(reader, BaseFolder):

@@ -1,6 +1,6 @@
-"""Rejects sizes in a manifest that no run of mpidp writes, before memory is allocated or threads are started. Pure.
+"""Rejects manifests with sizes that no run of mpidp writes. This happens before memory is allocated or threads are started. Pure.
 
-A manifest may come from an untrusted source. A few bytes of it could request all memory of this machine.
+A manifest may come from an untrusted source. A few bytes of a manifest could request all memory of this machine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ZERO_IS_FINE = ("head_size", "position_rows", "rotary_dims", "window")  # fields
 
 
 def check_settings(path: Path, meta: Mapping[str, Any]) -> None:
-    """Check the sizes that a manifest states. Raises CheckpointError, which names the value, if one is not plausible."""
+    """Check the sizes that a manifest states. Raises CheckpointError if a size is not plausible. The message names the size."""
     stated = {key: (meta["config"][key], 1, most) for key, most in LIMITS.items()}
     stated["fingerprint threads"] = (meta["fingerprint"]["threads"], 1, MAX_THREADS)
     for key, value in meta["shape"].items():
@@ -39,7 +39,7 @@ def check_settings(path: Path, meta: Mapping[str, Any]) -> None:
 def check_shape(path: Path, meta: Mapping[str, Any], shape: Shape) -> None:
     """Check that a checkpoint's files can hold the model of this shape. Raises CheckpointError if they are too small."""
     tensors, stored = len(meta["tensors"]), sum(int(record["bytes"]) for record in meta["files"])
-    parameters = 0 if meta["config"].get("model.lora_rank", 0) else num_parameters(shape)  # a LoRA run's base is elsewhere
+    parameters = 0 if meta["config"].get("model.lora_rank", 0) else num_parameters(shape)  # 0: LoRA, without the base model
     if shape.num_layers > tensors or parameters > stored:
         raise CheckpointError(
             f"{path / 'manifest.json'}: its shape has {shape.num_layers:,} layers and {num_parameters(shape):,} parameters, but "

@@ -1,4 +1,5 @@
-"""Rows of ShareGPT, Alpaca and Dolly as prompts and chats, for generate and chat. Their answers are left out. Pure."""
+"""Converts rows of ShareGPT, Alpaca and Dolly to prompts and chats, for generate and chat. Answers in the rows are left out.
+Pure."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from mpidp.errors import DataError
 
 
 def chat_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row with `messages`, which do not end with an answer, for a row of a published form; other rows as they are.
-    Raises DataError for a malformed row. Pure."""
+    """Convert a row in a published format to a row with `messages`, without a final answer. Return other rows unchanged. Raises
+    DataError if the row is malformed. Pure."""
     if row.get("prompt") is not None:
         return dict(row)
     try:
@@ -28,8 +29,8 @@ def chat_of(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row with `prompt`, which is that of prepare --format prompt_completion, for a row of instructions; other rows as
-    they are. Raises DataError for a malformed row, and for a row with messages. Pure."""
+    """Convert a row of instructions to a row with `prompt`, which equals the prompt of prepare --format prompt_completion. Return
+    other rows unchanged. Raises DataError if the row is malformed, or if it has messages. Pure."""
     if row.get("prompt") is not None:
         return dict(row)
     if key := next((name for name in LISTS if row.get(name) is not None), ""):
@@ -42,13 +43,13 @@ def prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refusal(error: RowSkipped) -> DataError:
-    """Return the error of prepare in the words of generate and chat."""
+    """Convert an error message for prepare to one for generate and chat."""
     said = str(error).replace("trains on text only", "reads text only")
     return DataError(said.replace("use --format chat", "it needs a chat template (generate --chat)"))
 
 
 def _answered(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row with an answer, if it has instructions: an answer may be missing here."""
+    """If the row has instructions, set its answer to a placeholder, because an answer may be missing here. Return the row."""
     found = {key: value for key, value in row.items() if key not in (*UNWANTED, "chosen", "rejected")}
     forms = [*INSTRUCTIONS.values()]
     names = next((one for place in (2, 1) for one in forms if one[place] in row), forms[0])

@@ -1,4 +1,5 @@
-"""Read the files of evaluate and generate: a text, prompts or questions. Errors name the file and the line. Independent."""
+"""Reads the input files of evaluate and generate: texts, prompts and questions. Errors name the file and the line.
+Independent."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ OUTPUTS = ("text", "tokens", "ended")  # the fields that generate adds to a row
 def read_text(path: str | Path) -> str:
     """Return the text of a UTF-8 file, which may be compressed. Independent.
 
-    Raises DataError if it cannot be read, is not UTF-8, is empty, or holds rows.
+    Raises DataError if the file cannot be read, is not UTF-8, is empty, or contains rows.
     """
     if (file := recognized(path)).kind != "text":
         raise DataError(f"{path} holds rows, but one text is needed: prepare shards from it (mpidp prepare; --format chat "
@@ -30,10 +31,10 @@ def read_text(path: str | Path) -> str:
 
 
 def read_rows(path: str | Path, wanted: str) -> list[Row]:
-    """Return the rows of a .jsonl, .ndjson, .json, .csv or .parquet file, which may be compressed. wanted: a row as it should be,
-    for error messages.
+    """Return the rows of a .jsonl, .ndjson, .json, .csv or .parquet file, which may be compressed. wanted: an example of a valid
+    row, for error messages.
 
-    Raises DataError if the file cannot be read, is empty, or a row is malformed. Independent.
+    Raises DataError if the file cannot be read or is empty, or if a row is malformed. Independent.
     """
     file = recognized(path)
     if file.kind == "text":
@@ -50,8 +51,8 @@ def read_rows(path: str | Path, wanted: str) -> list[Row]:
 
 
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
-    """Read prompts. A row has a string "prompt" and any other fields, or it is a row of Alpaca or Dolly. In a text file, each
-    line is a prompt.
+    """Read prompts. A row has a string "prompt" and any other fields, or the format of Alpaca or Dolly. In a text file, each line
+    is a prompt.
 
     Blank lines are skipped. Raises DataError if the file cannot be read, or a row has no prompt. Independent.
     """
@@ -77,7 +78,7 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
 
 
 def recognized(path: str | Path) -> TextFile:
-    """Return the kind of a file. Raises DataError if it cannot be read as text. Independent."""
+    """Recognize what kind of text or rows a file contains. Raises DataError if the file cannot be read as text. Independent."""
     try:
         return recognize(path)
     except NotText as error:
@@ -90,7 +91,8 @@ def _warn(file: TextFile) -> None:
 
 
 def set_apart(rows: list[dict[str, Any]], path: str | Path) -> list[dict[str, Any]]:
-    """Rename the fields that have the name of an output: text becomes prompt_text. path: their file, for the warning. Pure."""
+    """Rename the fields that have the name of an output field. For example, text becomes prompt_text. path: the rows' file, for
+    the warning. Pure."""
     renamed: dict[str, str] = {}
     for name in OUTPUTS:
         if any(name in row for row in rows):

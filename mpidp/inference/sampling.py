@@ -1,4 +1,4 @@
-"""Sample the next token from its logits. Pure. Runs on the CPU, so that all devices and ranks draw the same tokens."""
+"""Samples the next token from logits. Sampling runs on the CPU, so that all devices and ranks draw the same tokens. Pure."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-COLDEST = 1e-6  # a lower temperature selects the likeliest token: logits divided by it may overflow
+COLDEST = 1e-6  # a lower temperature selects the likeliest token, because dividing by it could overflow
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Sampling parameters.
 
-    temperature: divides the logits; 0, or less than COLDEST, selects the likeliest token. top_k: sample from the k likeliest
-    tokens; 0: from all. top_p: sample from the smallest set of these with this total probability; 1: from all (nucleus sampling,
-    Holtzman 2020).
+    temperature: the logits are divided by it. A temperature below COLDEST, such as 0, selects the likeliest token. top_k: sample
+    from the top_k likeliest tokens; 0: from all. top_p: of these, sample from the smallest set of likeliest tokens with at least
+    this total probability; 1: from all (nucleus sampling, Holtzman 2020).
     """
 
     temperature: float = 0.8
@@ -37,7 +37,8 @@ class Sampling:
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Keep the smallest set of the likeliest tokens with a total probability of at least top_p; set the others to zero.
+    """Keep the smallest set of the likeliest tokens with a total probability of at least top_p. Set the probabilities of the
+    other tokens to zero.
 
     Returns (V,) for probabilities (V,), not rescaled. If two tokens have equal probabilities, the token with the lower id comes
     first. Pure.
@@ -49,7 +50,7 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 def seed_of(seed: int, index: int) -> int:
-    """Return a prompt's seed. It depends on the prompt's index only, so ranks and batches do not change the output.
+    """Return a prompt's seed. It depends only on `seed` and the prompt's index, so ranks and batches do not change the output.
 
     The first prompt's seed is `seed` itself. Pure.
     """

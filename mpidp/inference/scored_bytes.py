@@ -1,4 +1,5 @@
-"""Counts the bytes of the tokens that an evaluation scores: bits per byte divide a loss by the bytes of the same tokens."""
+"""Counts the bytes of the tokens that an evaluation scores. Bits per byte are the sum of these tokens' losses in bits, divided by
+this number."""
 
 from __future__ import annotations
 
@@ -13,11 +14,12 @@ PIECE_TOKENS = 2**20  # tokens read at a time
 
 
 def scored_bytes(stream: TokenStream, comm: MPI.Intracomm) -> int | None:
-    """Return the UTF-8 bytes of all targets of a split: the tokens that Engine.evaluate scores. Return None if they are unknown,
-    because the shards have no tokenizer, or one of an unknown kind. Collective over comm.
+    """Return the UTF-8 bytes of all targets of a split: the tokens that Engine.evaluate scores. Return None if the shards have no
+    tokenizer, or if the tokenizer is of an unknown kind. Collective over comm.
 
-    The first token of the stream and tokens that the loss mask excludes are not counted. If documents are kept apart, the first
-    token of each document is not counted. The end-of-document token, and BOS before a document, have no bytes.
+    The first token of the stream and tokens that the loss mask excludes are not counted. If attention is limited to single
+    documents, the first token of each document is not counted. The end-of-document token, and BOS before a document, have no
+    bytes.
     """
     try:
         tokenizer = tokenizer_from_json(stream.index.tokenizer_bytes(stream.folder).decode(), stream.eod)

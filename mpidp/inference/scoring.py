@@ -1,4 +1,4 @@
-"""Losses and log-likelihoods of given texts, computed by all replicas. Results do not depend on the number of replicas."""
+"""Computes losses and log-likelihoods of given texts on all replicas. Results do not depend on the number of replicas."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def _loss_of(loaded: Loaded) -> Figure:
 
 
 def _greedy_of(loaded: Loaded) -> Figure:
-    """Return a function of one row: 1 if the likeliest token is the target at all scored positions, else 0. Collective over
-    loaded.grid.tp."""
+    """Return a function that returns 1 for a row if the likeliest token is the target at all scored positions, else 0. Collective
+    over loaded.grid.tp."""
     tp, rows = loaded.grid.tp, loaded.model.shape.vocab_size
     first = loaded.model.part.own_range(rows).start
 
@@ -81,10 +81,10 @@ def _greedy_of(loaded: Loaded) -> Figure:
 
 
 def distribute(grid: Grid, shape: tuple[int, int], work: Callable[[int], Sequence[float]]) -> np.ndarray:
-    """Compute n rows of numbers, each on one replica; return all rows, (n, width) float64. shape: (n, width).
+    """Compute n rows of numbers, each on one replica. Return all rows, (n, width) float64. shape: (n, width).
 
-    The result is bit-identical for any number of replicas. work(i): returns row i, at most `width` numbers; collective over
-    grid.model. Collective over grid.world.
+    The result is bit-identical for any number of replicas. work(i): returns row i, which has at most `width` numbers. It is
+    collective over grid.model. Collective over grid.world.
     """
     found = np.zeros(shape)
     for i in range(grid.world.rank // grid.parts, shape[0], grid.world.size // grid.parts):
@@ -112,7 +112,7 @@ def windows(targets: int, seq_len: int, stride: int) -> list[tuple[int, int, int
 def text_loss(loaded: Loaded, ids: np.ndarray, seq_len: int, stride: int, together: int) -> float:
     """Return the sum of the losses of all ids except the first, in nats, computed in sliding windows.
 
-    Each id has at least seq_len - stride ids of context, or all ids before it if there are fewer. together: windows per
+    Each id has at least seq_len - stride ids of context, or all ids before it if there are fewer. together: number of windows per
     batch. Raises DataError if the sum is not finite. Collective over loaded.grid.world.
     """
     cut = windows(len(ids) - 1, seq_len, stride)

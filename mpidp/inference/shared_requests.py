@@ -1,5 +1,5 @@
-"""Answers requests that a program on rank 0 makes, with the models of all ranks. The answers do not depend on the number of
-ranks: a batch is computed by one replica, and the batches are the same on any number of replicas."""
+"""Computes, on all ranks, the answers to requests of a program on rank 0. One replica computes a batch, and the batches do not
+depend on the number of replicas. Therefore the answers do not depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TextRequest:
-    """A request to generate text. ids: the prompt; tokens: largest number of new tokens; stops: texts that end generation."""
+    """A request to generate text. ids: the token ids of the prompt. tokens: maximum number of new tokens. stops: strings that end
+    generation."""
 
     ids: list[int]
     tokens: int
@@ -31,23 +32,23 @@ class TextRequest:
 
 
 class SharedRequests:
-    """Rank 0 asks, all ranks compute.
+    """Rank 0 makes requests, and all ranks compute the answers.
 
-    serve() runs a function on rank 0. While it runs, the function may call scores() and generated(); the other ranks wait for
-    these calls and compute their share of the batches.
+    serve() runs a function on rank 0. This function may call scores() and generated(). The other ranks wait for these calls, and
+    compute their part of the batches.
     """
 
     def __init__(
         self, loaded: Loaded, encoder: Encoder, together: int, progressed: Callable[[], None] = lambda: None
     ) -> None:
-        """together: requests per batch; progressed: called after each batch, and while a rank waits."""
+        """together: number of requests per batch. progressed: called after each batch, and while a rank waits."""
         self.loaded, self.encoder, self._together, self._progressed = loaded, encoder, together, progressed
         self._grid = loaded.grid
-        self._failed = False  # whether a batch of this work failed: then every rank has raised an error
+        self._failed = False  # whether a batch failed; if so, every rank has raised an error
 
     def serve(self, work: Callable[[], T]) -> T | None:
-        """Run work() on rank 0 and return its result there; other ranks return None. If it raises an exception on rank 0, or a
-        batch fails on any rank, raise this on all ranks. Collective over loaded.grid.world."""
+        """Run work() on rank 0, and return the result on rank 0. Other ranks return None. If work() raises an exception, or if a
+        batch fails on any rank, all ranks raise this error. Collective over loaded.grid.world."""
         result: T | None = None
         self._failed = False
         with raise_together(self._grid.world):
@@ -70,7 +71,7 @@ class SharedRequests:
         return self._ask("_score", list(rows), sorted(range(len(rows)), key=lambda i: -len(rows[i][0])))
 
     def generated(self, requests: Sequence[TextRequest]) -> list[list[int]]:
-        """Return the new ids of each request, without the id that ended it. The ids may contain the stop text.
+        """Return the new ids of each request, without the id that ended the text. The ids may contain the stop text.
 
         Call this on rank 0, within serve(). Collective over loaded.grid.world.
         """

@@ -1,4 +1,4 @@
-"""Stream generated text: characters are written as soon as they are certain. Pure."""
+"""Streams generated text. A piece of text is written as soon as later tokens can no longer change it. Pure."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mpidp.inference.stop_strings import StopStrings
 class StreamedText:
     """The text generated after a prompt, written piece by piece.
 
-    Text that may be the start of a stop string is held back until it is certain.
+    Text that may be the start of a stop string is held back until more text decides this.
     """
 
     def __init__(
         self, detokenizer: Detokenizer, stops: Sequence[str] = (), write: Callable[[str], None] | None = None
     ) -> None:
-        """stops: nonempty strings; write: called with each piece of text."""
+        """stops: nonempty strings. write: called with each piece of text."""
         self._detokenizer, self._stops, self._write = detokenizer, StopStrings(stops), write
         self.ids: list[int] = []
         self.stopped = False  # whether a stop string was found
@@ -31,7 +31,7 @@ class StreamedText:
         return self.stopped
 
     def end(self) -> str:
-        """Write the rest of the text; return the whole text, without the stop string."""
+        """Write the rest of the text. Return the whole text, without the stop string."""
         if not self.stopped:
             self._say(self._stops.rest() + self._detokenizer.end())
         return "".join(self._certain)

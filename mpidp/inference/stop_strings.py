@@ -1,4 +1,4 @@
-"""Find stop strings in a text that arrives in pieces, in time proportional to the text (Knuth, Morris and Pratt, 1977). Pure."""
+"""Finds stop strings in a text that arrives in pieces, in time proportional to the text (Knuth, Morris and Pratt, 1977). Pure."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Searches for the first of several strings. Text that may be the start of one of them is held back."""
+    """Searches for the first of several strings. Text that may be the start of one of these strings is held back."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         """stops: nonempty strings."""
         self._stops = [(stop, borders(stop)) for stop in stops]
-        self._matched = [0] * len(stops)  # length of the longest start of each string with which the text ends
+        self._matched = [0] * len(stops)  # for each string, the length of its longest prefix with which the text ends
         self._held, self._length = deque[str](), 0  # the end of the text in pieces, and its number of characters
 
     def add(self, piece: str) -> tuple[str, bool]:
@@ -52,7 +52,7 @@ class StopStrings:
 
 
 def borders(text: str) -> list[int]:
-    """Return, for each start of a text, the length of its longest proper part that is both its start and its end. Pure."""
+    """Return, for each prefix of a text, the length of its longest proper prefix that is also its suffix. Pure."""
     found, n = [0] * len(text), 0
     for i in range(1, len(text)):
         while n and text[i] != text[n]:

@@ -1,4 +1,4 @@
-"""Load tasks of EleutherAI's evaluation harness (lm-eval), by name or from a folder of task files. Runs on one rank."""
+"""Loads tasks of EleutherAI's evaluation harness (lm-eval), by name or from a folder of task files. This runs on one rank."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ OFFLINE = (
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """The options of an evaluation on tasks. names: tasks, groups or tags of the harness, or of task files in `folder` ("":
-    none)."""
+    """The options of an evaluation on tasks. names: tasks, groups or tags of the harness, or of task files in `folder`. folder:
+    "" if there are no task files."""
 
     names: Sequence[str]
     folder: str = ""
-    few_shot: int | None = None  # examples before each question; None: as the task says
-    limit: int = 0  # items per task; 0: all
+    few_shot: int | None = None  # number of examples before each question; None: as the task file states
+    limit: int = 0  # maximum number of items per task; 0: all items
     chat: bool = False  # whether prompts are chats, in the model's chat template
     system: str | None = None  # the system message of these chats
-    code: bool = False  # whether task files in `folder` may name Python functions, which are then called
+    code: bool = False  # whether Python functions that task files in `folder` name may be called
 
 
 def harness() -> Any:
@@ -61,15 +61,15 @@ def harness() -> Any:
 def load_tasks(options: TaskOptions) -> dict[str, Any]:
     """Load the tasks and their data. Return {"tasks": {name: task}, "groups": {name: group}, ...} as the harness does.
 
-    The harness's own tasks are read only if a name is not in `folder`, because this takes seconds. Raises UsageError if a name is
-    unknown, and DataError if a task or its data cannot be read. Independent.
+    The harness's own tasks are read only if a name is not in `folder`, because reading them takes seconds. Raises UsageError if a
+    name is unknown, and DataError if a task or its data cannot be read. Independent.
     """
     library = harness()
     if options.folder:
         _check_folder(Path(options.folder), options.code)
     found: dict[str, Any] | None = None
     if options.folder:
-        with suppress(KeyError):  # a name, or a member of a group, is one of the harness's own
+        with suppress(KeyError):  # a name, or a member of a group, belongs to the harness's own tasks
             found = _load(library, options, own_alone=True)
     if found is None:
         try:

@@ -14,7 +14,7 @@ class Clock:
     """Measures the seconds spent in named phases since the last pop_seconds(). Phases may be nested. Independent."""
 
     def __init__(self, observers: StepObservers = NO_OBSERVERS) -> None:
-        """observers: objects that are told about each phase, as a span."""
+        """observers: objects that are notified of each phase."""
         self._observers = observers
         self._seconds: dict[str, float] = defaultdict(float)
 

@@ -1,8 +1,9 @@
 """Measures energy in joules with hardware counters: RAPL (Linux powercap) for CPUs, and NVML for GPUs. If a counter is missing or
-not readable, no value is reported. Nothing is estimated.
+cannot be read, no value is reported. Values are never estimated.
 
-One rank per machine reads the counters. CPU counters cover whole CPU packages with their memory, so they include other processes.
-The energy of each GPU of the job is counted once. The values are sent with the report of the next step, so no message is added.
+One rank per machine reads the counters. A CPU counter covers a whole CPU package and its memory, so it includes the energy used
+by other processes. The energy of each GPU of the job is counted once. The values are sent together with the other metrics of the
+next step, without an additional message.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from typing import Any
 POWERCAP = Path("/sys/class/powercap")
 EACH_SECONDS = 0.2  # minimum time between two readings of the counters
 SELDOM_SECONDS = 30.0  # a thread ensures this maximum time between readings, because RAPL counters wrap around after 260 kJ
-Counter = Callable[[], float]  # returns the joules since its last call; raises OSError if it cannot be read
+Counter = Callable[[], float]  # returns the joules used since its last call; raises OSError if the counter cannot be read
 
 
 class Zone:
-    """A RAPL counter in microjoules, which wraps around at a maximum."""
+    """A RAPL counter in microjoules. After its maximum value, it starts again at 0."""
 
     def __init__(self, folder: Path) -> None:
         """folder: the counter's folder in powercap. Raises OSError or ValueError if the counter cannot be read."""
@@ -40,7 +41,8 @@ class Gpu:
     """The energy counter of a GPU, in millijoules since the driver was loaded."""
 
     def __init__(self, nvml: Any, uuid: str) -> None:
-        """nvml: the module pynvml. Raises NVMLError if the GPU has no counter (older than Volta, or a MIG instance)."""
+        """nvml: the module pynvml. Raises NVMLError if the GPU has no counter, because it is older than Volta or a MIG
+        instance."""
         self._nvml, self._handle = nvml, nvml.nvmlDeviceGetHandleByUUID(uuid)
         self._before = int(nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
 
@@ -121,9 +123,10 @@ class Meter:
 
 
 def open_meter(wanted: bool, reads: bool, uuids: Sequence[str], root: Path = POWERCAP) -> tuple[Meter, dict[str, str]]:
-    """Return (this rank's meter, status of its counters: {"cpu": "RAPL" or a reason, "gpu": "NVML" or a reason}).
+    """Return this rank's meter and the status of its counters: {"cpu": "RAPL", "gpu": "NVML"}. If a counter is missing, the
+    status has the reason instead of the counter's name.
 
-    wanted: metrics.energy. reads: whether this rank reads the counters of its machine; on other ranks the status is empty. uuids:
+    wanted: metrics.energy. reads: whether this rank reads the counters of its machine. On other ranks the status is empty. uuids:
     the job's GPUs on this machine. root: folder of the RAPL counters. Independent."""
     if not wanted or not reads:
         return Meter(), {}
@@ -134,8 +137,8 @@ def open_meter(wanted: bool, reads: bool, uuids: Sequence[str], root: Path = POW
 
 
 def common_counters(statuses: Sequence[dict[str, str]]) -> tuple[list[str], str]:
-    """Return (the list of "cpu", "gpu" or both: what all machines measure, the reasons why something is missing). statuses: the
-    statuses of all ranks. Pure."""
+    """Return the list of what all machines measure ("cpu", "gpu" or both), and the reasons why other counters are missing.
+    statuses: the statuses that open_meter() returned on all ranks. Pure."""
     machines = [one for one in statuses if one]
     measured = [part for part, by in (("cpu", "RAPL"), ("gpu", "NVML"))
                 if any(part in one for one in machines) and all(one.get(part, by) == by for one in machines)]

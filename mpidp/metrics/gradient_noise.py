@@ -1,5 +1,5 @@
-"""Estimates the gradient noise scale from the gradient norms of lanes. It is the batch size, in tokens, above which a larger
-batch brings little benefit. Pure.
+"""Estimates the gradient noise scale from the gradient norms of lanes. The noise scale is the batch size, in tokens, above which
+a larger batch brings little benefit. Pure.
 
 A lane of n_l tokens has the mean gradient G_l. The global batch of B = sum n_l tokens has the mean gradient G. If tokens are
 drawn independently, E|G_l|^2 = |g|^2 + tr(Sigma) / n_l and E|G|^2 = |g|^2 + tr(Sigma) / B. Here g is the true gradient, and Sigma
@@ -7,7 +7,7 @@ is the covariance of one token's gradient. McCandlish et al. 2018, "An Empirical
 A.1, solve these equations for two batch sizes. Here every lane is a small batch, and lanes may have different numbers of tokens.
 
 Tokens of one sequence are not independent. Therefore the result is the noise of lanes, expressed in tokens, and not the variance
-over single tokens. It applies to batches that consist of more lanes of the same kind.
+over single tokens. It predicts the noise of larger batches that consist of more lanes of the same kind.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def estimate(lane_squares: Sequence[float], lane_tokens: Sequence[int], batch_sq
 
     lane_squares: |G_l|^2 of each lane. lane_tokens: number n_l of target tokens of each lane. batch_square: |G|^2. Pure.
 
-    sum n_l |G_l|^2 - B |G|^2 = sum n_l |G_l - G|^2 has the mean (L - 1) tr(Sigma) for any n_l. Each lane is weighted by its
-    tokens. For Gaussian gradients this pooled estimate has the smallest variance. With equal lanes the results are the paper's S
-    and |G|^2 (section A.1), where B_small is the size of a lane and B_big is that of the batch. Lanes without target tokens are
-    skipped.
+    For L lanes, the expected value of sum n_l |G_l|^2 - B |G|^2 = sum n_l |G_l - G|^2 is (L - 1) tr(Sigma) for any n_l. Each lane
+    is weighted by its tokens. For Gaussian gradients this pooled estimate has the smallest variance. If all lanes have the same
+    size, the results are the paper's S and |G|^2 (section A.1). Then B_small is the size of a lane, and B_big is the size of the
+    batch. Lanes without target tokens are skipped.
 
     Returns None if fewer than two lanes have tokens, or if a number is not finite. Raises ValueError if the lists have different
     lengths or a count is negative. Each sum is rounded only once (fsum), so it does not depend on the order of the lanes.
@@ -70,11 +70,11 @@ def mean(noises: Sequence[Noise]) -> Noise | None:
 
 
 def interval(noises: Sequence[Noise], blocks: int = 10) -> tuple[float, float] | None:
-    """Return an interval around the noise scale of the mean, in tokens, of about two standard errors on each side.
+    """Return an interval around the noise scale of the mean, in tokens. It extends about two standard errors to each side.
 
-    The standard error is that of the logarithm, by a jackknife over consecutive groups of measurements, called blocks (Efron &
-    Stein 1981). Returns None if there are fewer than four measurements, or if the noise scale is undefined when one of the blocks
-    is left out. Pure."""
+    The standard error of the scale's logarithm is estimated by a jackknife (Efron & Stein 1981). The jackknife leaves out one of
+    `blocks` groups of consecutive measurements at a time. Returns None if there are fewer than four measurements or groups. Also
+    returns None if the noise scale of all measurements, or without one of the groups, is undefined. Pure."""
     whole = mean(noises)
     scale = whole.noise_scale_tokens if whole else None
     blocks = min(blocks, len(noises))
@@ -94,8 +94,8 @@ def interval(noises: Sequence[Noise], blocks: int = 10) -> tuple[float, float] |
 
 @dataclass
 class NoiseAverage:
-    """Running averages of signal_square and trace (section A.1). The fields are plain numbers and form the complete state for a
-    checkpoint: NoiseAverage(**asdict(average)) continues with the same bits. Independent."""
+    """Running averages of signal_square and trace (section A.1). The fields are plain numbers. They form the complete state for a
+    checkpoint, because NoiseAverage(**asdict(average)) continues with the same bits. Independent."""
 
     decay: float = 0.95  # weight of earlier measurements; the averages extend over about 1 / (1 - decay) measurements
     signal_square: float = 0.0

@@ -16,7 +16,7 @@ from mpidp.runtime.files import open_regular, write_file
 from mpidp.runtime.json_file import parse_json, parse_json_lines, read_json_lines
 from mpidp.runtime.log import log
 
-LARGEST = 1e100  # no figure of a run is larger; sums and products of larger ones could overflow
+LARGEST = 1e100  # larger numbers are ignored, because their sums and products could overflow
 TAIL_BYTES = 1 << 16  # bytes at the end of the file that are searched for the last lines of a failed rank 0
 
 
@@ -28,7 +28,7 @@ class _Data(TypedDict, total=False):
 
 
 class Line(TypedDict, total=False):
-    """The keys of a line that readers use. Other keys may have any value (use number())."""
+    """The keys of a line whose types are checked. Values of other keys may have any type, so number() reads them."""
 
     step: Required[int]
     event: str
@@ -55,8 +55,8 @@ class Line(TypedDict, total=False):
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics.jsonl. Damaged lines are left out, with a warning. A file that does not exist has no lines. Raises
-    UsageError if the file cannot be read. Independent."""
+    """Return the lines of a metrics.jsonl, or no lines if the file does not exist. Damaged lines are left out, and a warning is
+    logged. Raises UsageError if the file cannot be read. Independent."""
     try:
         lines, damaged = read_json_lines(path, Line)
     except FileNotFoundError:
@@ -69,18 +69,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsFile:
-    """Writes RUN/metrics.jsonl on rank 0. Each line is a JSON object with floats in full precision, and is flushed
+    """Writes RUN/metrics.jsonl on rank 0. Each line is a JSON object with floats in full precision. Lines are written to the file
     immediately."""
 
     def __init__(
         self, path: Path, step: int, next_batch: int, latest: Sequence[Mapping[str, Any]] | None = None,
         also: Trackers | None = None,
     ) -> None:
-        """Open the file. Delete incomplete lines, and lines of later steps and batches, which a resumed run writes again.
+        """Open the file. Delete incomplete lines. Also delete lines of later steps and batches, because a resumed run writes them
+        again.
 
-        step: last step whose lines are kept. next_batch: first batch whose lines are deleted. latest: None, or if this rank
-        replaces a failed rank 0, the last lines of rank 0; lines that are missing in the file are added. also: trackers that
-        receive the same lines. Raises UsageError if the file cannot be read or written."""
+        step: last step whose lines are kept. next_batch: first batch whose lines are deleted. latest: if this rank replaces a
+        failed rank 0, the last lines of rank 0, otherwise None. Those lines that are missing in the file are added. also:
+        trackers that receive the same lines. Raises UsageError if the file cannot be read or written."""
         self._path = path
         self.also: Trackers | None = None  # trackers that receive each new line, too
         self.lost: dict[str, float] = {}  # time, steps and energy of the deleted lines
@@ -107,7 +108,7 @@ class MetricsFile:
                 self._late = self._late[self._file.write(self._late) :]
         except OSError as error:  # a full disk must not stop training
             if not self._warned:
-                log.warning("warning: %s: %s. Its lines are kept in memory until they can be written", self._path, error)
+                log.warning("warning: %s: %s. New lines are kept in memory until they can be written", self._path, error)
             self._warned = True
 
     def _drop(self, step: int, next_batch: int) -> None:
@@ -163,8 +164,8 @@ def number(line: Mapping[str, Any], name: str) -> float | None:
 def took(lines: Iterable[Mapping[str, Any]]) -> Iterator[float]:
     """Yield, for each line, the seconds of work since the previous line.
 
-    For a `start` line these are at most its setup_seconds, because no job worked on the run before the start. Seconds that the
-    line records as lost are not counted again. For a line without a time, yield 0. Pure."""
+    For a `start` line, this is at most the line's setup_seconds, because no job worked on the run before the start. Seconds that
+    the line records as lost are not counted again. For a line without a time, yield 0. Pure."""
     before = None
     for line in lines:
         if (now := number(line, "unix_seconds")) is None:
@@ -178,8 +179,8 @@ def took(lines: Iterable[Mapping[str, Any]]) -> Iterator[float]:
 
 
 def lost(lines: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the seconds, steps and joules of the lines that are not kept. Earlier losses that these lines record are included.
-    Pure."""
+    """Return the seconds, steps and joules of the lines that are not kept. Amounts that these lines already record as lost are
+    included. Pure."""
     known = {id_of(line) for line in kept}
     dropped = [line for line in lines if id_of(line) not in known]
     totals = {name: sum(number(line, name) or 0.0 for line in dropped) for name in ("lost_seconds", "lost_steps", "lost_joules")}

@@ -9,7 +9,7 @@ from typing import Any
 
 from mpidp.runtime.environment import launched_size
 
-PEAK_FLOPS = {  # dense bf16 FLOP/s from the manufacturers' datasheets, by words in the device's name
+PEAK_FLOPS = {  # a word in the device's name -> dense bf16 FLOP/s, from the manufacturers' datasheets
     "H200": 989e12,
     "H100": 989e12,
     "GH200": 989e12,
@@ -20,7 +20,8 @@ PEAK_FLOPS = {  # dense bf16 FLOP/s from the manufacturers' datasheets, by words
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the peak FLOP/s of a device, or None if they are unknown. Without them no MFU is reported."""
+    """Return the peak FLOP/s of a device, or None if the device is unknown. In that case no MFU (model FLOPs utilization) is
+    reported."""
     return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
 
 

@@ -1,9 +1,9 @@
 """Records what all ranks do in some steps, and writes RUN/timeline.json for ui.perfetto.dev or chrome://tracing.
 
-Without metrics.timeline there is no overhead. With metrics.timeline=FIRST:LAST, spans are recorded in these steps. Recording a
-span takes about a microsecond. The clocks of the machines are compared at barriers before the first step and after the last step.
-Times are converted to rank 0's clock. On a GPU, spans show the time on the host. metrics.kernels records the kernels on the
-device.
+Without metrics.timeline there is no overhead. With metrics.timeline=FIRST:LAST, spans (intervals with a name) are recorded in
+these steps. Recording a span takes about a microsecond. The clocks of the machines are compared at barriers before the first step
+and after the last step. Times are converted to rank 0's clock. On a GPU, spans show the time on the host. metrics.kernels also
+records the GPU's kernels.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Span = tuple[str, float, float, int, dict[str, Any]]  # (name, begin, end, threa
 
 @dataclass
 class RankTimeline:
-    """The spans of a rank, which it sends to rank 0."""
+    """The spans that a rank sends to rank 0."""
 
     host: str
     spans: list[Span]
     threads: list[str]
-    moments: list[float] = field(default_factory=list)  # times of the clock comparisons on this rank's clock
+    moments: list[float] = field(default_factory=list)  # times of the clock comparisons, by this rank's clock
     behind: list[float] = field(default_factory=list)  # at these times, rank 0's clock minus this rank's clock, in seconds
 
 

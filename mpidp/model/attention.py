@@ -1,4 +1,4 @@
-"""Grouped-query attention (Ainslie 2023) with rotary positions, and norms of queries and keys. Pure torch, no MPI.
+"""Grouped-query attention (Ainslie 2023) with rotary positions and optional norms of queries and keys. Pure torch, no MPI.
 
 B: batch, T: positions, D: model_dim, H: heads, K: key-value heads, E: head_dim (D / H by default).
 """
@@ -18,18 +18,19 @@ from mpidp.model.rope import rotate
 from mpidp.model.scores import Scores, causal, masked
 from mpidp.model.shape import TransformerShape
 
-Past = Callable[[Tensor, Tensor, Tensor, Scores], Tensor]  # q, k, v of new positions -> their attention over cached and new ones
+Past = Callable[[Tensor, Tensor, Tensor, Scores], Tensor]  # q, k, v of new positions -> attention over all positions so far
 Mask = Tensor | Documents | None
 
 
 class Attention(nn.Module):
-    """Computes causal grouped-query attention: softmax(Q K^T / sqrt(E)) V with rotary Q and K. The bias of o is not added."""
+    """Computes causal grouped-query attention: softmax(Q K^T / sqrt(E)) V with rotary Q and K. The bias of o is not added
+    here."""
 
     def __init__(self, shape: TransformerShape, part: Part, layer: int = 0) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = len(part.own_range(shape.num_heads)), len(part.own_range(shape.num_kv_heads))
         self.head_dim, self.norm_heads = shape.head_dim, shape.qk_norm == "head"
-        self.within = within  # with torch.compile, excluded from compilation
+        self.within = within  # compile_blocks() excludes this function from compilation
         self.scores = Scores(shape.window_of(layer), shape.attention_scale or None, shape.attention_cap)
         d, heads, kv, biased = shape.model_dim, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, shape.biased()
         self.q = Linear(d, heads, bias="q" in biased)
@@ -44,8 +45,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: Past | None = None) -> Tensor:
         """Return (B, T, D) for x (B, T, D).
 
-        mask: the positions that each position may attend to, (B, 1, T, T) bool, or the documents; None for a causal mask. past:
-        computes attention with a cache.
+        mask: whether each position may attend to each other position, (B, 1, T, T) bool; or the packed documents; or None for a
+        causal mask. past: computes attention over cached and new positions.
         """
         b, t, _ = x.shape
         q = self._heads(self.q(x), self.num_heads, self.q_norm)  # (B, H, T, E)

@@ -14,9 +14,10 @@ from mpidp.model.shape import TransformerShape
 
 
 class Block(nn.Module):
-    """Computes x + attention(norm(x)), then x + feed_forward(norm(x)), with dropout on each branch's output.
+    """Computes x + attention(norm(x)), then x + feed_forward(norm(x)). The two functions are called branches. Dropout is applied
+    to the output of each branch.
 
-    Options put norms after the branches, or give both branches the same input.
+    Options place norms after the branches, or give both branches the same input.
     """
 
     def __init__(self, shape: TransformerShape, part: Part, layer: int = 0) -> None:
@@ -51,6 +52,7 @@ class Block(nn.Module):
     def _finished(
         self, y: Tensor, output: OutputLinear, norm: nn.Module, key: Tensor | None, site: int, length: int
     ) -> Tensor:
-        """Return a branch's output (B, T, D) with bias, norm, dropout and scale. y: the sum of the products of all ranks."""
+        """Apply bias, norm, dropout and scale to the output of a branch, (B, T, D). y: the output without bias, summed over
+        tensor-parallel ranks."""
         y = keyed_dropout(norm(output.add_bias(y)), self.dropout, key, site, self.part.positions(length), length)
         return y if self.residual_scale == 1.0 else y * self.residual_scale

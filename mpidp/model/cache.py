@@ -1,5 +1,5 @@
-"""The key-value cache of one sequence. With a cache, the model computes only one position for the next token, not the whole
-window.
+"""The key-value cache of one sequence. With a cache, the model computes only one position for the next token, instead of the
+whole window.
 
 `model.new_cache(positions)` returns a cache for this many positions, or None if the model does not support caches. Without a
 cache, each token is computed from the whole window. The argument `caches` of forward is a list with one cache per row of the
@@ -16,24 +16,24 @@ from torch import Tensor
 from mpidp.model.scores import Scores, causal, masked, near
 
 Kept: TypeAlias = dict[int, tuple[Tensor, Tensor]]
-SLACK = 64  # positions beyond the window for which a layer with a window has memory, so that most steps move nothing
+SLACK = 64  # extra positions in the memory of a layer with a window, so that most steps copy only the new position
 
 
 class Cache:
-    """Keys and values of one sequence, for the layers and heads of one part of a Transformer. Layers with a window keep only the
-    positions to which later positions attend."""
+    """Keys and values of one sequence, for the layers and heads of one part of a Transformer. Layers with a sliding window keep
+    only the positions to which later positions attend."""
 
     def __init__(self, capacity: int) -> None:
         """capacity: largest number of positions."""
         self.capacity, self.length = capacity, 0
-        self.kept: Kept = {}  # keys and values by layer, each (K, room, E)
-        self.counts: dict[int, int] = {}  # number of kept positions by layer
-        self.joint: Kept = {}  # the tensors of which `kept` has row `row`, each (B, K, room, E); see joint_cache.py
-        self.row = 0  # of `joint`
+        self.kept: Kept = {}  # layer -> (keys, values), each (K, room, E), with memory for `room` positions
+        self.counts: dict[int, int] = {}  # layer -> number of kept positions
+        self.joint: Kept = {}  # tensors (B, K, room, E) of several caches; `kept` has row `row` of them (joint_cache.py)
+        self.row = 0  # this cache's row of `joint`
 
     def extend(self, layer: int, k: Tensor, v: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
-        """Append a layer's keys and values (K, T, E) of the next T positions. Return the keys and values of all positions so far;
-        with a window, at least of those to which the T positions attend.
+        """Append the keys and values (K, T, E) of the next T positions in a layer. Return the keys and values of all positions so
+        far. With a window, the result may lack positions to which none of the T positions attends.
 
         `length` does not change here. The model increases it after the last layer. Raises ValueError if the cache is full.
         """
@@ -49,7 +49,7 @@ class Cache:
                 kept[:, count : count + t] = new
             self.counts[layer] = count + t
             return pair[0][:, : count + t], pair[1][:, : count + t]
-        first = max(0, count - window + 1)  # of the kept positions, the first to which the next one attends
+        first = max(0, count - window + 1)  # the first kept position to which the next position attends
         keys, values = (torch.cat([kept[:, first:count], new], 1) for kept, new in zip(pair, (k, v), strict=True))
         self.counts[layer] = count = min(window, keys.shape[1])
         for kept, whole in zip(pair, (keys, values), strict=True):
@@ -64,10 +64,10 @@ def positions_of(caches: list[Cache], t: int, device: torch.device) -> Tensor:
 
 
 def attend(caches: list[Cache], layer: int, q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
-    """Return causal attention of T new positions over all positions so far. q: (B, H, T, E); k, v: (B, K, T, E).
+    """Return causal attention of T new positions over all positions so far. q: (B, H, T, E). k, v: (B, K, T, E).
 
     The result is (B, H, T, E). Rows are computed one at a time, without padding, so a row's result does not depend on other rows.
-    Joined caches are computed together.
+    Only joined caches (joint_cache.py) are computed together.
     """
     if q.shape[2] == 1 and joined(caches):
         for i, cache in enumerate(caches):
@@ -79,7 +79,8 @@ def attend(caches: list[Cache], layer: int, q: Tensor, k: Tensor, v: Tensor, how
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
-    """Return attention (H, T, E) of one sequence. q: (H, T, E) of the last T positions. k, v: (K, S, E) of the last S."""
+    """Return attention (H, T, E) of one sequence. q: (H, T, E) of the last T positions. k, v: (K, S, E) of the last S
+    positions."""
     (h, t, _), (heads, s, _) = q.shape, k.shape
     if t == 1:
         return _attend_next(q[None], k[None], v[None], how)[0]
@@ -94,7 +95,7 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
 def _attend_next(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
     """Return attention (B, H, 1, E) of one new position of each sequence. q: (B, H, 1, E). k, v: (B, K, S, E).
 
-    A group's query heads are treated as several queries to one key-value head.
+    The query heads that share a key-value head are computed as several queries to this head.
     """
     (b, h, _, e), (_, heads, s, _) = q.shape, k.shape
     first = max(0, s - how.window) if how.window else 0
@@ -103,7 +104,7 @@ def _attend_next(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
 
 
 def joined(caches: list[Cache]) -> bool:
-    """Return whether the caches are all rows of the same tensors, in order, and have the same positions there. Pure."""
+    """Return whether the caches are all the rows of the same tensors, in order, and have the same number of positions. Pure."""
     first = caches[0]
     if not first.joint or len(caches) != len(next(iter(first.joint.values()))[0]):
         return False

@@ -1,8 +1,8 @@
-"""Attention of packed documents: a position attends only to positions of its own document. Pure torch, no MPI.
+"""Attention within packed documents. A position attends only to positions of its own document. Pure torch, no MPI.
 
-For short sequences, one dense mask is used. In longer sequences, each document is computed alone, like a separate sequence, so
-memory grows with T and not with T x T. On a GPU, where many small kernels are slow, successive short documents form a group with
-a small mask.
+For short sequences, one dense mask is used. In longer sequences, each document is computed like a separate sequence. Memory then
+grows with the length T and not with T x T. On a GPU, many small kernels are slow. There, successive short documents form a group
+with a small mask.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ GROUP = {"cpu": 0, "cuda": 1024}  # largest number of positions of a group of do
 
 
 def dense_mask(ids: Tensor, window: int) -> Tensor:
-    """Return whether each position may attend to each other one, (B, 1, T, T). ids: the index of each document, (B, T)."""
+    """Return whether each position may attend to each other position, (B, 1, T, T) bool. ids: the index of each position's
+    document, (B, T)."""
     places = torch.arange(ids.shape[1], device=ids.device)
     return (near(places, places, window) & (ids.unsqueeze(1) == ids.unsqueeze(2))).unsqueeze(1)
 
@@ -61,7 +62,8 @@ def _lengths(ids: Tensor) -> list[list[int]]:
 
 
 def _groups(lengths: list[int], most: int) -> list[tuple[int, bool]]:
-    """Combine successive documents to groups of at most this many positions. Return (length, whether it is one document)."""
+    """Combine successive documents into groups of at most this many positions. Return (length, whether it is one document) of
+    each group."""
     found: list[tuple[int, bool]] = []
     for length in lengths:
         if found and found[-1][0] + length <= most:

@@ -1,11 +1,11 @@
-"""Dropout whose mask is a pure function of a key. It does not depend on the rank that computes it. Pure torch, no MPI."""
+"""Dropout whose mask is a pure function of a key. The mask does not depend on the rank that computes it. Pure torch, no MPI."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-SITE = 0x9E3779B9  # difference between the dropout keys of two successive sites
+SITE = 0x9E3779B9  # difference between the keys of successive sites; a site is one use of dropout in the model
 
 
 def _hash32(x: Tensor) -> Tensor:
@@ -20,9 +20,9 @@ def keyed_dropout(
 ) -> Tensor:
     """Apply dropout with a mask that is a pure function of (key, site, index in x), without a random generator.
 
-    x: any shape. key: int64 scalar tensor in [0, 2^32), or None for no dropout. site: number of this dropout within the model.
-    local: the positions of x (B, len(local), D) in a sequence of `length` positions. The mask equals the mask of the whole
-    sequence at these positions.
+    x: any shape. key: int64 scalar tensor in [0, 2^32), or None for no dropout. site: number of this use of dropout within the
+    model. local: the positions that x (B, len(local), D) has of a sequence of `length` positions. The mask equals the mask of the
+    whole sequence at these positions.
     """
     if p == 0.0 or key is None:
         return x

@@ -1,4 +1,4 @@
-"""The feed-forward layer of a block, and the last product of a branch. Pure torch, no MPI."""
+"""The feed-forward layer of a block, and the last linear layer of a branch. Pure torch, no MPI."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class OutputLinear(nn.Linear):
-    """The last product of a branch. Its bias is added separately, after the sum over tensor-parallel ranks."""
+    """The last linear layer of a branch. Its bias is added separately, after the sum over tensor-parallel ranks."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T, without the bias."""
@@ -35,9 +35,10 @@ class OutputLinear(nn.Linear):
 
 
 class FeedForward(nn.Module):
-    """Computes down(act(gate(x)) * up(x)), which is SwiGLU for silu (Shazeer 2020), or without a gate down(act(up(x))).
+    """Computes down(act(gate(x)) * up(x)), or without a gate down(act(up(x))). With silu, the first form is SwiGLU (Shazeer
+    2020).
 
-    The bias of down is not added.
+    The bias of down is not added here.
     """
 
     def __init__(self, shape: TransformerShape, part: Part) -> None:

@@ -1,4 +1,4 @@
-"""Finds frozen parameters: those that match a pattern of optim.freeze, and with LoRA (lora.py) those of the base model.
+"""Finds frozen parameters. A parameter is frozen if it matches a pattern of optim.freeze. With LoRA, the base model is frozen.
 
 Frozen parameters have no gradient and no optimizer state, and are not sent in a step.
 """

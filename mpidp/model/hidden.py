@@ -1,5 +1,5 @@
-"""Finds the hidden matrices of a model. optim.name=muon and normuon update them with orthogonal updates, and all other parameters
-with AdamW."""
+"""Finds the hidden matrices of a model. optim.name=muon and normuon update these matrices with orthogonalized updates. They
+update all other parameters with AdamW."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from mpidp.errors import UsageError
 
-OUTER = ("embedding.weight", "head.weight", "positions.weight")  # of the built-in models
+OUTER = ("embedding.weight", "head.weight", "positions.weight")  # the other matrices of the built-in models
 
 
 def hidden_by_name(named: Iterable[tuple[str, nn.Parameter]]) -> frozenset[str]:
@@ -20,9 +20,9 @@ def hidden_by_name(named: Iterable[tuple[str, nn.Parameter]]) -> frozenset[str]:
 def hidden_of_own(module: nn.Module, vocab_size: int) -> frozenset[str]:
     """Return the names of the hidden matrices of a custom model.
 
-    If the model has an attribute `hidden_matrices`, a list of parameter names, these are the hidden matrices. Otherwise they are
-    all parameters with two dimensions, except the weights of nn.Embedding and the last matrix with vocab_size rows, which is
-    the head. Raises UsageError if hidden_matrices has a name that is not a parameter with two dimensions. Pure."""
+    If the model has an attribute `hidden_matrices`, this attribute is the list of their names. Otherwise the hidden matrices are
+    all parameters with two dimensions, except the weights of nn.Embedding and the head. The head is the last matrix with
+    vocab_size rows. Raises UsageError if hidden_matrices has a name that is not a parameter with two dimensions. Pure."""
     matrices = {name: p for name, p in module.named_parameters() if p.dim() == 2}
     given = getattr(module, "hidden_matrices", None)
     if given is not None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class InputMix(nn.Module):
     """Returns a x + b x0, where x0 is the output of the embedding, and a and b are learned (modded-nanogpt, nanochat).
 
-    At the beginning a = 1 and b = 0, so the model is the one without the mix.
+    Initially a = 1 and b = 0, so the untrained model computes the same results as without this module.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,8 @@
-"""Key-value caches of several sequences of equal length in common tensors, so that attention computes them together. Pure torch.
+"""Stores the key-value caches of several sequences of equal length in common tensors. Attention then computes them together. Pure
+torch.
 
-With one thread on the CPU, the attention of a sequence has the same bits alone and together with others. With several threads,
-matrix products are divided among threads otherwise if there are more sequences.
+With one CPU thread, the attention of a sequence has the same bits alone and together with other sequences. With several threads,
+the number of sequences changes how matrix products are divided among the threads, so the bits can differ.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from mpidp.model.cache import Cache, Kept, joined
 
 
 def is_exact(device: torch.device) -> bool:
-    """Return whether attention of several sequences together has the bits of each sequence alone. Pure."""
+    """Return whether computing several sequences together gives the same bits as computing each sequence alone. Pure."""
     return device.type == "cpu" and torch.get_num_threads() == 1
 
 
 def join(caches: list[Cache]) -> None:
-    """Put the keys and values of caches into common tensors, if the caches have the same positions and are not there already.
-    Independent.
+    """Copy the keys and values of caches into common tensors. Do nothing if the caches have different positions or are already
+    joined. Independent.
 
-    This copies them once. It is repeated if a sequence ends.
+    When a sequence ends, the caches of the other sequences must be joined and copied again.
     """
     length, counts, joint = caches[0].length, caches[0].counts, Kept()
     if len(caches) < 2 or any((c.length, c.counts) != (length, counts) for c in caches) or joined(caches):

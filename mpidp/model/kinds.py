@@ -1,4 +1,4 @@
-"""Maps model.kind to a shape class, and a shape to its model class. No other file does this. Pure."""
+"""Maps model.kind to a shape class, and a shape class to a model class. No other file does this. Pure."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def make_model(shape: Shape, seed: int = 0, part: Part | None = None) -> Any:
 def check_named(kind: Any, named: str, where: object) -> None:
     """Raise UsageError if a file of a run names a custom model that the user did not name. Pure.
 
-    Opening a run from another person must not import or call anything that its files name. kind: model.kind in the file `where`;
-    named: model.kind on the user's own command line, "" if it is not there.
+    Opening a run from another person must not import or call anything that its files name. kind: model.kind in the file `where`.
+    named: model.kind on the user's own command line, "" if it is not there. Raises DataError if `kind` is not a string.
     """
     if not isinstance(kind, str):
         raise DataError(f"{where}: model.kind={kind!r} is not a string: the file is damaged")
@@ -38,7 +38,7 @@ def check_named(kind: Any, named: str, where: object) -> None:
     if kind not in SHAPES and named != kind:
         raise UsageError(
             f"{where} has model.kind={kind}: opening it imports this module and calls the factory. If you trust this code, add "
-            f"--model.kind={kind}. Files of a run alone never start code"
+            f"--model.kind={kind}. A run's files alone never cause code to run"
         )
 
 

@@ -1,8 +1,9 @@
 """LoRA, low-rank adapters (Hu 2021, section 4.1). A layer W x becomes W x + (alpha / rank) B A x. Only A and B are trained.
 
-A (rank, inputs) is initialized uniformly in +-1/sqrt(inputs), as torch does for a linear layer. The random numbers of a layer
-depend only on the seed and the layer's name. B (outputs, rank) is zero, so the model first computes the same as the base model. A
-and B are parameters of the layer, `lora_a` and `lora_b`. The layer keeps its name. Pure torch, no MPI.
+A has the shape (rank, inputs). It is initialized uniformly in +-1/sqrt(inputs), like a linear layer of torch. The random numbers
+of a layer depend only on the seed and the layer's name. B has the shape (outputs, rank). It is initially zero, so the model first
+computes the same results as the base model. A and B are parameters of the layer, `lora_a` and `lora_b`. The layer keeps its name.
+Pure torch, no MPI.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ def is_adapter(name: str) -> bool:
 
 
 def saved_names(names: Sequence[str]) -> list[str]:
-    """Return the names of the parameters that a checkpoint contains: those of adapters if there are any, else all. Pure."""
+    """Return the names of the parameters that a checkpoint contains: only the adapters if there are any, otherwise all
+    parameters. Pure."""
     return [name for name in names if is_adapter(name)] or list(names)
 
 
 def adapters_of(layers: Mapping[str, Sequence[int]], rank: int, targets: str) -> list[str]:
-    """Return the layers that get adapters: those whose last name component is in targets, for example "q,v". The default, ALL,
-    means those of its layers that the model has (GPT-2 has no gate).
+    """Return the names of the layers that get adapters. The last component of their names is in targets, for example "q,v". If
+    targets is the default, ALL, layers that the model does not have are ignored (GPT-2 has no gate).
 
     layers: the shape (outputs, inputs) of each layer, by name. Raises UsageError if a target matches no layer, or if the rank
     exceeds a layer's smaller dimension. Pure.
@@ -57,7 +59,7 @@ def adapters_of(layers: Mapping[str, Sequence[int]], rank: int, targets: str) ->
 def attach(model: nn.Module, rank: int, alpha: float, targets: str, seed: int) -> None:
     """Add adapters to the target layers and freeze all other parameters. Independent.
 
-    Raises UsageError if a target matches no layer or the rank is too large.
+    Raises UsageError if a target matches no layer, or if the rank exceeds a layer's smaller dimension.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     names = adapters_of({name: layer.weight.shape for name, layer in layers.items()}, rank, targets)

@@ -1,17 +1,19 @@
-"""The number of positions for which the head and the loss are computed at a time (train.loss). Imports neither torch nor MPI."""
+"""Chooses the number of positions for which the head and the loss are computed at a time (train.loss). Imports neither torch nor
+MPI."""
 
 from __future__ import annotations
 
 from mpidp.model.shape import Shape, TransformerShape
 
-CHUNK_LOGITS = 2**24  # logits of a chunk: 64 MiB in float32
-AUTO_CHUNKS = 4  # with train.loss=auto, the fewest chunks
+CHUNK_LOGITS = 2**24  # number of logits per chunk, 64 MiB in float32
+AUTO_CHUNKS = 4  # train.loss=auto uses chunks only if there are at least this many
 
 
 def chunk_rows(loss: str, shape: Shape, positions: int) -> int:
-    """Return the positions per chunk, or 0 if the loss is computed from all logits. The result must not depend on ranks.
+    """Return the number of positions per chunk, or 0 if the loss is computed from all logits. The result does not depend on the
+    rank.
 
-    loss: train.loss; positions: of a full micro-batch. Pure."""
+    loss: train.loss. positions: number of positions of a full micro-batch. Pure."""
     if not isinstance(shape, TransformerShape) or loss == "whole":
         return 0
     rows = max(64, CHUNK_LOGITS // shape.vocab_size // 64 * 64)

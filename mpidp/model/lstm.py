@@ -1,4 +1,4 @@
-"""An LSTM language model (Hochreiter 1997; dropout placement from Zaremba 2014). Pure torch, no MPI.
+"""An LSTM language model (Hochreiter 1997). Dropout is placed as in Zaremba 2014. Pure torch, no MPI.
 
 It consists of an embedding, num_layers LSTMs of width model_dim, and a projection to the vocabulary, which may share the
 embedding's weight (Press 2017). The hidden state is zero at the start of each window, because windows are shuffled. Therefore the
@@ -43,8 +43,8 @@ class LSTM(nn.Module):
     def _initialise(self, seed: int) -> None:
         """Initialize the parameters.
 
-        Embedding and head are normal with std 1/sqrt(D). Cells are uniform in +-1/sqrt(D). Biases are 0, except those of forget
-        gates, which are 1 (Jozefowicz 2015).
+        The weights of embedding and head are drawn from a normal distribution with std 1/sqrt(D). The matrices of LSTM layers are
+        drawn uniformly from +-1/sqrt(D). The biases of forget gates are 1 (Jozefowicz 2015), and other biases are 0.
         """
         generator, bound, d = torch.Generator().manual_seed(seed), 1.0 / math.sqrt(self.shape.model_dim), self.shape.model_dim
         for name, p in sorted(self.named_parameters()):

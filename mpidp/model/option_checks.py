@@ -1,4 +1,4 @@
-"""Checks the options of the Transformer: each value, and values that contradict each other. Pure, without torch."""
+"""Checks each option of the Transformer, and whether options contradict each other. Pure, without torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ PROJECTIONS = ("q", "k", "v", "o")
 
 
 def check_options(shape: TransformerShape) -> None:
-    """Raise ValueError if an option is invalid or contradicts another one. Pure."""
+    """Raise ValueError if an option is invalid or contradicts another option. Pure."""
     if problems := list(option_problems(shape)):
         raise ValueError("; ".join(problems))
 
 
 def option_problems(shape: TransformerShape) -> Iterator[str]:
-    """Yield a message for each option that is invalid or contradicts another one. Pure."""
+    """Yield a message for each option that is invalid or contradicts another option. Pure."""
     wrong = [name for name, plain in DEFAULTS.items() if type(getattr(shape, name)) is not type(plain)]
     if wrong:
         yield from (f"model.{name}={getattr(shape, name)!r} must be of type {type(DEFAULTS[name]).__name__}" for name in wrong)
@@ -42,7 +42,7 @@ def option_problems(shape: TransformerShape) -> Iterator[str]:
 
 
 def _contradictions(shape: TransformerShape) -> Iterator[str]:
-    """Yield a message for each option that has no effect, or no meaning, with the others."""
+    """Yield a message for each option that has no effect, or no meaning, together with the other options."""
     changed = shape.changed()
     without = {
         "window_layers": ("model.window above 0", shape.window > 0),
@@ -66,7 +66,7 @@ def _contradictions(shape: TransformerShape) -> Iterator[str]:
 
 
 def scaling_problems(name: str, text: str, dims: int) -> Iterator[str]:
-    """Yield a message if a rotary scaling is invalid, or is not for this number of rotary dimensions. Pure."""
+    """Yield a message if a rotary scaling is invalid, or does not fit this number of rotary dimensions. Pure."""
     try:
         scaling = rope_scaling(text)
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""The options of the Transformer: what distinguishes the model families from the default, LLaMA. Pure, without torch.
+"""The options of the Transformer. Their defaults give LLaMA, and other model families need other values. Pure, without torch.
 
-The settings model.* have the same names and defaults (mpidp/config/model_settings.py). Two options have one letter per layer. The
-letters are repeated for the other layers, so "yyyn" makes every fourth layer differ.
+The settings model.* have the same names and defaults (mpidp/config/model_settings.py). rotary_layers and window_layers have one
+letter per layer. If there are more layers, the letters are repeated. For example, "yyyn" makes every fourth layer different.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ LETTERS = {"rotary_layers": "yn", "window_layers": "wf"}  # one letter per layer
 class TransformerOptions:
     """Options of the Transformer. The defaults are those of LLaMA."""
 
-    activation: str = "silu"  # gelu is the exact one, relu2 is relu(x)^2
+    activation: str = "silu"  # gelu is the exact GELU; relu2 is relu(x)^2
     gated: bool = True  # down(act(gate(x)) * up(x)); False: down(act(up(x))), without a gate matrix
-    attention_bias: str = ""  # comma list of q, k, v, o that have a bias
-    mlp_bias: bool = False  # biases of gate, up and down
-    qk_norm: str = ""  # "head": over head_dim, one gain for all heads; "layer": over all heads together
+    attention_bias: str = ""  # comma-separated list of those of q, k, v, o that have a bias
+    mlp_bias: bool = False  # whether gate, up and down have biases
+    qk_norm: str = ""  # "head": a norm over head_dim, with one gain for all heads; "layer": a norm over all heads together
     norm: str = "rms"  # "layer": LayerNorm with gain and bias
-    norm_plus_one: bool = False  # gains are 1 + weight
-    norm_place: str = "before"  # f(norm(x)); after: norm(f(x)); both: norm(f(norm(x)))
-    parallel: bool = False  # x + attention(norm1(x)) + feed_forward(norm2(x))
+    norm_plus_one: bool = False  # whether the gains of norms are 1 + weight
+    norm_place: str = "before"  # before: f(norm(x)); after: norm(f(x)); both: norm(f(norm(x)))
+    parallel: bool = False  # True: a block computes x + attention(norm1(x)) + feed_forward(norm2(x))
     positions: str = "rotary"  # "learned": a table of vectors that are added to the embedding
     position_rows: int = 0  # rows of this table; 0: seq_len
     rotary_dims: int = 0  # number of leading dimensions of each head that are rotated; 0: all
-    rotary_layers: str = ""  # a letter per layer: y rotary, n none; "": all layers
-    window: int = 0  # a position attends to itself and to the window - 1 positions before it; 0: to all before it
-    window_layers: str = ""  # a letter per layer: w window, f full; "": all layers have the window
-    window_rope_theta: float = 0.0  # rotary base of layers with a window; 0: theta and scaling of the other layers
-    window_rope_scaling: str = ""
-    embedding_scale: float = 1.0  # factor of the embedding's output
+    rotary_layers: str = ""  # one letter per layer: y rotary positions, n none; "": rotary positions in all layers
+    window: int = 0  # a position attends to itself and the window - 1 positions before it; 0: to all positions before it
+    window_layers: str = ""  # one letter per layer: w with the window, f full attention; "": all layers have the window
+    window_rope_theta: float = 0.0  # rope_theta of layers with a window; 0: these layers use rope_theta and rope_scaling
+    window_rope_scaling: str = ""  # rope_scaling of layers with a window, if window_rope_theta is above 0
+    embedding_scale: float = 1.0  # the embedding's output is multiplied by this factor
     input_mix: bool = False  # a block's input is a x + b x0 with learned a and b; x0 is the embedding's output
-    residual_scale: float = 1.0  # factor of each branch's output
-    attention_scale: float = 0.0  # factor of q k^T; 0: head_dim ** -0.5
-    logit_scale: float = 1.0
+    residual_scale: float = 1.0  # each branch's output is multiplied by this factor
+    attention_scale: float = 0.0  # q k^T is multiplied by this factor; 0 means head_dim ** -0.5
+    logit_scale: float = 1.0  # logits are multiplied by this factor
     attention_cap: float = 0.0  # attention scores x become cap tanh(x / cap); 0: unchanged
     logit_cap: float = 0.0  # the same for logits, after logit_scale
 
@@ -51,7 +51,7 @@ class TransformerOptions:
         return self.positions == "rotary" and letters[layer % len(letters)] == "y"
 
     def window_of(self, layer: int) -> int:
-        """Return the window of a layer; 0: the layer attends to all earlier positions. Pure."""
+        """Return the window of a layer, or 0 if the layer attends to all earlier positions. Pure."""
         letters = self.window_layers or "w"
         return self.window if letters[layer % len(letters)] == "w" else 0
 

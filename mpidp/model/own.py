@@ -1,10 +1,10 @@
 """Custom models: model.kind=MODULE:FACTORY. Pure torch, no MPI.
 
-FACTORY is a subclass of nn.Module, or a function whose return annotation is one. Other callables are rejected. This check does
-not protect against a RUN from an untrusted source, because importing MODULE already executes it; kinds.check_named protects
-against it. FACTORY is called with keyword arguments: vocab_size, the settings of section model that it accepts (seq_len,
-num_layers, model_dim, dropout, ...), and those of model.options. The model maps tokens (B, T) int64, 1 <= T <= seq_len, to logits
-(B, T, V) of the next token. Logits must not depend on later tokens.
+FACTORY is a subclass of nn.Module, or a function whose return annotation is such a class. Other callables are rejected. This
+check does not protect against a RUN from an untrusted source, because importing MODULE already executes code. kinds.check_named
+protects against such a RUN. FACTORY is called with keyword arguments: vocab_size, the settings of section model that it accepts
+(seq_len, num_layers, model_dim, dropout, ...), and the arguments in model.options. The model maps tokens (B, T) int64, 1 <= T <=
+seq_len, to logits (B, T, V) of the next token. Logits must not depend on later tokens.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def set_generator(key: int, device: torch.device) -> None:
 def shape_of(kind: str, settings: Mapping[str, Any], changed: Mapping[str, Any], vocab_size: int, seed: int) -> CustomShape:
     """Make the model once, test it, and return its shape.
 
-    settings: all settings of section model, by name; changed: those that differ from their defaults. Raises UsageError if the
+    settings: all settings of section model, by name. changed: those that differ from their defaults. Raises UsageError if the
     model cannot be trained. Independent.
     """
     options = options_of(settings["options"])
@@ -132,7 +132,8 @@ def _value(raw: str) -> Any:
 
 
 def _find(kind: str) -> Callable[..., nn.Module]:
-    """Import the factory that model.kind names. Raises UsageError if it does not exist or makes no nn.Module. Independent."""
+    """Import the factory that model.kind names. Raises UsageError if the factory does not exist or does not make an nn.Module.
+    Independent."""
     module, _, name = kind.partition(":")
     try:
         factory = getattr(importlib.import_module(module), name, None)
@@ -192,7 +193,7 @@ def _try(kind: str, model: nn.Module, vocab_size: int, seq_len: int) -> None:
     """Run the model in training and evaluation mode.
 
     Raises UsageError if the logits have a wrong size, have no gradient, or depend on later tokens. Also raises UsageError if
-    training changes a buffer: the buffer would then depend on which micro-batches a rank computes.
+    training changes a buffer, because the buffer would then depend on which micro-batches a rank computes.
     """
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     tokens = torch.arange(2 * seq_len).view(2, seq_len) % vocab_size

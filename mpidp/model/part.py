@@ -1,12 +1,12 @@
-"""Which part of the Transformer one rank has. Pure.
+"""Determines which part of the Transformer a rank has. Pure.
 
 With pipeline parallelism, a rank has some of the layers. With tensor parallelism (Shoeybi 2019, Megatron-LM, section 3), it has
-some heads and hidden channels of each layer, and some rows of the vocabulary. The weights of query, key, value, gate and up are
-split by rows, and so are their biases. The weights of o and down, which are multiplied afterwards, are split by columns.
-Therefore each residual branch needs only one sum over the ranks. The biases of o and down are replicated and added after this
-sum. Embedding and head are split by vocabulary. Learned positions and norms are replicated, except norms over all heads together
-(model.qk_norm=layer), which are split by heads. Between branches, a rank has all positions of a sequence, or with sequence
-parallelism only its own positions (Korthikanti 2022, section 4.2.2).
+some heads and hidden channels of each layer, and some rows of the vocabulary. The weights and biases of query, key, value, gate
+and up are split by rows. The weights of the output layers o and down are split by columns. Therefore each residual branch needs
+only one sum over the ranks. The biases of o and down are replicated and added after this sum. Embedding and head are split by
+vocabulary. Learned positions and norms are replicated, except norms over all heads together (model.qk_norm=layer), which are
+split by heads. Between branches, a rank has the hidden states of all positions. With sequence parallelism, it has only those of
+its own positions (Korthikanti 2022, section 4.2.2).
 """
 
 from __future__ import annotations
@@ -69,14 +69,15 @@ class Part:
         return tuple(found)
 
     def _dim(self, name: str) -> int | None:
-        """Return the dimension along which a parameter is split, or None if each rank has all of it."""
+        """Return the dimension along which a parameter is split, or None if each rank has the whole parameter."""
         layer = name.rpartition(".")[0].rpartition(".")[2]
         if name.endswith(COLUMNS):
             return 1
         return 0 if layer in ROWS or (self.norms_all_heads and layer in HEAD_NORMS) else None
 
     def has(self, name: str) -> bool:
-        """Return whether this rank has a section of a parameter, or all of it. name: the name in the whole model. Pure."""
+        """Return whether this rank has a section of a parameter, or the whole parameter. name: the name in the whole model.
+        Pure."""
         names = name.split(".")
         if names[0] == "blocks":
             return int(names[1]) in self.layers
@@ -111,16 +112,17 @@ def part_of(
 
 
 def stage_layers(shape: Shape, stages: int) -> list[range]:
-    """Divide the layers into stages of consecutive layers, at least one each, so that the slowest stage is as fast as possible.
+    """Divide the layers into stages so that the slowest stage is as fast as possible. Each stage has at least one layer, and its
+    layers are consecutive.
 
-    A stage's time is estimated by its floating-point operations per token, including those of the head. With sliding windows in
-    some layers, every layer counts as the mean of all layers. Pure.
+    The time of a stage is estimated by its floating-point operations per token, including the operations of the head. With
+    sliding windows in some layers, every layer counts as the mean of all layers. Pure.
     """
     if not isinstance(shape, TransformerShape) or stages == 1:
         return [range(shape.num_layers)]
     d, count = shape.model_dim, shape.num_layers
     heads = 2 * shape.num_heads + 2 * shape.num_kv_heads
-    attended = sum(map(shape.attended, range(count))) / count  # positions
+    attended = sum(map(shape.attended, range(count))) / count  # mean number of positions that a position attends to
     block = d * heads * shape.head_dim + (2 + shape.gated) * d * shape.hidden_dim
     block += int(2 * attended * shape.num_heads * shape.head_dim)
     head = shape.vocab_size * d

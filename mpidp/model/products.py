@@ -1,7 +1,7 @@
 """Matrix products of linear layers in training on CPUs. Pure torch, no MPI.
 
-torch computes float32 products with MKL. On AMD CPUs, MKL does not use AVX-512. oneDNN, which is also part of torch, does, and
-needs about half the time. The bits of oneDNN's products depend neither on the number of threads nor on the number of rows
+torch computes float32 products with MKL. On AMD CPUs, MKL does not use AVX-512. oneDNN, which is also part of torch, uses AVX-512
+and takes about half the time. The bits of oneDNN's products depend neither on the number of threads nor on the number of rows
 (tests/unit/test_products.py).
 """
 
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SMALLEST = 1 << 20  # multiplications; MKL is faster for smaller products, because a call of oneDNN takes 10 microseconds more
-LONGEST = 1 << 14  # terms of a sum; oneDNN divides longer sums among threads, so their bits would depend on the number of threads
+SMALLEST = 1 << 20  # fewest multiplications for oneDNN, because a call of oneDNN takes 10 microseconds longer than a call of MKL
+LONGEST = 1 << 14  # most terms of a sum; oneDNN divides longer sums among threads, so their bits depend on the thread count
 
 
 def _kind() -> str:
@@ -44,8 +44,6 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    if torch.compiler.is_compiling():  # torch's compiler accepts the operator only with constant weights
-        return False
     float32 = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
     return KIND == "onednn" and float32 and x.numel() * len(weight) >= SMALLEST
 
@@ -60,26 +58,41 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return whole
 
 
+# torch's compiler accepts oneDNN's operator only with constant weights. Compiled code calls this operator instead.
+_LIBRARY = torch.library.Library("mpidp", "DEF")
+_LIBRARY.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_LIBRARY.impl("product", _product, "CPU")
+
+
+@torch.library.register_fake("mpidp::product", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _shape_of_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
 class _Linear(torch.autograd.Function):
-    """The product by oneDNN. It saves what F.linear saves."""
+    """A matrix product computed by oneDNN. For backward, it saves the same tensors as F.linear."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
-        return _product(x, weight, bias)
+        return (torch.ops.mpidp.product if torch.compiler.is_compiling() else _product)(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
-        multiply = F.linear if torch.is_grad_enabled() else _product  # enabled: gradients of gradients are wanted
-        of_x = None if weight is None else multiply(grad, weight.t())
-        of_weight = None if x is None else multiply(rows.t(), x.reshape(-1, x.shape[-1]).t())
+        multiply: Any = _product
+        if torch.compiler.is_compiling():
+            multiply = torch.ops.mpidp.product
+        elif torch.is_grad_enabled():  # for gradients of gradients
+            multiply = F.linear
+        of_x = None if weight is None else multiply(grad, weight.t(), None)
+        of_weight = None if x is None else multiply(rows.t(), x.reshape(-1, x.shape[-1]).t(), None)
         return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
 class Linear(nn.Linear):
-    """torch's linear layer, with products that are fast on this CPU."""
+    """torch's linear layer, with the faster matrix products of this module."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + bias."""

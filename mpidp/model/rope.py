@@ -1,4 +1,5 @@
-"""Rotary positions in the half-split layout (Su 2021), with the scalings of rope_scaling.py. Pure torch, no MPI."""
+"""Rotary position embeddings (Su 2021), with the scalings of rope_scaling.py. Of R rotated dimensions of a head, dimension i
+forms a pair with dimension i + R/2. Pure torch, no MPI."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def rope_table(dims: int, length: int, theta: float, scaling: RopeScaling | None
 
 
 def _scaled(frequency: Tensor, theta: float, length: int, scaling: RopeScaling) -> Tensor:
-    """Return the scaled frequencies. fast: 0 for low frequencies, which are divided by the factor, and 1 for high frequencies."""
+    """Return the scaled frequencies. The variable fast is 0 for low frequencies, which are divided by the factor, and 1 for high
+    frequencies, which are kept."""
     if scaling.kind == "linear":
         return frequency / scaling.factor
     if scaling.kind == "longrope":
@@ -42,10 +44,10 @@ def _scaled(frequency: Tensor, theta: float, length: int, scaling: RopeScaling) 
 
 
 def _yarn(dims: int, theta: float, scaling: RopeScaling) -> Tensor:
-    """Return, for each pair of dimensions, how much of its frequency is kept: 1 to 0 along a ramp (Peng 2023, section 3.2)."""
+    """Return how much of each pair's frequency is kept. This share falls from 1 to 0 along a ramp (Peng 2023, section 3.2)."""
 
     def pair(turns: float) -> float:
-        """Return the index of the pair that turns this often over the original context."""
+        """Return the index of the pair that makes this many full turns over the original context."""
         return dims * math.log(scaling.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = pair(scaling.high), pair(scaling.low)
@@ -57,7 +59,7 @@ def _yarn(dims: int, theta: float, scaling: RopeScaling) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions to the first R dimensions. x: (B, H, T, E); cos, sin: (T, R) or (B, 1, T, R), 0 <= R <= E."""
+    """Apply rotary positions to the first R dimensions. x: (B, H, T, E). cos, sin: (T, R) or (B, 1, T, R), 0 <= R <= E."""
     dims = cos.shape[-1]
     if dims == 0:
         return x
@@ -67,7 +69,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def tables_of(shape: TransformerShape) -> dict[str, Tensor]:
-    """Return the tables of a model by buffer name: cos and sin, and window_cos and window_sin if windows have their own base.
+    """Return the tables of a model by buffer name: cos and sin, and window_cos and window_sin if layers with a window have their
+    own theta.
 
     With learned positions the tables have no columns.
     """

@@ -1,16 +1,17 @@
-"""The rotary scalings of model.rope_scaling, for contexts longer than those of the first training. Pure, without torch.
+"""Parses model.rope_scaling, a scaling of rotary positions for contexts longer than those of the original training. Pure, without
+torch.
 
 | text | frequency of a pair of dimensions |
 |---|---|
 | linear:FACTOR | divided by FACTOR (position interpolation, Chen 2023) |
-| llama3:FACTOR,LOW,HIGH,ORIGINAL | low frequencies divided by FACTOR, high ones kept, others interpolated (Llama 3.1) |
-| yarn:FACTOR,ORIGINAL,FAST,SLOW,ATTENTION,TRUNCATE | the same with other limits; cos and sin times ATTENTION (Peng 2023) |
-| longrope:ORIGINAL,ATTENTION,S1,...,Sn,L1,...,Ln | pair i divided by Si, or by Li if seq_len > ORIGINAL (Ding 2024) |
+| llama3:FACTOR,LOW,HIGH,ORIGINAL | low ones are divided by FACTOR, high ones kept, others interpolated (Llama 3.1) |
+| yarn:FACTOR,ORIGINAL,FAST,SLOW,ATTENTION,TRUNCATE | as llama3 with limits FAST, SLOW; ATTENTION scales cos and sin (Peng 2023) |
+| longrope:ORIGINAL,ATTENTION,S1,...,Sn,L1,...,Ln | pair i is divided by Si, or by Li if seq_len > ORIGINAL (Ding 2024) |
 
-ORIGINAL is the context length of the first training. The last four numbers of yarn may be left out: FAST is 32, SLOW is 1,
-ATTENTION is 0.1 ln(FACTOR) + 1 (also if it is 0), and TRUNCATE is 1 (limits are rounded to whole dimensions). In longrope, n is
-half the number of rotary dimensions, and cos and sin are multiplied by ATTENTION. transformers chooses S or L for each
-input, by its length. mpidp chooses once, by model.seq_len.
+ORIGINAL is the context length of the original training. The last four numbers of yarn may be omitted. Their defaults are FAST=32,
+SLOW=1, ATTENTION=0.1 ln(FACTOR) + 1, and TRUNCATE=1. ATTENTION=0 also means its default. TRUNCATE=1 rounds the limits to whole
+dimensions. In longrope, n is half the number of rotary dimensions, and cos and sin are multiplied by ATTENTION. transformers
+chooses S or L for each input, by the input's length. mpidp chooses once, by model.seq_len.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ FORMS = (
     "of one of these forms: linear:FACTOR; llama3:FACTOR,LOW,HIGH,ORIGINAL; yarn:FACTOR,ORIGINAL[,FAST,SLOW,ATTENTION,TRUNCATE]; "
     "longrope:ORIGINAL,ATTENTION,S1,...,Sn,L1,...,Ln. An example is llama3:8,1,4,8192"
 )
-COUNTS = {"linear": (1, 1), "llama3": (4, 4), "yarn": (2, 6), "longrope": (4, 2**16)}  # fewest and most numbers
+COUNTS = {"linear": (1, 1), "llama3": (4, 4), "yarn": (2, 6), "longrope": (4, 2**16)}  # fewest and most numbers of each kind
 
 
 class RopeScaling(NamedTuple):
@@ -32,11 +33,11 @@ class RopeScaling(NamedTuple):
     factor: float = 1.0
     low: float = 1.0  # llama3: low frequencies have wavelengths above original / low. yarn: SLOW
     high: float = 32.0  # llama3: high frequencies have wavelengths below original / high. yarn: FAST
-    original: float = 1.0  # context length of the first training
+    original: float = 1.0  # context length of the original training
     attention: float = 1.0  # cos and sin are multiplied by this factor
-    truncate: bool = True  # yarn
-    short: tuple[float, ...] = ()  # longrope
-    long: tuple[float, ...] = ()
+    truncate: bool = True  # yarn: TRUNCATE
+    short: tuple[float, ...] = ()  # longrope: S1, ..., Sn
+    long: tuple[float, ...] = ()  # longrope: L1, ..., Ln
 
 
 def rope_scaling(text: str) -> RopeScaling | None:

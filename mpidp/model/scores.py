@@ -1,8 +1,9 @@
 """Causal attention, softmax(scale Q K^T) V, with sliding windows and soft-caps. Pure torch, no MPI.
 
-No T x T matrix is stored. Without a window and a cap, a kernel of torch computes everything. With a window, the queries are
-divided into blocks. A block reads only the keys that its windows cover, and all blocks share one small mask. With a cap the
-scores of a block are computed explicitly, and again in backward. B: batch, H: heads, T: positions, E: head_dim.
+No T x T matrix is stored. Without a window and a soft-cap, torch's scaled_dot_product_attention is used. With a window, the
+queries are divided into blocks. A block reads only the keys inside the windows of its queries. All blocks share one small mask.
+With a soft-cap, the scores of a block are computed explicitly, and computed again in backward. B: batch, H: heads, T: positions,
+E: head_dim.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 128  # queries of a block: the fastest of 64 to 1024 on CPUs (docs/results/2026-11-30-attention.md)
+ROWS = 128  # queries per block; the fastest of 64 to 1024 on CPUs (docs/results/2026-11-30-attention.md)
 
 
 class Scores(NamedTuple):
     """The options for computing the attention scores of a layer."""
 
-    window: int = 0  # a position attends to itself and to the window - 1 positions before it; 0: to all before it
-    scale: float | None = None  # factor of q k^T; None: E ** -0.5
-    cap: float = 0.0  # soft-cap: cap tanh(score / cap); 0: none
+    window: int = 0  # a position attends to itself and the window - 1 positions before it; 0: to all positions before it
+    scale: float | None = None  # q k^T is multiplied by this factor; None means E ** -0.5
+    cap: float = 0.0  # scores become cap tanh(score / cap); 0: unchanged
 
 
 def near(rows: Tensor, columns: Tensor, window: int) -> Tensor:
@@ -70,7 +71,7 @@ class _Capped(torch.autograd.Function):
         (q, k, v, mask), grad = ctx.saved_tensors, grads[0]
         bent, weights = _Capped._weights(q, k, mask, ctx.scale, ctx.cap)
         of_v = weights.to(v.dtype).transpose(-2, -1) @ grad
-        of_scores = (grad @ v.transpose(-2, -1)).float()  # of the attention weights; then of the capped scores, and of q k^T
+        of_scores = (grad @ v.transpose(-2, -1)).float()  # gradient of the weights, later of the capped scores and of q k^T
         of_scores = of_scores.sub_((of_scores * weights).sum(-1, keepdim=True)).mul_(weights)
         of_scores = of_scores.mul_(bent.square_().neg_().add_(1)).mul_(ctx.scale).to(q.dtype)
         return of_scores @ k, of_scores.transpose(-2, -1) @ q, of_v, None, None, None
@@ -82,7 +83,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
     window = how.window if 0 < how.window < t else 0
     if not window and not how.cap:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=how.scale)
-    begun = 0 if how.cap else window // ROWS * ROWS  # queries whose window is not full yet, for which the kernel needs no mask
+    begun = 0 if how.cap else window // ROWS * ROWS  # the first queries, whose windows have all earlier positions, need no mask
     first = [causal(q[:, :, :begun], k[:, :, :begun], v[:, :, :begun], how._replace(window=0))] if begun else []
     return torch.cat([*first, *_blocks(q, k, v, begun, window, how)], dim=2)
 
@@ -90,7 +91,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
 def _blocks(q: Tensor, k: Tensor, v: Tensor, begin: int, window: int, how: Scores) -> Iterator[Tensor]:
     """Yield the attention of each block of queries from position `begin`. window: 0 means none."""
     t = q.shape[2]
-    width = -(-window // 8) * 8 or t  # keys before a block's first query; kernels on GPUs need masks with such strides
+    width = -(-window // 8) * 8 or t  # keys before a block's first query; GPU kernels need mask strides that are multiples of 8
     rows = torch.arange(min(ROWS, t), device=q.device)
     columns = torch.arange(-width, len(rows), device=q.device)  # relative to the block's first query, like the rows
     mask = additive(near(rows, columns, window), q.dtype)

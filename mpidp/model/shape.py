@@ -76,7 +76,7 @@ class CustomShape:
     factory: str  # module:factory
     arguments: Mapping[str, Any]  # the factory's arguments
     parameters: Sequence[tuple[str, Sequence[int]]]  # name and shape of each parameter
-    tie_embeddings: ClassVar[bool] = False  # `parameters` has tied parameters only once
+    tie_embeddings: ClassVar[bool] = False  # `parameters` contains tied parameters only once
     head_dim: ClassVar[int] = 1
     dropout: ClassVar[float] = 1.0  # forward may draw random numbers, so each micro-batch gets a key
 
@@ -97,12 +97,14 @@ Shape: TypeAlias = TransformerShape | LSTMShape | CustomShape
 
 
 def default_hidden_dim(model_dim: int) -> int:
-    """Return 8/3 model_dim, rounded up to a multiple of 64. SwiGLU then has about as many parameters as a 4x MLP."""
+    """Return 8/3 model_dim, rounded up to a multiple of 64. SwiGLU then has about as many parameters as an MLP without a gate
+    whose width is 4 model_dim."""
     return -(-(8 * model_dim) // (3 * 64)) * 64
 
 
 def num_parameters(shape: Shape) -> int:
-    """Return the number of parameters, computed by formula. Making the model on the meta device would import torch._dynamo."""
+    """Return the number of parameters. A formula computes it, because making the model on torch's meta device would import
+    torch._dynamo."""
     if not isinstance(shape, TransformerShape):
         return sum(math.prod(size) for size in shape.sizes().values())
     block, outside = (sum(map(math.prod, sizes.values())) for sizes in (block_sizes(shape), _outside_sizes(shape)))
@@ -112,8 +114,9 @@ def num_parameters(shape: Shape) -> int:
 def flops_per_token(shape: Shape, parameters: int) -> float:
     """Return floating-point operations per token, forward and backward: 6 N + 12 H E A (Chowdhery 2022, appendix B).
 
-    N: parameters without the tables of an untied embedding and of learned positions; H: heads; E: head size; A: positions that a
-    position attends to, summed over the layers: seq_len, or at most the window.
+    N: number of parameters without the tables of an untied embedding and of learned positions. H: number of heads. E: head size.
+    A: the number of positions that a position attends to, summed over the layers. In one layer this is seq_len, or the window if
+    it is shorter.
     """
     if not isinstance(shape, TransformerShape):
         return shape.flops_per_token()

@@ -52,7 +52,7 @@ def prepared(model: Any, settings: Settings, shape: Shape, part: Part) -> Any:
 def trained_sizes(settings: Settings, shape: Shape, part: Part) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the trained parameters of this part. Pure.
 
-    Raises UsageError if no parameter is trained, and for the reasons given in prepared().
+    Raises UsageError if no parameter is trained, and in the same cases as prepared().
     """
     sizes, names = part.sizes(shapes_of(shape)), list(shapes_of(shape))
     if rank := settings.get("model.lora_rank", 0):

@@ -1,7 +1,7 @@
-"""A decoder-only Transformer language model, by default like LLaMA. Pure torch, no MPI.
+"""A decoder-only Transformer language model, by default with the architecture of LLaMA. Pure torch, no MPI.
 
-The blocks have RMSNorm, rotary positions, SwiGLU, grouped-query attention, and pre-norm residual branches. options.py lists the
-other possibilities. B: batch, T: positions, D: model_dim, R: rotated dimensions of a head, V: vocabulary.
+The blocks have RMSNorm, rotary positions, SwiGLU, grouped-query attention, and pre-norm residual branches. options.py lists
+alternatives to these. B: batch, T: positions, D: model_dim, R: rotated dimensions of a head, V: vocabulary.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mpidp.model.products import Linear
 from mpidp.model.rope import tables_of
 from mpidp.model.shape import TransformerShape, shapes_of
 
-COMPILED_SHAPES = 128  # with compile_blocks(), batches of this many shapes are compiled
+COMPILED_SHAPES = 128  # number of batch shapes that compile_blocks() compiles
 
 
 class Transformer(nn.Module):
@@ -39,8 +39,8 @@ class Transformer(nn.Module):
         """Initialize the parameters on the CPU, so a seed gives the same float32 values on every device and in every part."""
         super().__init__()
         self.shape, self.part = shape, part or whole(shape)
-        self.defers_head = False  # return hidden states instead of logits
-        self.recompute = False  # activation checkpointing: recompute each block in backward
+        self.defers_head = False  # True: return hidden states instead of logits
+        self.recompute = False  # True: activation checkpointing, which recomputes each block in backward
         vocabulary = len(self.part.own_range(shape.vocab_size))
         self.embedding: nn.Module | None = None
         self.positions: nn.Module | None = None  # the table of learned positions
@@ -63,8 +63,8 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
         """Initialize matrices from a normal distribution with std 1/sqrt(D). For the last matrix of a residual branch, std is
-        divided by sqrt(2 layers) (GPT-2). Biases are 0. A part draws all tensors of the model, one at a time, and keeps its own
-        boxes.
+        divided by sqrt(2 layers) (GPT-2). Biases are 0. A part of the model draws all tensors of the whole model, one at a time,
+        and keeps only its own boxes.
         """
         generator = torch.Generator().manual_seed(seed)
         local = {self.part.global_name(name): p for name, p in self.named_parameters()}
@@ -88,10 +88,10 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return logits (B, T, V) of the next token.
 
-        x: tokens (B, T) int64, T <= seq_len. positions: (B, T), default 0..T-1. doc_ids: (B, T); tokens attend only to tokens
-        with equal ids. key: the dropout key, an int64 scalar tensor, or None for no dropout (evaluation). length: T, needed with
-        sequence parallelism, where x has only this rank's positions. chunk: index into part.chunks. caches: one cache per row,
-        with the positions before x. Afterwards the caches include x.
+        x: tokens (B, T) int64, T <= seq_len. positions: (B, T), default 0..T-1. doc_ids: the document of each token, (B, T).
+        Tokens attend only to tokens of the same document. key: the dropout key, an int64 scalar tensor, or None for no dropout
+        (evaluation). length: T. It must be given with sequence parallelism, because x then has only this rank's positions. chunk:
+        index into part.chunks. caches: one cache per row, with the positions before x. Afterwards the caches include x.
         """
         t = length or x.shape[1]
         if caches is not None:
@@ -119,8 +119,8 @@ class Transformer(nn.Module):
         return x if self.defers_head else self._capped(x)
 
     def _embedded(self, tokens: Tensor, positions: Tensor | None, t: int) -> Tensor:
-        """Return the embeddings of tokens (B, T), with learned positions, as (B, T, D). With sequence parallelism, only those of
-        this rank's positions."""
+        """Return the embeddings of tokens (B, T), with learned positions, as (B, T, D). With sequence parallelism, return only
+        the embeddings of this rank's positions."""
         x: Tensor = self.embedding(tokens)  # type: ignore[misc]
         if self.shape.embedding_scale != 1.0:
             x = x * self.shape.embedding_scale
@@ -130,13 +130,14 @@ class Transformer(nn.Module):
         return x
 
     def _table_of(self, layer: int) -> str | None:
-        """Return the prefix of the names of a layer's rotary tables; None for a layer without rotary positions."""
+        """Return the prefix of the names of a layer's rotary tables, or None if the layer has no rotary positions."""
         if not self.shape.is_rotary(layer):
             return None
         return "window_" if self.shape.window_of(layer) and self.shape.window_rope_theta else ""
 
     def _rotary_tables(self, positions: Tensor | None, t: int) -> dict[str | None, tuple[Tensor, Tensor]]:
-        """Return cos and sin of the positions, (T, R) or (B, 1, T, R), by the prefix of their names. R is 0 for None."""
+        """Return cos and sin of the positions, (T, R) or (B, 1, T, R), by the prefix of their names. For the prefix None, R is
+        0."""
         found: dict[str | None, tuple[Tensor, Tensor]] = {}
         for prefix in {self._table_of(layer) for layer in self.part.layers}:
             tables = (getattr(self, f"{prefix or ''}{part}") for part in ("cos", "sin"))
@@ -154,7 +155,7 @@ class Transformer(nn.Module):
         return dict.fromkeys(windows, Documents(doc_ids))
 
     def _capped(self, logits: Tensor) -> Tensor:
-        """Return the logits times logit_scale, with the soft-cap."""
+        """Multiply the logits by logit_scale, and apply the soft-cap."""
         cap, scale = self.shape.logit_cap, self.shape.logit_scale
         logits = logits if scale == 1.0 else logits * scale
         return cap * torch.tanh(logits / cap) if cap else logits
@@ -170,11 +171,11 @@ class Transformer(nn.Module):
         return Cache(min(positions, self.shape.seq_len))
 
     def compile_blocks(self) -> None:
-        """Compile each block with torch.compile. All layers share one graph; the head is not compiled.
+        """Compile each block with torch.compile. All layers share one graph. The head is not compiled.
 
         Attention within long packed sequences is not compiled, because the lengths of documents change with each batch.
-        torch.compile stops compiling a function after recompile_limit shapes (8 by default). Then a rank that saw more shapes
-        than another would compute other bits, so the limit is raised.
+        torch.compile stops compiling a function after recompile_limit shapes (8 by default). A rank that has seen more shapes
+        than another rank would then compute different bits. Therefore the limit is raised.
         """
         torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
         for block in self.blocks.values():

@@ -1,9 +1,9 @@
-"""The loss without a matrix of all logits: the head and the cross entropy are computed for some positions at a time.
+"""Computes the loss without storing all logits. The head and the cross entropy are applied to a chunk of positions at a time.
 
-The gradients of a chunk are computed together with its loss and stored, so a chunk needs three matrix products, as many as
-without chunks (Hsu 2024, "Liger Kernel", section 3.2). For N positions, a width of D and a vocabulary of V, the memory has three
-parts: one chunk of logits, N D for the gradient of the hidden states, and V D for the gradient of the head. Chunks are added in
-order.
+The gradients of a chunk are computed and stored together with the loss of the chunk. A chunk therefore needs three matrix
+products, as many as without chunks (Hsu 2024, "Liger Kernel", section 3.2). N is the number of positions, D is model_dim, and V
+is the size of the vocabulary. The loss needs memory for one chunk of logits and for two gradients. The gradient of the hidden
+states has N x D elements, and the gradient of the head has V x D elements. The losses of chunks are added in order.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 if for_weight is not None:
                     for_weight.addmm_(grad.T, x[chunk]) if loss.dtype == torch.float32 else for_weight.add_(grad.T @ x[chunk])
                 del grad
-            del logits, slope  # else they exist until those of the next chunk are computed
+            del logits, slope  # otherwise both would use memory until the next chunk replaces them
         ctx.save_for_backward(for_hidden, for_weight)
         return total
 
@@ -54,28 +54,31 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 class ChunkedLoss:
-    """A function (hidden states, targets) -> sum of losses, for a model whose head is deferred (Transformer.defer_head).
+    """A callable (hidden states, targets) -> sum of losses, for a model that returns hidden states (Transformer.defer_head).
 
-    hidden: (N, D). targets: (N,), where -100 is ignored. Both have all positions.
+    hidden: (N, D). targets: (N,), where -100 is ignored. Both contain all positions, also with sequence parallelism.
     """
 
     def __init__(
         self, shape: TransformerShape, weight: Callable[[], Tensor], rows: int, dtype: torch.dtype, first: int = 0,
         tp: TensorComm | None = None,
     ) -> None:
-        """weight: returns the head's matrix, (rows of the vocabulary, D); rows: positions per chunk; dtype: type of the products;
-        first: the id of the first row of the matrix; tp: communicates with the ranks that have the other rows."""
+        """weight: returns this rank's rows of the head's weight, (rows, D). rows: number of positions per chunk. dtype: dtype of
+        the matrix products. first: token id of the first row of the weight. tp: communicates with the ranks that have the other
+        rows of the weight, or None if this rank has all rows."""
         self.scale, self.cap, self.rows, self.dtype = shape.logit_scale, shape.logit_cap, rows, dtype
         self._weight, self._first, self._tp = weight, first, tp
 
     def __call__(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Collective over tp.comm if the vocabulary is divided, else independent."""
+        """Return the sum of the losses. Collective over tp.comm if the vocabulary is divided among ranks. Otherwise
+        independent."""
         trains = torch.is_grad_enabled()
         found: Tensor = _ChunkedLoss.apply(hidden, self._weight(), targets, self, trains)  # type: ignore[no-untyped-call]
         return found
 
     def capped(self, logits: Tensor) -> Tensor | None:
-        """Apply scale and soft-cap to logits, in place. Return the derivative, or None if it is 1."""
+        """Apply the scale and the soft-cap to the logits in place. Return the derivative of this function, or None if it is 1
+        everywhere."""
         if self.scale != 1.0:
             logits.mul_(self.scale)
         if not self.cap:
@@ -86,7 +89,7 @@ class ChunkedLoss:
         return slope
 
     def into_gradient(self, logits: Tensor, targets: Tensor, trains: bool) -> Tensor:
-        """Return the sum of losses. If `trains`, replace the logits by its gradient."""
+        """Return the sum of the losses. If `trains` is true, overwrite the logits with the gradient of this sum."""
         largest = logits.max(dim=-1, keepdim=True).values
         if self._tp is not None:
             largest = self._tp.sum(largest, MPI.MAX)
@@ -106,8 +109,8 @@ class ChunkedLoss:
 def defer_head(
     model: Any, shape: Shape, rows: int, dtype: torch.dtype, first: int, tp: TensorComm | None
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Change a Transformer, or a part of one, so that it returns hidden states; return the function that computes its loss from
-    them. The arguments are those of ChunkedLoss. Independent."""
+    """Change a Transformer, or a part of one, so that it returns hidden states. Return the function that computes the loss from
+    hidden states. ChunkedLoss describes the arguments. Independent."""
     assert isinstance(shape, TransformerShape)
     model.defer_head()
     return ChunkedLoss(shape, lambda: model.head.weight, rows, dtype, first, tp)

@@ -25,7 +25,8 @@ from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
 
 
 def dropout_key(seed: int, batch: int, v: int) -> int:
-    """Return a 32-bit random key for a micro-batch. It makes dropout depend on the data and not on the rank. Pure."""
+    """Return the 32-bit dropout key of a micro-batch. The key does not depend on the rank. Therefore dropout does not depend on
+    the rank either. Pure."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{batch}/{v}".encode(), digest_size=4).digest(), "little")
 
 
@@ -35,7 +36,7 @@ class PendingBackward:
 
     mb: MicroBatch
     received: Tensor | None  # hidden states from the previous stage; None on the first stage
-    output: Tensor | None  # the loss sum, or hidden states for the next stage; None if the micro-batch is empty
+    output: Tensor | None  # the sum of losses, or hidden states for the next stage; None if the micro-batch is empty
     chunk: int = 0  # index of the chunk of the stage's layers
 
 
@@ -45,30 +46,32 @@ class Computed:
 
     micro_batches: list[int]
     losses: list[float]  # sum of token losses in nats, per micro-batch
-    num_tokens: list[int]  # target tokens, per micro-batch
+    num_tokens: list[int]  # number of target tokens per micro-batch
     lane_squares: dict[int, float] = field(default_factory=dict)  # squared gradient norm of each lane, if it is measured
 
 
 class Engine:
-    """Runs a model on a device, with matrix products in a given precision. Methods are independent unless they say otherwise."""
+    """Runs a model on a device, with matrix products in a given precision. Methods are independent unless their docstrings say
+    otherwise."""
 
     def __init__(
         self, model: Any, device: torch.device, dtype: torch.dtype, seed: int, dropout: float, nominal_tokens: int,
         stages: Stages | None = None, token_losses: Callable[[Tensor, Tensor], Tensor] | None = None, reports_loss: bool = True,
         observers: StepObservers = NO_OBSERVERS, fill: Callable[[int], None] = lambda forwards: None,
     ) -> None:
-        """dtype: type of matrix products under autocast; master weights stay float32. nominal_tokens: every loss is divided by
-        this number before backward. So sums of gradients have the size of a mean, and do not overflow 16-bit formats. stages:
-        this rank's pipeline stage. token_losses: (logits, targets) -> sum of losses. reports_loss: False if another rank reports
-        the same losses. observers: notified of every micro-batch and phase. fill: runs dummy forward passes, for strategies with
-        which all ranks must run the same number of passes."""
+        """dtype: dtype of matrix products under autocast. The weights stay float32. nominal_tokens: every loss is divided by this
+        number before backward. Gradient sums are then about as large as the gradient of a mean loss, and do not overflow 16-bit
+        formats. stages: this rank's pipeline stage. token_losses: (logits, targets) -> sum of losses. reports_loss: False if
+        another rank reports the same losses. observers: notified of every micro-batch and phase. fill: runs this many dummy
+        forward passes, for strategies in which all ranks must run the same number of passes."""
         self.model, self.device, self.dtype = model, device, dtype
         self.seed, self.dropout, self.nominal_tokens = seed, dropout, nominal_tokens
         self.stages, self.token_losses, self.reports_loss = stages, token_losses or plain_losses, reports_loss
         self.observers, self.fill = observers, fill
 
     def peak_bytes(self) -> int | None:
-        """Return torch's peak memory on this CUDA device, or None on the CPU. Independent."""
+        """Return the peak of the memory that torch has allocated on this CUDA device, in bytes. Return None on the CPU.
+        Independent."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -83,13 +86,13 @@ class Engine:
             return self.model(x, mb.positions, mb.doc_ids, key, *place)  # type: ignore[no-any-return]
 
     def loss_sum(self, mb: MicroBatch, key: Tensor | None, received: Tensor | None = None, chunk: int = 0) -> Tensor:
-        """Return the sum of token losses of a micro-batch in nats, as a float32 scalar on the device. Call this only on the last
-        stage."""
+        """Return the sum of the token losses of a micro-batch in nats, as a float32 scalar on the device. Call this only on the
+        last stage."""
         return self.token_losses(self.hidden(mb, key, received, chunk).float().flatten(0, 1), mb.targets.flatten())
 
     def run(self, schedule: Iterable[Instruction], batch: Batch, strategy: GradientSink) -> Computed:
-        """Run the schedule on micro-batches of a global batch. Independent. With pipeline parallelism all stages must call
-        this."""
+        """Run the schedule on micro-batches of a global batch, and return their losses. Independent, except with pipeline
+        parallelism. All stages of a replica must then call this method."""
         self.model.train()
         done, losses, num_tokens = [], [], []
         loss_of: dict[int, Tensor] = {}
@@ -106,7 +109,7 @@ class Engine:
                     loss = self._backward(pending)
             self.observers.progressed()
             if chunk:
-                loss_of.setdefault(v, loss)  # only the last chunk has a loss, and its backward comes first
+                loss_of.setdefault(v, loss)  # only the last chunk has a loss, and the backward pass of the last chunk comes first
                 continue
             losses.append(loss_of.pop(v, loss))
             done.append(v)
@@ -115,7 +118,7 @@ class Engine:
         return Computed(done, sums if self.stages is None else self.stages.drain(sums), num_tokens)
 
     def _forward(self, mb: MicroBatch, batch: int, chunk: int) -> PendingBackward:
-        if mb.tokens.shape[0] == 0:  # the end of an epoch: this micro-batch is empty
+        if mb.tokens.shape[0] == 0:  # at the end of an epoch, micro-batches can be empty
             return PendingBackward(mb, None, None, chunk)
         key = None
         if self.dropout:
@@ -137,7 +140,7 @@ class Engine:
         return PendingBackward(mb, received, output, chunk)
 
     def _backward(self, pending: PendingBackward) -> Tensor:
-        """Run the backward pass. Return the loss sum as a tensor on the device, without waiting for the device. Return 0 on
+        """Run the backward pass. Return the sum of losses as a tensor on the device, without waiting for the device. Return 0 on
         stages that do not compute the loss."""
         nothing = torch.zeros((), device=self.device)
         if pending.output is None:
@@ -160,11 +163,11 @@ class Engine:
         """Return the mean loss in nats per token over the stream, and the number of targets. Every token except the first is a
         target once.
 
-        Windows of seq_len tokens are independent. The last window may be shorter. max_tokens: if above 0, stop after about this
-        many tokens. Batches of `sequences` windows are distributed over the ranks. The losses of batches are added in order, so
-        the bits do not depend on the number of ranks. replicas: if several ranks of comm compute a batch together, the
-        communicator over which batches are distributed. Raises DataError if an id is outside the vocabulary, or if there is no
-        target. Collective over comm.
+        The stream is divided into windows of seq_len tokens, which are computed independently. The last window may be shorter.
+        max_tokens: if above 0, stop after about this many tokens. Batches of `sequences` windows are distributed over the ranks.
+        The losses of batches are added in order, so the bits do not depend on the number of ranks. replicas: the communicator
+        over which batches are distributed, if several ranks of comm compute a batch together. By default, this is comm. Raises
+        DataError if a token id is outside the vocabulary, or if the loss mask excludes all targets. Collective over comm.
         """
         self.model.eval()
         targets = stream.num_tokens - 1
@@ -214,7 +217,7 @@ def plain_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class GradientSink(Protocol):
-    """What the engine needs from a strategy: a place where gradients accumulate."""
+    """The part of a strategy that the engine uses. It determines the memory in which gradients accumulate."""
 
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> AbstractContextManager[None]:
         """Return a context in which the backward pass of micro-batch v through a chunk of layers must run. last: whether v is the

@@ -1,4 +1,4 @@
-"""Cuts the data of an evaluation into windows."""
+"""Divides the data of an evaluation into windows of seq_len tokens."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import numpy as np
 
 
 def num_pairs(length: int, seq_len: int) -> int:
-    """Return the number of arrays that windows_of returns. Pure."""
+    """Return the number of arrays that windows_of() returns. Pure."""
     return (length >= seq_len) + (length % seq_len > 0)
 
 
 def windows_of(length: int, seq_len: int) -> list[np.ndarray]:
-    """Return the positions of inputs and targets for `length` inputs: an array (n, T + 1) of the full windows, then an array (1,
-    rest + 1) of the last, shorter window. An array without windows is omitted. Pure."""
+    """Return the indices of the tokens in each window, for `length` inputs. A window of T inputs has T + 1 tokens, because
+    targets are the next tokens. The first array, (n, seq_len + 1), contains the n full windows. The second array, (1, rest + 1),
+    contains the last window if it is shorter. An array without windows is omitted. Pure."""
     full = length // seq_len
     parts = [np.arange(full)[:, None] * seq_len + np.arange(seq_len + 1)] if full else []
     return parts + ([np.arange(full * seq_len, length + 1)[None]] if length % seq_len else [])

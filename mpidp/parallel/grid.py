@@ -1,6 +1,6 @@
-"""The mesh of ranks: there are dp replicas, each replica has pp stages, and each stage has tp ranks. Ranks are numbered node by
-node. Rank r belongs to replica r // (pp tp) and stage r // tp % pp, and has index r % tp in the stage. Therefore tensor-parallel
-ranks are neighbours, on one node if possible."""
+"""The mesh of ranks. It has dp replicas, each replica has pp stages, and each stage has tp ranks. Ranks are numbered node by
+node. Rank r belongs to replica r // (pp * tp) and to stage (r // tp) % pp. The index of rank r in its stage is r % tp.
+Tensor-parallel ranks therefore have consecutive numbers, and are on one node if possible."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Grid:
 
     @property
     def label(self) -> str:
-        """A name of this rank's part of the model. Checkpoint entries that exist separately for each part have it in their
+        """The name of this rank's part of the model. Checkpoint entries that each part stores separately have this label in their
         names."""
         return f"part_{self.pp.rank}of{self.pp.size}_{self.tp.rank}of{self.tp.size}"
 
@@ -48,10 +48,10 @@ class Grid:
         return rank // self.model.size, rank // self.tp.size % self.pp.size, rank % self.tp.size
 
     def norm(self, squares: list[Tensor], twice: float = 0.0) -> float:
-        """Return the L2 norm over the whole model. squares: for each chunk of this rank's part, the sums of squares of the norm
-        blocks, (blocks,) float64, in flat order. twice: the sum of the squares that another part counts, too. The sums are added
-        in the order of the whole model's flat tensor (last chunks of last stages first), so pipeline stages do not change the
-        bits. Collective over model."""
+        """Return the L2 norm over the whole model. squares: one tensor (blocks,) float64 for each chunk of this rank's part, with
+        the sum of squares of each norm block. twice: the sum of the squares that another rank counts, too. The sums are added in
+        the order of the whole model's flat gradient, which begins with the last chunks of the last stages. Pipeline parallelism
+        therefore does not change the bits. Collective over model."""
         if self.model.size == 1:
             return norm_of_squares(torch.cat(squares[::-1]))
         row = torch.cat([torch.tensor([-twice], dtype=torch.float64), *squares])
@@ -75,8 +75,8 @@ def whole(mesh: Topology) -> Grid:
 
 
 def make_grid(world: MPI.Intracomm, tp: int = 1, pp: int = 1, dp: int = 0) -> Grid:
-    """Make the mesh of dp x pp x tp ranks. dp=0 means world.size / (pp tp). Raises UsageError if the number of ranks does not
-    fit. Collective over world."""
+    """Make the mesh of dp x pp x tp ranks. dp=0 means world.size / (pp * tp). Raises UsageError if the number of ranks is not dp
+    * pp * tp, or with dp=0 not a multiple of pp * tp. Collective over world."""
     everyone = make_topology(world)
     ordered, parts = everyone.dp, tp * pp
     if ordered.size % parts or (dp and dp * parts != ordered.size):

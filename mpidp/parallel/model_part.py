@@ -1,7 +1,8 @@
-"""Saves, loads and hashes this rank's part of the model. Every parameter counts once, even if several ranks hold it.
+"""Saves, loads and hashes this rank's part of the model. Every parameter is saved and hashed once, even if several ranks hold it.
 
-A checkpoint names the tensors of the whole model, so a run can resume on any mesh. A flat tensor of a strategy belongs to one
-part of the model. Its name contains the name of the part, and it can be loaded only if the model is divided in the same way.
+A checkpoint stores tensors under their names in the whole model, so a run can resume on any mesh. A flat tensor of a strategy
+belongs to one part of the model. Its name contains the label of the part. A flat tensor can be loaded only if the model is
+divided in the same way.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from mpidp.reducers.buckets import GradientBuffer
 
 
 class ModelPartition:
-    """This rank's part of the model, and its place in the whole model. Methods are independent unless they say otherwise."""
+    """This rank's part of the model, and its place in the whole model. Methods are independent unless their docstrings say
+    otherwise."""
 
     def __init__(self, grid: Grid, shape: Shape, sequence: bool = False, chunks: int = 1) -> None:
         """sequence: whether sequence parallelism is used. chunks: number of chunks per pipeline stage."""
@@ -47,16 +49,16 @@ class ModelPartition:
         return not elsewhere and (part.index == 0 or part.is_cut(name))
 
     def _placed(self, name: str, entry: Entry) -> tuple[str, Entry]:
-        """Return the name and the entry that a checkpoint has for an entry of this part. name: PARAMETER or PARAMETER/KEY. The
-        returned entry has its box in the whole model. If the entry belongs to no parameter, the returned name begins with this
-        part's label."""
+        """Convert the name and the entry of a tensor of this part to those in a checkpoint. name: PARAMETER or PARAMETER/KEY. The
+        returned entry has the box of this tensor in the whole model. If the entry belongs to no parameter, the returned name
+        begins with this part's label."""
         what, slash, key = name.partition("/")
         whole = self.part.global_name(what)
         if whole not in self.sizes:
             return f"{self.grid.label}/{name}", entry
         box, size = self.part.box(whole, self.sizes[whole]), self.sizes[whole]
         here = tuple(s.stop - s.start for s in box)
-        if here != tuple(entry.tensor.shape if entry.shape is None else entry.shape):  # a scalar entry: the number of updates
+        if here != tuple(entry.tensor.shape if entry.shape is None else entry.shape):  # a scalar, such as the number of updates
             return f"{whole}{slash}{key}", entry
         at = tuple(s.start + inside for s, inside in zip(box, entry.place, strict=True))
         return f"{whole}{slash}{key}", Entry(entry.tensor, entry.layout, at, size)
@@ -83,7 +85,8 @@ class ModelPartition:
     @torch.no_grad()
     def broadcast_parameters(self, model: nn.Module) -> list[int]:
         """Broadcast rank 0's parameters to all replicas. Return the ranks whose parameters differed. Call this before parameters
-        are in shared memory, because all ranks of a node would write to the same place. Collective over grid.replicas.dp."""
+        are moved to shared memory. Otherwise all ranks of a node would write to the same memory. Collective over
+        grid.replicas.dp."""
         dp = self.grid.replicas.dp
         hashes = dp.allgather(weights_sha256(model))
         others = [rank for rank, one in enumerate(hashes) if one != hashes[0]]
@@ -142,8 +145,8 @@ class ModelPartition:
         return self.grid.norm([squares[start // NORM_BLOCK : stop // NORM_BLOCK] for start, stop in buffer.spans], twice)
 
     def tie(self, buffer: GradientBuffer, group: Group) -> None:
-        """If the embedding and the head share one parameter and are in different stages, add their two gradients. Both stages get
-        the sum. Collective over grid.pp and group.node."""
+        """If the embedding and the head share one parameter and are in different stages, add the gradients of both. Both stages
+        get the sum. Collective over grid.pp and group.node."""
         pp = self.grid.pp
         if not self.part.tied or pp.size == 1 or pp.rank not in (0, pp.size - 1):
             return
@@ -154,7 +157,7 @@ class ModelPartition:
             return
         view = found[0]
         mine = view.view(-1).cpu()
-        group.fence()  # all ranks have read the gradient before one of them writes
+        group.fence()  # all ranks must have read the gradient before one of them writes it
         theirs = torch.empty_like(mine)
         for start, stop in pieces(0, mine.numel()):
             pp.Sendrecv(buf(mine[start:stop]), other, recvbuf=buf(theirs[start:stop]), source=other)
@@ -163,15 +166,15 @@ class ModelPartition:
         group.fence()
 
     def sha256(self, model: nn.Module) -> str:
-        """Return the sha256 of the whole model's float32 parameters, in order of names, little-endian. Collective over
-        grid.world."""
+        """Return the SHA-256 hash of the whole model's parameters, in the order of their names, as little-endian float32 values.
+        Collective over grid.world."""
         digest, grid = hashlib.sha256(), self.grid
         if grid.parts == 1:
             return weights_sha256(model)
         reshard_all(model)
         mine = {self.part.global_name(name): p for name, p in model.named_parameters()}
         holders = [self._part_of(rank) for rank in range(grid.parts)]
-        gathers = grid.world.rank == 0  # receives from the ranks of the first replica
+        gathers = grid.world.rank == 0  # whether this rank receives from the ranks of the first replica
         for name, size in sorted(self.sizes.items()):
             held = whole(mine[name]).float().cpu().contiguous() if name in mine else torch.empty(0)
             gathered = torch.empty(size if gathers else 0)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Forward:
-    """Forward pass of micro-batch v through a chunk of the stage's layers."""
+    """The forward pass of micro-batch v through a chunk of the stage's layers."""
 
     v: int
     chunk: int = 0
@@ -26,7 +26,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Backward:
-    """Backward pass of micro-batch v through a chunk. last: whether it is the last backward pass of the step on this rank."""
+    """The backward pass of micro-batch v through a chunk. last: whether it is the last backward pass of the step on this rank."""
 
     v: int
     last: bool
@@ -37,8 +37,8 @@ Instruction = Forward | Backward
 
 
 def one_f_one_b(micro_batches: Sequence[int], stage: int = 0, stages: int = 1) -> Iterator[Instruction]:
-    """Yield the 1F1B schedule of one stage for this replica's micro-batches. At most (stages - stage) micro-batches are in
-    flight. Pure."""
+    """Yield the 1F1B schedule of one stage for this replica's micro-batches. At most (stages - stage) micro-batches wait for
+    their backward pass at any time. Pure."""
     ahead = min(stages - 1 - stage, len(micro_batches))
     for v in micro_batches[:ahead]:
         yield Forward(v)
@@ -49,10 +49,10 @@ def one_f_one_b(micro_batches: Sequence[int], stage: int = 0, stages: int = 1) -
 
 
 def interleaved(micro_batches: Sequence[int], stage: int, stages: int, chunks: int) -> Iterator[Instruction]:
-    """Yield the interleaved 1F1B schedule. Micro-batches run in groups, and a group finishes one chunk before it enters the next
-    chunk. In Narayanan's schedule every group has exactly `stages` micro-batches, and a smaller last group deadlocks. Here groups
-    have `stages` micro-batches or a few more, so that any number of micro-batches works. Each chunk computes the micro-batches in
-    order. Pure."""
+    """Yield the interleaved 1F1B schedule of one stage. Micro-batches are computed in groups. A group passes through one chunk
+    before it enters the next chunk. In Narayanan's schedule every group has exactly `stages` micro-batches, because a smaller
+    last group would deadlock. Here a group may have more micro-batches, so any number of micro-batches is possible. Each chunk
+    computes the micro-batches in order. Pure."""
     count = len(micro_batches)
     parts = max(1, count // stages)
     groups = [micro_batches[i * count // parts : (i + 1) * count // parts] for i in range(parts)]

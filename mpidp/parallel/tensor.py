@@ -1,20 +1,22 @@
-"""Tensor parallelism: several ranks compute each layer together. This module adds their communication to a part of the model.
+"""Tensor parallelism: several ranks compute each layer together. This module adds the communication between these ranks to a part
+of the model.
 
-It follows Megatron-LM (Shoeybi 2019, section 3). The attention and the MLP of a Transformer block are called its branches. At
-the start of a branch, all ranks have the same input. In backward, the function f sums the gradient of this input over the ranks.
-At the end of a branch, the function g sums the ranks' partial results in forward. In backward all ranks have the same gradient of
-this sum. The vocabulary is also divided among the ranks. A rank's embedding returns zero for tokens whose rows are on other
-ranks. The loss is computed from the logits of all ranks, but only a maximum, a sum and the target's logit are communicated
-(section 3, "parallel cross-entropy"). Sums are in float32 in any training precision.
+It follows Megatron-LM (Shoeybi 2019, section 3). The attention and the MLP of a Transformer block are called its branches. At the
+start of a branch, all ranks have the same input. In backward, the function f sums the gradient of this input over the ranks. At
+the end of a branch, the function g sums the ranks' partial results in forward. In backward, g passes on the gradient of this sum,
+which is the same on all ranks. The vocabulary is also divided among the ranks. A rank's embedding returns zero for tokens whose
+rows are on other ranks. The loss is computed from the logits of all ranks. Only a maximum, a sum and the target's logit are
+communicated (section 3, "parallel cross-entropy"). Sums are computed in float32 in any training precision.
 
 With sequence parallelism (Korthikanti 2022, section 4.2.2), a rank has only its own positions between branches. f gathers
 positions in forward and reduce-scatters their gradients in backward. g reduce-scatters in forward and gathers gradients in
-backward. A matrix product saves only this rank's positions of its input, and backward gathers the other positions again.
+backward. For backward, a matrix product saves only this rank's positions of its input. Backward gathers the other positions
+again.
 
-A replicated parameter that is applied to only a part of the positions, or of the heads, has only a part of its gradient on each
-rank. This part is summed over the ranks for each micro-batch. Afterwards the gradient is equal on all ranks of a stage. With
-sequence parallelism, these parameters are all replicated parameters: those of norms, the biases of o and down, and the learned
-positions. Without it, they are the norms of single heads (model.qk_norm=head)."""
+Each rank may apply a replicated parameter to only some of the positions or heads. The rank then computes only one term of the
+parameter's gradient. The terms are summed over the ranks for each micro-batch, so all ranks of a stage get the same gradient.
+With sequence parallelism, this sum is needed for all replicated parameters: those of norms, the biases of o and down, and the
+learned positions. Without sequence parallelism, it is needed only for the norms of single heads (model.qk_norm=head)."""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ class VocabEmbedding(nn.Module):
         self.weight, self.first, self._tp = embedding.weight, first, tp
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, T) -> (B, T, D)."""
+        """Return the embeddings (B, T, D) of tokens (B, T). Collective over tp.comm."""
         local = tokens - self.first
         here = (local >= 0) & (local < len(self.weight))
         found = F.embedding(local.where(here, 0), self.weight) * here.unsqueeze(-1)
@@ -72,9 +74,8 @@ class _Loss(torch.autograd.Function):
 
 
 def loss_over(tp: TensorComm, first: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function loss(logits, targets) that sums the token losses. logits: those of this rank's range of the vocabulary,
-    which begins with id `first`, (N, length of the range). targets: (N,), where -100 is ignored. Every rank of a stage gets the
-    same result."""
+    """Return a function loss(logits, targets) that returns the sum of the token losses. logits: (N, n), for the n token ids of
+    this rank, which begin with `first`. targets: (N,), where -100 is ignored. Every rank of a stage gets the same result."""
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         found: Tensor = _Loss.apply(logits, targets, first, tp)  # type: ignore[no-untyped-call]
@@ -84,8 +85,8 @@ def loss_over(tp: TensorComm, first: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 class Regather:
-    """Autograd's hooks for saved tensors. They save only this rank's positions. In backward they gather all positions once, for
-    all uses."""
+    """Autograd's hooks for saved tensors. They save only this rank's positions of the input of a branch. Backward gathers all
+    positions once, even if several operations use them."""
 
     def __init__(self, part: Tensor, whole: Tensor, tp: TensorComm) -> None:
         """part: this rank's positions, (B, t, D). whole: the gathered positions, (B, T, D)."""
@@ -95,14 +96,16 @@ class Regather:
         self._whole: Tensor | None = None
 
     def pack(self, x: Tensor) -> Any:
-        """The pack hook: save only the shape of the gathered tensor. Call this while the gathered tensor exists."""
+        """The pack hook, which saves only the shape of the gathered tensor. Autograd calls it while the gathered tensor
+        exists."""
         if x.data_ptr() != self._place or x.numel() != self._numel or not x.is_contiguous():
             return x
         self._kept += 1
         return x.shape
 
     def unpack(self, packed: Any) -> Tensor:
-        """The unpack hook: gather the positions again. Backward runs in the same order on all ranks. Collective over tp.comm."""
+        """The unpack hook, which gathers the positions again. Backward calls it in the same order on all ranks. Collective over
+        tp.comm."""
         if isinstance(packed, Tensor):
             return packed
         if self._whole is None:
@@ -120,7 +123,7 @@ def _between(module: Any, tp: TensorComm, keep: bool, ends: bool = True) -> None
 
     def forward(x: Tensor, *args: Any) -> Tensor:
         if tp.sequence and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # already here, so that messages are half as long
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # cast before communication, so that messages are half as long
         whole = enter_branch(x, tp)
         if keep:
             y = inner(whole, *args)
@@ -134,23 +137,23 @@ def _between(module: Any, tp: TensorComm, keep: bool, ends: bool = True) -> None
 
 
 def _summed(p: Tensor | None, tp: TensorComm) -> Any:
-    """Return the parameter. Its gradient is summed over the ranks."""
+    """Return the parameter, with a gradient that is summed over the ranks."""
     return None if p is None else SumInBackward.apply(p, tp)  # type: ignore[no-untyped-call]
 
 
 def _sum_norm(norm: Any, tp: TensorComm) -> None:
-    """Sum the gradients of a norm, which is applied to this rank's positions or heads. An Identity is not changed."""
+    """Sum the gradients of a norm that each rank applies only to its own positions or heads. An Identity is not changed."""
     if isinstance(norm, Norm):
         norm.forward = lambda x: norm.normalized(x, _summed(norm.weight, tp), _summed(norm.bias, tp))  # type: ignore[method-assign]
 
 
 def _sum_mix(mix: Any, tp: TensorComm) -> None:
-    """Sum the gradients of the factors of an InputMix, which is applied to this rank's positions."""
+    """Sum the gradients of the factors of an InputMix that each rank applies only to its own positions."""
     mix.forward = lambda x, x0: mixed(x, x0, _summed(mix.weight, tp))
 
 
 def _sum_bias(output: Any, tp: TensorComm) -> None:
-    """Sum the gradient of a bias that is added to this rank's positions."""
+    """Sum the gradient of a bias that each rank adds only to its own positions."""
     if output.bias is not None:
         output.add_bias = lambda y: y + _summed(output.bias, tp).to(y.dtype)
 
@@ -167,7 +170,7 @@ def _normalize_all_heads(norm: Any, width: int, tp: TensorComm) -> None:
 
 
 def _share_attention(attention: Any, shape: TransformerShape, tp: TensorComm) -> None:
-    """Share the norms of queries and keys."""
+    """Make the norms of queries and keys compute the same results as without tensor parallelism."""
     for norm, heads in ((attention.q_norm, shape.num_heads), (attention.k_norm, shape.num_kv_heads)):
         if norm is not None and attention.norm_heads:
             _sum_norm(norm, tp)

@@ -1,4 +1,5 @@
-"""Communication between the tensor-parallel ranks of a stage: sums, gathers, reduce-scatters, and autograd functions (f and g).
+"""Communication between the tensor-parallel ranks of a stage: sums, gathers, reduce-scatters, and the functions f and g of
+tensor.py.
 
 Sums are computed in float32 in any training precision. Gathers keep the dtype. All ranks get the same bits.
 """
@@ -30,8 +31,8 @@ class TensorComm:
         self.comm, self._wait, self._transport = grid.tp, grid.wait, transport
 
     def sum(self, x: Tensor, op: MPI.Op = MPI.SUM) -> Tensor:
-        """Return the sum of x over the ranks, as a new tensor with the shape and dtype of x. op: another MPI reduction than the
-        sum. Collective over comm."""
+        """Return the sum of x over the ranks, as a new tensor with the shape and dtype of x. op: the MPI reduction to use instead
+        of the sum. Collective over comm."""
         with torch.no_grad():
             total = x.detach().to(torch.float32, copy=True).contiguous()
             flat = total.view(-1)
@@ -48,7 +49,7 @@ class TensorComm:
         return [b - a for a, b in zip(bounds, bounds[1:], strict=False)], bounds[:-1]
 
     def gather(self, x: Tensor, length: int) -> Tensor:
-        """Gather positions: (B, this rank's positions, D) -> (B, length, D). Collective over comm."""
+        """Gather the positions of all ranks. x: (B, this rank's positions, D). Returns (B, length, D). Collective over comm."""
         with torch.no_grad():
             b, _, d = x.shape
             whole = torch.empty(length, b, d, dtype=x.dtype, device=x.device)

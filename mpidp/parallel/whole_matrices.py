@@ -1,9 +1,10 @@
-"""Gathers each matrix on one rank, for optimizers of whole matrices.
+"""Gathers each matrix on one rank, for optimizers that compute the update of a whole matrix at once (Muon).
 
-A rank updates boxes of matrices: whole matrices, or with tensor parallelism and FSDP2 some rows or columns of them. Every matrix
-has one owner among the ranks that hold a box of it. The owner receives the other boxes, computes, and sends each rank the result
-for its box. If several replicas hold a box, one of them sends, and all of them receive. Owners are chosen so that all ranks have
-about the same cost. The result of a matrix does not depend on its owner.
+A rank updates boxes of matrices. A box is a whole matrix, or with tensor parallelism or FSDP2 some rows or columns of a matrix.
+Every matrix has one owner among the ranks that hold a box of the matrix. The owner receives the other boxes, computes the update,
+and sends each rank the update of its box. If several replicas hold a box, one of them sends it, and all of them receive the
+update. Owners are chosen so that all ranks have about the same amount of computation. The result of a matrix does not depend on
+its owner.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mpidp.errors import UsageError
 from mpidp.parallel.model_part import ModelPartition
 
 Range = tuple[int, int]  # [start, stop)
-Matrix = list[Tensor]  # tensors (m, n) or (m, 1) of one matrix, or of a box of it
+Matrix = list[Tensor]  # the tensors of one matrix or box, each (m, n) or (m, 1)
 ROUND = 1 << 24  # elements per rank that are gathered at a time
 
 
@@ -40,7 +41,7 @@ class Box:
         return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
 
     def of(self, whole: Tensor) -> Tensor:
-        """Return this box of a tensor (m, n), or these rows of a tensor (m, 1). Pure."""
+        """Return this box of a tensor (m, n), or the rows of this box of a tensor (m, 1). Pure."""
         rows = whole[self.rows[0] : self.rows[1]]
         return rows if whole.shape[1] == 1 else rows[:, self.columns[0] : self.columns[1]]
 
@@ -50,14 +51,15 @@ class Hidden:
     """The hidden matrices of a model, and the ranks that update them together."""
 
     names: frozenset[str] = frozenset()  # the names in this rank's part of the model
-    comm: MPI.Intracomm = field(default_factory=lambda: MPI.COMM_SELF)  # its ranks update at the same time
+    comm: MPI.Intracomm = field(default_factory=lambda: MPI.COMM_SELF)  # the ranks that compute updates at the same time
     transport: Messages = field(default_factory=lambda: Messages(torch.device("cpu")))
     wait: Wait = spin
     parts: ModelPartition | None = None
 
     def box(self, name: str, at: Sequence[int], size: Sequence[int], part: Sequence[int] | None = None) -> Box:
-        """Return the box of the whole model's matrix for a box of this rank's part of it. at: first indices. size: (m, n). part:
-        the shape of this rank's part of the matrix; default: size. Pure."""
+        """Convert a box of this rank's part of a matrix to a box of the matrix in the whole model. at: first row and first column
+        of the box. size: numbers of rows and columns of the box. part: the shape of this rank's part of the matrix, by default
+        `size`. Pure."""
         if self.parts is None:
             shape, start = tuple(part or size), (0, 0)
         else:
@@ -75,7 +77,8 @@ Move = tuple[int, int, Box]  # (sender, receiver, box)
 
 @dataclass
 class MatrixRound:
-    """Matrices that are computed at a time. All ranks have the same rounds."""
+    """The matrices that are gathered and updated at the same time. All ranks have the same number of rounds, in the same
+    order."""
 
     held: list[Box] = field(default_factory=list)  # this rank's boxes
     owned: list[tuple[str, tuple[int, int]]] = field(default_factory=list)  # name and shape of this rank's matrices
@@ -88,9 +91,9 @@ class WholeMatrices:
     """Computes functions of whole matrices whose boxes are on several ranks."""
 
     def __init__(self, hidden: Hidden, held: Sequence[Box], tensors: int = 1) -> None:
-        """held: this rank's boxes, at most one of each matrix. tensors: number of tensors of a matrix; the second has one value
-        per row. Raises UsageError if the ranks of hidden.comm do not hold a whole matrix together. Collective over
-        hidden.comm."""
+        """held: this rank's boxes, at most one of each matrix. tensors: number of tensors per matrix. The second tensor of a
+        matrix has one value per row. Raises UsageError if the ranks of hidden.comm together do not hold all of a matrix.
+        Collective over hidden.comm."""
         self._comm, self._transport, self._wait, self._tensors = hidden.comm, hidden.transport, hidden.wait, tensors
         every = self._comm.allgather(list(held)) if self._comm.size > 1 else [list(held)]
         holders: dict[tuple[str, tuple[int, int]], dict[Box, list[int]]] = {}
@@ -128,8 +131,9 @@ class WholeMatrices:
     def compute(
         self, now: MatrixRound, pieces: Mapping[str, Matrix], work: Callable[[list[tuple[str, Matrix]]], list[Matrix]]
     ) -> dict[str, Matrix]:
-        """Return this rank's boxes of work([(name, matrix), ...]), by name of the matrix. pieces: this rank's boxes of the
-        matrices. Collective over hidden.comm."""
+        """Apply `work` to whole matrices. Return this rank's boxes of the results, by name of the matrix. work: takes [(name,
+        matrix), ...] and returns one result per matrix, in order. pieces: this rank's boxes of the matrices, by name. Collective
+        over hidden.comm."""
         wholes = {name: self._assembled(now, name, shape, pieces) for name, shape in now.owned}
 
         def put(box: Box, found: Matrix) -> None:
@@ -147,7 +151,7 @@ class WholeMatrices:
         return mine
 
     def _assembled(self, now: MatrixRound, name: str, shape: tuple[int, int], pieces: Mapping[str, Matrix]) -> Matrix:
-        """Return the matrix with this rank's box in its place. A box that is the whole matrix is not copied."""
+        """Return the matrix, in which only this rank's box is filled. A box that is the whole matrix is not copied."""
         box, own = now.local[name], pieces[name]
         if box.size == shape:
             return own
@@ -186,5 +190,5 @@ class WholeMatrices:
 
 
 def _cost(shape: tuple[int, int]) -> int:
-    """Return a number proportional to the operations of a Newton-Schulz iteration. Pure."""
+    """Return a number proportional to the floating-point operations of a Newton-Schulz iteration. Pure."""
     return shape[0] * shape[1] * min(shape)

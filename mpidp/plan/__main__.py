@@ -1,4 +1,4 @@
-"""Predict training time: `python -m mpidp.plan RUN ...`, `plan methods [CONFIG.toml]` and `plan mesh --params 7b --ranks 64`.
+"""Predicts training time: `python -m mpidp.plan RUN ...`, `plan methods [CONFIG.toml]` and `plan mesh --params 7b --ranks 64`.
 
 `plan RUN` is short for `plan ranks RUN`. docs/plan.md explains the tables.
 """
@@ -27,19 +27,19 @@ from mpidp.runtime.command import Parser, begin, run_entry
 from mpidp.runtime.environment import launcher_rank
 from mpidp.runtime.options import add_json, add_ranks, program
 
-SAME = ("model.", "train.micro_batch", "train.dtype", "train.device", "optim.name")  # settings that step times depend on
+SAME = ("model.", "train.micro_batch", "train.dtype", "train.device", "optim.name")  # settings on which step times depend
 
 
 TOPICS = {  # first argument: (one line of help, description)
-    "ranks": ("how many ranks a run can use well (`plan RUN` is short for `plan ranks RUN`)", """\
+    "ranks": ("predict how many ranks a run can use efficiently (`plan RUN` is short for `plan ranks RUN`)", """\
 Predict training time by batch size and number of ranks. The first RUN supplies the gradient noise scale (train it with
---train.noise_every=10), which determines how much is learned from a batch. This run, and other runs of the same model on other
+--train.noise_every=10), which determines how much a batch contributes. This run, and other runs of the same model on other
 numbers of ranks, supply the time of a step. docs/plan.md explains the table."""),
     "methods": ("compare training methods on this cluster", """\
 Compare training methods for this model on this cluster: predict how much each method sends and how long a step takes. With --run,
-train with each method and compare the losses. CONFIG.toml and --section.key=value are as for mpidp.train. docs/plan.md explains
-it."""),
-    "mesh": ("which mesh (dp x pp x tp) holds a model that is too large for one device", command_line.DESCRIPTION),
+train with each method and compare the losses. CONFIG.toml and --section.key=value have the same meaning as for mpidp.train.
+docs/plan.md explains the table."""),
+    "mesh": ("find the meshes (dp x pp x tp) for a model that is too large for one device", command_line.DESCRIPTION),
 }
 
 
@@ -62,8 +62,8 @@ def main() -> None:
 
 
 def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parse and check the command line; return (options, settings). Raises UsageError if it is invalid. Pure, except for reading
-    CONFIG.toml."""
+    """Parse and check the command line. Return (options, settings). Raises UsageError if the command line is invalid. Pure,
+    except for reading CONFIG.toml."""
     prog = program("mpidp.plan")
     parser = Parser(prog=prog, description="Predict training time.", allow_abbrev=False)
     topics = parser.add_subparsers(dest="topic", required=True, metavar="{ranks,methods,mesh}", prog=prog)
@@ -75,7 +75,7 @@ def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str
     of = {name: topics.add_parser(name, help=line, description=text, usage=usages[name], allow_abbrev=name == "ranks",
                                   formatter_class=argparse.RawDescriptionHelpFormatter) for name, (line, text) in TOPICS.items()}
     of["ranks"].add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs; the first is the run to plan")
-    add_ranks(of["ranks"], "powers of two, and the numbers of ranks of the given runs", several=True)
+    add_ranks(of["ranks"], "powers of two, and the ranks of the given runs", several=True)
     of["ranks"].add_argument("--loss", type=float, help="target val_loss, which RUN must have reached (default: its last one)")
     _add_options_of_methods(of["methods"])
     command_line.add_options(of["mesh"])
@@ -92,14 +92,14 @@ def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str
 
 def _add_options_of_methods(parser: Parser) -> None:
     add = parser.add_argument
-    add("--cluster", default="", metavar="FILE", help="file of mpidp.doctor (default: in run.dir, then in this folder)")
-    add("--link", default="", metavar="MBIT,MS", help="instead of --cluster: bandwidth of a node, one-way delay")
-    add_ranks(parser, "the ranks of this launch, else as in cluster.json")
-    add("--step-seconds", type=float, metavar="S", help="compute time of a step on one rank (default: measured now)")
+    add("--cluster", default="", metavar="FILE", help="cluster.json of mpidp.doctor (default: in run.dir, then in this folder)")
+    add("--link", default="", metavar="MBIT,MS", help="instead of --cluster: bandwidth of a node and one-way delay in ms")
+    add_ranks(parser, "the ranks of this launch; if it has one rank, the number in cluster.json")
+    add("--step-seconds", type=float, metavar="S", help="compute time of a step on one rank, in seconds (default: measured now)")
     add("--run", type=float, nargs="?", const=30.0, metavar="SECONDS",
-        help="train with each method on the ranks of this launch (%(const)g s each if SECONDS is not given)")
-    add("--methods", default="", metavar="A,B", help="compare only these and synchronous (default: all)")
-    add("--plot", default="", metavar="FILE.png", help="with --run: loss against time and bytes (matplotlib)")
+        help="train with each method on the ranks of this launch, for SECONDS each (default: %(const)g)")
+    add("--methods", default="", metavar="A,B", help="compare only these methods with synchronous (default: all)")
+    add("--plot", default="", metavar="FILE.png", help="with --run: plot the loss against time and bytes (needs matplotlib)")
 
 
 def _check_options_of_methods(options: argparse.Namespace, parser: Parser) -> None:
@@ -113,7 +113,7 @@ def _check_options_of_methods(options: argparse.Namespace, parser: Parser) -> No
 
 
 def print_methods(options: argparse.Namespace, config: Config, world: Any) -> None:
-    """Predict or try the methods, and print the table on rank 0. Collective over world."""
+    """Predict the figures of the methods, or measure them in trials, and print the table on rank 0. Collective over world."""
     from mpidp.plan.methods.trials import TrialOptions, compare_methods
 
     trial_options = TrialOptions(
@@ -128,8 +128,8 @@ def print_methods(options: argparse.Namespace, config: Config, world: Any) -> No
 
 
 def plan(runs: Sequence[Path], columns: Sequence[int] = (), loss: float | None = None) -> dict[str, Any]:
-    """Return the plan as plain values (seconds, tokens). Raises UsageError if the runs cannot be compared, or if the first run
-    has too few noise measurements. Independent."""
+    """Return the plan as plain values, with times in seconds and sizes in tokens. Raises UsageError if the runs cannot be
+    compared, or if the first run has too few noise measurements. Independent."""
     recorded = [measured.read(run) for run in runs]
     first = recorded[0]
     for other in recorded[1:]:
@@ -173,8 +173,8 @@ def _plain(cell: predict.Cell) -> dict[str, Any]:
 
 
 def _noise(run: measured.MeasuredRun, steps: float) -> dict[str, Any]:
-    """Return the noise scale and its bounds, from the second half of the steps that the run took to reach the loss. Also return
-    the noise scale in each quarter of these steps."""
+    """Return the noise scale and its bounds. They are computed from the second half of the steps that the run took to reach the
+    loss. Also return the noise scale in each quarter of these steps."""
     if not run.noises:
         one_lane = "; a batch of one lane has no measurement (train.lanes)" if run.lanes.num_lanes == 1 else ""
         raise UsageError(f"{run.path} has no measurements of gradient noise: train with --train.noise_every=10{one_lane}")
@@ -193,8 +193,9 @@ def _noise(run: measured.MeasuredRun, steps: float) -> dict[str, Any]:
 
 
 def _columns(lanes: int, present: int, timed: Sequence[int]) -> list[int]:
-    """Return the numbers of ranks for the table's columns: all measured numbers, and the powers of two up to a limit. The limit
-    is four times the largest number of ranks used, at least 16, but not above the largest number of lanes in the table."""
+    """Return the numbers of ranks for the table's columns. These are all measured numbers, and the powers of two up to a limit.
+    The limit is four times the largest measured number of ranks, or 16 if this is more. It is never above the largest number of
+    lanes in the table."""
     most = min(int(lanes * predict.MULTIPLES[-1]), max(16, 4 * max(present, *timed)))
     return sorted({present, *timed, *(1 << i for i in range(most.bit_length()))})
 

@@ -1,4 +1,4 @@
-"""Read cluster.json, which mpidp.doctor writes."""
+"""Reads cluster.json, which mpidp.doctor writes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ClusterFile(TypedDict, total=False):
 
 
 def read_cluster(path: Path) -> dict[str, Any]:
-    """Return the content of a cluster.json. Raises UsageError if it is not a file of mpidp.doctor. Independent."""
+    """Return the content of a cluster.json. Raises UsageError if mpidp.doctor did not write the file. Independent."""
     try:
         found: dict[str, Any] = read_json(path, ClusterFile)
         for key in ClusterFile.__annotations__:

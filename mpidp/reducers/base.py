@@ -11,8 +11,8 @@
 The reducers of comm.compress send fewer bytes (compression/compressed.py). naive and root are simple, slow reference
 implementations, with which tests compare the other reducers.
 
-After finish(), `buffer.total` holds the sum over all lanes of the global batch. Every rank holds the sum, except with `root`.
-With `root` only rank 0 holds the sum and updates the parameters; publish() broadcasts them.
+After finish(), `buffer.total` holds the sum over all lanes of the global batch, on every rank. With `root`, only rank 0 holds the
+sum and updates the parameters, and publish() broadcasts the parameters.
 """
 
 from __future__ import annotations
@@ -67,13 +67,14 @@ class Reducer:
     """Base class of reducers. It accumulates all micro-batches of the rank in one gradient buffer."""
 
     everyone_updates = True  # whether all ranks update the parameters, or only rank 0
-    own_order = True  # whether the order of addition is always the same; MPI's may differ between blocking and other calls
+    own_order = True  # whether the order of addition is always the same; MPI's may differ with non-blocking calls
 
     def __init__(
         self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1, *,
         observers: StepObservers = NO_OBSERVERS, norm_over_parts: NormOverParts | None = None,
     ) -> None:
-        """norm_over_parts: computes the norm over the whole model, if this rank has only a part of the model."""
+        """norm_over_parts: the function that computes the norm over the whole model, if this rank has only a part of the
+        model."""
         self.group, self.lanes, self.transport, self.shares, self.num_slots = group, lanes, transport, shares, num_slots
         self.observers, self._norm_over_parts = observers, norm_over_parts
         self.comm = group.rail
@@ -89,13 +90,13 @@ class Reducer:
         self.buffer = buffer
 
     def set_wait(self, wait: Wait | None) -> None:
-        """Set how to wait for requests in a reduction. None: wait as the group does elsewhere. Call this between steps.
-        Independent."""
+        """Set how to wait for requests in a reduction. None: wait as the group does outside reductions. Call set_wait() between
+        steps. Independent."""
         self.wait = wait or self.group.wait
 
     def set_overlap(self, mode: str, wait: Wait | None, worker: BucketWorker | None) -> None:
         """Set the worker that reduces buckets during backward. None: no overlap. mode: a key of OVERLAP_WAITS (overlap.py). Call
-        this between steps. Independent."""
+        set_overlap() between steps. Independent."""
         self.stop_worker()
         self.overlap_mode, self.worker = mode, worker
         self.set_wait(wait)
@@ -166,8 +167,8 @@ class Reducer:
         raise NotImplementedError
 
     def norm(self) -> float:
-        """Return the L2 norm of the sum. Squares of fixed blocks are added in a fixed order, so the bits do not depend on the
-        ranks. Collective over the group."""
+        """Return the L2 norm of the sum. The squares are summed over fixed blocks in a fixed order, so the bits of the norm do
+        not depend on the number of ranks. Collective over the group."""
         total, mine = self.buffer.total, self.group.slice_of(self.buffer.num_elements)
         squares = torch.zeros(total.numel() // NORM_BLOCK, dtype=torch.float64)
         if mine.start < mine.stop:
@@ -201,8 +202,8 @@ class Reducer:
             self.group.fence()
 
     def end_round(self, applied: bool) -> None:
-        """End a round: the sums since the last call. applied: whether an update used these sums. If it is False, the reducer
-        restores the state that it had before the round. All ranks must pass the same value. Independent."""
+        """End a round, which consists of the sums since the last call. applied: whether an update used these sums. If not, the
+        reducer restores the state that it had before the round. All ranks must pass the same value. Independent."""
 
     def state_dict(self) -> dict[str, Entry]:
         """Return copies of the state that a resumed run needs (none in this base class). Independent."""
@@ -214,13 +215,13 @@ class Reducer:
             log.info("comm.compress was turned off: the compression error in the checkpoint is dropped")
 
     def resume_from(self, before: Reducer | None) -> None:
-        """Take over the state of `before`, the reducer of the same kind that this rank had before a failure. before is None on
-        ranks that joined after the failure. Rank 0 is never such a rank. Collective over all ranks."""
+        """Take over the state of `before`, the reducer of the same kind that this rank had before ranks failed. `before` is None
+        on ranks that joined after the failure, but never on rank 0. Collective over all ranks."""
 
 
 class FlatReducer(Reducer):
     """A reducer with one gradient buffer per rank. It can also sum any other flat tensor of the same layout, for strategies that
-    do not sum gradients at every step. Call end_round() after every bucket was summed once."""
+    do not sum gradients at every step. Call end_round() when every bucket has been summed once."""
 
     def reduce(self, bucket: Bucket) -> None:
         self.sum(self.buffer.flat[0], bucket)
@@ -252,8 +253,8 @@ class Allreduce(FlatReducer):
 
 
 class Naive(Allreduce):
-    """Implements comm.reducer=naive with one Allreduce per parameter. A reference implementation, simple enough to verify by
-    reading."""
+    """Implements comm.reducer=naive with one Allreduce per parameter. This is a reference implementation, which is simple enough
+    to verify by reading."""
 
     def sum(self, flat: torch.Tensor, bucket: Bucket) -> None:
         for shape, offset in zip(bucket.shapes, bucket.offsets, strict=True):
@@ -262,7 +263,7 @@ class Naive(Allreduce):
 
 class Root(Reducer):
     """Implements comm.reducer=root: rank 0 gathers the gradients, adds them in order of ranks, updates the parameters and
-    broadcasts them. A reference implementation."""
+    broadcasts them. This is a reference implementation."""
 
     everyone_updates = False
 

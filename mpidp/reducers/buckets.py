@@ -1,7 +1,8 @@
 """Flat memory: parameters and gradients are views of flat tensors, cut into buckets. Autograd hooks report complete buckets.
 
 The layout depends only on the model. Parameters are in reverse order of definition, which is roughly the order in which backward
-computes their gradients. The bucket size and the number of ranks only change the cuts into buckets and slices.
+computes their gradients. The bucket size and the number of ranks change only where the flat tensors are cut into buckets and
+slices.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Bucket:
 
 def unit_of(name: str) -> str:
     """Return the unit to which a parameter belongs. A unit is never divided between two pipeline stages. For example, the unit of
-    blocks.3.attention.q.weight is `blocks.3`. If a name has no number, the unit is the first word. Pure."""
+    blocks.3.attention.q.weight is `blocks.3`. If a name has no number, the unit is the part before the first dot. Pure."""
     words = name.split(".")
     numbers = [i for i, word in enumerate(words) if word.isdigit()]
     return ".".join(words[: numbers[0] + 1]) if numbers else words[0]
@@ -37,7 +38,8 @@ def unit_of(name: str) -> str:
 
 class FlatLayout:
     """The place of each parameter in a flat tensor of num_elements elements, a multiple of NORM_BLOCK. Units begin at multiples
-    of NORM_BLOCK, so each norm block of a pipeline stage is also a norm block of the whole model. Independent."""
+    of NORM_BLOCK, so each norm block of a pipeline stage is also a norm block of the whole model (see docs/vocabulary.md).
+    Independent."""
 
     def __init__(self, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
         self.parameters = list(reversed(named_parameters))
@@ -63,7 +65,7 @@ class FlatLayout:
         """Make the parameters views of flat. Their values do not change."""
         with torch.no_grad():
             for (_, p), view in zip(self.parameters, self.views(flat), strict=True):
-                if view.data_ptr() != p.data_ptr():  # otherwise p is this view already, in memory that is reused after a failure
+                if view.data_ptr() != p.data_ptr():  # otherwise p already is this view: the memory is reused after a failure
                     view.copy_(p)
                 p.data = view
 
@@ -85,14 +87,15 @@ class FlatLayout:
 
 
 class GradientBuffer:
-    """Flat float32 gradient buffers (slots) for all parameters, shape (slots, num_elements). Independent if `memory` is."""
+    """Flat float32 gradient buffers (slots) for all parameters, shape (slots, num_elements). Independent if the function `memory`
+    is."""
 
     def __init__(
         self, named_parameters: list[tuple[str, torch.nn.Parameter]], slots: int, bucket_bytes: int,
         memory: Callable[[int], list[torch.Tensor]] | None = None, me: int = 0,
     ) -> None:
         """memory: a function that takes a number of elements and returns a zeroed float32 tensor of this size for each rank that
-        shares memory. me: index of this rank's tensor. Default: private memory."""
+        shares memory. me: index of this rank's tensor. Without `memory`, the buffers are in private memory."""
         self.layout = FlatLayout(named_parameters)
         self.num_elements = self.layout.num_elements
         needed = slots * self.num_elements
@@ -125,8 +128,8 @@ class GradientBuffer:
                 self._pointing_at[one] = slot
 
     def on_full(self, armed: Callable[[], bool], begin: Callable[[Bucket], None]) -> None:
-        """Register hooks that call begin(bucket) during backward, as soon as all gradients of the bucket are complete. They do
-        nothing while armed() is false."""
+        """Register hooks that call begin(bucket) during backward, as soon as all gradients of the bucket are complete. The hooks
+        do nothing while armed() is false."""
         for bucket in self.buckets:
             waiting = set(bucket.names)
 

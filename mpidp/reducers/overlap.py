@@ -1,9 +1,9 @@
 """Reduces buckets in a thread while backward fills the next buckets, and measures whether this is faster.
 
-Non-blocking collectives make little progress outside MPI calls, so a thread makes these calls. In mode `thread` the thread blocks
-in MPI. In mode `poll` it polls and sleeps, so that backward can use the core. On one node overlap has no benefit, because sums
-are limited by memory bandwidth and backward needs the same cores. Between nodes the benefit depends on the network, the MPI
-library and spare cores, so choose() measures it.
+Non-blocking collectives make little progress while a program is outside MPI calls, so a thread makes the MPI calls. In mode
+`thread`, the thread blocks in MPI. In mode `poll`, the thread polls and sleeps, so that backward can use the core. On one node
+overlap has no benefit, because sums are limited by memory bandwidth and backward needs the same cores. Between nodes the benefit
+depends on the network, the MPI library and spare cores, so choose() measures it.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ class ReduceThread:
                 with self._changed:
                     self._done += 1
                     self._changed.notify_all()
-        except BaseException as error:  # wait() raises it in the calling thread; here it would be lost
+        except BaseException as error:  # wait() raises the error in the calling thread; here it would be lost
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
 
 def use(reducer: Reducer, mode: str) -> None:
-    """Reduce with this overlap mode from now on. Call this between steps. Independent."""
+    """Use this overlap mode from now on. Call use() between steps. Independent."""
     wait = OVERLAP_WAITS[mode]
     reducer.set_overlap(mode, wait, None if wait is None else ReduceThread(reducer.buffer.buckets, reducer.reduce_observed))
 
@@ -105,7 +105,7 @@ def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, static: bool) -> 
     # Between nodes, `poll` can hang if several ranks are bound to the same core. The cause is unknown, so `poll` is not used
     # there.
     cores = comm.allreduce(len(os.sched_getaffinity(0)), op=MPI.MIN)
-    # Exclude `poll` also if it would use another MPI call whose sum has different bits: a measurement must not decide the bits.
+    # Also exclude `poll` if it uses another MPI call, whose sum may have other bits: a measurement must not decide the bits.
     poll = cores > 1 and (reducer.own_order or not reducer.group.all_spin)
     seconds = measure(reducer, comm, {mode: wait for mode, wait in OVERLAP_WAITS.items() if mode != "poll" or poll})
     reducer.transport.pop_counts()  # the measurement does not count as communication of a step
@@ -116,8 +116,8 @@ def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, static: bool) -> 
 
 
 def measure(reducer: Reducer, comm: MPI.Intracomm, modes: Mapping[str, Wait | None] = OVERLAP_WAITS) -> dict[str, float]:
-    """Measure each overlap mode, and return the seconds that the slowest rank needs in each. For every bucket, each rank computes
-    for as long as the reduction of a bucket takes. The gradients are overwritten. Collective over comm."""
+    """Measure each overlap mode, and return the seconds that the slowest rank needs in each mode. Each rank computes for every
+    bucket as long as its reduction takes. The gradients are overwritten. Collective over comm."""
     buckets = [b for b in reducer.buffer.buckets if b.stop * 4 <= PROBE_BYTES] or reducer.buffer.buckets[:1]
     square = torch.randn(256, 256)
 

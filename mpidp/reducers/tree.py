@@ -2,8 +2,8 @@
 
 On a node with shared memory, the owner of a slice adds directly in the buffers of all ranks of its group. The sum is stored in
 slot 0 of the first rank. Between groups, the owners of the same slice exchange messages. The slice is cut into one piece per
-group, and each owner sums one piece. It receives this piece of the tree nodes that remain in the other groups, adds the nodes of
-all groups, and sends the sum to the other owners.
+group, and each owner sums one piece. For this piece, an owner receives the tree nodes that remain in the other groups, adds the
+nodes of all groups, and sends the sum to the other owners.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class FoldPlan:
 
 def slots_needed(lanes: Lanes, mine: range, max_lanes: int, static: bool, kept_apart: bool) -> int:
     """Return the number of gradient buffers (slots) that a rank needs. mine: the rank's lanes at the start. max_lanes: if above
-    0, the rank may later own any range of up to this many lanes. static: whether lanes are fixed before each step; otherwise two
+    0, the rank may later get any range of up to this many lanes. static: whether lanes are fixed before each step. If not, two
     more buffers are needed. kept_apart: whether the gradients of single lanes are needed in some steps. Independent."""
     count, share = lanes.num_lanes, lanes.num_lanes == lanes.num_micro_batches and not kept_apart
     runs = [mine]
@@ -180,7 +180,7 @@ class Tree(Reducer):
         last addition writes the total."""
         alone, total = len(self.group.members) == 1, self.buffer.total
         if alone and not plan.additions and plan.left_over[0] == (0, 0):
-            return  # the sum is in place already
+            return  # the sum is already in slot 0 of the first rank
         for start in range(low, high, CACHED):
             block = slice(start, min(start + CACHED, high))
             for i, ((r, j), (s, k)) in enumerate(plan.additions):

@@ -1,9 +1,9 @@
 """The order in which lanes are added: a fixed binary tree, so that the bits of the sum do not depend on the ranks. Pure.
 
-Node (k, i) is the sum of the lanes in [i 2^k, (i+1) 2^k) that exist. The node is computed as the sum of its children (k-1, 2i)
-and (k-1, 2i+1), or equals the left child if the right child has no lanes. Float32 addition is commutative but not associative.
-The shape of the tree depends only on the number of lanes L. Therefore the bits of the sum do not depend on which rank computes a
-lane, or on the order in which lanes are computed. The gradient of a lane is rounded at most ceil(log2 L) times.
+Node (k, i) is the sum of the existing lanes in [i 2^k, (i+1) 2^k). The node is the sum of its children (k-1, 2i) and (k-1, 2i+1).
+If the right child has no lanes, the node equals its left child. Float32 addition is commutative but not associative. The shape of
+the tree depends only on the number of lanes L. Therefore the bits of the sum do not depend on which rank computes a lane, or on
+the order in which lanes are computed. The gradient of a lane is rounded at most ceil(log2 L) times.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Place = TypeVar("Place")  # the location of a node's value
 
 
 def promoted(node: Node, num_lanes: int) -> Node:
-    """Return the highest node with the same value: a node without a right sibling equals its parent. Pure."""
+    """Return the highest node with the same value as `node`. A node without a right sibling equals its parent. Pure."""
     level, index = node
     while index % 2 == 0 and level < (num_lanes - 1).bit_length() and (index + 1) << level >= num_lanes:
         level, index = level + 1, index // 2
@@ -24,15 +24,16 @@ def promoted(node: Node, num_lanes: int) -> Node:
 
 
 class TreeSum:
-    """Computes the slot of each lane of one rank, and the additions after the lane. Lanes may come in any order. Independent.
+    """Chooses the slot of each lane of one rank, and the additions that follow each lane. Lanes may come in any order.
+    Independent.
 
     Slots are a rank's gradient buffers. Two sibling nodes on the same rank are added immediately. Therefore a rank needs at most
     log2(n) + 1 slots for an aligned range of n lanes, and at most 2 log2(n) + 1 slots for any range.
     """
 
     def __init__(self, num_lanes: int, siblings_share: bool) -> None:
-        """siblings_share: whether a lane accumulates directly into the slot of its sibling. If every lane is a single
-        micro-batch, the sum has the same bits as with a separate addition."""
+        """siblings_share: whether a lane accumulates directly into the slot of its sibling. This is allowed if every lane is a
+        single micro-batch. Then the sum has the same bits as with a separate addition."""
         self.num_lanes, self.siblings_share = num_lanes, siblings_share
         self.nodes: dict[Node, int] = {}  # nodes on this rank, and their slots
         self.num_slots = 0  # slots used so far
@@ -40,7 +41,7 @@ class TreeSum:
 
     def open(self, lane: int) -> tuple[int, bool]:
         """Begin a lane. Return (slot into which the lane accumulates, whether the slot is fresh). The caller must zero a fresh
-        slot. A slot that is not fresh holds the sibling lane."""
+        slot. A slot that is not fresh holds the gradient of the sibling lane."""
         sibling = self.nodes.pop((0, lane ^ 1), None) if self.siblings_share else None
         slot = self._free() if sibling is None else sibling
         self._slot_of[lane] = slot
@@ -81,7 +82,7 @@ def held_after(lanes: Iterable[int], num_lanes: int, siblings_share: bool) -> tu
 
 def fold(held: Sequence[tuple[Node, Place]], num_lanes: int) -> tuple[list[tuple[Place, Place]], list[tuple[Node, Place]]]:
     """Combine the nodes in `held` as far as the tree allows. Return the additions (into, from) in order, and the remaining nodes
-    from left to right. Raises ValueError if two nodes contain the same lane. Independent."""
+    with their places, from left to right. Raises ValueError if two nodes contain the same lane. Independent."""
     additions: list[tuple[Place, Place]] = []
     stack: list[tuple[Node, Place]] = []
     covered = 0

@@ -1,7 +1,8 @@
-"""`python -m mpidp.report RUN [RUN ...] [--out report.html] [--png DIR]`: what runs did, and where their time and energy went.
+"""`python -m mpidp.report RUN [RUN ...] [--out report.html] [--png DIR]` reports what runs did, and where their time and energy
+went.
 
-Writes one HTML file without scripts or network access: loss, throughput, the waterfall from ideal to measured speed, ranks,
-energy, events. Several runs are compared. docs/report.md explains how to read it.
+Writes one HTML file without scripts or network access. It shows loss, throughput, the waterfall from ideal to measured speed,
+ranks, energy and events. Several runs are compared. docs/report.md explains how to read the report.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from mpidp.runtime.options import add_out, program
 
 DESCRIPTION = """\
 Report what runs did, and where their time and energy went. Writes one HTML file without scripts or network access. Several
-runs are compared. docs/report.md explains how to read it."""
+runs are compared. docs/report.md explains how to read the report."""
 
 
 def main() -> None:
@@ -37,11 +38,11 @@ def main() -> None:
     parser = Parser(prog=program("mpidp.report"), usage="%(prog)s RUN [RUN ...] [options]", description=DESCRIPTION,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs (run.dir)")
-    add_out(parser, "the HTML file to write (%(default)s)", metavar="FILE", default="report.html")
-    parser.add_argument("--png", type=Path, metavar="DIR", help="also write the charts as PNG (pip install 'mpidp[report]')")
+    add_out(parser, "the HTML file to write (default: %(default)s)", metavar="FILE", default="report.html")
+    parser.add_argument("--png", type=Path, metavar="DIR", help="also write charts as PNG (needs pip install 'mpidp[report]')")
     parser.add_argument(
         "--grams-per-kwh", type=float, default=0.0, metavar="G",
-        help="CO2e of the electricity (default: energy.grams_per_kwh of each run)",
+        help="CO2e of the electricity in g/kWh (default: energy.grams_per_kwh of each run)",
     )
     parser.add_argument("--price-per-node-hour", type=float, default=0.0, metavar="PRICE",
                         help="price of a node-hour (default: energy.price_per_node_hour of each run)")
@@ -63,7 +64,7 @@ def main() -> None:
 
 
 def named(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
-    """Use the paths as names for runs whose folders have the same name. Pure."""
+    """Return the runs with names. If several folders have the same name, use their paths as names. Pure."""
     names = [run.name for run in runs]
     paths = [str(run.path) for run in runs]
     if len(set(paths)) < len(paths):

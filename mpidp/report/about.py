@@ -1,4 +1,4 @@
-"""Make the sections of the report that describe a run: what was run, its energy and cost, its events, its settings. Pure."""
+"""Makes the sections of the report that describe a run: what was run, its energy and cost, its events, and its settings. Pure."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def what_ran(run: RecordedRun) -> str:
 
 
 def dict_by_line(rows: Sequence[tuple[dict[str, Any], float]]) -> dict[int, float]:
-    """Return {id(line): value} of rows (line, value). Pure."""
+    """Return {id(line): value} for the rows (line, value). Pure."""
     return {id(line): value for line, value in rows}
 
 
@@ -95,7 +95,7 @@ def events(run: RecordedRun) -> str:
 
 
 def _formatted_time(moment: float | None) -> str:
-    with suppress(ValueError, OverflowError, OSError):  # a moment beyond the calendar
+    with suppress(ValueError, OverflowError, OSError):  # a time that the calendar does not contain
         return f"{datetime.fromtimestamp(moment):%Y-%m-%d %H:%M:%S}" if moment else ""
     return ""
 
@@ -107,7 +107,7 @@ def _formatted(key: str, value: Any) -> str:
 
 
 def settings(run: RecordedRun) -> str:
-    """Return the section about settings: first those that differ from the defaults, then all. Pure."""
+    """Return the section about settings. It shows first the settings that differ from the defaults, then all settings. Pure."""
     defaults = Config().flat()
     rows = [(key, str(value)) for key, value in run.config.items()]
     other = [(key, value) for key, value in rows if str(defaults.get(key)) != value]

@@ -1,7 +1,8 @@
-"""Draw charts as SVG text, for a page without network access or scripts: curves, bars, and a heat map of ranks and steps. Pure.
+"""Draws charts as SVG text, for a page without network access or scripts: curves, bars, and a heat map of ranks and steps. Pure.
 
-Colours are CSS classes of the page (s0, s1, ...), with one set for light and one for dark screens. They can be distinguished with
-colour vision deficiency, and curves also differ in their dashes. Values are in <title> elements, which browsers show as tooltips.
+Colours are CSS classes of the page (s0, s1, ...), with one set for light and one for dark screens. Readers with colour vision
+deficiency can distinguish the colours, and curves also differ in their dashes. Values are in <title> elements, which browsers
+show as tooltips.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from html import escape
 
 WIDTH, HEIGHT = 560, 250  # size of a chart in SVG units
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 26, 40  # margins of a chart
-MOST_POINTS = 240  # maximum number of points per curve; more would not be visible
+MOST_POINTS = 240  # maximum number of points per curve; more points would not be visible
 MOST_COLUMNS = 96  # maximum number of columns of a heat map
 
 
@@ -27,7 +28,7 @@ class Curve:
 
 
 def short(value: float) -> str:
-    """Format a number for an axis: 12.5 k, 3 M, 0.002. Pure."""
+    """Format a number for an axis, for example as 12.5 k, 3 M or 0.002. Pure."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else "-"
     for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -37,7 +38,7 @@ def short(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format a time: 0.25 ms, 12.3 s, 4 min 10 s, 3 h 05 min. Pure."""
+    """Format a time, for example as 0.25 ms, 12.3 s, 4 min 10 s or 3 h 05 min. Pure."""
     if not math.isfinite(seconds):
         return "?"
     if seconds < 1:
@@ -62,8 +63,8 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """Reduce a curve to at most `most` points, each the mean of about equally many points. Keeps the first and the last x.
-    Pure."""
+    """Reduce a curve to at most `most` points. Each new point is the mean of about the same number of points. The first and the
+    last x stay the same. Pure."""
     if len(points) <= most:
         return list(points)
     found = []
@@ -88,8 +89,8 @@ def curves(
     title: str, lines: Sequence[Curve], x_name: str, y_name: str, x_format: Callable[[float], str] = short,
     y_format: Callable[[float], str] = short, zero: bool = False, x_ticks: Sequence[float] = (),
 ) -> str:
-    """Return a chart of curves, or "" if no curve has a point. zero: True if the y axis begins at 0. x_ticks: positions of ticks,
-    by default round numbers. Pure."""
+    """Return a chart of curves, or "" if no curve has a point. zero: whether the y axis begins at 0. x_ticks: positions of ticks
+    (default: round numbers). Pure."""
     lines = [
         Curve(line.name, [(x, y) for x, y in line.points if math.isfinite(x) and math.isfinite(y)], line.dots) for line in lines
     ]
@@ -155,7 +156,7 @@ def figure(title: str, picture: str, below: str = "") -> str:
 
 def cascade(rows: Sequence[tuple[str, float, float, str]]) -> str:
     """Return a waterfall chart. rows: (name, start of the bar, end of the bar, label), where start and end are shares of the
-    total. The first bar is the ideal. Pure."""
+    total time. The first bar is the ideal. Pure."""
     row, left, right, width = 26, 132, 210, 760
     span = width - left - right
     body = []

@@ -1,4 +1,4 @@
-"""Compare several runs: their figures, curves, and scaling with the number of ranks. Pure."""
+"""Compares the figures and curves of several runs, and their scaling with the number of ranks. Pure."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ SAME = (
     "data.path",
     "train.micro_batch",
 )
-FREE = ("strategy.servers",)  # exceptions, which may differ
+FREE = ("strategy.servers",)  # settings of these sections that may differ
 HASH_DIGITS = 12  # digits of weights_sha256 in the table
-OWN = ("run.", "faults.", "metrics.", "energy.")  # settings that are left out of the table of differences
+OWN = ("run.", "faults.", "metrics.", "energy.")  # sections that are left out of the table of differences
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,15 @@ class Scaling:
     """The scaling of several runs with the number of ranks."""
 
     kind: str  # "strong", "weak", or "" if no efficiency can be computed
-    why: str  # the reason for this kind
+    why: str  # the reason for `kind`
     rows: list[ScalingPoint]
 
 
 def scaling_of(ranks_batches_speeds: Sequence[tuple[int, int, float]]) -> Scaling:
     """Return the scaling of runs with these (ranks, global batch, tokens per second).
 
-    It is strong if all runs have the same global batch, and weak if the batch is proportional to the number of ranks. Otherwise
-    no efficiency is computed. Pure."""
+    The scaling is strong if all runs have the same global batch, and weak if the batch is proportional to the number of ranks.
+    Otherwise no efficiency is computed. Pure."""
     by_ranks: dict[int, list[float]] = {}
     batches: dict[int, set[int]] = {}
     for ranks, batch, speed in ranks_batches_speeds:
@@ -97,7 +97,7 @@ def differences(runs: Sequence[RecordedRun]) -> list[str]:
 
 
 def scaling_chart(found: Scaling) -> str:
-    """Return a chart of speed against ranks, with the ideal for comparison. Pure."""
+    """Return a chart of speed against the number of ranks, with the ideal speed for comparison. Pure."""
     if len(found.rows) < 2:
         return ""
     first = found.rows[0]
@@ -111,7 +111,7 @@ def scaling_chart(found: Scaling) -> str:
 
 
 def scaling_section(found: Scaling) -> str:
-    """Return the section about scaling: the kind of scaling or the reason why there is none, a table and a chart. Pure."""
+    """Return the section about scaling, with a table and a chart. It states the kind of scaling, or why there is none. Pure."""
     rows = [(str(row.ranks), f"{row.speed:,.0f}", f"{100 * row.efficiency:.1f}%" if row.efficiency is not None else "-")
             for row in found.rows]
     shown = note if not found.kind else paragraph
@@ -121,7 +121,7 @@ def scaling_section(found: Scaling) -> str:
 
 
 def loss_charts(runs: Sequence[RecordedRun], key: str) -> list[str]:
-    """Return the charts of the losses `key` of all runs against tokens and time: val_loss or train_loss. Runs without such losses
+    """Return charts of a loss of all runs against tokens and against time. key: val_loss or train_loss. Runs without this loss
     are left out. Pure."""
     title = {"val_loss": "Validation loss", "train_loss": "Training loss"}[key]
     by_tokens, by_time = [], []
@@ -137,7 +137,7 @@ def loss_charts(runs: Sequence[RecordedRun], key: str) -> list[str]:
 
 
 def compare(runs: Sequence[RecordedRun], falls: Mapping[str, Waterfall], spent: Mapping[str, Costs]) -> str:
-    """Return the sections that compare several runs: table, curves, scaling. Pure."""
+    """Return the sections that compare several runs: a table, curves, and scaling. Pure."""
     rows = []
     for run in runs:
         fall, cost = falls[run.name], spent[run.name]

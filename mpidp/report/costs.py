@@ -1,4 +1,4 @@
-"""Compute energy, node-hours, CO2e and price from measured values and given factors. Nothing is estimated. Pure."""
+"""Computes energy, node-hours, CO2e and price from measured values and given factors. No value is estimated. Pure."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PARTS_MEASURED = {"cpu": "CPU packages and their memory", "gpu": "GPUs"}
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of a run; None if unknown."""
+    """The costs of a run. A cost that is not known is None."""
 
     joules: float | None
-    of: str  # what was measured
+    of: str  # which devices were measured
     why: str  # the reason why energy is missing or incomplete
     node_hours: float | None
     grams: float | None  # emissions, CO2e
@@ -51,7 +51,7 @@ def costs(run: RecordedRun, grams_per_kwh: float, price_per_node_hour: float) ->
 
 
 def _node_hours(run: RecordedRun) -> float | None:
-    """Return the node-hours of all jobs; None if hosts or times were not recorded."""
+    """Return the node-hours of all jobs, or None if hosts or times were not recorded."""
     worked, count, before, total = run.worked(), 0, 0.0, 0.0
     if not worked or not all(machines(start) for start in run.starts):
         return None

@@ -1,4 +1,5 @@
-"""Write the HTML page around the charts: one file with its own style sheet, for light and dark screens and for print. Pure."""
+"""Makes the HTML page around the charts. The page is one file with its own style sheet, for light and dark screens and for print.
+Pure."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ h1.next{break-before:page;margin-top:0}tr,.note{break-inside:avoid}}
 
 
 def page(title: str, under: str, sections: Sequence[str]) -> str:
-    """Return the whole HTML file. under: line below the title. sections: HTML of the sections. Pure."""
+    """Return the whole HTML file. under: the line below the title. sections: HTML of the sections. Pure."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -81,7 +82,7 @@ def section(title: str, *parts: str) -> str:
 
 
 def charts(*figures: str) -> str:
-    """Return HTML that places figures side by side if there is space. Pure."""
+    """Return HTML that shows figures side by side if there is space. Pure."""
     return f'<div class="charts">{"".join(figures)}</div>' if any(figures) else ""
 
 

@@ -1,4 +1,4 @@
-"""Draw the charts of the report with matplotlib and write them as PNG files, for papers and slides."""
+"""Draws the charts of the report with matplotlib and writes them as PNG files, for papers and slides."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mpidp.report.waterfall import PARTS, waterfall
 
 
 def draw(runs: Sequence[RecordedRun], folder: Path) -> list[Path]:
-    """Write loss.png, throughput.png, waterfall_RUN.png, ranks_RUN.png, and scaling.png for runs on several numbers of ranks.
-    Return the paths. Raises UsageError if a file cannot be written. Independent."""
+    """Write loss.png, throughput.png, waterfall_RUN.png and ranks_RUN.png. If the runs used different numbers of ranks, also
+    write scaling.png. Return the paths. Raises UsageError if a file cannot be written. Independent."""
     made = []
     try:
         folder.mkdir(parents=True, exist_ok=True)

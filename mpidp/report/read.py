@@ -1,6 +1,6 @@
-"""Read config.toml and metrics.jsonl in a run's folder for mpidp.report. The `start` line of older runs has no hosts and
-versions; for these runs, the metadata of the newest checkpoint are read, too. Needs neither MPI nor torch, and changes nothing in
-RUN."""
+"""Reads config.toml and metrics.jsonl in a run's folder for mpidp.report. The `start` line of older runs has no hosts and
+versions. For these runs, the metadata of the newest checkpoint is read, too. This module needs neither MPI nor torch, and changes
+no file in RUN."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mpidp.errors import UsageError
 from mpidp.metrics.jsonl import number, read_lines, took
 from mpidp.runtime.json_file import read_json
 
-ALIVE_SECONDS = 10.0  # a lock that is older has no running job, because jobs write to it every second
+ALIVE_SECONDS = 10.0  # if a lock is older, no job is running: a job writes to its lock every second
 
 
 class _Facts(TypedDict):
@@ -32,7 +32,7 @@ class _Sealed(TypedDict):
 
 @dataclass
 class RecordedRun:
-    """One run. The lines are in the order of the file."""
+    """The records of one run. The lines are in the order of the file."""
 
     path: Path
     name: str
@@ -43,7 +43,7 @@ class RecordedRun:
 
     @property
     def starts(self) -> list[dict[str, Any]]:
-        """The `start` lines of the file: one for each job, except for jobs whose steps were dropped later."""
+        """The `start` lines of the file. There is one for each job, except for jobs whose steps were dropped later."""
         return [line for line in self.lines if line.get("event") == "start"]
 
     @property
@@ -63,7 +63,7 @@ class RecordedRun:
 
     @property
     def ranks(self) -> int:
-        """The number of ranks in the last `start` line; 1 if it has none."""
+        """The number of ranks in the last `start` line, or 1 if the line does not state it."""
         return int(number(self.starts[-1], "ranks") or 1) if self.starts else 1
 
     @property
@@ -76,18 +76,19 @@ class RecordedRun:
         return sum(number(line, name) or 0.0 for line in self.lines)
 
     def worked(self) -> list[tuple[dict[str, Any], float]]:
-        """Return (line, seconds of all jobs up to this line, with lost steps) for each line; [] if the lines have no times."""
+        """Return (line, seconds of all jobs up to this line, lost steps included) for each line, or [] if the lines have no
+        times."""
         if not any("unix_seconds" in line for line in self.lines):
             return []
         each = (a + (number(line, "lost_seconds") or 0.0) for a, line in zip(took(self.lines), self.lines, strict=True))
         return list(zip(self.lines, accumulate(each), strict=True))
 
     def seconds(self) -> float:
-        """Return the total time of all jobs in seconds. If it was not recorded, return the time of the steps."""
+        """Return the total time of all jobs in seconds, or the time of the steps if the total was not recorded."""
         return self.worked()[-1][1] if self.worked() else self.total("step_seconds")
 
     def starting(self) -> float:
-        """Return the seconds in which jobs started, or restarted after failures. They are part of seconds()."""
+        """Return the seconds that jobs spent starting, or restarting after failures. seconds() includes this time."""
         return sum(gap for gap, line in zip(took(self.lines), self.lines, strict=True) if line.get("event") == "start")
 
 
@@ -110,7 +111,7 @@ def read(path: Path) -> RecordedRun:
 
 
 def _checkpoint_facts(path: Path) -> dict[str, Any]:
-    """Return facts from the newest checkpoint, or {} if it cannot be read."""
+    """Return facts from the newest checkpoint, or {} if the checkpoint cannot be read."""
     with suppress(OSError, ValueError):
         for folder in sorted((path / "checkpoints").glob("step_*"))[-1:]:
             body = read_json(folder / "manifest.json", _Sealed)["body"]

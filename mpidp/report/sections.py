@@ -1,4 +1,4 @@
-"""Make the sections of the report about one run. Pure."""
+"""Makes the sections of the report about one run. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpidp.report.read import RecordedRun
 from mpidp.report.waterfall import PARTS, Waterfall
 
 MOST_FIGURES = 400  # maximum number of figures of tasks that are shown
-MOST_ROWS = 32  # maximum number of ranks shown; of more ranks, only the slowest and the fastest are shown
+MOST_ROWS = 32  # maximum number of ranks shown; if there are more, only the slowest and the fastest are shown
 
 
 def of_run(run: RecordedRun, fall: Waterfall, spent: Costs) -> str:
@@ -29,7 +29,7 @@ def state(run: RecordedRun, fall: Waterfall) -> str:
     last, of = run.steps[-1]["step"], run.config.get("train.steps")
     parts = []
     if run.going:
-        parts.append(note(f"This run is in progress: step {last} of {of}. The report shows the state at the time it was made."))
+        parts.append(note(f"This run is in progress: step {last} of {of}. The report shows the state when it was made."))
     elif run.end is None:
         parts.append(
             note(
@@ -79,7 +79,7 @@ def learning(run: RecordedRun) -> str:
     tokens_at = {line["step"]: number(line, "tokens") or 0.0 for line in run.steps}
 
     def points(place: Any, found: Sequence[Any], key: str) -> list[tuple[float, float]]:
-        return [(place(line), loss) for line in found if (loss := number(line, key)) is not None]  # a loss that is nan is null
+        return [(place(line), loss) for line in found if (loss := number(line, key)) is not None]  # null: the loss was nan
 
     def lines(place: Any) -> list[Curve]:
         return [Curve("training", points(place, run.steps, "train_loss")),
@@ -96,7 +96,8 @@ def learning(run: RecordedRun) -> str:
 
 
 def tasks(run: RecordedRun) -> str:
-    """Return the section about train.eval_tasks: each figure at the first and the last evaluation, and its range. Pure."""
+    """Return the section about train.eval_tasks. It shows each figure at the first and the last evaluation, and the range of the
+    figure. Pure."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in run.lines:
         if "event" not in line and "val_tokens" in line:
@@ -164,8 +165,8 @@ def time_spent(run: RecordedRun, fall: Waterfall) -> str:
 
 
 def per_rank(run: RecordedRun) -> tuple[list[int], list[tuple[int, list[float], list[float]]]]:
-    """Return (steps, rows) since the last change of ranks. Each row is (rank, compute seconds of each step, data seconds of each
-    step). Pure."""
+    """Return (steps, rows) since the number of ranks last changed. Each row is (rank, compute seconds of each step, data seconds
+    of each step). Pure."""
     count = run.ranks
     lines = [line for line in run.steps if isinstance(line.get("rank_compute_seconds"), list)
              and len(line["rank_compute_seconds"]) == count == len(line.get("rank_data_seconds") or [])]
@@ -177,7 +178,8 @@ def per_rank(run: RecordedRun) -> tuple[list[int], list[tuple[int, list[float], 
 
 
 def ranks(run: RecordedRun) -> str:
-    """Return the section about ranks: the mean time per step of each rank, and a heat map of its compute time by step. Pure."""
+    """Return the section about ranks. It shows the mean time per step of each rank, and a heat map of the compute time by rank
+    and step. Pure."""
     steps, rows = per_rank(run)
     if not rows:
         return section("Ranks", paragraph("The compute time of each rank was not recorded.", "soft"))

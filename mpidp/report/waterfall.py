@@ -1,11 +1,11 @@
-"""From ideal to measured throughput: where the time of a run went, in shares that add up to the total. Pure.
+"""Divides the time of a run into parts that add up to the total, to explain the difference of ideal and measured throughput.
+Pure.
 
 The total is the time of all jobs, from the start of the process to the last line. It includes steps that were lost because a
-restart went back to a checkpoint, and excludes time in which no job worked on the run. Rank 0's line in metrics.jsonl has the
-phases of rank 0 in a step, and the compute time of each rank. The mean compute time of the ranks has two parts. The ideal is the
-compute time in the fastest tenth of all steps; the slowdown is the rest.
-The time by which the slowest rank exceeds the mean is waiting for stragglers. Any longer wait of rank 0 is communication that was
-not overlapped.
+restart went back to a checkpoint. It excludes the time in which no job worked on the run. A line of a step in metrics.jsonl has
+the phases of rank 0, and the compute time of each rank. The mean compute time of the ranks is divided into two parts. The ideal
+is the compute time in the fastest tenth of all steps. The slowdown is the rest. The time by which the slowest rank exceeds the
+mean counts as waiting for the slowest rank. Any longer wait of rank 0 counts as communication that was not overlapped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from mpidp.metrics.jsonl import number
 from mpidp.report.read import RecordedRun
 
-IDEAL_SHARE = 0.1  # the ideal is the compute time of the slowest step in this fastest share of steps
+IDEAL_SHARE = 0.1  # the ideal is the compute time of the slowest step among this share of fastest steps
 PARTS = {  # in the order of the waterfall
     "ideal": "compute, if every step were as fast as the fastest tenth of steps",
     "slowdown": "compute time above the ideal",
@@ -37,11 +37,11 @@ PARTS = {  # in the order of the waterfall
 
 @dataclass(frozen=True)
 class Waterfall:
-    """Seconds by part. They add up to the total time of the run."""
+    """The seconds of each part of a run's time. They add up to the total time."""
 
     seconds: dict[str, float]
     tokens: int  # number of tokens trained on
-    dated: bool  # whether the lines have times; otherwise the time between steps is unknown
+    dated: bool  # whether the lines have times; if not, the time between steps is unknown
 
     @property
     def whole(self) -> float:
@@ -50,12 +50,12 @@ class Waterfall:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Shares of the total time; they add up to 1."""
+        """The shares of the parts in the total time. They add up to 1."""
         return {part: seconds / self.whole if self.whole else 0.0 for part, seconds in self.seconds.items()}
 
     def speeds(self) -> dict[str, float]:
-        """Return tokens per second by part: the speed that the run would have if only this part and the parts before it took
-        time. The first speed is the ideal speed, the last is the measured speed."""
+        """Return tokens per second by part. This is the speed that the run would have if only this part and the parts before it
+        took time. The first speed is the ideal speed. The last speed is the measured speed."""
         found, so_far = {}, 0.0
         for part, seconds in self.seconds.items():
             so_far += seconds
@@ -70,7 +70,7 @@ class Waterfall:
 
 
 def of_step(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds of one step by part; they add up to the step's time. `compute` is the ranks' mean. Pure."""
+    """Return the seconds of one step by part. They add up to the time of the step. `compute` is the mean over the ranks. Pure."""
     data, compute, wait, update, stall, whole = (
         max(0.0, number(line, f"{phase}_seconds") or 0.0) for phase in ("data", "compute", "comm_wait", "update", "stall", "step")
     )
@@ -78,7 +78,7 @@ def of_step(line: Mapping[str, Any]) -> dict[str, float]:
     wait -= stall
     other = max(0.0, whole - data - compute - wait - stall - update)
     computed, fetched = _ranks(line, "rank_compute_seconds"), _ranks(line, "rank_data_seconds")
-    if computed and len(fetched) == len(computed):  # in this case only the sum of rank 0's phases is used
+    if computed and len(fetched) == len(computed):  # then only the sum of these phases of rank 0 is used
         total, count = data + compute + wait, len(computed)
         longest = max(a + b for a, b in zip(computed, fetched, strict=True))
         scale = min(1.0, total / longest) if longest else 0.0  # the clocks of ranks differ slightly

@@ -1,4 +1,4 @@
-"""Check that all ranks have the same software, configuration and parameters."""
+"""Checks that all ranks have the same software, configuration and parameters."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def parameter_facts(named: list[tuple[str, torch.nn.Parameter]]) -> dict[str, st
 
 
 def check_agreement(comm: MPI.Intracomm, facts: dict[str, str]) -> None:
-    """Raise UsageError on all ranks if their facts differ; the message names the differences. Collective over comm."""
+    """Raise UsageError on all ranks if their facts differ. The message names the differences. Collective over comm."""
     everyone = comm.allgather(facts)
     different = [
         f"{name}: rank 0 has {everyone[0].get(name)}, rank {rank} has {theirs.get(name)}"

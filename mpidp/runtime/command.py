@@ -1,4 +1,4 @@
-"""Common parts of all commands: an error becomes one message and one exit code, and a rank that fails ends the job."""
+"""The common parts of all commands. An error becomes one message and one exit code. A rank that fails ends the job."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 
 PAUSE_SECONDS = 0.3  # a pause in which mpirun forwards the last output before the job ends
-LEAVE_SECONDS = 5.0  # how long a rank waits for the others at the end of a job in which ranks may have failed
+LEAVE_SECONDS = 5.0  # how long a rank waits for the others at the end of a job, if ranks may have failed
 T = TypeVar("T")
 
 
-PATHS = {"DIR", "FILE", "PATH", "RUN", "RUN2", "SHARDS", "PREFIX"}  # words in the metavars of options that are paths
+PATHS = {"DIR", "FILE", "PATH", "RUN", "RUN2", "SHARDS", "PREFIX"}  # metavars of options whose values are paths
 
 
 def _expanded(value: Any, name: str) -> Any:
@@ -44,13 +44,13 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UsageError, and prints help only once under mpirun. Independent."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        """Arguments as those of ArgumentParser. Independent."""
+        """Takes the arguments of ArgumentParser. Independent."""
         super().__init__(*arguments, **options)
         self.add_argument("--version", action="version", version=f"mpidp {__version__}", help="show the version, and exit")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does, and expand ~ in the values of options and arguments that are paths, by their metavar. Raises
-        UsageError if a path cannot be expanded. Independent."""
+        """Parse as argparse does, and expand ~ in the values of options and arguments that are paths (see PATHS). Raises
+        UsageError if ~ in a path cannot be expanded. Independent."""
         found, rest = super().parse_known_args(args, namespace)
         for action in self._actions:
             if action.dest in found and PATHS & set(re.split(r"\W", str(action.metavar))):
@@ -107,8 +107,9 @@ def _started_world() -> Any:
 
 
 def _end(code: int, everywhere: bool, others_continue: bool = False) -> NoReturn:
-    """Exit with a code. everywhere: True if all ranks exit with this code; they synchronize first. Otherwise MPI_Abort ends the
-    other ranks, too. If they can continue without this rank, it fails in a way that they detect instead."""
+    """Exit with a code. everywhere: whether all ranks exit with this code. If so, they synchronize first. Otherwise MPI_Abort
+    ends the other ranks, too. others_continue: whether the other ranks can continue without this rank. If so, this rank fails in
+    a way that they detect, and does not end them."""
     sys.stdout.flush()
     sys.stderr.flush()
     world = _started_world()
@@ -120,18 +121,18 @@ def _end(code: int, everywhere: bool, others_continue: bool = False) -> NoReturn
             world.Abort(code)
         if launched_with_ulfm():
             _leave(world, code)
-        if code:  # Open MPI kills slower ranks as soon as one exits with an error: exit together, rank 0 first
+        if code:  # Open MPI kills other ranks as soon as one exits with an error: exit together, rank 0 first
             world.Barrier()
             time.sleep(PAUSE_SECONDS if world.rank else 0)
     sys.exit(code)
 
 
 def _fail(world: Any, code: int) -> NoReturn:
-    """Kill this process with SIGKILL, because Open MPI detects no other exit as a failure. If all ranks fail, the last one exits
+    """Kill this process with SIGKILL, because Open MPI detects no other exit as a failure. If all ranks fail, the last rank exits
     with the code instead, because otherwise the exit code of mpirun would be 0."""
     time.sleep(0 if world.rank else 2 * PAUSE_SECONDS)
     for _ in range(10):
-        with suppress(Exception):  # raised if a rank has failed; MPI detects failures only within a call
+        with suppress(Exception):  # an exception means that a rank has failed; MPI detects failures only within a call
             world.Iprobe()
     if world.Get_failed().size + 1 < world.size:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -163,7 +164,7 @@ def _mpi_needed() -> Iterator[None]:
     except (ImportError, RuntimeError) as error:
         if (message := missing_mpi(error)) is None:
             raise
-        if launcher_rank():  # rank 0 prints the message; an earlier exit of another rank could end it
+        if launcher_rank():  # rank 0 prints the message, unless an earlier exit of another rank ends rank 0
             time.sleep(3 * PAUSE_SECONDS)
         raise UsageError.on_every_rank(message) from None
 
@@ -192,10 +193,10 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
         _end(code, everywhere=False, others_continue=True)
     except BaseException as error:
         world = _started_world()
-        if isinstance(error, BrokenPipeError) and (world is None or world.size == 1):  # the reader has exited, as with `| head`
+        if isinstance(error, BrokenPipeError) and (world is None or world.size == 1):  # the reader of the pipe has exited
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             _end(1, everywhere=True)
-        if isinstance(error, KeyboardInterrupt) and (world is None or world.size == 1):  # Ctrl-C: the shell must see it
+        if isinstance(error, KeyboardInterrupt) and (world is None or world.size == 1):  # Ctrl-C: the shell must see the signal
             log.error("mpidp: interrupted")
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)

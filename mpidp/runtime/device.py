@@ -1,4 +1,4 @@
-"""Choose the threads, the device and the precision of a rank."""
+"""Chooses the threads, the device and the precision of a rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from mpidp.runtime.topology import Topology
 
 
 def resolve_threads(wanted: int, mesh: Topology) -> int:
-    """Return the number of CPU threads: `wanted`, or if this is 0, cores of this node / ranks on this node. Independent."""
+    """Return the number of CPU threads: `wanted`, or (cores of this node) / (ranks on this node) if `wanted` is 0.
+    Independent."""
     return wanted or max(1, mesh.cores // mesh.local_size)
 
 
@@ -32,7 +33,7 @@ def resolve_device(wanted: str, mesh: Topology) -> torch.device:
 
 
 def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of matrix products. auto: bfloat16 if the GPU supports it, else float32. Independent."""
+    """Return the dtype of matrix products. For auto, this is bfloat16 if the GPU supports it, else float32. Independent."""
     if wanted == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]

@@ -1,4 +1,4 @@
-"""The launcher's environment variables, and the variables that must be set before MPI or torch is imported.
+"""Reads the launcher's environment variables, and sets the variables that must be set before MPI or torch is imported.
 
 This is the only file that changes the environment when it is imported.
 """
@@ -13,10 +13,10 @@ from pathlib import Path
 
 BEGAN = time.time()  # when this process started, approximately; seconds since 1970
 WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # variables that determine how OpenMP threads wait
-# the beginnings of the variables with which a launcher tells a process that it is a rank
+# prefixes of the variables that a launcher sets for a process that is a rank
 LAUNCHER_PREFIXES = ("PMI", "PMIX", "OMPI_", "PRTE_", "HYDRA", "SLURM_", "MPI_LOCAL")
-SPIN_COUNT = "1000"  # libgomp's own value if there are more threads than cores
-JOIN_SECONDS = 60  # seconds; time limit for a replacement rank to join the job
+SPIN_COUNT = "1000"  # libgomp's own default if there are more threads than cores
+JOIN_SECONDS = 60  # time limit for a replacement rank to join the job
 
 
 def ask_for_reproducible_blas() -> None:
@@ -33,19 +33,20 @@ def ask_for_reproducible_blas() -> None:
 
 def limit_openmp_spinning() -> None:
     """Let waiting OpenMP threads of libgomp (torch's wheels use it) spin only briefly and then sleep, unless the user has set
-    OMP_WAIT_POLICY or GOMP_SPINCOUNT. By default they spin for milliseconds. While other processes used the same cores, a step
-    took 20 times as long (docs/results/2026-11-29-openmp.md). Must be called before torch is imported. Independent."""
+    OMP_WAIT_POLICY or GOMP_SPINCOUNT. By default they spin for milliseconds. With this default, a step took 20 times as long
+    while other processes used the same cores (docs/results/2026-11-29-openmp.md). Must be called before torch is imported.
+    Independent."""
     if not WAITING & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
 ask_for_reproducible_blas()
 limit_openmp_spinning()
-os.environ.setdefault("OMPI_MCA_osc", "^ucx")  # ucx has no shared-memory windows, and prints long warnings
+os.environ.setdefault("OMPI_MCA_osc", "^ucx")  # ucx supports no shared-memory windows, and prints long warnings
 
 
 def launcher_rank() -> int:
-    """Return this process's rank from the launcher's environment, before MPI starts; 0 without a launcher. Independent."""
+    """Return this process's rank from the launcher's environment, without MPI, or 0 if there is no launcher. Independent."""
     for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
@@ -53,7 +54,7 @@ def launcher_rank() -> int:
 
 
 def launched_size() -> int:
-    """Return the number of ranks that the launcher started, from its environment; 0 if unknown. Independent.
+    """Return the number of ranks that the launcher started, from the environment, or 0 if it is not known. Independent.
 
     The variables of Open MPI and Hydra take precedence over Slurm's: `mpirun -n 1` inside a larger Slurm step is valid.
     """
@@ -74,7 +75,7 @@ def launched_with_ulfm() -> bool:
     return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true")  # noqa: SIM112
 
 
-if launched_with_ulfm():  # on two nodes, these two components returned wrong sums after a failure, without an error
+if launched_with_ulfm():  # on two nodes, the components han and adapt returned wrong sums after a failure, without an error
     os.environ.setdefault("OMPI_MCA_coll", "^han,adapt")
 
 
@@ -88,7 +89,7 @@ def is_replacement_rank() -> bool:
 
 
 def numbers(found: Sequence[int]) -> str:
-    """Format integers as ranges: 0-3,8 for 0, 1, 2, 3, 8. Pure."""
+    """Format integers as ranges, for example 0, 1, 2, 3, 8 as 0-3,8. Pure."""
     ranges: list[list[int]] = []
     for one in sorted(set(found)):
         if ranges and one == ranges[-1][1] + 1:

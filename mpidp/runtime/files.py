@@ -1,4 +1,4 @@
-"""Read regular files only, and write files atomically: after a crash a file is either complete or absent."""
+"""Reads only regular files, and writes files atomically: after a crash a file is either complete or absent."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ def open_regular(path: str | Path) -> IO[bytes]:
 
 
 def create_file(path: Path) -> IO[bytes]:
-    """Create a file for writing. Raises FileExistsError if anything has this name, a link included. Independent."""
+    """Create a file for writing. Raises FileExistsError if a file, folder or link with this name exists. Independent."""
     return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "wb")
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a hidden, random name in the same folder: other users cannot put a link there in advance. Independent."""
+    """Return a hidden, random name in the same folder. Other users cannot create a link of this name in advance. Independent."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
 def write_file(path: Path, content: bytes | str | Callable[[Path], None], sync_folder: bool = True) -> None:
-    """Write a file atomically: write a temporary file, fsync, rename it to path.
+    """Write a file atomically: write a temporary file, fsync it, and rename it to path.
 
     content: the bytes, a text (written as UTF-8), or a function that writes the temporary file. sync_folder: whether to fsync the
-    folder after the rename. If a write fails, removes the temporary file and raises OSError with the path. Independent.
+    folder after the rename. If a write fails, remove the temporary file and raise OSError with the path. Independent.
     """
     temporary = temporary_name(path)
     try:
@@ -81,7 +81,7 @@ def write_file(path: Path, content: bytes | str | Callable[[Path], None], sync_f
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise UsageError if the file --out cannot be created, before any work is done. Independent."""
+    """Raise UsageError if the file of --out cannot be created. Call this before any work is done. Independent."""
     if Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK | os.X_OK):
         raise UsageError(f"--out {path}: cannot be written; give a file in an existing, writable folder")
 

@@ -1,4 +1,5 @@
-"""Read JSON files that another program, or a damaged disk, may have written. A schema describes what a file must contain.
+"""Reads JSON files whose content is not trusted, for example because a disk is damaged. A schema describes what a file must
+contain.
 
 A schema is a type: int, float, str, bool, None, Any, list[T], dict[str, T], a union of these, or a TypedDict. Keys that a
 TypedDict does not name may have any value. A float may be written as an integer. Numbers must be finite, and integers must fit
@@ -20,12 +21,12 @@ from typing import Any, NotRequired, Required, Union, get_args, get_origin, get_
 from mpidp.runtime.files import open_regular
 
 MAX_BYTES = 1 << 30  # no file of a run is larger
-MAX_DEPTH = 100  # deepest nesting of lists and objects; with more, recursive functions could exhaust the stack
+MAX_DEPTH = 100  # deepest nesting of lists and objects; deeper ones could exhaust the stack of recursive functions
 
 
 def read_json(path: Path, schema: Any = dict, max_bytes: int = MAX_BYTES) -> Any:
     """Read a JSON file and check it against the schema. Raises OSError if the file cannot be read or is not a regular file.
-    Raises ValueError, with the place and the problem, if its content is wrong. Independent."""
+    Raises ValueError, with the place and the problem, if the content is wrong. Independent."""
     with open_regular(path) as file:
         data = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)  # read(n) allocates n bytes at once
     if len(data) > max_bytes:
@@ -34,7 +35,8 @@ def read_json(path: Path, schema: Any = dict, max_bytes: int = MAX_BYTES) -> Any
 
 
 def parse_json(data: bytes | str, schema: Any = Any) -> Any:
-    """Parse JSON and check it against the schema. Raises ValueError with the place and the problem. Pure."""
+    """Parse JSON and check it against the schema. Raises ValueError, with the place and the problem, if the content is wrong.
+    Pure."""
     try:
         text = data.decode() if isinstance(data, bytes) else data
         value = json.loads(text)
@@ -53,8 +55,8 @@ def parse_json(data: bytes | str, schema: Any = Any) -> Any:
 
 
 def read_json_lines(path: Path, schema: Any = dict) -> tuple[list[Any], int]:
-    """Read a file of JSON lines. Return (the lines that fit the schema, the number of other lines). An incomplete last line
-    counts as neither. Raises OSError if the file cannot be read. Independent."""
+    """Read a file of JSON lines. Return (the lines that fit the schema, the number of other lines). An incomplete last line is
+    ignored. Raises OSError if the file cannot be read. Independent."""
     with open_regular(path) as file:
         lines = file.read().split(b"\n")
     last = list(parse_json_lines(lines[-1:], schema))
@@ -63,14 +65,15 @@ def read_json_lines(path: Path, schema: Any = dict) -> tuple[list[Any], int]:
 
 
 def parse_json_lines(lines: Iterable[bytes | str], schema: Any = dict) -> Iterator[Any]:
-    """Yield the lines that are JSON and fit the schema; skip other lines. Pure."""
+    """Yield the lines that are JSON and fit the schema. Skip other lines. Pure."""
     for line in lines:
         with suppress(ValueError):
             yield parse_json(line, schema)
 
 
 def check_type(value: Any, schema: Any, place: str = "") -> None:
-    """Raise ValueError if a parsed value does not fit the schema. place: where it stands, for the message. Pure."""
+    """Raise ValueError if a parsed value does not fit the schema. place: the place of the value in the file, for the message.
+    Pure."""
     if schema is Any:
         return None
     kind, arguments = get_origin(schema), get_args(schema)
@@ -106,7 +109,7 @@ def _check_union(value: Any, kinds: tuple[Any, ...], place: str) -> None:
         except ValueError as error:
             problem = error
     if isinstance(value, (dict, list)) and value:
-        raise problem  # the message names the wrong value inside the list or object
+        raise problem  # this error names the wrong value inside the list or object
     raise ValueError(f"{place or 'the content'} is {_shown(value)}, but must be {' or '.join(map(_name, kinds))}")
 
 

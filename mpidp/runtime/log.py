@@ -1,7 +1,6 @@
-"""The logger "mpidp". Each message is one bare line, on standard output up to level info and on standard error from warning.
-
-The environment variable MPIDP_LOG sets the level: debug, info (default), warning or error. The caller decides which rank logs a
-message, usually rank 0. Results, tables and progress are printed, not logged.
+"""The logger "mpidp". Each message is one line without prefix. Levels debug and info go to standard output, higher levels to
+standard error. The environment variable MPIDP_LOG sets the level: debug, info (default), warning or error. The caller decides
+which rank logs a message, usually rank 0. Results, tables and progress are printed, not logged.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return the text as `printable` does, with newlines and tabs as escapes, too. Pure."""
+    """Return the text as printable() does, but with newlines and tabs also written as escapes. Pure."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 class _BareHandler(logging.Handler):
-    """Writes the bare message to the current sys.stdout or sys.stderr. Takes no lock: the watchdog's thread must be able to log
-    while the main thread is blocked in a write."""
+    """Writes the message without prefix to the current sys.stdout or sys.stderr. It takes no lock, because the watchdog's thread
+    must be able to log while the main thread is blocked in a write."""
 
     def createLock(self) -> None:  # noqa: N802
         self.lock = None
@@ -55,12 +54,12 @@ if not log.handlers:
 
 
 def counted(number: int, what: str) -> str:
-    """Return a number with its noun: "1 rank", "2,000 ranks". what: the noun in the singular. Pure."""
+    """Return a number with its noun, for example "1 rank" or "2,000 ranks". what: the noun in the singular. Pure."""
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def set_level() -> None:
-    """Set the level from MPIDP_LOG. Raises UsageError if it is not a level. Independent."""
+    """Set the level from MPIDP_LOG. Raises UsageError if the variable does not name a level. Independent."""
     name = os.environ.get(VARIABLE, "").lower() or "info"
     if name not in LEVELS:
         nearest = difflib.get_close_matches(name, LEVELS, n=1, cutoff=0.0)[0]

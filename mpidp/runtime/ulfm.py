@@ -1,8 +1,8 @@
 """Recovery from failed ranks with MPI's User-Level Failure Mitigation (ULFM), as in Open MPI (`mpirun --with-ft ulfm`).
 
-A rank that detects a failure revokes its communicators, so that no other rank waits for it. Operations that must happen on all
-remaining ranks or on none end with an agreement (MPI_Comm_agree), whose result is the same on all of them. No rank passes an
-agreement before all remaining ranks have reached it; after a failure, the next agreement is false on all.
+A rank that detects a failure revokes its communicators, so that no other rank waits for it. Some operations must happen on all
+remaining ranks or on none. They end with an agreement (MPI_Comm_agree), whose result is the same on all remaining ranks. No rank
+passes an agreement before all remaining ranks have reached it. After a failure, the result of the next agreement is false.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _revocable: list[MPI.Intracomm] = []  # communicators in which other ranks may w
 
 
 class RankFailure(Exception):
-    """A rank failed. Raised on all remaining ranks at the same agreement."""
+    """Raised on all remaining ranks, at the same agreement, if a rank failed."""
 
 
 def revocable(comm: MPI.Intracomm) -> MPI.Intracomm:
@@ -33,7 +33,7 @@ def revocable(comm: MPI.Intracomm) -> MPI.Intracomm:
 
 
 def revoke() -> None:
-    """Revoke this rank's registered communicators: all current and later calls in them fail on all ranks. Independent."""
+    """Revoke this rank's registered communicators. All current and later calls in them then fail on all ranks. Independent."""
     for comm in _revocable:
         if comm not in (MPI.COMM_NULL, MPI.COMM_SELF):
             with suppress(MPI.Exception):
@@ -46,7 +46,8 @@ def is_failure(error: BaseException) -> bool:
 
 
 def agree(comm: MPI.Intracomm, ok: bool) -> bool:
-    """Return True if no rank failed and ok is true on all; all remaining ranks get the same result. Collective over comm."""
+    """Return whether no rank failed and ok is true on all ranks. All remaining ranks get the same result. Collective over
+    comm."""
     try:
         return bool(comm.Agree(int(ok)))
     except MPI.Exception:  # a rank failed
@@ -67,8 +68,8 @@ def agree_on_flags(comm: MPI.Intracomm, flags: int) -> int:
 
 @contextmanager
 def commit(comm: MPI.Intracomm) -> Iterator[None]:
-    """Run the body. Either it succeeds on all ranks, or RankFailure is raised on all. An MpidpError that all ranks raise is
-    passed on. Without ULFM, only runs the body. Collective over comm."""
+    """Run the body. Either the body succeeds on all ranks, or RankFailure is raised on all ranks. An MpidpError that all ranks
+    raise is passed on. Without ULFM, only run the body. Collective over comm."""
     if not launched_with_ulfm():
         yield
         return
@@ -91,7 +92,8 @@ def commit(comm: MPI.Intracomm) -> Iterator[None]:
 
 
 def shrink(comm: MPI.Intracomm) -> MPI.Intracomm:
-    """Return a communicator of the remaining ranks, in their order. Call after a RankFailure. Collective over comm."""
+    """Return a communicator of the remaining ranks, in the same order. Call shrink() after a RankFailure. Collective over
+    comm."""
     left = cast(MPI.Intracomm, comm.Shrink())
     _revocable.clear()
     return revocable(left)

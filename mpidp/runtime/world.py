@@ -1,4 +1,4 @@
-"""Start MPI, and raise exceptions on all ranks together."""
+"""Starts MPI, and raises exceptions on all ranks together."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _BY_CODE = {kind.exit_code: kind for kind in (UsageError, DataError, CheckpointE
 
 
 def start_mpi() -> MPI.Intracomm:
-    """Start MPI and return COMM_WORLD. Raises UsageError if a job of N ranks was started as N jobs of one rank, or in a process
-    that is not a rank. Collective over COMM_WORLD."""
+    """Start MPI and return COMM_WORLD. Raises UsageError if a job of N ranks was started as N jobs of one rank, or if this
+    process is not a rank. Collective over COMM_WORLD."""
     if not MPI.Is_initialized():
         raise UsageError(
             "MPI is not initialized in this process. A process that multiprocessing started, e.g. a worker of a DataLoader, is "
@@ -37,8 +37,8 @@ def start_mpi() -> MPI.Intracomm:
 
 
 def polite_barrier(comm: MPI.Intracomm, waiting: Callable[[], None] = lambda: None) -> None:
-    """Wait at a barrier and sleep meanwhile, so that waiting ranks do not use the cores of working ranks. waiting: called before
-    each pause. Collective over comm."""
+    """Wait at a barrier, with pauses, so that waiting ranks do not use the cores of working ranks. waiting: a function that is
+    called before each pause. Collective over comm."""
     request = comm.Ibarrier()
     pause = 1e-5
     while not request.Test():

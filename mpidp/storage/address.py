@@ -42,24 +42,25 @@ def is_remote(path: str | Path) -> bool:
 
 
 def credentials_from(protocol: str) -> str:
-    """Return in words where the credentials of a protocol are read from. Pure."""
+    """Return a description of where the credentials of a protocol are read from. Pure."""
     return _WHERE.get(protocol, "the environment, as the documentation of the protocol's package describes")
 
 
 def named(name: str, address: str) -> str:
-    """Return how an error names an address: NAME=ADDRESS if it is the value of a setting, without secrets. Pure."""
+    """Return the name of an address in errors, without secrets. It is NAME=ADDRESS if the address is the value of a setting.
+    Pure."""
     shown = without_secrets(re.sub(r"[?#;].*", "?***", address, flags=re.DOTALL))
     return f"{name}={shown}" if name else shown
 
 
 def check_local(option: str, path: str) -> None:
-    """Check that the value of an option that takes local files is not an address. Raises UsageError without secrets. Pure."""
+    """Raise UsageError if the value of an option for local files is an address. The message contains no secrets. Pure."""
     if is_remote(path):
         raise UsageError(f"{option} {named('', path)} is an address, but this command uses local files: copy the files first")
 
 
 def address_problems(name: str, path: str) -> Iterator[str]:
-    """Yield what is wrong with an address, without its secrets. name: its setting, or an empty text. Pure."""
+    """Yield messages about what is wrong with an address, without its secrets. name: the setting, or an empty text. Pure."""
     found = _ADDRESS.fullmatch(path)
     if found is None:
         if _ALMOST.fullmatch(path):

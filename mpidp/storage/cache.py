@@ -1,12 +1,12 @@
-"""A local folder with blocks of remote files. The processes of a node, and several jobs, share it.
+"""A local folder with blocks of remote files. The processes of a node, and several jobs, share the folder.
 
-    CACHE/blocks/KEY/NUMBER   one block of a file: its bytes, then their crc32. KEY stands for the file and its version
+    CACHE/blocks/KEY/NUMBER   one block of a file: its bytes, then their crc32. KEY identifies the file and its version
     CACHE/folders/KEY/...     index.json, tokenizer.json and special_tokens.json of a folder of shards
-    CACHE/used                the bytes on disk, an upper bound
+    CACHE/used                an upper bound on the bytes on disk
     CACHE/lock                locked while blocks are written or deleted
 
 A block is written to a temporary file and then renamed. Its crc32 is checked when a process reads the block for the first time.
-So a block is used only if it is whole, also after a crash. The bytes of a block are added to CACHE/used before the block is
+So a block is used only if it is complete, even after a crash. The bytes of a block are added to CACHE/used before the block is
 written. If the sum exceeds the bound, the least recently read blocks are deleted first.
 """
 
@@ -28,9 +28,9 @@ from mpidp.runtime.files import temporary_name
 
 CRC_BYTES = 4
 BLOCK = 2**18 - CRC_BYTES  # bytes of a block; with its crc32 it fills whole pages of a disk
-PAGE = 4096  # bytes by which files grow on disk
-MOST_SEEN = 10**5  # blocks that a process remembers to have checked
-TOUCH_SECONDS = 30.0  # how often the time of a block that is in use is renewed
+PAGE = 4096  # files grow on disk by this many bytes
+MOST_SEEN = 10**5  # number of checked blocks that a process remembers
+TOUCH_SECONDS = 30.0  # interval at which the time of a block in use is renewed
 KEPT_SHARE = 0.9  # after blocks were deleted, at most this share of the bound is used
 
 
@@ -40,12 +40,13 @@ def default_folder() -> Path:
 
 
 class BlockCache:
-    """The cache at a folder. Thread-safe, and safe for several processes. Independent."""
+    """The cache in a folder. Several threads and processes may use it. Independent."""
 
     def __init__(self, folder: Path, bound: int) -> None:
-        """Create the folder if needed. bound: the largest number of bytes on disk. Raises DataError if it cannot be used."""
+        """Create the folder if needed. bound: the largest number of bytes on disk. Raises DataError if the folder cannot be
+        used."""
         self.folder, self.bound = folder, bound
-        self._seen: dict[tuple[str, int], float] = {}  # when a block that this process has checked was touched
+        self._seen: dict[tuple[str, int], float] = {}  # when this process last touched a block that it has checked
         with self._usable():
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             (folder / "blocks").mkdir(exist_ok=True, mode=0o700)
@@ -53,10 +54,10 @@ class BlockCache:
             if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
                 raise OSError(errno.EPERM, "it belongs to another user, or is a link")
             with self.locked():
-                (folder / "used").unlink(missing_ok=True)  # counted again, since a crash may have left too large a number
+                (folder / "used").unlink(missing_ok=True)  # counted again, because after a crash it may be too large
 
     def read(self, key: str, number: int, size: int, start: int, stop: int) -> bytes | None:
-        """Return bytes [start, stop) of a block, or None if it is not in the cache or not whole. size: bytes of the block."""
+        """Return bytes [start, stop) of a block, or None if the block is missing or incomplete. size: bytes of the block."""
         path = self._path(key, number)
         try:
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -141,7 +142,7 @@ class BlockCache:
         (self.folder / "used").write_text(str(used + size))
 
     def _delete_oldest(self, most: int) -> int:
-        """Delete temporary files, and blocks until at most `most` bytes are used. Return the bytes that are used. The caller
+        """Delete temporary files. Delete blocks until at most `most` bytes are used. Return the number of used bytes. The caller
         holds the lock, so every temporary file was left by a process that was killed."""
         found, used = [], sum(_on_disk(path.stat().st_size) for path in (self.folder / "folders").glob("*/*"))
         for folder in list((self.folder / "blocks").iterdir()):
@@ -153,7 +154,7 @@ class BlockCache:
                     found.append((about.st_mtime_ns, about.st_size, path))
                     used += _on_disk(about.st_size - CRC_BYTES)
             with suppress(OSError):
-                folder.rmdir()  # only if it is empty
+                folder.rmdir()  # removes only an empty folder
         for _, size, path in sorted(found):
             if used <= most:
                 break

@@ -1,4 +1,4 @@
-"""A folder that fsspec opens: Google and Azure storage, and others. fsspec's packages are imported on demand."""
+"""Folders that fsspec opens, for example in Google and Azure storage. fsspec's packages are imported on demand."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PIECE = 8 << 20  # bytes written at a time
 
 
 def open_filesystem(address: Address, name: str, **options: Any) -> tuple[Any, str]:
-    """Return (fsspec's filesystem, the folder in it). Raises UsageError if the package of the protocol is missing, or if there
-    is no such protocol. Independent."""
-    if address.protocol in PACKAGES:  # gcsfs logs tracebacks, also of errors that it raises
+    """Return (fsspec's filesystem, the folder in it). Raises UsageError if the package of the protocol is missing, or if the
+    protocol is not known. Independent."""
+    if address.protocol in PACKAGES:  # gcsfs also logs tracebacks of errors that it raises
         logging.getLogger(PACKAGES[address.protocol]).addHandler(logging.NullHandler())
     try:
         import fsspec
@@ -41,7 +41,8 @@ def open_filesystem(address: Address, name: str, **options: Any) -> tuple[Any, s
 
 
 class FilesystemStore:
-    """A folder that fsspec opens. See Store. A range and its version are two requests, because fsspec has no request for both."""
+    """A folder that fsspec opens. See Store. Reading a range and checking its version takes two requests, because fsspec has no
+    request for both."""
 
     def __init__(self, address: Address, name: str) -> None:
         self.address = address
@@ -98,7 +99,8 @@ class FilesystemStore:
         return f"{self._root.rstrip('/')}/{name}"
 
     def _tag(self, found: dict[str, Any]) -> str:
-        """Return what changes when a file is replaced. The names of the fields differ between protocols."""
+        """Return the field of fsspec's information that changes when a file is replaced. The name of this field depends on the
+        protocol."""
         keys = ("ETag", "etag", "generation", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
         return "; ".join(str(found[key]) for key in keys if key in found)
 
@@ -109,7 +111,7 @@ class FilesystemStore:
             raise self._translated(error) from None
 
     def _translated(self, error: Exception) -> Exception:
-        """Return the store's exception for one of fsspec."""
+        """Return the exception of store.py that corresponds to an exception of fsspec."""
         if isinstance(error, (Unreachable, Refused)):
             return error
         if isinstance(error, FileNotFoundError):

@@ -11,7 +11,7 @@ from mpidp.storage.web import WebStore
 
 
 def open_store(address: str, name: str = "") -> Store:
-    """Open the folder at an address. Makes no request. Raises UsageError if the address is not valid, or if the package of its
+    """Open the folder at an address, without a request. Raises UsageError if the address is not valid, or if the package of its
     protocol is missing. name: the setting, for errors. Independent."""
     for problem in address_problems(name, address):
         raise UsageError(problem)

@@ -20,14 +20,14 @@ from mpidp.storage.cache import BLOCK, BlockCache
 from mpidp.storage.retry import Retries
 from mpidp.storage.store import Missing, Store, Version
 
-REQUEST_BLOCKS = 16  # blocks of one request, 4 MiB
-FETCHERS = 4  # requests of a folder at a time
-URGENT, AHEAD = 0, 1  # priorities of requests: a reader waits; no reader waits
+REQUEST_BLOCKS = 16  # blocks per request (4 MiB)
+FETCHERS = 4  # number of simultaneous requests for a folder
+URGENT, AHEAD = 0, 1  # priorities of requests: URGENT if a reader waits, else AHEAD
 
 
 class Fetchers:
-    """Threads that make requests: first those for which a reader waits, then the others in order. They are daemon threads, so
-    that a process can end while a server does not answer. Independent."""
+    """Threads that make requests. Requests for which a reader waits come first, then the others in order. The threads are daemon
+    threads, so that a process can end while a server does not answer. Independent."""
 
     def __init__(self) -> None:
         self._queue: PriorityQueue[tuple[int, int, Callable[[], None]]] = PriorityQueue()
@@ -45,10 +45,10 @@ class Fetchers:
 
 
 class RemoteFile:
-    """One file of a store, of one version. Thread-safe. Independent.
+    """One version of one file of a store. Thread-safe. Independent.
 
-    Every method may raise DataError: if the server does not answer within the limit of `retries`, if it refuses the request, or
-    if the file was replaced on the server.
+    Every method raises DataError if the server does not answer within the limit of `retries`, if the server refuses the request,
+    or if the file was replaced on the server.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RemoteFile:
         self._groups: dict[Future[dict[int, bytes]], range] = {}  # the blocks of each request
 
     def read(self, start: int, size: int) -> bytes:
-        """Return bytes [start, start + size). They are fetched if they are not in the cache."""
+        """Return bytes [start, start + size). Bytes that are not in the cache are fetched."""
         if start < 0 or start + size > self.size:
             raise DataError(f"{self.address}: bytes [{start}, {start + size}) are outside the file of {self.size:,} bytes")
         found = {number: self._cached(number, first, last) for number, first, last in self._places(start, size)}
@@ -114,8 +114,8 @@ class RemoteFile:
         return requests
 
     def _run(self, future: Future[dict[int, bytes]], group: range) -> None:
-        """Fetch a group of blocks, store them in the cache, and give them to those who wait for the future."""
-        with self._lock:  # a request that became more urgent is in the queue twice
+        """Fetch a group of blocks, store them in the cache, and set them as the result of the future."""
+        with self._lock:  # a request that became more urgent is in the queue a second time
             if future.running() or future.done():
                 return
             future.set_running_or_notify_cancel()
@@ -152,7 +152,8 @@ def _groups(numbers: list[int]) -> Iterator[range]:
 
 
 class RemoteArray:
-    """A part of a remote file as a vector. A slice of it is a new array. A slice of the whole vector is kept in memory."""
+    """A part of a remote file as a vector. Slicing it returns a new array. The array of a slice over the whole vector is kept in
+    memory."""
 
     def __init__(self, file: RemoteFile, dtype: np.dtype[Any], offset: int, count: int) -> None:
         self._file, self._dtype, self._offset, self.size = file, dtype, offset, count
@@ -170,7 +171,7 @@ class RemoteArray:
 
 
 class RemoteReader(io.RawIOBase):
-    """A remote file as a Python file, for HDF5 and for checksums."""
+    """A Python file object for a remote file, for HDF5 and for checksums."""
 
     def __init__(self, file: RemoteFile) -> None:
         super().__init__()
@@ -189,7 +190,7 @@ class RemoteReader(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Set the position, as files do. Independent."""
+        """Set the position, like the method seek() of files. Independent."""
         self._at = offset + (0, self._at, self._file.size)[whence]
         return self._at
 

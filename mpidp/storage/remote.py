@@ -1,4 +1,5 @@
-"""A remote folder of shards: its small files are copied to the cache, and ranges of its shards are read through the cache."""
+"""Remote folders of shards. The small files of a folder are copied to the cache. Ranges of its shards are read through the
+cache."""
 
 from __future__ import annotations
 
@@ -27,10 +28,10 @@ OLD_SECONDS = 30 * 86400.0  # copies of small files that were not used for this 
 
 
 class CacheOptions(NamedTuple):
-    """The place of the cache of remote files, and how long failed requests are repeated."""
+    """Where remote files are cached, and how long failed requests are repeated."""
 
     folder: str = ""  # "": default_folder()
-    gigabytes: float = 10.0  # largest size, in 10**9 bytes
+    gigabytes: float = 10.0  # largest size of the cache, in 10**9 bytes
     retry_seconds: float = 300.0
 
 
@@ -41,8 +42,8 @@ class RemoteFolder:
     """A folder of shards at an address. Independent. Thread-safe.
 
     path: its address. local: a local folder with copies of index.json, tokenizer.json and special_tokens.json. The constructor
-    fetches them, unless another process of this node has done so. Raises UsageError if the address is not valid, and DataError if
-    the server refuses a request or does not answer.
+    fetches these files, unless another process of this node has done so. Raises UsageError if the address is not valid, and
+    DataError if the server refuses a request or does not answer.
     """
 
     def __init__(self, address: str, options: CacheOptions = DEFAULT_CACHE) -> None:
@@ -73,14 +74,14 @@ class RemoteFolder:
         return dict(self._versions)
 
     def expect(self, versions: Mapping[str, Version]) -> None:
-        """Expect these versions of files that this process opens later: those that other ranks have found. Raises DataError if
+        """Expect these versions when this process opens files later. Other ranks have found these versions. Raises DataError if
         the ranks found different versions."""
         for name, version in versions.items():
             if self._versions.setdefault(name, version) != version:
                 raise DataError(f"{self.path / name}: it was replaced on the server while this job started; start it again")
 
     def check_room(self, size: int) -> None:
-        """Log a warning if the cache is smaller than `size`, the bytes that a node reads ahead at a time."""
+        """Log a warning if the cache is smaller than `size`, the number of bytes that a node reads ahead at a time."""
         if size > self.cache.bound:
             log.warning("warning: data.cache_gb=%.3g is small: a node reads %.3g GB of %s at a time, so ranges are fetched "
                         "repeatedly", self.cache.bound / 1e9, size / 1e9, self.path)
@@ -93,7 +94,7 @@ class RemoteFolder:
         return self._retries.call(self.path / name, lambda: self._store.version(name))
 
     def _fetch_small_files(self) -> Path:
-        with self.cache.locked("folders.lock"):  # the other processes of this node wait, and then find the files
+        with self.cache.locked("folders.lock"):  # the other processes of this node wait until the files are copied
             try:
                 version = self._version(INDEX)
             except Missing as error:
@@ -108,10 +109,10 @@ class RemoteFolder:
             return folder
 
     def _copy_small_files(self, folder: Path, version: Version) -> None:
-        """Copy the index, after the files that it names."""
+        """Copy the files that the index names, then the index itself."""
         index = self._read_whole(INDEX, version)
         wanted: dict[str, str] = {}
-        with suppress(ValueError, TypeError, KeyError, RecursionError):  # read_index() says what is wrong with the index
+        with suppress(ValueError, TypeError, KeyError, RecursionError):  # read_index() reports what is wrong with the index
             raw = json.loads(index)
             wanted = {f"{key}.json": str(raw[key]["sha256"]) for key in ("tokenizer", "special_tokens") if key in raw}
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,4 +1,5 @@
-"""Repeat failed requests, after pauses that double, with jitter, up to a time limit. One line of text names the server."""
+"""Repeats failed requests up to a time limit, after pauses that double, with random changes. A warning of one line names the
+server."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from mpidp.storage.address import without_secrets
 from mpidp.storage.store import Missing, Refused, Unreachable
 
 T = TypeVar("T")
-FIRST_SECONDS = 20.0  # limit as long as the server has never answered: the address may be wrong
+FIRST_SECONDS = 20.0  # time limit if the server has never answered, because the address may be wrong
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0  # seconds between two tries
-QUIET_SECONDS = 30.0  # at most one warning in this time
+QUIET_SECONDS = 30.0  # least time between two warnings
 
 
 class Retries:
@@ -30,18 +31,19 @@ class Retries:
         self._warned_at = -QUIET_SECONDS
         self._on_wait: Callable[[], None] = lambda: None
         self._closed = threading.Event()
-        self._random = random.Random()  # not the global generator: the training may use it
+        self._random = random.Random()  # not the global generator, because training may use it
 
     def report_waits(self, on_wait: Callable[[], None]) -> None:
         """Call on_wait about every second during a pause between two tries, and after each answer. Independent."""
         self._on_wait = on_wait
 
     def close(self) -> None:
-        """End the pauses: a failed request is not repeated. Independent."""
+        """End the pauses. Failed requests are then not repeated. Independent."""
         self._closed.set()
 
     def call(self, where: str, request: Callable[[], T]) -> T:
-        """Return request(). Raises Missing, and DataError with the place, the reason and the number of tries. Independent."""
+        """Return request(). Raises Missing if the file is missing. Raises DataError, with the reason, if the server refuses the
+        request or the time limit is over. Independent."""
         began, pause, tries = time.monotonic(), FIRST_PAUSE, 0
         while True:
             try:

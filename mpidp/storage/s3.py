@@ -1,4 +1,4 @@
-"""A folder in S3, or in a store that speaks its protocol: one GetObject for each range, with the condition If-Match.
+"""Folders in S3, or in a store with the same protocol. A range is read with one GetObject, with the condition If-Match.
 
 Credentials, region and endpoint are those of boto3: AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_DEFAULT_REGION, AWS_ENDPOINT_URL, and
 ~/.aws. FSSPEC_S3_ANON=true reads public buckets without credentials. The package s3fs is imported on demand.
@@ -14,7 +14,7 @@ from mpidp.storage.address import Address, credentials_from, named
 from mpidp.storage.filesystem import FilesystemStore, open_filesystem
 from mpidp.storage.store import Changed, Missing, Refused, Unreachable, Version, checked_length
 
-SILENT_SECONDS = 20.0  # a server that sends nothing for this long does not answer
+SILENT_SECONDS = 20.0  # time without any data after which a server counts as not answering
 REQUEST_SECONDS = 120.0  # the longest duration of one request
 ACCESS = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AllAccessDisabled",
           "AccountProblem", "401", "403"}
@@ -31,11 +31,11 @@ class S3Store(FilesystemStore):
     def __init__(self, address: Address, name: str) -> None:
         config = {
             "connect_timeout": SILENT_SECONDS, "read_timeout": SILENT_SECONDS, "retries": {"total_max_attempts": 1},
-            "request_checksum_calculation": "when_required",  # not every store understands boto's newer checksums
+            "request_checksum_calculation": "when_required",  # not every store supports boto's newer checksums
         }
         self.address = address
         self._system, self._root = open_filesystem(address, name, config_kwargs=config, skip_instance_cache=True)
-        self._system.retries = 1  # retry.py tries again, and says so
+        self._system.retries = 1  # retry.py tries again, and logs this
         self._bucket, _, self._prefix = self._root.rstrip("/").partition("/")
         if not self._bucket:
             raise UsageError(f"{named(name, address)}: the bucket is missing, as in s3://bucket/prefix")
@@ -56,7 +56,7 @@ class S3Store(FilesystemStore):
             except Missing:
                 raise Refused(f"there is no bucket {self._bucket}") from None
             except Refused:
-                pass  # this key may not ask for the bucket
+                pass  # this key does not permit this request about the bucket
             raise error from None
         return Version(int(found["ContentLength"]), str(found["ETag"]))
 

@@ -1,6 +1,7 @@
-"""The interface of all stores: files with a size and a version, which are read in ranges of bytes.
+"""The interface of all stores. A store has files with a size and a version, which are read in ranges of bytes.
 
-A version changes when a file is replaced: an S3 ETag, for example. read() returns bytes of the stated version, or raises Changed.
+The version, for example an S3 ETag, changes when a file is replaced. read() returns bytes of the stated version, or raises
+Changed.
 """
 
 from __future__ import annotations
@@ -19,35 +20,36 @@ class Version(NamedTuple):
 
 
 class Unreachable(Exception):  # noqa: N818
-    """The server did not answer, or answered with an error that may pass. The request can be tried again."""
+    """The server did not answer, or answered with a temporary error. The request can be tried again."""
 
 
 class Refused(Exception):  # noqa: N818
-    """The server answered with an error that does not pass: no access, no such bucket."""
+    """The server answered with a permanent error, for example that the bucket does not exist."""
 
 
 class Missing(Refused):
-    """There is no such file."""
+    """The file does not exist."""
 
 
 class Changed(Refused):
-    """The file is no longer of the version that was asked for."""
+    """The file no longer has the requested version."""
 
 
 class Store(Protocol):
-    """A folder on a server. Every method makes one request, and raises Unreachable or Refused. Thread-safe. Independent."""
+    """A folder on a server. Every method makes one request. If the request fails, it raises Unreachable or Refused. Thread-safe.
+    Independent."""
 
     address: Address
 
     def version(self, name: str) -> Version:
-        """Return the size and the version of a file. Raises Missing if there is none. Independent."""
+        """Return the size and the version of a file. Raises Missing if the file does not exist. Independent."""
 
     def read(self, name: str, start: int, stop: int, version: Version) -> bytes:
-        """Return bytes [start, stop) of a file of this version. Raises Changed if it has another version. Independent."""
+        """Return bytes [start, stop) of this version of a file. Raises Changed if the file has another version. Independent."""
 
     def write(self, name: str, content: IO[bytes], size: int) -> None:
-        """Write a file of `size` bytes, and replace an earlier file. A file that is not complete has no name, or a wrong size.
-        Independent."""
+        """Write a file of `size` bytes, and replace an existing file. If writing fails, the file does not exist or has a wrong
+        size. Independent."""
 
     def names(self, folder: str) -> list[str]:
         """Return the names of all files below a folder, relative to the store. Independent."""
@@ -57,7 +59,7 @@ class Store(Protocol):
 
 
 def checked_length(data: bytes, start: int, stop: int) -> bytes:
-    """Return the data if they have the length of the range. Raises Unreachable if the answer was cut off. Pure."""
+    """Return the data if its length is that of the range. Raises Unreachable if the answer was cut off. Pure."""
     if len(data) != stop - start:
         raise Unreachable(f"{len(data):,} of {stop - start:,} bytes arrived")
     return data

@@ -1,7 +1,6 @@
-"""A folder on a web server, read with Python's own HTTP client: HEAD, and GET with Range.
+"""Folders on a web server, which are read with Python's own HTTP client, by HEAD and by GET with Range.
 
-The answer must state the range that was asked for (Content-Range), and the version (ETag, else Last-Modified) of the first.
-
+An answer must state the requested range (Content-Range), and the same version (ETag, else Last-Modified) as the first answer.
 User name and password come from ~/.netrc. Source: RFC 9110, sections 13 and 14.
 """
 
@@ -23,11 +22,11 @@ from mpidp.errors import UsageError
 from mpidp.storage.address import Address, credentials_from
 from mpidp.storage.store import Changed, Missing, Refused, Unreachable, Version, checked_length
 
-SILENT_SECONDS = 20.0  # a server that sends nothing for this long does not answer
+SILENT_SECONDS = 20.0  # time without any data after which a server counts as not answering
 REQUEST_SECONDS = 120.0  # the longest duration of one request
-PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP codes of errors that may pass
+PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP codes of temporary errors
 PIECE = 1 << 16
-SAFE = "%/:[]@!$&'()*+,;=~"  # characters of an address that are sent as they are (RFC 3986); others are percent-encoded
+SAFE = "%/:[]@!$&'()*+,;=~"  # characters of an address that are not percent-encoded (RFC 3986)
 
 
 class WebStore:
@@ -76,7 +75,7 @@ class WebStore:
         url = urllib.parse.quote(self.address, SAFE) + "/" + urllib.parse.quote(name)
         request = urllib.request.Request(url, method=method, headers={"User-Agent": "mpidp", **headers})
         if login := _login(urllib.parse.urlsplit(url).hostname or ""):
-            request.add_unredirected_header("Authorization", login)  # not sent to another host
+            request.add_unredirected_header("Authorization", login)  # the header is not sent to another host
         try:
             return urllib.request.urlopen(request, timeout=SILENT_SECONDS)
         except urllib.error.HTTPError as error:
@@ -101,7 +100,7 @@ def _translated(code: int) -> Exception:
 
 
 def _login(host: str) -> str:
-    """Return the header Authorization for a host that ~/.netrc names, else an empty text."""
+    """Return the header Authorization for a host that ~/.netrc names, or an empty text for other hosts."""
     try:
         found = netrc.netrc().authenticators(host)
     except (OSError, netrc.NetrcParseError):
@@ -117,7 +116,7 @@ def _tag(answer: Any) -> str:
 
 
 def _body(answer: Any, size: int) -> bytes:
-    """Read at most `size` bytes, within REQUEST_SECONDS."""
+    """Read at most `size` bytes of an answer, within REQUEST_SECONDS."""
     pieces, until = [], time.monotonic() + REQUEST_SECONDS
     try:
         while size > 0 and (piece := answer.read1(min(size, PIECE))):

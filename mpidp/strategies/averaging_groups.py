@@ -8,8 +8,8 @@
 | pairs | random pairs, seeded by t; if the number of ranks is odd, one rank does not average | Lian 2018 (AD-PSGD), section 3 |
 | exponential | rank r receives from rank r - 2^(t mod log2 P) | Assran 2019 (SGP), appendix A |
 
-No round changes the mean over all ranks, because the weights of each rank's model in all averages add up to one. With
-`exponential`, after log2 P rounds each rank has received, directly or indirectly, from every other rank.
+No round changes the mean of the models over all ranks: over all averages of a round, the weights of one rank's model add up to
+one. With `exponential`, after log2 P rounds each rank has received, directly or indirectly, from every other rank.
 """
 
 from __future__ import annotations

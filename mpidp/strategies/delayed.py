@@ -6,7 +6,7 @@ the same sums in the same order, so replicas stay equal. With k = 0 this is `syn
 first k steps make no update. drain() applies the remaining sums.
 
 Delay compensation estimates the gradient at the current parameters theta from the late gradient g. The estimate is g + lambda g *
-g * (theta - theta_then). Here theta_then are the parameters with which g was computed. See Zheng 2017, "Asynchronous Stochastic
+g * (theta - theta_then), where theta_then are the parameters with which g was computed. See Zheng 2017, "Asynchronous Stochastic
 Gradient Descent with Delay Compensation", eq. 10.
 """
 
@@ -38,10 +38,10 @@ class PendingUpdate:
     """A batch whose gradient has not been applied yet."""
 
     slot: int  # index of its gradient buffer
-    tokens: Tensor  # (1,) float64: number of target tokens in this rank's lanes; after the sum, in the batch
+    tokens: Tensor  # (1,) float64: target tokens in this rank's lanes; after the sum, in the batch
     limit: float  # largest gradient norm that is applied
     then: Tensor | None = None  # the parameters with which the gradient was computed, for delay compensation
-    task: Task | None = None  # the task that sums the gradient; None when it is done
+    task: Task | None = None  # the task that sums the gradient; None when the sum is complete
 
     def wait(self) -> None:
         """Wait until the gradient is summed. Collective over compute_comm."""
@@ -85,10 +85,10 @@ class Delayed(Synchronous):
         self._fresh = True
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Start the sum of this batch's gradient, and apply the sum of k batches ago. Return the norm of the applied sum. tokens:
-        number of target tokens in this rank's lanes. Collective over compute_comm."""
+        """Start to sum this batch's gradient, and apply the sum for the batch k steps ago. Return the norm of the applied sum.
+        tokens: number of target tokens in this rank's lanes. Collective over compute_comm."""
         self.reducer.observers.enter("reduce")
-        if self._fresh:  # this rank computed nothing
+        if self._fresh:  # this rank computed no lane
             self.buffer.flat[self._slot].zero_()
         then = self.flat.clone() if self.options.compensation else None
         pending = PendingUpdate(self._slot, torch.tensor([float(tokens)], dtype=torch.float64), limit, then)
@@ -100,11 +100,11 @@ class Delayed(Synchronous):
         return self._apply(lr, self._in_flight.popleft())
 
     def _sum(self, pending: PendingUpdate) -> None:
-        """Sum the gradient, in the thread. Collective over compute_comm."""
+        """Sum the gradient; runs in the thread. Collective over compute_comm."""
         self._flat_reducer.wait(self._flat_reducer.comm.Iallreduce(MPI.IN_PLACE, buf(pending.tokens)))
         for bucket in self.buffer.buckets:
             self._flat_reducer.sum_observed(self.buffer.flat[pending.slot], bucket)
-        self._flat_reducer.end_round(applied=True)  # never undone, because residuals contain only finite values
+        self._flat_reducer.end_round(applied=True)  # never undone: residuals contain only finite values
 
     def _apply(self, lr: float, pending: PendingUpdate) -> StepStats:
         with self.reducer.transport.timed():
@@ -142,7 +142,7 @@ class Delayed(Synchronous):
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state, including the sums that were in flight. Independent."""
+        """Load the state, including the sums that were in flight when it was saved. Independent."""
         late = {name: value for name, value in state.items() if name.startswith("in_flight/")}
         super().load_state_dict({name: value for name, value in state.items() if name not in late})
         self._in_flight.clear()

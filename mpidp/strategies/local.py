@@ -1,17 +1,18 @@
 """Ranks train independently and average periodically: local SGD, DiLoCo, partial aggregation and gossip.
 
-A rank updates its own parameters with the gradients of its own lanes (inner steps). Every `sync_every` steps ranks average:
+A rank updates its own parameters with the gradients of its own lanes (inner steps). Every `sync_every` steps the ranks average
+their models:
 
-- With group=all, all ranks store the common parameters after the last average, called the anchor. The outer gradient
-  (anchor - theta_r) is averaged over the ranks, weighted by target tokens. Then SGD with Nesterov momentum makes an outer step
-  from the anchor (Douillard 2023, DiLoCo, algorithm 1). outer_lr=1 with outer_momentum=0 is local SGD (Stich 2019), which
-  averages parameters. With `fragments`, the model is divided into fragments, which are averaged at different steps (Douillard
-  2025, Streaming DiLoCo, section 2.2). With `overlap`, an average is started in one round and applied in the next round, to the
-  parameters of the rank at that time (Kale 2025).
+- With group=all, every rank stores the parameters after the last average. They are the same on all ranks and are called the
+  anchor. The outer gradient (anchor - theta_r) is averaged over the ranks, weighted by target tokens. Then SGD with Nesterov
+  momentum makes an outer step from the anchor (Douillard 2023, DiLoCo, algorithm 1). outer_lr=1 with outer_momentum=0 is local
+  SGD (Stich 2019), which averages parameters. With `fragments`, the model is divided into fragments, which are averaged at
+  different steps (Douillard 2025, Streaming DiLoCo, section 2.2). With `overlap`, an average is started in one round and applied
+  in the next round, to the parameters of the rank at that time (Kale 2025).
 - With any other group, the parameters are averaged within the group of the round (averaging_groups.py).
 
-At a meeting all ranks average the whole model without delay, so that all have one common model. With group=all, anchor and outer
-momentum take 8 bytes of memory per parameter; overlap takes 8 bytes more.
+At a meeting all ranks average the whole model without delay, so that all have one common model. With group=all, the anchor and
+the outer momentum take 8 bytes of memory per parameter. `overlap` takes 8 bytes more.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Local(Synchronous):
                 "comm.bucket_mb"
             )
         self._fragments = [buckets[i :: options.fragments] for i in range(options.fragments)]
-        self._tokens = torch.zeros(options.fragments, dtype=torch.float64)  # target tokens since each fragment's average
+        self._tokens = torch.zeros(options.fragments, dtype=torch.float64)  # target tokens since each fragment's last average
         self._in_flight: list[Task | None] = [None] * options.fragments  # the running average of each fragment
         self._background = Background()
         if options.overlap:
@@ -73,7 +74,7 @@ class Local(Synchronous):
         self._momentum = torch.zeros_like(self._anchor)
 
     def more_slots(self, options: StrategyOptions) -> int:
-        """Return 2 with overlap, for the slots SUM and OWN, else 0. Independent."""
+        """Return 2 with overlap (the slots SUM and OWN), else 0. Independent."""
         return 2 * options.overlap
 
     def start(self) -> None:
@@ -83,7 +84,7 @@ class Local(Synchronous):
             self._anchor.copy_(self.flat)
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Make an inner step, and the averages that are due. If this rank's gradient is not finite, the rank makes no update, but
+        """Make an inner step and the averages that are due. If this rank's gradient is not finite, the rank makes no update, but
         the step is counted. tokens: number of target tokens in this rank's lanes. Collective over compute_comm if an average is
         due, else independent."""
         stats = self._inner(lr, tokens, limit)
@@ -158,8 +159,8 @@ class Local(Synchronous):
 
     def _outer_step(self, part: slice, mean: Tensor, own: Tensor | None) -> None:
         """Update the anchor with `mean`, the averaged outer gradient, and set the parameters to the anchor. own: None, or this
-        rank's contribution if the average was started in the previous round. In that case the inner steps since then stay in the
-        parameters."""
+        rank's contribution if the average was started in the previous round. In that case the parameters keep the inner steps
+        that were made since then."""
         anchor, momentum, mu = self._anchor[part], self._momentum[part], self.options.outer_momentum
         momentum.mul_(mu).add_(mean)
         moved = (mean + mu * momentum).mul_(-self.options.outer_lr)

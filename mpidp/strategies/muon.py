@@ -1,8 +1,8 @@
 """Muon (Jordan 2024) and NorMuon (Li 2025, arXiv 2510.05491) for matrices, or boxes of matrices, on one or several ranks.
 
-Momentum, weight decay and the update work element by element, on the boxes that a rank holds. Only the update direction is
-gathered to one rank, which makes the whole matrix orthogonal (parallel/whole_matrices.py). Therefore optimizer state and
-checkpoints are the same on every mesh.
+A rank computes momentum, weight decay and the update element by element, on the boxes that it holds. Only the update direction of
+a matrix is gathered on one rank, which makes the whole matrix orthogonal (parallel/whole_matrices.py). Therefore optimizer state
+and checkpoints are the same on every mesh.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mpidp.parallel.whole_matrices import Box, Hidden, Matrix, WholeMatrices
 from mpidp.strategies.newton_schulz import orthogonalized
 
 MATRIX_STATE = {"muon": ("momentum_buffer",), "normuon": ("momentum_buffer", "second_momentum_buffer")}
-MOMENTUM = 0.95  # as in torch.optim.Muon, with Nesterov's form
+MOMENTUM = 0.95  # as in torch.optim.Muon, with Nesterov momentum
 FIRST_MOMENTUM = 0.85  # momentum in the first step, with optim.momentum_warmup
 BETA2, EPS = 0.95, 1e-8  # decay and epsilon of NorMuon
 
@@ -29,10 +29,10 @@ class Muon:
         self, name: str, hidden: Hidden, held: Sequence[tuple[Box, torch.nn.Parameter, dict[str, Tensor]]],
         weight_decay: float, cautious: bool = False, warmup: int = 0,
     ) -> None:
-        """name: muon or normuon. held: for each box its parameter, with the gradient in .grad, and its state tensors, which are
-        named as in MATRIX_STATE and have the shape of the box. The second state of NorMuon has one value per row, which is
-        repeated along the row. cautious: decay only elements that the update moves towards 0. warmup: number of updates over
-        which the momentum rises to its value. Collective over hidden.comm."""
+        """name: muon or normuon. held: the boxes of this rank. Each has a parameter, with the gradient in .grad, and state
+        tensors, which are named as in MATRIX_STATE and have the shape of the box. The second state of NorMuon has one value per
+        row, which is repeated along the row. cautious: decay only elements that the update moves towards 0. warmup: number of
+        updates over which the momentum rises to its final value. Collective over hidden.comm."""
         self._name, self._decay, self._cautious, self._warmup = name, weight_decay, cautious, warmup
         self._momentum = MOMENTUM
         self._held = {box.name: (p, state) for box, p, state in held}
@@ -60,7 +60,7 @@ class Muon:
         return [p.grad.lerp(state["momentum_buffer"], self._momentum), *(second[:, :1] for second in list(state.values())[1:])]
 
     def _orthogonal(self, matrices: list[tuple[str, Matrix]]) -> list[Matrix]:
-        """Return the updates of whole matrices; with NorMuon also the new second moments (m, 1)."""
+        """Return the updates of whole matrices, and with NorMuon also the new second moments (m, 1)."""
         found = orthogonalized([matrix[0] for _, matrix in matrices])
         if self._name == "muon":
             return [[one] for one in found]
@@ -84,10 +84,10 @@ def decay_towards_zero(p: Tensor, update: Tensor, rate: float) -> None:
 
 
 def normalized(update: Tensor, second: Tensor) -> Matrix:
-    """Return [update, second moment] of NorMuon (algorithm 1). Each row of the orthogonal matrix is divided by the root of the
-    moving average of its mean square. Then all rows are scaled so that the root mean square of the elements stays that of an
-    orthogonal matrix. update: (m, n). second: (m, 1). Pure."""
-    wide = update.float().contiguous()  # a sum over strided rows has other bits
+    """Return [update, second moment] of NorMuon (algorithm 1). Each row of the orthogonal matrix is divided by the square root of
+    the moving average of its mean square. Then all rows are scaled by one factor, so that the root mean square of the elements is
+    that of an orthogonal matrix. update: (m, n). second: (m, 1). Pure."""
+    wide = update.float().contiguous()  # a sum over strided rows would have other bits
     second = second.lerp(wide.square().mean(1, keepdim=True), 1 - BETA2)
     rows = wide / (second.sqrt() + EPS)
     norm = torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=1))

@@ -1,4 +1,4 @@
-"""Optimizers over flat parameters and over shards: torch's, and Muon for hidden matrices."""
+"""Optimizers of flat parameters and of shards: torch's optimizers, and Muon for hidden matrices."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cautious_adamw() -> Any:
     """Return the class of AdamW with cautious weight decay (muon.decay_towards_zero). Independent."""
 
     class Cautious(without_compiler(torch.optim.AdamW)):  # type: ignore[misc]
-        """AdamW without weight decay, then weight decay of the elements that the update has moved towards 0."""
+        """AdamW whose weight decay is applied after the update, to the elements that the update has moved towards 0."""
 
         @torch.no_grad()
         def step(self) -> None:
@@ -75,12 +75,12 @@ class Optimizer:
         holds: range | None = None, hidden: Hidden | None = None, cautious: bool = False, momentum_warmup: int = 0,
     ) -> None:
         """Weight decay applies to tensors with two or more dimensions. name: adamw, adam, sgd (with momentum beta1), muon or
-        normuon. The last two use Muon (muon.py) for the hidden matrices and AdamW for the other parameters. parameters,
+        normuon. muon and normuon use Muon (muon.py) for the hidden matrices and AdamW for the other parameters. parameters,
         gradients: (num_elements,). share: (index, count) of the share that this rank updates. bounds: the count + 1 bounds of the
-        shares, outside the hidden matrices; without it, shares are cut at multiples of ALIGN, and hidden matrices are dealt in
-        the order of their cost. holds: the indices of the shares whose state this rank stores (default: all). With `holds`, the
-        caller saves the state. hidden: the hidden matrices and the ranks that update them together; default: none.
-        cautious, momentum_warmup: the settings of section optim. Collective over hidden.comm."""
+        shares, none of which is inside a hidden matrix. Without `bounds`, shares are cut at multiples of ALIGN, and the hidden
+        matrices are distributed in the order of their cost. holds: the indices of the shares whose state this rank stores
+        (default: all). With `holds`, the caller saves the state. hidden: the hidden matrices and the ranks that update them
+        together (default: none). cautious, momentum_warmup: the settings of section optim. Collective over hidden.comm."""
         if name not in (*MOMENTS, *MATRIX_STATE):
             raise ValueError(f"unknown optimizer {name!r}")
         self._layout, self._name = layout, name
@@ -128,8 +128,8 @@ class Optimizer:
         return MATRIX_STATE[self._name] if what in self._matrices else self.keys
 
     def _state(self, what: str, low: int, piece: torch.nn.Parameter) -> dict[str, Tensor]:
-        """Return the state of a piece of a parameter: views of the flat state tensors, so that ranks that share memory have one
-        copy. low: index of its first element."""
+        """Return the state of a piece of a parameter. The state consists of views of the flat state tensors, so ranks that share
+        memory have one copy. low: index of the first element of the piece."""
         low -= self.held.start
         flats = zip(self.names(what), self._moments, strict=False)
         return {key: flat[low : low + piece.numel()].view(piece.shape) for key, flat in flats}
@@ -162,12 +162,12 @@ class Optimizer:
                 yield what, key, views[i]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state tensors of all parameters, by `parameter/key`. This includes parameters that other ranks update."""
+        """Return the state tensors of all parameters, by `parameter/key`, including parameters that other ranks update."""
         found = {f"{what}/{key}": view for what, key, view in self._views()}
         return found | {f"{what}/step": torch.tensor(float(self.updates)) for what, key, _ in self._views() if key == "exp_avg"}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state. Raises ValueError for an entry that belongs to no parameter."""
+        """Load the state. Raises ValueError if an entry belongs to no parameter."""
         views = {f"{what}/{key}": view for what, key, view in self._views()}
         for entry, value in state.items():
             if entry.endswith("/step") and entry.removesuffix("step") + "exp_avg" in views:
@@ -185,8 +185,8 @@ class ShardedOptimizer:
         self, name: str, pieces: list[tuple[str, Entry, bool]], weight_decay: float, beta1: float, beta2: float,
         hidden: Hidden | None = None, cautious: bool = False, momentum_warmup: int = 0,
     ) -> None:
-        """Arguments as for Optimizer, but pieces: (parameter name, this rank's shard, whether weight decay applies).
-        Collective over hidden.comm."""
+        """pieces: (parameter name, this rank's shard, whether weight decay applies) of each parameter. The other arguments are
+        those of Optimizer. Collective over hidden.comm."""
         self.updates = 0
         hidden = hidden or Hidden()
         matrices = hidden.names if name in MATRIX_STATE else frozenset()
@@ -236,8 +236,8 @@ class ShardedOptimizer:
 
 
 def _order(layout: FlatLayout, hidden: Hidden) -> dict[str, int]:
-    """Return the names of the hidden matrices, with their positions in the order of decreasing cost. If the matrices are dealt to
-    the shares in this order, all shares cost about the same."""
+    """Return the names of the hidden matrices, with their positions in the order of decreasing cost. If the matrices are assigned
+    to the shares in turn in this order, all shares cost about the same."""
     found = [(p.numel() * min(p.shape), name) for _, name, p in layout.placed() if name in hidden.names]
     return {name: i for i, (_, name) in enumerate(sorted(found, reverse=True))}
 

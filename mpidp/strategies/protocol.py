@@ -1,7 +1,7 @@
 """The interface of strategies to the training loop. A new strategy is a new file that implements this interface; the training
 loop does not change.
 
-A *meeting* is a step at which all ranks synchronize, and after which all have one common model.
+A *meeting* is a step at which all ranks synchronize, and after which all ranks have the same model.
 """
 
 from __future__ import annotations
@@ -73,19 +73,18 @@ class Strategy(GradientSink, Protocol):
     one_copy: bool  # whether all ranks of a group use one copy of parameters and optimizer state
     reducer: Reducer
     buffer: Any  # the GradientBuffer; None if the strategy has none
-    survives_failures: bool  # whether a run resumes from memory after a failure of ranks; otherwise from a checkpoint
+    survives_failures: bool  # whether a run resumes from memory after ranks failed; otherwise it resumes from a checkpoint
 
     def synchronizes_at(self, step: int) -> bool:
         """Return whether this step (counted from 1) is a meeting. Evaluations, checkpoints and the end of the run are possible
         only at meetings. The result is the same on every rank. Independent."""
 
     def fill(self, forwards: int) -> None:
-        """Run `forwards` dummy forward passes if all ranks must run the same number of passes with this strategy; otherwise do
+        """Run `forwards` dummy forward passes, if this strategy requires the same number of passes on all ranks. Otherwise do
         nothing. Collective over compute_comm in the first case."""
 
     def start(self) -> None:
-        """Prepare for the first step. Call this once. If a checkpoint is loaded, load it before this call. Collective over
-        compute_comm."""
+        """Prepare for the first step. Call start() once, after a checkpoint (if any) is loaded. Collective over compute_comm."""
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
         """Call each observer with the gradient of every lane that this rank computes in the next step. Independent."""
@@ -94,11 +93,11 @@ class Strategy(GradientSink, Protocol):
         """Discard the gradients of the current step, which will be computed again. Independent."""
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Make an update from the step's gradients. tokens: number of target tokens in the global batch, or in this rank's lanes
-        if not every step is a meeting. limit: gradient norm above which the update is skipped. Collective over compute_comm."""
+        """Make an update from the step's gradients. tokens: number of target tokens in the global batch; if not every step is a
+        meeting, in this rank's lanes. limit: gradient norm above which the update is skipped. Collective over compute_comm."""
 
     def drain(self) -> None:
-        """Apply all updates in flight. Afterwards all ranks have one common model. Collective over compute_comm."""
+        """Apply all updates in flight. Afterwards all ranks have the same model. Collective over compute_comm."""
 
     def state_dict(self) -> dict[str, Entry]:
         """Return the state, besides the parameters, that an exact resume needs. Independent."""
@@ -111,8 +110,8 @@ class Strategy(GradientSink, Protocol):
         Independent."""
 
     def resume_after_failure(self, before: Any) -> None:
-        """Resume from the state of `before`, the strategy from before a failure. This strategy uses the same memory, on the
-        remaining ranks. If another rank fails during this call, `before` is unchanged. Collective over compute_comm."""
+        """Resume from the state of `before`, the strategy that was used before ranks failed. This strategy uses the same memory,
+        on the remaining ranks. If another rank fails during this call, `before` is unchanged. Collective over compute_comm."""
 
     def resume_with_new_ranks(self, before: Any) -> None:
         """Resume after new ranks have joined: broadcast rank 0's state from `before`, the previous strategy (None on new ranks).
@@ -120,7 +119,7 @@ class Strategy(GradientSink, Protocol):
         over compute_comm."""
 
     def flats(self) -> dict[str, Tensor]:
-        """Return the tensors that must be equal on all replicas, by suffix of their names. Independent."""
+        """Return the flat tensors that must be equal on all replicas, by the suffix of their names. Independent."""
 
     def close(self) -> None:
         """Free the shared memory with parameters and state. Collective over compute_comm."""

@@ -1,12 +1,12 @@
-"""A quorum: an update is made when the gradients of a fraction of the lanes have arrived. Late gradients are added to a later
-update, so none is dropped.
+"""Training with a quorum: an update is made when the gradients of a fraction of the lanes have arrived. Late gradients are added
+to a later update, so no gradient is dropped.
 
 Every rank computes its lanes of batch i with the parameters theta_i and contributes the gradient. Round i sums the contributions
 that have arrived when the round closes (quorum_rounds.py). Every rank divides the sum by the number of target tokens in the
 round, as in `synchronous`, and makes the update from theta_i to theta_{i+1}. A rank that is late with batch i finds round i
 closed, makes the same update, and continues with batch i + 1. Therefore replicas are equal at the same step. A late gradient was
 computed with the parameters theta_i of its batch i, but is added up to `staleness` rounds later. At a meeting all contributions
-have arrived. Therefore nothing is in flight at a checkpoint, an evaluation or the end of the run.
+have arrived. Therefore no contribution is in flight at a checkpoint, at an evaluation or at the end of the run.
 
 This combines the majority collective of Eager-SGD with the bounded staleness of SSP. See Li 2020, "Taming unbalanced training
 workloads in deep learning with partial collective operations", section 4, and Ho 2013, section 3. A thread of rank 0 receives
@@ -42,10 +42,10 @@ from mpidp.strategies.quorum_rounds import RoundTracker
 from mpidp.strategies.synchronous import Synchronous
 
 # Tags of MPI messages. GIVEN: notice of a contribution, sent to rank 0. CLOSED: the contributions of a closed round, sent by rank
-# 0. Both messages have float64 values: the number of target tokens, whether ranks synchronize at this batch, and in CLOSED
-# messages the number of contributions of each rank.
+# 0. Both messages have float64 values: the number of target tokens, and whether ranks synchronize at this batch. CLOSED messages
+# also have the number of contributions of each rank.
 GIVEN, CLOSED = range(2)
-FIRST_SECONDS, LONGEST_SECONDS = 5e-5, 5e-4  # shortest and longest pause between two polls; pauses grow while nothing arrives
+FIRST_SECONDS, LONGEST_SECONDS = 5e-5, 5e-4  # shortest and longest pause between two polls; pauses grow while no message arrives
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class Quorum(Synchronous):
         self._lanes = [len(lanes) for lanes in self._flat_reducer.shares.ranges]
         self._needed = max(1, math.ceil(self.options.quorum * sum(self._lanes) - 1e-9))  # in floating point, 0.1 x 30 exceeds 3
         self._free = deque(range(1, self.options.staleness + 2))
-        self._slot = 0  # the slot of the current batch; 0: none so far
+        self._slot = 0  # the slot of the current batch; 0: no slot so far
         self._steps = 0
         self._joined: list[list[int]] = []  # number of contributions of each rank in each round since the last meeting
         self._background = Background()
-        self._serving = self._closing = False  # whether the thread runs _serve(); whether it must end
+        self._serving = self._closing = False  # whether the thread runs _serve(); whether the thread must end
         self._tracker: RoundTracker  # tracks the rounds since the last meeting
         self._given: SimpleQueue[tuple[int, float, bool]] = SimpleQueue()  # to the thread: (slot, target tokens, synchronizes)
         self._summed: SimpleQueue[Round | BaseException] = SimpleQueue()  # from the thread
@@ -135,10 +135,11 @@ class Quorum(Synchronous):
             self.buffer.flat[self._slot].zero_()
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Contribute the gradient of this rank's lanes, and make the update of the batch's round. tokens: number of target tokens
-        in this rank's lanes. Collective over compute_comm at a meeting. At other steps this rank waits only for the quorum."""
+        """Contribute the gradient of this rank's lanes, and make the update of this batch's round. tokens: number of target
+        tokens in this rank's lanes. Collective over compute_comm at a meeting. At other steps this rank waits only for the
+        quorum."""
         self.reducer.observers.enter("reduce")
-        self._begin()  # needed if this rank had no lanes to compute
+        self._begin()  # needed if this rank had no lane to compute
         synchronizes = self.synchronizes_at(self._steps + 1)
         self._given.put((self._slot, tokens, synchronizes))
         self._slot = 0
@@ -199,12 +200,12 @@ class Quorum(Synchronous):
                     pause = FIRST_SECONDS
             while self._sends and not self._closing:
                 self._flat_reducer.wait(self._sends.pop()[0])
-        except BaseException as error:  # step() raises it in the main thread; here it would be lost
+        except BaseException as error:  # step() raises the error in the main thread; here it would be lost
             self._summed.put(error)
 
     def _turn(self, tracker: RoundTracker) -> bool | None:
-        """Send and receive notices of contributions. If the next round has closed, sum it and return whether ranks synchronize at
-        it; otherwise return None."""
+        """Send and receive notices of contributions. If the next round has closed, sum it and return whether all ranks
+        synchronize at this round. Otherwise return None."""
         if (row := self._closed(tracker)) is None:
             return None
         self._sum(row[0], [int(count) for count in row[2:]])
@@ -263,12 +264,12 @@ class Quorum(Synchronous):
     # Checkpoints and the end
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the state at a meeting. No contribution is in flight then. Independent."""
+        """Return the state at a meeting, when no contribution is in flight. Independent."""
         found = super().state_dict() | {"steps": Entry(torch.tensor([self._steps]))}
         return found | ({"joined": Entry(torch.tensor(self._joined))} if self._joined else {})  # if the last batch was skipped
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state. Raises UsageError if it is from a run without a quorum. Independent."""
+        """Load the state. Raises UsageError if the state is from a run without a quorum. Independent."""
         own = {name: state[name] for name in ("steps", "joined") if name in state}
         if "steps" not in own:
             raise UsageError("strategy.quorum is below 1, but the checkpoint is of a run without a quorum")
@@ -282,8 +283,8 @@ class Quorum(Synchronous):
         self._closing = True
 
     def close(self) -> None:
-        """Stop the thread, and receive the remaining notices on rank 0. If the thread is in the middle of a round, all ranks must
-        end at the same batch. Collective over compute_comm."""
+        """Stop the thread, and receive the remaining notices on rank 0. If a round is in progress, all ranks must end at the same
+        batch. Collective over compute_comm."""
         self._closing = True
         self._background.close()
         sent = self.compute_comm.allgather(self._notices)

@@ -3,8 +3,8 @@
 Every rank contributes the gradients of its lanes of batch 0, 1, 2 and so on. Round i makes the update of batch i. Round i closes
 when
 
-1. the ranks that have contributed to batch i hold at least `needed` lanes,
-2. the contributions contain target tokens (in an epoch's last batch some lanes are empty), and
+1. the ranks that have contributed to batch i have at least `needed` lanes in total,
+2. the contributions contain target tokens (some lanes of an epoch's last batch are empty), and
 3. no rank is more than `staleness` batches behind.
 
 At a meeting, the round closes only when all contributions have arrived. A contribution that arrives after its round joins the
@@ -28,7 +28,7 @@ class RoundTracker:
         """lanes: number of lanes of each rank. order: None, or in a replay the ranks in each round, once for each
         contribution."""
         self.lanes, self.needed, self.staleness = lanes, needed, staleness
-        self.round = 0  # the number of the round that closes next, and of its batch
+        self.round = 0  # the round that closes next, and also the number of its batch
         self.given = [0] * len(lanes)  # number of contributions received from each rank
         self._waiting = [deque[float]() for _ in lanes]  # target tokens of the contributions that have not joined a round
         self._order = None if order is None else deque(order)

@@ -2,17 +2,17 @@
 
 A worker pushes slices of its gradient to the servers and waits for the updated slices of the parameters, without a global
 barrier. See Li 2014, "Scaling Distributed Machine Learning with the Parameter Server", section 3. The last M ranks of the job are
-servers. Servers compute no gradients. Workers store no optimizer state.
+servers, which compute no gradients. The other ranks are workers, which store no optimizer state.
 
-| mode | a server applies | it answers |
+| mode | a server applies | a server answers |
 |---|---|---|
 | sync | the sum of all workers' gradients of a batch, added in order of workers | after the update |
 | async | every push when it arrives | immediately |
 | ssp | every push when it arrives | when the worker is at most `staleness` batches ahead of the slowest (Ho 2013) |
 
-Let B be the target tokens of a batch. A push with n of these tokens is applied with learning rate lr n / |B|. So the rates of all
-pushes of a batch add up to lr. Let u be the number of updates since the worker received its parameters. The rate is divided by 1
-+ floor(u / N). See Zhang 2016, "Staleness-aware Async-SGD", eq. 6, here with the delay in units of N updates.
+In modes async and ssp, a push with n of the B target tokens of its batch is applied with learning rate lr n / B. So the rates of
+all pushes of a batch add up to lr. The rate is then divided by 1 + floor(u / N), where u is the number of updates since the
+worker received its parameters. See Zhang 2016, "Staleness-aware Async-SGD", eq. 6, here with the delay in units of N updates.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ ANSWERED, NORM, SKIPPED = range(3)  # fields of an answer: version of the slice;
 
 
 class Server(Synchronous):
-    """Implements the parameter server. Workers push slot 0 of the gradient buffer. Servers receive into slot 1 and sum in slot
-    0."""
+    """Implements the parameter server. Workers push slot 0 of their gradient buffer. Servers receive into slot 1 and sum in slot
+    0 of theirs."""
 
     survives_failures = False
     synchronizes_always = False
@@ -75,7 +75,7 @@ class Server(Synchronous):
         return {"share": (index, servers), "bounds": self._bounds} if index >= 0 else None
 
     def more_slots(self, options: StrategyOptions) -> int:
-        """Return 1 on servers, which need a slot to receive into, else 0. Independent."""
+        """Return 1 on servers, which receive into an additional slot, else 0. Independent."""
         return int(self.compute_comm.rank >= self.compute_comm.size - options.servers)
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
@@ -97,14 +97,14 @@ class Server(Synchronous):
         self.reducer.observers.enter("reduce")
         gradient, sync = self.buffer.flat[0], self.options.mode == "sync"
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
-        if not sync:  # each push causes a separate update, so the gradient is clipped or skipped here
+        if not sync:  # every push makes its own update, so the gradient is clipped or skipped here
             norm = global_norm(gradient) * scale if tokens else 0.0
             if not (math.isfinite(norm) and norm <= limit):
                 tokens = 0
             gradient.mul_(scale * (self.clip / norm if self.clip and norm > self.clip else 1.0))
         with self.reducer.transport.timed():
-            # Start the receives first. Otherwise a server that answers could wait for a worker that still pushes to another
-            # server.
+            # Start the receives first. Otherwise a server could wait until a worker, which is still pushing to another server,
+            # receives its answer.
             pulls = [self._begin_pull(server, parameters=not synchronizes) for server in range(self._servers)]
             self._push(gradient, lr, tokens)
             for server, (answer, parts) in enumerate(pulls):
@@ -157,7 +157,8 @@ class Server(Synchronous):
         return self._stats
 
     def _next(self) -> int:
-        """Return the rank from which to receive the next push: any worker, or in a replay the worker of the replayed run."""
+        """Return the rank from which to receive the next push: any worker, or in a replay the same worker as in the replayed
+        run."""
         if not self.options.arrivals:
             return MPI.ANY_SOURCE
         if not self._expected:
@@ -212,8 +213,8 @@ class Server(Synchronous):
                 wire.sent_bytes += piece.nbytes
 
     def _serve_all(self, limit: float, synchronizes: bool) -> StepStats:
-        """In mode sync, add all workers' gradients of a batch in order of workers, scale the sum, clip it by the norm over all
-        servers, and update."""
+        """In mode sync, add all workers' gradients of a batch in order of workers. Scale the sum, clip it by the norm over all
+        servers, and make the update."""
         self.reducer.observers.enter("reduce")
         total, header, tokens, lr = self.buffer.total[self._mine], np.zeros(5), 0.0, 0.0
         total.zero_()

@@ -1,13 +1,13 @@
 """Synchronous data parallelism with sharded gradients and optimizer state (mesh.shard=2), or also sharded parameters
-(mesh.shard=3). It uses torch's FSDP2 (Zhao 2023; ZeRO-2 and 3, Rajbhandari 2020) over mpidp.c10d.
+(mesh.shard=3). It uses torch's FSDP2 (Zhao 2023; ZeRO-2 and ZeRO-3, Rajbhandari 2020), with mpidp.c10d for communication.
 
 Every rank stores some rows of each parameter. The parameters of a Transformer block are gathered before the block is computed.
 For each micro-batch, the block's gradient is summed over the ranks, and each rank keeps its rows of the sum. At level 2, the
 gathered parameters are kept until the last backward pass of the step. At level 3, they are freed when the block has been
 computed.
 
-Forward and backward passes are therefore collective. A rank with fewer or empty micro-batches runs dummy passes. MPI chooses the
-order of addition, so weights equal the weights of level 0 only up to rounding.
+Forward and backward passes are therefore collective. A rank with fewer micro-batches than others, or with empty ones, runs dummy
+passes. MPI chooses the order of addition, so weights equal the weights of level 0 only up to rounding.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def shard(model: Any, comm: MPI.Intracomm, level: int, device: torch.device) -> 
     world: Any = dist.group.WORLD
     mesh = DeviceMesh.from_group(world, device.type)
     for module in [*model.blocks.children(), model]:
-        stays = module is model and model.defers_head  # the loss uses the head's matrix after forward
+        stays = module is model and model.defers_head  # the loss uses the matrix of the output layer after forward
         fully_shard(module, mesh=mesh, reshard_after_forward=level == 3 and not stays)
         module.set_gradient_divide_factor(1.0)  # sum gradients, because losses are divided by the tokens of all ranks
         module.set_force_sum_reduction_for_comms(True)
@@ -71,7 +71,7 @@ class Sharded:
 
     survives_failures = False  # a shard is lost with the rank that holds it
     synchronizes_always = True
-    buffer: Any = None  # there is no flat gradient buffer
+    buffer: Any = None  # this strategy has no flat gradient buffer
 
     def __init__(
         self, comm: MPI.Intracomm, group: Group, named_parameters: list[tuple[str, torch.nn.Parameter]], reducer: Reducer,
@@ -86,12 +86,12 @@ class Sharded:
         self.clip, self.nominal_tokens = clip, nominal_tokens
         self._parts = parts
         lanes, shares = reducer.lanes, reducer.shares
-        # The number of forward passes of every rank in a step: as many as the rank with the most micro-batches needs.
+        # The number of forward passes of every rank in a step, which is the largest number of micro-batches of any rank.
         self._most = max(sum(len(lanes.micro_batches(lane)) for lane in mine) for mine in shares.ranges)
-        self._made = self._open = 0  # forward passes of this step before the current micro-batch, and of the current micro-batch
+        self._made = self._open = 0  # forward passes of this step before, and in, the current micro-batch
         shard(model, comm, level, reducer.transport.device)
         self.named = list(model.named_parameters())
-        self._sent_bytes = sum(shard_of(p).tensor.nbytes for _, p in self.named) * (comm.size - 1)  # one gather of all shards
+        self._sent_bytes = sum(shard_of(p).tensor.nbytes for _, p in self.named) * (comm.size - 1)  # for one gather of all shards
         pieces = [(name, shard_of(p), p.dim() >= 2) for name, p in self.named]
         self.optimizer = ShardedOptimizer(make_optimizer.args[0], pieces, **make_optimizer.keywords)
         model.register_forward_hook(self._count)
@@ -116,7 +116,7 @@ class Sharded:
             self._open, self._made = 0, self._made + 1
 
     def _keep(self, last: bool) -> None:
-        """With level 2, keep the gathered parameters until the last backward of the step."""
+        """At level 2, keep the gathered parameters until the last backward pass of the step."""
         if self.level == 2:
             self.model.set_reshard_after_backward(last)
 
@@ -150,11 +150,11 @@ class Sharded:
             p.grad = None
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Scale, clip and update like Synchronous.step, but on shards. The squares of the norm are added in order of ranks, so
-        every rank gets the same bits. Collective over compute_comm."""
+        """Scale, clip and update like Synchronous.step, but on shards. The squared norms of the ranks' shards are added in order
+        of ranks, so every rank gets the same bits. Collective over compute_comm."""
         self.reducer.observers.enter("reduce")
         reshard_all(self.model)
-        gradients = [shard_of(grad).tensor for _, p in self.named if (grad := p.grad) is not None]  # also of dummy passes
+        gradients = [shard_of(grad).tensor for _, p in self.named if (grad := p.grad) is not None]  # dummy passes included
         scale = self.nominal_tokens / max(1, tokens)
         norm = self._norm(gradients) * scale if tokens else 0.0
         if self.clip and norm > self.clip:

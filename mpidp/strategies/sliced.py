@@ -1,9 +1,9 @@
 """Synchronous training with a sharded optimizer state (mesh.shard=1; ZeRO-1, Rajbhandari 2020). Each rank has a copy of the
-parameters, or the ranks of a node share one copy. Each rank stores the optimizer state of one slice and updates this slice. Then
-all updated slices are gathered into every copy.
+parameters, or the ranks of a node share one copy. Each rank stores the optimizer state of one slice of the parameters, and
+updates this slice. Then all updated slices are gathered into every copy.
 
-Gradients are summed as at level 0, and updates work element by element. Therefore the weights equal the weights of level 0 bit
-for bit. If all ranks are on one node and share a copy, the state exists only once even without sharding.
+Gradients are summed as without sharding, and updates work element by element. Therefore the weights equal those of mesh.shard=0
+bit for bit. If all ranks are on one node and share a copy, the optimizer state is stored only once even without sharding.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class Sliced(Synchronous):
     survives_failures = False  # a slice is lost with the rank that holds it
 
     def optimizer_share(self) -> dict[str, Any] | None:
-        """Return the arguments of Optimizer for the slice that this rank updates, and for the slices whose state its memory
-        holds. Independent."""
+        """Return the arguments of Optimizer: the slice that this rank updates, and the slices whose state its memory holds.
+        Independent."""
         rank, size, members = self.compute_comm.rank, self.compute_comm.size, self.group.members[self.group.index]
         self._bounds = self.bounds(size, ALIGN)
         return {"share": (rank, size), "bounds": self._bounds, "holds": members if self.one_copy else range(rank, rank + 1)}
 
     def _publish(self) -> None:
-        """Gather all slices into every copy. If the ranks of a node share a copy, the slices of the node are divided
-        equally among the rails, and each rail exchanges its range."""
+        """Gather all slices into every copy. If the ranks of a node share a copy, the slices of the node are divided into equal
+        ranges, one per rail, and each rail exchanges its range."""
         transport = self.reducer.transport
         with transport.timed():
             self.group.fence()

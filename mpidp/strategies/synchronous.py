@@ -1,7 +1,8 @@
-"""Exact synchronous data parallelism: each step averages all lanes, and all replicas (or rank 0) make the same update.
+"""Exact synchronous data parallelism: each step averages the gradients of all lanes, and all replicas (or only rank 0) make the
+same update.
 
 theta <- update(theta, (sum over lanes of the gradients of token losses) / (number of tokens)). The gradient is the mean over the
-tokens of the global batch, not a mean of the means of lanes or ranks. docs/equations.md explains the formula.
+tokens of the global batch. It is not a mean of the means of lanes or ranks. docs/equations.md explains the formula.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Synchronous:
     ) -> None:
         """make_optimizer: called with layout, parameters, gradients, memory and share. clip: largest gradient norm, or 0 for no
         clipping. nominal_tokens: global_batch x seq_len, by which losses are divided. one_copy: whether the ranks of a group
-        share one copy of parameters and optimizer state, of which each rank updates a share. spare_slots: number of gradient
+        share one copy of parameters and optimizer state. Each rank then updates a share of it. spare_slots: number of gradient
         buffers in addition to those of the reducer. most_slots: number of gradient buffers that this rank may need after failures
         of other ranks. parts: this rank's part of the model, if the model is divided by mesh.tp or mesh.pp. Collective over
         comm, and over parts.grid.world if there are parts."""
@@ -77,10 +78,10 @@ class Synchronous:
             self.survives_failures &= hidden.comm.size == 1  # otherwise a failure can interrupt an update
         self.flat = memory(self.buffer.num_elements)
         self.buffer.layout.adopt(self.flat)
-        self.optimizer: Optimizer | None = None  # with comm.reducer=root only rank 0 has one
+        self.optimizer: Optimizer | None = None  # with comm.reducer=root only rank 0 has an optimizer
         if (share := self.optimizer_share()) is not None:
             self.optimizer = make_optimizer(self.buffer.layout, self.flat, self.buffer.total, memory=memory, **share)
-        self._spare: list[Tensor] = []  # a copy of the shared tensors before the update
+        self._spare: list[Tensor] = []  # a copy of the shared tensors as they were before the update
         # If the ranks of some part share a copy, all parts keep one, because all restore the state after an incomplete update.
         if launched_with_ulfm() and self._everyone.allreduce(one_copy, op=MPI.LOR):
             self._spare = [memory(flat.numel()) for flat in self.flats().values()]
@@ -181,7 +182,7 @@ class Synchronous:
         compute the same norm. Collective over compute_comm."""
         self.reducer.observers.enter("reduce")
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
-        with commit(self._everyone):  # no rank updates before the end of this block; after it all remaining ranks update
+        with commit(self._everyone):  # no rank updates before the end of this block; then all remaining ranks update
             with self.reducer.observers.span("reduction"):
                 self.reducer.finish()
             if self._parts is not None:
@@ -206,10 +207,10 @@ class Synchronous:
         return StepStats(grad_norm=norm, skipped=False)
 
     def _publish(self) -> None:
-        """Publish the updated parameters. If a rank fails during an update of shared parameters, the update is incomplete, and
-        all ranks restore the copy from before the update. Without shared parameters the step is complete. Then the next
-        micro_batch() raises the failure, before it overwrites gradients that other ranks may still read. Collective over
-        compute_comm."""
+        """Make the updated parameters visible on all ranks. If a rank fails during an update of shared parameters, the update is
+        incomplete, and all ranks restore the copy from before the update. If a rank fails and parameters are not shared, the step
+        is complete. In this case the next micro_batch() raises the failure, before it overwrites gradients that other ranks may
+        still read. Collective over compute_comm."""
         if self._spare:
             self.torn = True
             with commit(self._everyone):
@@ -236,7 +237,7 @@ class Synchronous:
         """Do nothing: ranks may run different numbers of forward passes. Independent."""
 
     def flats(self) -> dict[str, Tensor]:
-        """Return the tensors that must be equal on all replicas, by suffix of their names. Independent."""
+        """Return the flat tensors that must be equal on all replicas, by the suffix of their names. Independent."""
         return {"": self.flat} | (self.optimizer.moments() if self.optimizer is not None else {})
 
     def held(self) -> dict[str, int]:

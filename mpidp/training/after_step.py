@@ -25,8 +25,8 @@ def log_update(job: Job, lr: float, stats: StepStats, report: StepReport, epoch:
 
 def skip(job: Job, batch: int, tokens: int, grad_norm: float) -> None:
     """Log a batch that made no update. After train.max_skipped batches in a row without an update, raise Damaged. The run then
-    returns to the last checkpoint and skips all batches up to this batch. If no checkpoint was written since the last return of
-    this kind, raise MpidpError instead. All ranks do the same. Independent."""
+    returns to the last checkpoint and skips all batches up to this one. If no checkpoint was written since the last such return,
+    raise MpidpError instead. All ranks make the same decision. Independent."""
     at, progress, train = job.position, job.services.progress, job.config.train
     why = "it has no target token" if tokens == 0 else "its gradient is not finite"
     if tokens and math.isfinite(grad_norm):
@@ -46,7 +46,7 @@ def skip(job: Job, batch: int, tokens: int, grad_norm: float) -> None:
 
 
 def rebalance(job: Job, report: StepReport, loader: Loader) -> None:
-    """Distribute the lanes again, by the measured speed of the ranks, if this makes steps faster. All ranks do the same.
+    """If it makes steps faster, distribute the lanes again by the measured speed of the ranks. All ranks make the same decision.
     Independent."""
     change = job.balance.observe(report.seconds.tolist(), [int(n) for n in report.counts])
     if change:
@@ -57,8 +57,8 @@ def rebalance(job: Job, report: StepReport, loader: Loader) -> None:
 
 
 def follow_up(job: Job, stop: StopRequest, saving: np.ndarray, must_stop: bool) -> None:
-    """Evaluate, stop, or write a checkpoint, if this is due after the last step. After a recovery, work that was done before the
-    failure is not repeated. Collective over job.comm."""
+    """Evaluate, write a checkpoint, or stop, if one of these is due after the last step. After a recovery, work that was done
+    before the failure is not repeated. Collective over job.comm."""
     at, every = job.position, job.config.train.eval_every
     job.services.timeline.write_if_complete(job.comm, at.step)
     if every and at.step % every == 0 and at.evaluated_step != at.step:

@@ -1,5 +1,5 @@
 """The attempts of a run. Each attempt trains until the run ends, ranks fail, or the state is found to be damaged. The next
-attempt continues from the memory of the surviving ranks, or else from the last checkpoint.
+attempt continues with the state in the memory of the surviving ranks, or from the last checkpoint.
 
 `train.run` repeats attempts. RunAttempts holds the state between attempts; recovery.py decides which ranks continue with which
 state.
@@ -36,16 +36,16 @@ from mpidp.training.run_plan import RunPlan
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-END_SECONDS, STOP_SECONDS = 600.0, 60.0  # how long the last checkpoint may take to be copied, at the end and on a request to stop
-MAX_RETURNS = 3  # number of returns to the last checkpoint in one command; a machine that fails more often needs repair
+END_SECONDS, STOP_SECONDS = 600.0, 60.0  # time limit for copying the last checkpoint, at the end and on a request to stop
+MAX_RETURNS = 3  # most returns to the last checkpoint in one command; a machine that fails more often needs repair
 
 
 class RunAttempts:
     """Makes the attempts of one rank. All ranks make the same calls."""
 
     def __init__(self, config: Config, plan: RunPlan | None, world: MPI.Intracomm, crew: Crew | None) -> None:
-        """plan: the plan of the run, on the ranks that start it. crew: the facts that a replacement rank receives when it joins;
-        it has no plan yet. Collective over world."""
+        """plan: the plan of the run, on the ranks that start it; None on a replacement rank. crew: the facts that a replacement
+        rank receives when it joins; None on other ranks. Collective over world."""
         self.config, self.plan, self.world = config, plan, world
         self.growing = crew is not None  # more replacement ranks may follow
         self.places = Arrangement(list(range(world.size)), [])  # which of the world's ranks train; the others are spare ranks
@@ -58,7 +58,7 @@ class RunAttempts:
         self.survives = True  # whether the last job can continue from memory after a failure
         self.stop: StopRequest | None = None  # requests to stop that job
         self._next_batch = 0  # the batch to resume with after a return to a checkpoint; 0: not set
-        self._events: list[dict[str, Any]] = []  # events that led to the job and are not recorded yet
+        self._events: list[dict[str, Any]] = []  # events before this job, which are not recorded yet
         self._failed_at = 0.0  # time.monotonic() of the failure that is being recovered; 0: none
         if crew is None:
             assert plan is not None
@@ -70,13 +70,13 @@ class RunAttempts:
             self.crew = Crew(plan.config, plan.automatic, world.size, world.size, config.faults.respawn)
         else:
             self.crew, self.number, crew.number = crew, crew.number, crew.number + 1
-            # the event is used only if this has happened
+            # the event is recorded only if all ranks with the state have failed
             crew.events.append({"event": "went_back", "why": "all ranks with the run's state have failed"})
             self.faults = faults_from_environment(self.number)
 
     def attempt(self) -> dict[str, Any] | None:
-        """Gather the ranks, restore the state, and train. Return the end record, or None if the job first needs more ranks.
-        Raises Damaged if the state is found to be damaged, and RankFailure if a rank fails. Collective over world."""
+        """Gather the ranks, restore the state, and train. Return the content of the `end` line, or None if the job first needs
+        more ranks. Raises Damaged if the state is found to be damaged, and RankFailure if a rank fails. Collective over world."""
         self._gather()
         order = self.places.order
         if len(order) == self.world.size:
@@ -158,8 +158,8 @@ class RunAttempts:
         self.crew.events.append({"event": "went_back", "why": why})
 
     def _take_state(self, plan: RunPlan) -> dict[str, Any] | None:
-        """Make the job of all ranks, with the state in the memory of surviving ranks or from a checkpoint. Return the end record
-        if the run is over, else None."""
+        """Make the job of all ranks, with the state from the memory of surviving ranks or from a checkpoint. Return the content
+        of the `end` line if the run is over, else None."""
         world = plan.world
         with raise_together(world):
             if world.rank == 0 and self.lock is None:
@@ -183,8 +183,8 @@ class RunAttempts:
         return build(plan, self.faults, before, self.lock, self.tries.failed, mirror=self.mirror)
 
     def _from_disk(self, plan: RunPlan) -> dict[str, Any] | None:
-        """Make the job from the last checkpoint, or from the initial weights if there is none. Return the end record if the run
-        is over, else None."""
+        """Make the job from the last checkpoint, or from the initial weights if there is no checkpoint. Return the content of the
+        `end` line if the run is over, else None."""
         run, events = plan.config.run, self.crew.events
         reader, notes = find_checkpoint(plan.run_dir, "auto" if events else run.resume, plan.world)
         self.plan = plan = plan.adopt(reader, notes)
@@ -211,8 +211,8 @@ class RunAttempts:
         return self.crew.returns + (not damage.next_batch) <= MAX_RETURNS
 
     def go_back(self, damage: Damaged) -> None:
-        """Drop the damaged state, so that the next attempt starts from the last checkpoint. Raises `damage` itself after
-        MAX_RETURNS returns. Independent."""
+        """Drop the damaged state, so that the next attempt starts from the last checkpoint. After MAX_RETURNS returns, raise
+        `damage` instead. Independent."""
         self._next_batch, self.job, self.stop = damage.next_batch, None, None
         if not self._can_return(damage):
             raise damage
@@ -221,7 +221,7 @@ class RunAttempts:
         self.crew.events.append(past | {"why": str(damage)})
 
     def drop_failed_ranks(self, failure: RankFailure) -> None:
-        """Continue with the surviving ranks only. Drop the state if the strategy cannot resume from memory. Collective over the
+        """Continue with the surviving ranks only. If the strategy cannot resume from memory, drop the state. Collective over the
         surviving ranks."""
         self._failed_at, self.growing = self._failed_at or time.monotonic(), False
         self.world, self.arranged = recovery.survivors(self.world, str(failure)), False
@@ -244,8 +244,9 @@ class RunAttempts:
 
 
 def listen(job: Job, before: StopRequest | None) -> StopRequest:
-    """Listen for requests to stop; rank 0 also watches the file STOP, the job's time limit and the lock, and prints when the time
-    limit will stop the run. before: the StopRequest of the job that this job continues. Collective over job.comm."""
+    """Listen for requests to stop. Rank 0 also watches the file STOP, the job's time limit and the lock, and prints the time at
+    which the time limit will stop the run. before: the StopRequest of the job that this job continues. Collective over
+    job.comm."""
     first, state, config = job.comm.rank == 0, job.state, job.config
     if not state.recovered:  # asking the scheduler takes time
         end = job_end() if first else None

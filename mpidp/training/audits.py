@@ -8,7 +8,7 @@ from mpidp.training.job import Job
 
 
 def audit_weights(job: Job, now: bool = False) -> None:
-    """If an audit is due, or with `now`, check that all replicas hold the same bits. Raises Damaged if they differ and no
+    """If an audit is due, or if `now` is true, check that all replicas hold the same bits. Raises Damaged if they differ and no
     majority of them is equal. Collective over job.comm."""
     step = job.position.step
     if not now:

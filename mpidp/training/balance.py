@@ -1,4 +1,4 @@
-"""Distributes the lanes of a step among the ranks: evenly, by measured speed, or by work stealing. Pure.
+"""Distributes the lanes of a step among the ranks evenly, by measured speed, or by work stealing. Pure.
 
 Ranks are ordered node by node, and neighbouring ranks have neighbouring ranges of lanes. The sum does not depend on which rank
 computes a lane. Therefore the distribution may change at any step, if all ranks compute it from the same numbers."""
@@ -24,7 +24,7 @@ SHORTEST_SECONDS = 1e-9  # smallest time of a lane that is used, because a clock
 
 
 def by_speed(num_lanes: int, seconds_per_lane: Sequence[float], max_lanes: int | None = None) -> list[range]:
-    """Return a contiguous range of 1 to max_lanes lanes for each rank, which minimizes the time of the slowest rank. Independent.
+    """Return the contiguous ranges of 1 to max_lanes lanes per rank that minimize the time of the slowest rank. Independent.
 
     Lanes are assigned one at a time, each to the rank that would finish it first. If several ranks would finish at the same time,
     the lowest rank gets the lane. This is optimal, because an additional lane never reduces the time of a rank. Raises ValueError
@@ -57,11 +57,11 @@ class Terms:
     tickets: Tickets | None = None  # the tickets of this rank's node (steal)
     first_place: int = 0  # index of the first rank of this rank's node (steal)
     may_steal: Callable[[], bool] = lambda: True  # whether a slot is free for one more lane (steal)
-    idle: int = 0  # this many ranks at the end compute nothing (even)
+    idle: int = 0  # the last `idle` ranks compute nothing (even)
 
 
 class Balance(Protocol):
-    """Which rank computes which lanes."""
+    """Decides which rank computes which lanes."""
 
     ranges: list[range]  # the lanes of each rank, as known before the step
     static: bool  # whether no lane moves during the step
@@ -111,8 +111,8 @@ class Measured(Even):
         self._wait = FIRST_STEPS
 
     def observe(self, seconds: Sequence[float], counts: Sequence[int]) -> str | None:
-        """Record the measurements. Every few steps, change the ranges if this makes the slowest rank faster by more than the
-        noise of measurements."""
+        """Record the measurements. Every few steps, change the ranges if the slowest rank becomes faster by more than the noise
+        of measurements."""
         for memory, spent, count in zip(self._measured, seconds, counts, strict=True):
             if count:
                 memory.append(spent / count)
@@ -124,7 +124,7 @@ class Measured(Even):
         speed = [median(memory) for memory in memories]
         candidates = [self._even, by_speed(self.terms.num_lanes, speed, self.terms.max_lanes)]
         best = min(candidates, key=lambda ranges: slowest(ranges, speed))  # the even ranges if both are equally good
-        # The older and the newer half of the measurements must agree, so that noise in one half causes no change.
+        # The older and the newer half of the measurements must agree, so that noise in one half changes nothing.
         older = [median(memory[: len(memory) // 2]) for memory in memories]
         newer = [median(memory[len(memory) // 2 :]) for memory in memories]
         if any(slowest(best, each) >= WORTH * slowest(self.ranges, each) for each in (speed, older, newer)):
@@ -149,7 +149,7 @@ class Steal:
 
     def lanes(self, batch: int) -> Iterator[int]:
         """Yield the lanes of this rank that no other rank has taken, then lanes of other ranks."""
-        self._tickets.begin(self._of_node)  # before this rank takes its first lane, because other ranks may steal earlier
+        self._tickets.begin(self._of_node)  # set before this rank takes its first lane, because other ranks may steal earlier
         return self._take()
 
     def _take(self) -> Iterator[int]:

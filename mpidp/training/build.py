@@ -1,4 +1,4 @@
-"""Builds a job from a plan: model, services, data-parallel memory, strategy, engine, saver and record, in this order."""
+"""Builds a job from a plan. The order is model, services, data-parallel memory, strategy, engine, saver, record."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def build(
     checkpoints, on rank 0. Collective over plan.world."""
     torch.set_num_threads(plan.config.train.threads)
     state = RunState() if before is None else before.state.portable()
-    tasks = tasks_of(plan, None if before is None else before.tasks)  # before the weights, because they may be missing
+    tasks = tasks_of(plan, None if before is None else before.tasks)  # before the weights, because the tasks may be missing
     transport = open_transport(plan.config.comm.gpu, plan.device, plan.mesh.dp)
     model = make_model(plan, transport, None if before is None else before.engine.model)
     if before is not None:
@@ -100,7 +100,7 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
     if before is None:
         strategy.start()
         way = overlap.choose(reducer, config.comm.overlap if grid.parts == 1 else "none", dp, memory.balance.static)
-    else:  # keep the mode, because a new measurement would take some time
+    else:  # keep the mode, because a new measurement takes time
         overlap.use(reducer, way := before.memory.reducer.overlap_mode)
     if plan.world.rank == 0 and plan.world.size > 1:
         log.info(f"overlap {way}")
@@ -110,9 +110,9 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
 def make_hidden(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory) -> Hidden:
     """Find the hidden matrices, and the ranks that update them together. Collective over plan.world.
 
-    With a model that is cut by mesh.tp or FSDP2, these are the ranks that hold boxes of the same matrices. Otherwise, if there
-    are several copies of the parameters on CPUs, each copy computes some of the matrices and sends the updates to the others. But
-    every copy computes all of them if copies are independent (local, quorum, audits), or if an update must not need other ranks
+    If the model is divided by mesh.tp or FSDP2, these are the ranks that hold boxes of the same matrices. Otherwise, if there are
+    several copies of the parameters on CPUs, each copy computes the updates of some matrices and sends them to the other copies.
+    Every copy computes all updates if copies are independent (local, quorum, audits), or if an update must not need other ranks
     (ULFM)."""
     config, grid, shape, dp = plan.config, plan.grid, plan.shape, plan.mesh.dp
     method, tp = kind(config.strategy.name, config.strategy.quorum), grid.tp.size > 1

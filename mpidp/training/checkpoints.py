@@ -18,14 +18,14 @@ from mpidp.training.state import Position
 
 
 def save(job: Job, end: dict[str, Any] | None = None, wait: bool = False) -> None:
-    """Begin to write a checkpoint of this step, which continues during training. end: the content of the `end` line, if the run
-    is over. With `end` or `wait`, return only when the checkpoint is on the disk, and raise MpidpError on every rank if it cannot
-    be written. Collective over job.comm."""
+    """Begin to write a checkpoint of this step. Writing continues during training. end: the content of the `end` line, if the run
+    is over. With `end` or `wait`, return only when the checkpoint is on the disk. In this case raise MpidpError on every rank if
+    the checkpoint cannot be written. Collective over job.comm."""
     at, wait, enter = job.position, wait or end is not None, job.services.observers.enter
     if wait:
         with job.services.clock.timed("checkpoint"):
             job.saver.wait_for_save(enter=enter)
-    if job.saver.step != at.step or end is not None:  # otherwise it is saved, and a resumed run skips the same batches again
+    if job.saver.step != at.step or end is not None:  # otherwise saved already; a resumed run skips the same batches again
         with job.phase("checkpoint"):
             audit_weights(job, now=True)  # a checkpoint must hold correct weights
             entries = job.parts.entries(job.engine.model, job.strategy.state_dict())
@@ -36,7 +36,7 @@ def save(job: Job, end: dict[str, Any] | None = None, wait: bool = False) -> Non
 
 
 def report_saves(job: Job) -> None:
-    """Log the saves that have finished or failed since the last call. Independent."""
+    """Log the checkpoints that were written, or failed, since the last call. Independent."""
     for event in job.saver.pop_events():
         job.record.write(event)
         if event["event"] == "saved":
@@ -47,7 +47,7 @@ def report_saves(job: Job) -> None:
 
 
 def restore(job: Job, reader: Reader) -> None:
-    """Load parameters, optimizer state and position from a checkpoint, which may have been written by any number of ranks.
+    """Load parameters, optimizer state and position from a checkpoint. Any number of ranks may have written the checkpoint.
     Collective over job.comm."""
     with raise_together(job.comm), manifest.readable(reader.path), torch.no_grad():
         job.parts.load(reader, job.engine.model)

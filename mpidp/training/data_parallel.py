@@ -27,7 +27,7 @@ from mpidp.training.balance import BALANCES, Balance, Terms
 
 
 class MemoryRequest(Protocol):
-    """The first argument of share_memory. RunPlan and library.SharingPlan implement this protocol."""
+    """The first argument of share_memory(). RunPlan and library.SharingPlan implement this protocol."""
 
     @property
     def config(self) -> Config:
@@ -51,10 +51,10 @@ class MemoryRequest(Protocol):
 
     @property
     def shape(self) -> Any:
-        """The model's shape. Each of its num_layers units begins a new block of the norm."""
+        """The model's shape. Each of the num_layers layers begins a new norm block."""
 
 
-HELD = (  # messages by mesh.shard: what a rank holds of parameters and optimizer state
+HELD = (  # for messages: how parameters and optimizer state are held, by mesh.shard
     "{}", "{}, each with a slice of the state", "one shard per rank, and whole parameters in a step", "one shard per rank",
 )
 
@@ -68,7 +68,7 @@ class DataParallelMemory:
     reducer: Reducer
     one_copy: bool  # whether the ranks of a group share one copy of parameters and optimizer state
     replicas: list[range]  # the ranks that hold each copy
-    level: int  # mesh.shard, or 0 if there is only one copy, which need not be sharded
+    level: int  # mesh.shard, or 0 if there is only one copy: it need not be sharded
 
 
 def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at: bool = False) -> tuple[int, int]:
@@ -76,7 +76,7 @@ def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at
     the rank's lanes never change. looked_at: as in share_memory(). Independent."""
     mine = lanes.of_rank(rank, size)
     kind, most = config.train.balance if size > 1 else "even", 0
-    if kind == "measured":  # up to three times as many as with even ranges; memory grows with the logarithm of this number
+    if kind == "measured":  # at most three times as many as with even ranges; memory grows with the logarithm of `most`
         most = min(lanes.num_lanes - size + 1, 3 * -(-lanes.num_lanes // size))
     if config.comm.reducer != "tree":
         return 1, most
@@ -85,19 +85,19 @@ def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at
 
 
 def held_buffers(config: Config) -> int:
-    """Return the number of buffers of a gradient's size that compression needs: the residual and its previous value, and with
-    momentum also the velocity and its previous value. Pure."""
+    """Return the number of buffers of a gradient's size that compression needs. These are the residual and its previous value,
+    and with momentum also the velocity and its previous value. Pure."""
     return 2 * (1 + (config.comm.momentum > 0)) if config.comm.compress != "none" else 0
 
 
 def held_floats(config: Config, slots: int, size: int) -> float:
-    """Return the number of float32 values that a rank holds between steps for each parameter: the parameter, two moments and the
-    gradient buffers. slots: number of gradient buffers. size: number of replicas. Pure."""
+    """Return the number of float32 values that a rank holds between steps for each parameter. These are the parameter, two
+    moments and the gradient buffers. slots: number of gradient buffers. size: number of replicas. Pure."""
     return (3 + slots, 1 + 2 / size + slots, 4 / size, 4 / size)[config.mesh.shard]
 
 
 def _can_steal(mesh: Topology) -> bool:
-    """Return True if ranks of a node can take lanes of each other, on every node. Collective over mesh.dp."""
+    """Return whether, on every node, ranks can take lanes of each other. Collective over mesh.dp."""
     node = cast(MPI.Intracomm, mesh.dp.Split(mesh.node_index, mesh.dp.rank))
     free = bool(mesh.dp.allreduce(mesh.local_size == 1 or steals_freely(node), op=MPI.LAND))
     node.Free()
@@ -110,10 +110,9 @@ def share_memory(
 ) -> DataParallelMemory:
     """Make the group, the balance and the reducer of this rank as configured. Rank 0 logs what was chosen.
 
-    parts: the part of the model on this rank. looked_at: whether gradients of single lanes are needed for a reason outside the
-    configuration (injected faults). before: None, or after a failure (the group whose memory the surviving ranks keep, whether
-    its ranks shared one copy). Raises UsageError if the configuration is not possible with this launch. Collective over
-    plan.mesh.dp."""
+    parts: the part of the model on this rank. looked_at: whether injected faults need the gradients of single lanes. before:
+    None, or after a failure (the group whose memory the surviving ranks keep, whether its ranks shared one copy). Raises
+    UsageError if the configuration is not possible with this launch. Collective over plan.mesh.dp."""
     mesh, c, lanes = plan.mesh, plan.config, plan.lanes
     world = mesh.dp
     if c.comm.compress == "powersgd" and world.size == 1 and before is None:

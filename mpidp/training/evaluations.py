@@ -19,7 +19,7 @@ def evaluate(job: Job) -> None:
         if job.plan.validation is None and ended(job):
             check_last_update(job)
         line |= evaluate_tasks(job)
-    at.evaluated(line.get("val_loss"))  # only now: if a rank fails above, the other ranks evaluate again
+    at.evaluated(line.get("val_loss"))  # set only now: if a rank fails above, the other ranks evaluate again
     if line:
         job.record.write({"step": at.step, "val_tokens": 0} | line)
 

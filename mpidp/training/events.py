@@ -10,11 +10,11 @@ from mpidp.runtime.environment import BEGAN
 from mpidp.training.job import Job
 from mpidp.training.step_report import StepReport
 
-NAMED_RANKS = 64  # with more ranks, only every n-th line lists the seconds of each rank
+NAMED_RANKS = 64  # if there are more ranks, not every line lists the seconds of each rank
 
 
 def record_start(job: Job) -> None:
-    """Write the `start` line, with facts about the run, and the time and work that were lost since the checkpoint.
+    """Write the `start` line. It has facts about the run, and the time and work that were lost since the checkpoint.
     Independent."""
     job.record.write({
         "event": "start", "step": job.position.step, "ranks": job.comm.size, "lanes": job.lanes.num_lanes,
@@ -35,8 +35,8 @@ def spent(job: Job) -> dict[str, Any]:
 
 
 def log_step(job: Job, learned: dict[str, Any], report: StepReport, epoch: int) -> None:
-    """Write the line of a step. Seconds are those of this rank, with two exceptions. slowest_cost_seconds is the mean time that
-    ranks waited for the slowest rank. Lists have one entry per rank. Independent."""
+    """Write the line of a step. Most seconds are those of this rank. slowest_cost_seconds is the mean time that ranks waited for
+    the slowest rank, and lists have one entry per rank. Independent."""
     at, seconds = job.position, spent(job)
     speed = report.tokens / (report.steps * seconds["step_seconds"])
     slowest = int(report.seconds.argmax())

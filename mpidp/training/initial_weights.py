@@ -1,7 +1,7 @@
 """Implements train.init_from: initial weights from another run or from a Hugging Face folder.
 
-Only the weights are loaded. The optimizer starts at step 0 without state. Each rank loads its own part of the model, on any mesh.
-RUN/init.json stores facts about the source, so the run can resume without the source as soon as it has a checkpoint.
+Only the weights are loaded. The optimizer starts at step 0 without state. On any mesh, each rank loads its own part of the model.
+RUN/init.json stores facts about the source. Therefore the run can resume without the source as soon as it has a checkpoint.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class Origin:
 
     path: str  # the value of train.init_from
     settings: dict[str, Any]  # settings of section model
-    weights: Reader | ModelFolder | None = None  # None: the run resumes from its own checkpoint
+    weights: Reader | ModelFolder | None = None  # None: not needed, because the run resumes from its own checkpoint
     tokenizer: Path | None = None  # tokenizer.json of the source, if it has one
     come_along: Mapping[str, Path] = field(default_factory=dict)  # files to copy to RUN/hf, by their names there
     weights_sha256: str = ""  # set after loading
-    wanted_sha256: str = ""  # the hash that a resumed run requires; "": none is required
+    wanted_sha256: str = ""  # the hash that the weights of a resumed run must have; "": any hash
 
     def completed(self, config: Config) -> Config:
-        """Return the config with the model settings of the source. Raises UsageError if the config has other values for these
+        """Return the config with the model settings of the source. Raises UsageError if the config sets other values for these
         settings, or if the source has a custom model that the config does not name. Pure."""
         plain = Config().model
         if (kind := self.settings.get("kind", plain.kind)) not in KINDS:
@@ -76,7 +76,7 @@ class Origin:
         ]
         if wrong:
             raise UsageError(f"train.init_from={self.path} is another model: {'; '.join(wrong)}. Leave these settings out")
-        rows = max(self.settings["vocab_size"], config.model.vocab_size)  # rows can be added: added_rows.py
+        rows = max(self.settings["vocab_size"], config.model.vocab_size)  # rows can be added to the vocabulary (added_rows.py)
         return config.with_values(model=self.settings | {"vocab_size": rows})
 
     def check_shape(self, shape: Shape) -> None:
@@ -101,7 +101,8 @@ class Origin:
         return 8 * width * max(0, shape.vocab_size - int(self.settings["vocab_size"]))
 
     def check_tokenizer(self, data: Path | str, used: bytes) -> None:
-        """Raise DataError unless `data` was prepared with the source's tokenizer (tokens may be added). Independent."""
+        """Raise DataError unless `data` was prepared with the source's tokenizer, to which tokens may have been added.
+        Independent."""
         if self.tokenizer is not None and not tokens.extends(self.tokenizer, used):
             raise DataError(
                 f"{data} was prepared with a different tokenizer than {self.tokenizer}, so its ids mean different text to "
@@ -109,8 +110,8 @@ class Origin:
             )
 
     def load(self, parts: ModelPartition, model: Any) -> Origin:
-        """Load the weights of this rank's part of the model, and compute the hash of all weights, which does not depend on the
-        mesh. Raises DataError if another hash is required, or if a weight is not finite. Collective over parts.grid.world."""
+        """Load the weights of this rank's part of the model. Compute the hash of all weights, which does not depend on the mesh.
+        Raises DataError if the hash is not the required one, or if a weight is not finite. Collective over parts.grid.world."""
         assert self.weights is not None
         with raise_together(parts.grid.world), readable(Path(self.path)):
             stored = self.settings["vocab_size"]
@@ -142,8 +143,8 @@ class Origin:
 
 def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
     """Open and check the source that train.init_from names. Return None if the setting is empty. Raises UsageError if the source
-    is neither a run nor a Hugging Face folder. Raises DataError if its files are invalid, and CheckpointError if the run has no
-    valid checkpoint. Collective over world."""
+    is neither a run nor a Hugging Face folder, DataError if its files are invalid, and CheckpointError if the source is a run
+    without a valid checkpoint. Collective over world."""
     if not config.train.init_from:
         return None
     kept, is_run, path = None, False, Path(config.train.init_from)

@@ -89,22 +89,23 @@ class Job:
     def open_loader(self, batch: int) -> Loader:
         """Return a loader of this rank's micro-batches that begins with this batch. Independent."""
         plan = self.plan
-        for stream in filter(None, (plan.training, plan.validation)):  # a rank that waits for a server has not hung
+        for stream in filter(None, (plan.training, plan.validation)):  # waiting for a server does not count as a hang
             stream.storage.report_waits(self.services.observers.progressed)
         resident = self.config.data.resident
         return Loader(plan.training, plan.sampler, self.micro_batches(), plan.device, batch, resident=resident)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Callable[[], float]]:
-        """Return a context that enters and measures a phase of the step. It yields a function that returns the seconds so far.
-        Independent."""
+        """Return a context for a phase of the step, whose time is measured. The context yields a function that returns the
+        seconds since its start. Independent."""
         self.services.observers.enter(name)
         with self.services.clock.timed(name) as seconds:
             yield seconds
 
 
 def ended(job: Job) -> str:
-    """Return the reason why the run is over, or an empty string. It is the same on every rank. Independent."""
+    """Return the reason why the run is over, or an empty string if it is not. The result is the same on every rank.
+    Independent."""
     at, train = job.position, job.config.train
     if at.step >= train.steps:
         return "steps"

@@ -69,8 +69,8 @@ def end_run(job: Job, reason: str) -> dict[str, Any]:
 
 
 def run_to_end(job: Job, stop: StopRequest, events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Open the record and the services, call fit(), and close them. Return the content of the `end` line. events: lines to write
-    after the `start` line, about the failures that led to this job. Collective over job.comm."""
+    """Open the record and the services, call fit(), and close the record and the services. Return the content of the `end` line.
+    events: lines about earlier failures, to write after the `start` line. Collective over job.comm."""
     services, at = job.services, job.position
     job.record.open()
     services.timeline.open(job.comm, at.step)
@@ -97,7 +97,7 @@ def run_to_end(job: Job, stop: StopRequest, events: list[dict[str, Any]]) -> dic
         loader.close()
         services.close()
         job.record.close()
-        if not lost:  # after a failure they stay in use until the next job has its own
+        if not lost:  # after a failure, the services stay in use until the next job has its own
             stop.close()
             services.watchdog.close()
             job.record.finish()

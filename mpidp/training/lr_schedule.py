@@ -1,4 +1,4 @@
-"""Learning-rate schedule."""
+"""The learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SETTINGS = ("train.steps", "optim.schedule", "optim.lr", "optim.min_lr", "optim.warmup_steps")  # they determine the schedule
+SETTINGS = ("train.steps", "optim.schedule", "optim.lr", "optim.min_lr", "optim.warmup_steps")  # of the schedule
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Schedule:
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 1. After a linear warm-up to lr, the rate follows a cosine or linear
-        decay from lr to min_lr, or stays constant. With wsd (warmup-stable-decay, Hu 2024) it is constant, and decays linearly
-        over the last fifth of the steps. The decay would reach min_lr one step after the last step, as in transformers and
-        PyTorch. Therefore the learning rate of the last step is above min_lr. Pure."""
+        decay from lr to min_lr, or stays constant. With wsd (warmup-stable-decay, Hu 2024), the rate is constant until it decays
+        linearly over the last fifth of the steps. The decay would reach min_lr one step after the last step, as in transformers
+        and PyTorch. Therefore the learning rate of the last step is above min_lr. Pure."""
         if step <= self.warmup_steps:
             return self.lr * step / self.warmup_steps
         fraction = (step - 1 - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
@@ -43,9 +43,8 @@ def schedule_of(settings: Mapping[str, Any]) -> Schedule:
 
 
 def change(saved: Mapping[str, Any], now: Mapping[str, Any], step: int) -> str:
-    """Return a line about a schedule that changes when a run resumes after `step`; "" if it does not change.
-
-    saved, now: resolved settings {section.key: value} of the checkpoint and of the resumed run. Pure."""
+    """Return a line that tells how the schedule changes when a run resumes after `step`, or "" if it does not change. saved, now:
+    resolved settings {section.key: value} of the checkpoint and of the resumed run. Pure."""
     changed = [f"{key} {saved[key]} -> {now[key]}" for key in SETTINGS if saved[key] != now[key]]
     if not changed:
         return ""

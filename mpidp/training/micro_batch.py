@@ -1,8 +1,9 @@
-"""train.micro_batch=auto: choose the sequences per forward pass by a short measurement when a run starts.
+"""Implements train.micro_batch=auto: chooses the number of sequences per forward pass by a short measurement when a run starts.
 
-Candidates are divisors of the global batch. Each rank measures them at the same time, on the first tokens of the data, with a
-forward and a backward pass of its replica. The slowest rank counts, so all ranks choose the same value. The value is then a
-setting like any other: config.toml and checkpoints have it, and a run that resumes does not measure again.
+Candidates are divisors of the global batch. All ranks measure a candidate at the same time, on the first tokens of the data, with
+a forward and a backward pass of their replicas. The time of the slowest rank is used, so all ranks choose the same value. The
+value is then treated like any other setting: config.toml and checkpoints contain it, and a run that resumes does not measure
+again.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from mpidp.runtime.log import log
 from mpidp.runtime.world import polite_barrier, raise_together
 from mpidp.training.run_plan import RunPlan, plan
 
-GROWTH = 1.4  # a candidate is at least this many times the one before
-ENOUGH = 0.97  # the smallest candidate with this share of the highest throughput is chosen: smaller ones allow more ranks
-SECONDS = 0.3  # duration of the measurement of a candidate
+GROWTH = 1.4  # smallest ratio of a candidate to the previous one
+ENOUGH = 0.97  # the smallest candidate with this share of the highest throughput is chosen, because a small one allows more ranks
+SECONDS = 0.3  # least duration of the measurement of a candidate
 MEMORY_SHARE = 0.8  # the part of the free memory that may be used
-STATE_BYTES = 24  # per parameter: gradients in several buffers, and the moments of the optimizer
+STATE_BYTES = 24  # bytes per parameter for several gradient buffers and the moments of the optimizer
 
 
 def with_micro_batch(config: Config, grid: Grid) -> Config:
-    """Return the config with a number of sequences instead of train.micro_batch=auto (0). If the run resumes, this is the number
-    that it began with. Raises the errors of run_plan.plan(). Collective over grid.world."""
+    """Return the config with a number of sequences instead of train.micro_batch=auto (0). If the run resumes, it is the number
+    with which the run began. Raises the errors of run_plan.plan(). Collective over grid.world."""
     if config.train.micro_batch:
         return config
     size, found = 0, ""
@@ -58,9 +59,9 @@ def with_micro_batch(config: Config, grid: Grid) -> Config:
 
 
 def recorded(run_dir: Path, mirror: str = "") -> int:
-    """Return the micro-batch of the run in this folder. If the folder has no checkpoint, the run will resume from the mirror:
-    return the micro-batch that is recorded there. 0 if there is no checkpoint. Raises DataError if the mirror's server fails.
-    Independent."""
+    """Return the micro-batch that is recorded in the checkpoints of the run in this folder. If the folder has no checkpoint,
+    return the value from the mirror's checkpoints; if neither has a checkpoint, return 0. Raises DataError if the mirror's server
+    fails. Independent."""
     if any((run_dir / "checkpoints").glob("*/manifest.json")) and (run_dir / "config.toml").is_file():
         return int(read_run_config(run_dir / "config.toml").get("train.micro_batch", 0))
     return int(settings_on(mirror).get("train", {}).get("micro_batch", 0)) if mirror else 0
@@ -82,8 +83,8 @@ def chosen(rates: dict[int, float]) -> int:
 
 def measured(trial: RunPlan, lanes: int = 0) -> dict[int, float]:
     """Return the tokens per second of a rank, by micro-batch. trial: the plan of the run with any micro-batch. lanes: the setting
-    train.lanes. The measurement ends before a candidate that would need too much
-    memory, and after two candidates in a row without a higher throughput. Collective over trial.world."""
+    train.lanes. The measurement stops before a candidate that would need too much memory, and after two candidates in a row
+    without a higher throughput. Collective over trial.world."""
     config, world = trial.config, trial.world
     rates: dict[int, float] = {}
     with raise_together(world):
@@ -110,7 +111,7 @@ def measured(trial: RunPlan, lanes: int = 0) -> dict[int, float]:
 
 
 class Measurement:
-    """A replica of the model, and the memory that it may use. Independent."""
+    """Measures forward and backward passes of a replica of the model. Independent."""
 
     def __init__(self, trial: RunPlan) -> None:
         config, shape, device = trial.config, trial.shape, trial.device
@@ -123,18 +124,19 @@ class Measurement:
         self._losses: Any = None
         trained = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
         self._free = MEMORY_SHARE * (_free_bytes(device) / trial.grid.everyone.local_size) - STATE_BYTES * trained
-        self._before, self._last = _peak_bytes(device), (0, 0)  # micro-batch and the bytes that it needed
+        self._before, self._last = _peak_bytes(device), (0, 0)  # _last: the last micro-batch, and the bytes that it needed
 
     def fits(self, size: int) -> bool:
-        """Return whether the memory is enough for this micro-batch, judged by the largest one so far."""
+        """Return whether the memory is sufficient for this micro-batch. The estimate is based on the largest micro-batch so
+        far."""
         last, needed = self._last
         return not last or needed * size / last < self._free
 
     def seconds(self, size: int) -> float:
-        """Return the seconds of one forward and backward pass; inf if the device's memory is not enough."""
+        """Return the seconds of one forward and backward pass, or inf if the device's memory is not sufficient."""
         trial, config = self._trial, self._trial.config
         rows = chunk_rows(config.train.loss, trial.shape, size * config.model.seq_len)
-        if rows:  # the model keeps this change, and larger micro-batches need it, too
+        if rows:  # the model keeps this change, which larger micro-batches need, too
             self._losses = defer_head(self._model, trial.shape, rows, getattr(torch, config.train.dtype), 0, None)
         engine = Engine(self._model, trial.device, getattr(torch, config.train.dtype), config.train.seed, trial.shape.dropout,
                         1, token_losses=self._losses)

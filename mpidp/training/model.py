@@ -33,13 +33,12 @@ class TrainedModel:
     module: Any
     named: list[tuple[str, torch.nn.Parameter]]  # trained parameters
     parts: ModelPartition
-    token_losses: Callable[[Tensor, Tensor], Tensor] | None  # for a divided vocabulary, or in chunks; None: plain
+    token_losses: Callable[[Tensor, Tensor], Tensor] | None  # the loss if the vocabulary is divided, or in chunks
     origin: Origin | None  # source of the initial weights; None: they are random
 
 
 def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> TrainedModel:
-    """Return the model of a job. module: an existing model to use again, or None to make a new model. Collective over
-    plan.world."""
+    """Return the model of a job. module: an existing model to use again. None: make a new model. Collective over plan.world."""
     config, grid = plan.config, plan.grid
     parts, origin = ModelPartition(grid, plan.shape, config.mesh.sequence, config.mesh.interleave), None
     if module is None:
@@ -70,7 +69,7 @@ def _new(plan: RunPlan, parts: ModelPartition) -> tuple[Any, Origin | None]:
         origin = origin.load(parts, base)
     with raise_together(world):
         module: Any = prepared(base, settings, shape, parts.part)
-    if config.mesh.shard < 2:  # FSDP2 moves one block at a time, so no device ever holds the whole model
+    if config.mesh.shard < 2:  # FSDP2 moves one block at a time, so no device holds the whole model at any time
         module.to(plan.device)
     module.recompute = config.train.recompute
     check_agreement(plan.mesh.dp, parameter_facts(trained(module)) | (module.facts() if isinstance(shape, CustomShape) else {}))

@@ -1,10 +1,11 @@
 """Recovery after ranks have failed. The surviving ranks continue in the same processes, with the state in their memory.
 
-They form new groups and build a new job. It takes over what does not depend on the number of ranks: the model, and the memory of
-parameters, optimizer state and gradients. No rank writes to this memory before all ranks have agreed on the next update.
-Therefore a further failure during recovery does not change the state, and the next attempt starts from the same state.
+They form new groups and build a new job. The new job takes over the objects that do not depend on the number of ranks. These are
+the model, and the memory of parameters, optimizer state and gradients. No rank writes to this memory before all ranks have agreed
+on the next update. Therefore a further failure during recovery does not change the state, and the next attempt starts from the
+same state.
 
-With faults.respawn new processes then join until the job has its full number of ranks. All ranks build a new job, and rank 0
+With faults.respawn, new processes then join until the job has its full number of ranks. All ranks build a new job, and rank 0
 sends its state to the new ranks in MPI messages. During this time the old ranks have two jobs in memory.
 
 On a mesh, the living ranks form as many replicas as they can (parallel/arrangement.py); the others wait (spares.py). If ranks of
@@ -43,9 +44,9 @@ class Crew:
     """Facts about a run that are the same on all ranks. New ranks receive them when they join."""
 
     config: Any  # the resolved configuration of the run
-    automatic: frozenset[str]  # as in RunPlan
+    automatic: frozenset[str]  # as RunPlan.automatic
     full: int  # number of ranks at the start
-    number: int  # number of the next new rank; ranks keep their numbers, and new ranks get new numbers
+    number: int  # number of the next new rank: a number is never used again
     respawn: bool  # whether failed ranks may still be replaced
     step: int = -1  # the last step at which new ranks were started
     attempts: int = 0  # number of attempts to start new ranks at this step
@@ -82,9 +83,9 @@ def must_grow(crew: Crew, size: int, job: Job | None) -> bool:
 
 
 def one_more(world: MPI.Intracomm, crew: Crew, before: Job | None) -> MPI.Intracomm:
-    """Start a replacement rank, and return a communicator of world's ranks followed by the new rank. If no rank can be started,
-    return world, and make no further attempts in this run. before: the job of the surviving ranks; None on replacement ranks.
-    Raises RankFailure if a rank fails. Collective over world."""
+    """Start a replacement rank, and return a communicator of world's ranks followed by the new rank. If no process can be
+    started, return world, and make no further attempts in this run. before: the job of the surviving ranks; None on replacement
+    ranks. Raises RankFailure if a rank fails. Collective over world."""
     beat: Callable[[], None] = lambda: None  # noqa: E731
     if before is not None:
         before.services.observers.enter("respawn")
@@ -145,7 +146,7 @@ def rebuild(build: Build, plan: RunPlan, before: Job, found: Arrangement, failed
     ranks do not have the whole state, or are at different steps. failed_at: time.monotonic() of the failure. Collective over
     plan.world."""
     before.saver.close()
-    with commit(plan.world):  # either all ranks continue with the new job, or all try again from the old job
+    with commit(plan.world):  # all ranks continue with the new job, or all ranks try again from the old job
         job = build(plan, before)
         if not job.comm.allreduce(len(before.strategy.state_dict())):
             raise Damaged.on_every_rank("the only rank that held the optimizer state has failed")

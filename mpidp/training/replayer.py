@@ -1,4 +1,4 @@
-"""Replay of a run: restore the state before a step, on any number of ranks, repeat the steps, and compare with the record.
+"""Replays steps of a run on any number of ranks: restores a state, repeats the steps, and compares the results with the record.
 
 The replay starts from the newest checkpoint before the step, or from the initial weights. It works in memory and does not write
 to RUN.
@@ -26,14 +26,14 @@ from mpidp.storage.address import is_remote
 from mpidp.training.checkpoints import restore
 from mpidp.training.run_plan import plan
 
-# Relative differences that count as close without equal bits: usual; of Muon, which rounds to bfloat16; of NorMuon's row means
+# Largest relative difference that counts as close: by default, for Muon (rounds to bfloat16), and for NorMuon's row means
 CLOSE, CLOSE_MUON, CLOSE_ROWS = 1e-5, 1e-3, 2e-2
 FIGURES = ("train_loss", "grad_norm", "lr")  # compared keys of metrics.jsonl
 PLAIN = {"train.balance": "even", "train.audit_every": 0, "train.noise_every": 0, "comm.transport": "messages",
          "comm.copies": "rank", "comm.gpu": "staged", "comm.overlap": "none", "mesh.shard": 0,
          "mesh.tp": 1, "mesh.pp": 1, "mesh.dp": 0, "mesh.sequence": False, "mesh.interleave": 1,
          "metrics.track": "", "metrics.tensorboard": False,
-         "run.hang_seconds": 0.0}  # these settings change the result only if the fingerprint records it
+         "run.hang_seconds": 0.0}  # the fingerprint records whether these settings change the bits
 
 
 def print_on_rank_0(world: Any, text: str) -> None:
@@ -49,13 +49,13 @@ class Record:
     path: Path
     lines: dict[int, dict[str, Any]]  # lines of metrics.jsonl, by step
     skipped: list[int]  # numbers of the batches that made no update
-    passed: dict[int, int]  # step to which the run returned -> last of the batches that it then skipped
+    passed: dict[int, int]  # step to which the run returned -> last batch that it then skipped
     checkpoints: dict[int, Path]  # folders of checkpoints, by step
-    last: int  # last step that can be replayed; its update may have been skipped
+    last: int  # last step that can be replayed, even if its update was skipped
     ranks: dict[int, int] = field(default_factory=dict)  # step after which the number of ranks was set -> number of ranks
 
     def ranks_in(self, start: int, last: int) -> set[int]:
-        """Return the numbers of ranks that computed the steps start + 1 to last. Empty if unknown. Pure."""
+        """Return the numbers of ranks that computed the steps start + 1 to last, or nothing if unknown. Pure."""
         begun = max((at for at in self.ranks if at <= start), default=0)
         return {ranks for at, ranks in self.ranks.items() if at == begun or start < at < last}
 
@@ -83,9 +83,9 @@ def read_record(run: str, world: Any) -> Record:
 
 @dataclass
 class Seen:
-    """A replayed batch. A Seen without figures stands for the state from which the replay starts."""
+    """A replayed batch. An object without figures represents the state from which the replay starts."""
 
-    step: int  # the step that the batch made, or would have made
+    step: int  # the step of the batch, even if its update was skipped
     batch: int
     skipped: bool = False
     figures: dict[str, float | None] = field(default_factory=dict)
@@ -114,7 +114,7 @@ class Replay:
     """A run restored to its newest checkpoint before a step, or to its beginning."""
 
     def __init__(self, record: Record, last: int, options: Namespace, world: Any) -> None:
-        """Restore the run. Raises UsageError if the run did not reach step `last`, and DataError if its data is missing.
+        """Restore the run. Raises UsageError if the run did not reach step `last`, and DataError if the run's data is missing.
         Collective over world."""
         from mpidp.checkpoint import manifest
         from mpidp.checkpoint.resume import open_run
@@ -133,7 +133,7 @@ class Replay:
                 break
             except CheckpointError as error:
                 print_on_rank_0(world, f"skipped an invalid checkpoint: {error}")
-        with raise_together(world):  # settings: of the first checkpoint from step `last` on; if there is none, of the last start
+        with raise_together(world):  # settings: of the first checkpoint from step `last` on, or else of the last start
             later = [at for at in record.checkpoints if at >= last]
             nearest = min(later) if later else max(record.checkpoints, default=0)
             meta = manifest.read_manifest(record.checkpoints[nearest]) if nearest else {}
@@ -168,7 +168,7 @@ class Replay:
         self.start = self.job.position.step
         saved, now = meta.get("fingerprint", {}), self.job.record.meta["fingerprint"]
         self.loose = [f"{key} {saved[key]} -> {now.get(key)}" for key in saved if saved[key] != now.get(key)]
-        exact = now["reducer"] == "tree" or self.plan.config.comm.compress != "none"  # compressed sums have an order of their own
+        exact = now["reducer"] == "tree" or self.plan.config.comm.compress != "none"  # compressed sums always have the same order
         if not exact and not meta.get("ranks") == world.size == 1:
             self.loose.append(f"reducer {now['reducer']}, ranks {meta.get('ranks')} -> {world.size}")
         self.close = CLOSE_MUON if self.plan.config.optim.name in ("muon", "normuon") else CLOSE
@@ -177,8 +177,8 @@ class Replay:
         print_on_rank_0(world, f"{record.path}: {steps}{loose}")
 
     def batches(self, inside: bool) -> Iterator[Seen]:
-        """Yield a Seen for the first state, then one for each batch up to the last step. inside: also record the micro-batches of
-        the last step. Collective over job.comm."""
+        """Yield a Seen for the first state, then a Seen for each batch up to the last step. inside: also record the micro-batches
+        of the last step. Collective over job.comm."""
         from mpidp.training.loop import close
         from mpidp.training.step import compute
         from mpidp.training.step_report import exchange_reports
@@ -204,8 +204,8 @@ class Replay:
         close(job)
 
     def _inside(self, batch: Any) -> list[dict[str, Any]]:
-        """Compute each micro-batch of the batch separately, in a spare slot. Return a row for each with its mean loss and
-        gradient norm. Collective over job.comm."""
+        """Compute each micro-batch of the batch separately, in a spare slot. Return its mean loss and gradient norm for each
+        micro-batch. Collective over job.comm."""
         from mpidp.comm.slices import global_norm
         from mpidp.faults.audit import SpareSlot
         from mpidp.parallel.schedule import one_f_one_b

@@ -1,4 +1,5 @@
-"""The plan of a run: the data is open and checked, and the configuration is resolved, before any large memory is used."""
+"""The plan of a run. To make a plan, the data is opened and checked, and the configuration is resolved. This uses little
+memory."""
 
 from __future__ import annotations
 
@@ -78,9 +79,9 @@ class RunPlan:
         return part_of(self.shape, grid.pp.rank, grid.pp.size, grid.tp.rank, grid.tp.size, chunks=self.config.mesh.interleave)
 
     def adopt(self, reader: Reader | None, notes: list[str]) -> RunPlan:
-        """Return the plan for resuming from the checkpoint `reader`; None: the run starts. The plan has the checkpoint's values
-        of the settings that the user left automatic. notes: messages to log. Raises UsageError if a setting that must not change
-        has changed. Collective over world."""
+        """Return the plan for resuming from the checkpoint `reader`, or for a new run if reader is None. The plan has the
+        checkpoint's values of the settings that the user left automatic. notes: messages to log. Raises UsageError if a setting
+        that must not change has changed. Collective over world."""
         plan = self
         if reader is not None:
             with raise_together(self.world), readable(reader.path):
@@ -95,7 +96,7 @@ class RunPlan:
                     raise UsageError(
                         f"data.path={self.config.data.path} is not the data that the run in {self.config.run.dir} was trained on"
                     )
-            # the source is read again: it is the base of adapters, or train.init_from is not the path in RUN/init.json
+            # The source is read again, as the base of adapters, or because train.init_from is not the path in RUN/init.json.
             if self.origin is not None and self.origin.weights is not None:
                 plan = replace(plan, origin=replace(self.origin, wanted_sha256=begun))
             now = fingerprint(plan.config, self.device)
@@ -109,7 +110,8 @@ class RunPlan:
         return plan
 
     def _kept(self, saved: Mapping[str, Any]) -> Config:
-        """Return the config with the saved values of the automatic settings. Raises ValueError if one is not plausible."""
+        """Return the config with the saved values of the automatic settings. Raises ValueError if a saved value is not
+        plausible."""
         values: dict[str, dict[str, Any]] = {}
         for key in self.automatic:
             section, _, name = key.partition(".")
@@ -121,7 +123,8 @@ class RunPlan:
         return self.config.with_values(**values)
 
     def has_ended(self, reader: Reader) -> dict[str, Any] | None:
-        """Return the end record if the run is over and no setting that decides its end has changed. Independent."""
+        """Return the content of the `end` line if the run is over and no setting that decides its end has changed, else None.
+        Independent."""
         with readable(reader.path):
             end: dict[str, Any] | None = reader.meta["end"]
             if end is None or end["step"] >= self.config.train.steps and end["reason"] == "steps":

@@ -48,14 +48,14 @@ class RunRecord:
             self.file = MetricsFile(self.run_dir / "metrics.jsonl", at.step, at.batch, latest, also)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Write a line to metrics.jsonl, and add the time to it. Independent."""
+        """Add the time to a line, and write the line to metrics.jsonl. Independent."""
         line = line | {"unix_seconds": round(time.time(), 3)}
         self.state.lines.append(line)
         if self.file is not None:
             self.file.write(line)
 
     def lost(self) -> dict[str, float]:
-        """Return the time, steps and energy of the lines that open() removed. Independent."""
+        """Return the total time, steps and energy of the lines that open() removed. Independent."""
         return self.file.lost if self.file is not None else {}
 
     def mfu(self, tokens_per_second: float) -> float | None:
@@ -64,7 +64,7 @@ class RunRecord:
         return tokens_per_second * self.facts["flops_per_token"] / peak if peak else None
 
     def _about(self, step: int) -> dict[str, Any]:
-        """Return the facts for the trackers, see metrics.track.tracked.TrackedRun."""
+        """Return the facts for the trackers. See metrics.track.tracked.TrackedRun."""
         run_dir, config = self.run_dir.resolve(), self.meta["config"]
         tags = [tag.strip() for tag in config["metrics.tags"].split(",") if tag.strip()]
         return {"folder": str(run_dir / "track"), "name": run_dir.name, "project": config["metrics.project"], "tags": tags,

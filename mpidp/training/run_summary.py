@@ -26,10 +26,9 @@ Row = tuple[str, str, str, int, int, int]  # one rank's host, cores, device, thr
 
 
 def log_summary(plan: RunPlan, given: Config, everything: bool = False) -> None:
-    """Log the settings that differ from the defaults, model, memory, batch, data and ranks, on rank 0.
-
-    given: the configuration before automatic values were resolved. All settings and a table of ranks are logged too, at level
-    debug, or at level info if `everything`. Collective over plan.world.
+    """On rank 0, log the settings that differ from the defaults, and lines about model, memory, batch, data and ranks. given: the
+    configuration before automatic values were resolved. All settings and a table of ranks are logged too, at level debug, or at
+    level info if `everything` is true. Collective over plan.world.
     """
     dp = plan.mesh.dp
     lanes = plan.lanes.of_rank(dp.rank, dp.size - plan.config.strategy.servers)
@@ -59,7 +58,8 @@ def changed_settings(given: Config) -> str:
 
 
 def rank_table(plan: RunPlan, rows: Sequence[Row]) -> list[str]:
-    """Return a line per rank: host, cores, device, threads and lanes, and its place in the mesh if the model is cut. Pure."""
+    """Return a line per rank with its host, cores, device, threads and lanes. If the model is divided, the line also has the
+    rank's place in the mesh. Pure."""
     cut = plan.grid.parts > 1
     places = "  dp pp tp   parameters" * cut
     lines = [f"{'rank':>5}  {'host':<20} {'cores':<12} {'device':<24} {'threads':>7} {'lanes':>6}{places}"]
@@ -70,7 +70,7 @@ def rank_table(plan: RunPlan, rows: Sequence[Row]) -> list[str]:
 
 
 def model_line(plan: RunPlan, rows: Sequence[Row]) -> str:
-    """Return the kind and size of the model, and the size of the largest part of a rank. Pure."""
+    """Return a line with the kind and size of the model, and the size of the largest part of a rank. Pure."""
     words = [f"model: {plan.config.model.kind}, {num_parameters(plan.shape):,} parameters"]
     if plan.grid.parts > 1:
         words.append(f"at most {max(row[-1] for row in rows):,} on a rank")
@@ -80,7 +80,7 @@ def model_line(plan: RunPlan, rows: Sequence[Row]) -> str:
 
 
 def memory_line(plan: RunPlan, rows: Sequence[Row]) -> str:
-    """Return the memory that a rank needs between steps. Activations are not included. Pure."""
+    """Return a line with the memory that a rank needs between steps, without activations. Pure."""
     c, size, count = plan.config, plan.mesh.dp.size, max(row[-1] for row in rows)
     slots = gradient_slots(c, plan.lanes, 0, size)[0] + held_buffers(c)
     trained = _trained_parameters(plan) if _is_partly_frozen(c) else count
@@ -91,7 +91,7 @@ def memory_line(plan: RunPlan, rows: Sequence[Row]) -> str:
 
 
 def batch_line(plan: RunPlan) -> str:
-    """Return the size of the global batch, its parts, and the number of ranks. Pure."""
+    """Return a line with the size of the global batch, its parts, and the number of ranks. Pure."""
     c, t = plan.config, plan.config.train
     return (f"batch: {t.global_batch} sequences x {c.model.seq_len} = {t.global_batch * c.model.seq_len:,} tokens per step, in "
             f"{plan.lanes.num_micro_batches} micro-batches and {t.lanes} lanes, on {counted(plan.world.size, 'rank')} of "
@@ -99,7 +99,7 @@ def batch_line(plan: RunPlan) -> str:
 
 
 def data_line(plan: RunPlan) -> str:
-    """Return the folder, the sizes of the splits, and the length of the run. Pure."""
+    """Return a line with the data folder, the sizes of the splits, and the length of the run. Pure."""
     steps, epochs = plan.config.train.steps, plan.config.train.steps / plan.sampler.steps_per_epoch
     validation = f", {plan.validation.num_tokens:,} validation tokens" if plan.validation is not None else ""
     return (f"data: {plan.config.data.path}, {plan.training.num_tokens:,} training tokens{validation}; {counted(steps, 'step')}, "
@@ -107,8 +107,8 @@ def data_line(plan: RunPlan) -> str:
 
 
 def ranks_line(rows: Sequence[Row]) -> str:
-    """Return the number of ranks on each host, a faster launch if there is one, and how to list the ranks and all settings.
-    Pure."""
+    """Return a line with the number of ranks on each host, a faster launch if there is one, and how to list the ranks and all
+    settings. Pure."""
     sizes, threads = Counter(row[0] for row in rows), sorted({row[3] for row in rows})
     hosts = [f"{host} ({size})" if len(sizes) > 1 else host for host, size in sizes.items()]
     more = [f"{len(hosts) - NAMED_HOSTS} more hosts"] * (len(hosts) > NAMED_HOSTS)

@@ -26,7 +26,7 @@ from mpidp.training.state import RunState
 
 @dataclass
 class Services:
-    """The objects of a job that watch and measure it. Training would work without them."""
+    """The objects that watch and measure a job. Training would work without them."""
 
     faults: InjectedFaults  # faults injected on this rank
     watchdog: Watchdog
@@ -35,8 +35,8 @@ class Services:
     clock: Clock
     progress: Progress
     meter: Meter
-    machines: dict[str, Any]  # number of devices, and what the meter measures
-    lock: RunLock | None = None  # on rank 0, held by the command
+    machines: dict[str, Any]  # facts for the `start` line: number of devices, and what the meter measures
+    lock: RunLock | None = None  # on rank 0; the command holds the lock
     mirror: Mirror | None = None  # on rank 0, if run.mirror is set
 
     def close(self) -> None:
@@ -65,8 +65,8 @@ def make_services(
 
 
 def watch_energy(wanted: bool, host: str, device: torch.device, world: MPI.Intracomm) -> tuple[Meter, dict[str, Any]]:
-    """Return (this rank's meter, facts for the `start` line). The facts are the number of devices, what is measured on all
-    machines, and why other counters are missing. The first rank of each machine reads the counters, also if a setting divides the
+    """Return (this rank's energy meter, facts for the `start` line). The facts are the number of devices, what is measured on all
+    machines, and why other counters are missing. The first rank of each machine reads the counters, even if a setting divides the
     machine into several nodes. Collective over world."""
     cuda = device.type == "cuda"
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if cuda else ""

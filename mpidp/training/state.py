@@ -32,7 +32,7 @@ class Position:
     norms: list[float] = field(default_factory=list)  # gradient norms of the last updates
 
     def __post_init__(self) -> None:
-        if isinstance(self.noise, dict):  # as read from a checkpoint
+        if isinstance(self.noise, dict):  # when read from a checkpoint
             self.noise = NoiseAverage(**self.noise)
 
     @property
@@ -41,9 +41,9 @@ class Position:
         return self.step + self.skipped
 
     def norm_limit(self, spike: float) -> float:
-        """Return the largest gradient norm with which an update is made: `spike` times the median of the last norms. A few
-        unusual norms hardly change the median, and it has the same bits on any machine. Return infinity before KNOWN_AFTER
-        updates, and if spike is 0. Independent."""
+        """Return the largest gradient norm with which an update is made. It is `spike` times the median of the last norms. A few
+        unusual norms hardly change the median, and the median has the same bits on any machine. Return infinity before
+        KNOWN_AFTER updates, and if spike is 0. Independent."""
         return spike * statistics.median_low(self.norms) if spike and len(self.norms) >= KNOWN_AFTER else math.inf
 
     def count(self, stats: StepStats, tokens: int) -> None:
@@ -66,7 +66,7 @@ class Position:
         self.val_loss, self.best_val_loss = loss, loss if better else self.best_val_loss
 
     def skip_to(self, batch: int) -> None:
-        """Skip the batches before this one. Independent."""
+        """Skip the batches before `batch`. Independent."""
         self.skipped, self.skipped_in_a_row = batch - self.step, 0
 
 
@@ -79,7 +79,7 @@ class RunState:
     skipped_from: int = -1  # step of the checkpoint to which the run last returned to skip batches
     stop_at: float = math.inf  # time at which to stop, in seconds since 1970, shortly before the job's time limit
     recovered: bool = False  # whether this job continues the state of a job in which ranks failed
-    unreported: np.ndarray | None = None  # this rank's reports since the last synchronization (step_report.py)
+    unreported: np.ndarray | None = None  # this rank's reports since the last exchange (step_report.py)
 
     def portable(self) -> RunState:
         """Return a copy without the values that only this rank has. Independent."""

@@ -1,4 +1,4 @@
-"""Runs the forward and backward passes of one step on this rank, and audits in the steps in which they are due."""
+"""Runs the forward and backward passes of one step on this rank, and the audits that are due in the step."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ATTEMPTS = 3  # number of attempts at a step in which two ranks compute differen
 
 
 def compute(job: Job, batch: Batch) -> Computed:
-    """Run the forward and backward passes of this rank's lanes. In an audited step some lanes are computed by two ranks. If their
-    gradients differ, the step is computed again. If they differ in ATTEMPTS attempts, raise MpidpError, which names the suspected
-    ranks. Independent, except that an audited step is collective over job.comm."""
+    """Run the forward and backward passes of this rank's lanes. In an audited step, two ranks compute the same lane. If their
+    gradients differ, the step is computed again. If they differ in ATTEMPTS attempts, raise an MpidpError that names the
+    suspected ranks. Independent, except that an audited step is collective over job.comm."""
     step, faults = job.position.step + 1, job.services.faults
     squares: dict[int, float] = {}
     looks = []

@@ -15,8 +15,8 @@ from mpidp.training.job import Job
 
 @dataclass
 class StepReport:
-    """The reports of all ranks for the steps since the last synchronization, which is usually one step. It is the same on every
-    rank. In a step without synchronization it has only this rank's values."""
+    """The reports of all ranks for the steps since the last exchange, usually for one step. The values are the same on every
+    rank. If the step is not a meeting, the values are those of this rank only."""
 
     losses: np.ndarray  # (V,) sums of token losses
     num_tokens: np.ndarray  # (V,) target tokens
@@ -27,7 +27,7 @@ class StepReport:
     saving: np.ndarray  # (4,) see Saver.flags
     stop: bool  # whether any rank received a request to stop
     synchronized: bool  # whether the ranks exchanged their reports
-    divisor: int  # target tokens of all ranks in this step, or of this rank if each rank makes its own update
+    divisor: int  # target tokens of all ranks in this step; of this rank only, if each rank makes its own update
     steps: int  # number of steps in the report
     joules: float = 0.0  # energy of all machines since the last report
 
@@ -44,11 +44,11 @@ class StepReport:
 
 
 def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> StepReport:
-    """Exchange the reports of this step with all ranks. If the strategy does not synchronize at this step, add this rank's report
-    to its next exchange. When this call returns, no rank is still copying the state for a checkpoint, so an update may change the
-    state. Collective over job.comm if the strategy synchronizes at this step, else independent."""
+    """Exchange the reports of this step with all ranks. If this step is not a meeting of the strategy, keep this rank's report
+    for the next exchange. When this call returns, no rank is still copying the state for a checkpoint, so an update may change
+    the state. Collective over job.comm if this step is a meeting, else independent."""
     clock, step = job.services.clock, job.position.step + 1
-    with clock.timed("stall"):  # part of comm_wait in which the rank does not communicate
+    with clock.timed("stall"):  # the part of comm_wait without communication
         job.saver.wait_for_recent_save(step)
         job.saver.wait_for_copy()
     synchronized, rank, size = job.strategy.synchronizes_at(step), job.comm.rank, job.comm.size
@@ -67,7 +67,7 @@ def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> St
     if not synchronized:
         state.unreported = (0.0 if state.unreported is None else state.unreported) + flat
         state.unreported[: 2 * count * (not reports_losses)] = 0.0
-        spent[:] = seconds  # the seconds of other ranks are not known here
+        spent[:] = seconds  # the seconds of other ranks are not known without an exchange
         return StepReport(losses, num_tokens, spent, data, counts, squares, saving, False, False, own_tokens, 1)
     if state.unreported is not None:
         flat += state.unreported

@@ -20,16 +20,16 @@ from mpidp.training.run_plan import RunPlan
 
 
 class TaskEvaluation:
-    """Evaluates the model that is trained. All replicas have this model whenever the ranks evaluate."""
+    """Evaluates the model during training. When the ranks evaluate, all replicas have the same model."""
 
     def __init__(self, plan: RunPlan, model: Any, observers: StepObservers, tasks: dict[str, Any] | None) -> None:
-        """tasks: of load_tasks, on rank 0. observers: notified of the progress."""
+        """tasks: the result of load_tasks() on rank 0, None on other ranks. observers: are notified of the progress."""
         self._plan, self._model, self._observers, self.tasks = plan, model, observers, tasks
         self._requests: SharedRequests | None = None
 
     def run(self) -> tuple[dict[str, float | None], str]:
-        """Return ({TASK/METRIC: value}, ""), or ({}, the reason) if the tasks cannot be evaluated; the same on every rank.
-        Collective over plan.world."""
+        """Return ({TASK/METRIC: value}, ""), or ({}, the reason) if the tasks cannot be evaluated. The result is the same on
+        every rank. Collective over plan.world."""
         plan, training = self._plan, self._model.training
         self._model.eval()
         try:
@@ -51,7 +51,7 @@ class TaskEvaluation:
         return plan.world.bcast(figures), ""
 
     def _open(self) -> SharedRequests:
-        """Make the requests. Collective over plan.world."""
+        """Make the requests of the tasks. Collective over plan.world."""
         plan = self._plan
         with raise_together(plan.world):
             tokenizer = load_tokenizer(plan.run_dir / "tokenizer.json", plan.training.eod)

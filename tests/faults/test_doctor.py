@@ -64,7 +64,7 @@ def test_a_healthy_job(either: Shell, ranks: int) -> None:
 
 def test_the_table_is_for_people(shell: Shell) -> None:
     ended = shell.run(*DOCTOR, "--data", "absent", ranks=2)
-    expect(ended, 1, "data: absent holds no index.json and *.h5 (ranks 0-1 on", "-> prepare shards")
+    expect(ended, 1, "data: absent has no index.json with *.h5 files (ranks 0-1 on", "-> prepare shards")
     assert ended.out.count("launch") == 1 and "\nwrong    data" in ended.out and (shell.folder / "cluster.json").exists()
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from mpidp.model import products
 from tests.registries import OPTIMIZERS
 from tests.tiny import Ran, corpus, masked_corpus, sizes, tiny, train_at
 
@@ -50,6 +52,18 @@ def assert_it_learned(run: Ran) -> None:
     assert run.losses[-1] < run.losses[0] - 0.1
     assert all(line["grad_norm"] > 0 for line in run.lines if "grad_norm" in line)
     assert any("val_loss" in line for line in run.learned)
+
+
+@pytest.mark.check
+@pytest.mark.timeout(600)
+def test_compiled_blocks(shared_folder: Path, shared_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches and evaluations end with short micro-batches, so blocks are compiled for several shapes."""
+    monkeypatch.setattr(products, "SMALLEST", 0)  # also small products by the library of large ones
+    data, sections = corpus(shared_folder), {"train": {"compile": True, "global_batch": 13, "steps": 9}}
+    with torch._dynamo.config.patch(recompile_limit=8):  # restores the value that compile_blocks() sets
+        runs = [train_at(n, tiny(data, shared_tmp / f"at{n}", **sections)) for n in sizes(1, 2, 3)]
+    assert_it_learned(runs[0])
+    assert all((run.sha256, run.lines) == (runs[0].sha256, runs[0].lines) for run in runs)
 
 
 def test_a_run_crosses_the_end_of_an_epoch(shared_folder: Path, shared_tmp: Path) -> None:

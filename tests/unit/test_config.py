@@ -345,7 +345,7 @@ def test_paths_begin_at_the_home_folder(key: str, tmp_path: Path, monkeypatch: p
     (["--train.eval_tasks_dir=x"], "require train.eval_tasks"), (["--train.eval_tasks=a,,b"], "give names of tasks"),
     (["--train.eval_tasks=a", "--mesh.tp=2"], "ranks answer different requests"),
     (["--train.eval_tasks=a", "--mesh.shard=3"], "a forward pass needs all replicas"),
-    (["--train.eval_tasks=a", "--train.compile=true"], "each length of a request would be compiled"),
+    (["--train.eval_tasks=a", "--train.compile=true"], "compile the model again for each length of request"),
 ])
 def test_tasks_that_cannot_be_evaluated_during_training_are_refused(words: list[str], why: str) -> None:
     assert why in refused(*words)

@@ -13,7 +13,7 @@ ALL = {path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *(ROOT
 PAGES = sorted(ALL - {"docs/decisions.md"})
 FOLDERS = "mpidp|data_tools|tests|benchmarks|examples|jobs|docs"
 FILE = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w./-]*\.(?:py|sh|sbatch|toml|def|md|png)\b")
-NAME = re.compile(r"`(mpidp/[\w/]+\.py)` \((?:\w+\.)?(\w+)\)")  # as in `mpidp/parallel/engine.py` (Engine.evaluate)
+NAME = re.compile(r"`(mpidp/[\w/]+\.py)`\s\((?:\w+\.)?(\w+)\)")  # as in `mpidp/parallel/engine.py` (Engine.evaluate)
 
 
 @pytest.mark.parametrize("page", PAGES)

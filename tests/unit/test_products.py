@@ -111,13 +111,24 @@ def test_torch_computes_small_products_and_those_outside_training(monkeypatch: p
     products.linear(x.double(), weight.double())
 
 
-def test_compiled_code_calls_torch(every_size: None) -> None:
-    """torch's compiler fails with oneDNN's operator, whose weight must be constant there."""
-    calls: list[str] = []
+@needs_onednn
+def test_compiled_code_has_the_same_products(every_size: None) -> None:
+    """torch's compiler rejects oneDNN's operator, because the weights are not constant. Compiled code calls our operator."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    operators: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> object:
-        calls.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return graph.forward
+        operators.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
 
-    torch.compile(products.linear, backend=backend, fullgraph=True)(torch.randn(2, 8, requires_grad=True), torch.randn(8, 8))
-    assert len(calls) == 1 and "linear" in calls[0]
+    exact = _draw(3, 16, 24, 40)
+    x, weight, bias, grad = (one.float() for one in exact)
+    for one in (x, weight, bias):
+        one.requires_grad_()
+    compiled = torch.compile(products.linear, backend=aot_autograd(fw_compiler=backend), fullgraph=True)
+    eager = _results(products.linear, x, weight, bias, grad)
+    for one, other in zip(_results(compiled, x, weight, bias, grad), eager, strict=True):
+        assert torch.equal(one, other)
+    assert operators.count("mpidp.product.default") == 3  # the value and two gradients

@@ -1,4 +1,4 @@
-"""Writes to MLflow: the database RUN/track/mlflow.db, unless MLFLOW_TRACKING_URI names another place."""
+"""Writes to MLflow, in the database RUN/track/mlflow.db unless MLFLOW_TRACKING_URI names another place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from mpidp.metrics.track.tracked import TrackedRun, facts_of, scalars_of
 
-PER_CALL = {"metrics": 1000, "params": 100, "tags": 100}  # the most entries of one call of log_batch
+PER_CALL = {"metrics": 1000, "params": 100, "tags": 100}  # maximum number of entries in one call of log_batch
 DEFAULTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "GIT_PYTHON_REFRESH": "quiet"}
 
 
@@ -33,7 +33,8 @@ class MlflowTracker:
             self._open(run, "", "offline_run_id")
 
     def _open(self, run: TrackedRun, server: str, key: str) -> None:
-        """Open the run, whose id is stored as `key` of its state. server: "" for the database in the run's folder."""
+        """Open the run. MLflow's id of the run is stored in run.state[key]. server: the address of a server, or "" for the
+        database in the run's folder."""
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient(tracking_uri=server or f"sqlite:///{run.folder}/mlflow.db")

@@ -1,9 +1,10 @@
 """The process of one tracker: `python -m mpidp.metrics.track.process NAME LOG PATIENCE_SECONDS FINISH_SECONDS`.
 
-It reads JSON lines from standard input: first the TrackedRun, then lines of the run; the end of the input ends the process. The
-training only writes to the pipe, so a tracker that is slow, hangs, raises or crashes cannot delay it. The output of the tracker
-goes to LOG. Warnings go to the standard error of the run, at most one of each kind. A call that lasts PATIENCE_SECONDS is a
-warning. FINISH_SECONDS after the end of the input, the process ends even if a call does not return.
+The process reads JSON lines from standard input. The first line is the TrackedRun, and the others are lines of metrics.jsonl. The
+process ends at the end of the input. Training only writes to a pipe, so a tracker that is slow, hangs, raises an exception or
+crashes cannot delay training. The output of the tracker goes to LOG. Warnings go to the standard error of the run, at most one of
+each kind. A call of the tracker that takes longer than PATIENCE_SECONDS causes a warning. FINISH_SECONDS after the end of the
+input, the process ends even if a call does not return.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from mpidp.metrics.track.tracked import TrackedRun, Tracker, kind_of
 from mpidp.runtime.files import write_file
 from mpidp.storage.address import without_secrets
 
-MAX_LINES = 10_000  # lines that wait for a slow tracker; later ones are left out
-MAX_BATCH = 200  # most lines in one call
+MAX_LINES = 10_000  # maximum number of lines that wait for a slow tracker; further lines are left out
+MAX_BATCH = 200  # maximum number of lines in one call
 BATCH_SECONDS = 1.0  # lines are collected for this long
 SAVE_SECONDS = 10.0  # time between two writes of the state
 ADVICE = "training continues; metrics.jsonl has all numbers"
@@ -37,7 +38,7 @@ class Warnings:
     """Prints each warning once, on the standard error of the run."""
 
     def __init__(self, name: str, stream: Any, seconds: float) -> None:
-        """seconds: the time of a call until a warning."""
+        """seconds: a call that takes longer causes a warning."""
         self._name, self._stream, self._seconds, self._said = name, stream, seconds, set[str]()
 
     def say(self, kind: str, text: str) -> None:
@@ -48,7 +49,7 @@ class Warnings:
 
     @contextmanager
     def patience(self, what: str) -> Iterator[None]:
-        """Warn if the body takes long."""
+        """Warn if the code inside this context takes too long."""
         text = f"{what} has not finished after {self._seconds:g} s"
         timer = threading.Timer(self._seconds, self.say, ("slow", text))
         timer.daemon = True
@@ -60,10 +61,10 @@ class Warnings:
 
 
 class Inbox:
-    """The lines of the run. A thread reads them, so that the pipe never fills."""
+    """Receives the lines of the run. A thread reads them, so that the pipe never fills up."""
 
     def __init__(self, stream: Any, seconds: float, overdue: Callable[[], None]) -> None:
-        """overdue: called this many seconds after the end of the input."""
+        """overdue: called `seconds` after the end of the input."""
         self._stream, self._seconds, self._overdue = stream, seconds, overdue
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.left_out = 0
@@ -102,8 +103,8 @@ class Inbox:
 
 
 class State:
-    """RUN/track/NAME.json: the id of the run, and the last step of each kind of line that was written. A lock makes a job
-    wait for the process of an earlier job, which may still be writing."""
+    """The content of RUN/track/NAME.json: the id of the run, and the last step that was written of each kind of line. A lock
+    makes a job wait for an earlier job's process, which may still be writing."""
 
     def __init__(self, path: Path, seconds: float) -> None:
         """seconds: how long to wait for the lock."""
@@ -127,21 +128,22 @@ class State:
         self.last: dict[str, int] = {k: v for k, v in last.items() if isinstance(v, int)} if isinstance(last, dict) else {}
 
     def wrote(self, batch: list[dict[str, Any]]) -> None:
-        """Note the steps of a batch that was written. Every SAVE_SECONDS they are stored."""
+        """Record the steps of a batch that was written. Save the state if the last time was more than SAVE_SECONDS ago."""
         for line in batch:
             self.last[kind_of(line)] = max(self.last.get(kind_of(line), -1), line["step"])
         if time.monotonic() > self._saved + SAVE_SECONDS:
             self.save()
 
     def save(self) -> None:
-        """Store the state. A full disk is not an error here: the lines were written, and must not be written again."""
+        """Save the state. Errors such as a full disk are ignored, because the lines were written and must not be written
+        again."""
         self._saved = time.monotonic()
         with suppress(OSError):
             write_file(self.path, json.dumps(self.values | {"last": self.last}).encode())
 
 
 def serve(name: str, stream: Any, warnings: Warnings, seconds: float) -> int:
-    """Open the tracker and pass lines on until the input ends. Return the exit code. Independent."""
+    """Open the tracker, and pass lines to the tracker until the input ends. Return the exit code. Independent."""
     inbox = Inbox(stream, seconds, lambda: os._exit(3))
     about = inbox.first()
     if about is None:
@@ -179,7 +181,7 @@ def serve(name: str, stream: Any, warnings: Warnings, seconds: float) -> int:
             except Exception as error:  # noqa: BLE001
                 failures += 1
                 next_try = time.monotonic() + min(60.0, 2.0**failures)
-                warnings.say("failed", f"{what} failed ({_short(error)}), and is repeated")
+                warnings.say("failed", f"{what} failed ({_short(error)}), and will be repeated")
     try:
         if waiting:
             tracker.write(waiting)
@@ -200,7 +202,7 @@ def _short(error: BaseException) -> str:
 def main() -> None:
     """Run the process of the tracker that the command line names. Independent."""
     name, log_path, patience, finish = sys.argv[1:]
-    for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler sends these to all processes; the run closes the input
+    for number in (signal.SIGINT, signal.SIGTERM):  # schedulers signal all processes; the end of the input ends this one
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError, AttributeError):
         os.nice(10)

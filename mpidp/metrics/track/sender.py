@@ -20,12 +20,12 @@ from mpidp.runtime.environment import LAUNCHER_PREFIXES
 from mpidp.runtime.log import log
 
 MAX_LINES = 10_000  # lines that wait in memory while the pipe is full
-PATIENCE_SECONDS = 60.0  # longest call of a tracker without a warning
-FINISH_SECONDS = 30.0  # for all trackers together, at the end
+PATIENCE_SECONDS = 60.0  # a call of a tracker that takes longer causes a warning
+FINISH_SECONDS = 30.0  # time limit at the end of a run, for all trackers together
 
 
 class Trackers:
-    """The trackers of a run. No method but finish() waits, and none raises an exception because of a tracker. Independent."""
+    """The trackers of a run. Only finish() waits. No method raises an exception because of a tracker. Independent."""
 
     def __init__(self, names: Sequence[str], about: Mapping[str, Any]) -> None:
         """Start a process for each name. about: the fields of tracked.TrackedRun."""
@@ -39,7 +39,7 @@ class Trackers:
                 process.send(raw)
 
     def close(self) -> None:
-        """Send no more lines. The trackers store what they have received, and end."""
+        """Send no more lines. The trackers store the lines that they have received, and end."""
         for process in self._processes:
             process.end_input()
 
@@ -108,7 +108,7 @@ class _Process:
         return None
 
     def _lost(self, why: str) -> None:
-        """Stop sending. why: the text of a warning; empty: the process has printed it."""
+        """Stop sending. why: the text of a warning, or "" if the process has printed a warning."""
         if why:
             log.warning("warning: metrics.track=%s: %s; training continues; metrics.jsonl has all numbers", self.name, why)
         self._child = None

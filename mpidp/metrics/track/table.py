@@ -1,4 +1,5 @@
-"""The table of trackers, programs that store and plot metrics. A new tracker is a new row, and a file beside this one."""
+"""The table of trackers. A tracker is a program that stores and plots metrics. A new tracker needs a row here and a file beside
+this file."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ PACKAGES = {  # tracker -> the packages that it needs; without the last two, mlf
 
 
 def trackers_of(track: str, tensorboard: bool = False) -> list[str]:
-    """Return the names of the trackers in metrics.track, which is a comma list, without repetitions. Pure.
+    """Return the names of the trackers in metrics.track, a comma-separated list, without repetitions. Pure.
 
     tensorboard: metrics.tensorboard, the earlier setting for one tracker. Raises UsageError if a name is not in the table.
     """
@@ -28,7 +29,7 @@ def trackers_of(track: str, tensorboard: bool = False) -> list[str]:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise UsageError if the package of a tracker is not installed. Imports none of them. Independent."""
+    """Raise UsageError if the package of a tracker is not installed. The packages are not imported. Independent."""
     for name, package in ((tracker, package) for tracker in names for package in PACKAGES[tracker]):
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:  # a folder wandb/ without __init__.py has a spec, but no origin

@@ -1,4 +1,4 @@
-"""Writes scalars to RUN/tensorboard, in TensorBoard's event files. Events become text."""
+"""Writes scalars to RUN/tensorboard, in TensorBoard's event files. Events of a run are written as text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from mpidp.metrics.track.tracked import TrackedRun, scalars_of
 
 
 class TensorboardTracker:
-    """See tracked.Tracker. TensorBoard hides the steps of earlier jobs after the step at which this job begins."""
+    """See tracked.Tracker. If earlier jobs wrote steps that this job computes again, TensorBoard hides the values of the earlier
+    jobs."""
 
     note = ""
     purges = True

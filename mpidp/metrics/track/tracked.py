@@ -1,4 +1,4 @@
-"""What a tracker receives: the facts of a run, then batches of lines with the scalars of a step."""
+"""The data that a tracker receives: first the facts of a run, then batches of lines of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class TrackedRun:
     name: str  # the name of the folder RUN
     project: str
     tags: Sequence[str]
-    step: int  # the last step before this job; the job computes later steps, again or for the first time
-    config: Mapping[str, Any]  # section.key: value of all settings
+    step: int  # the last step before this job; this job may compute later steps again
+    config: Mapping[str, Any]  # all settings, as section.key: value
     state: dict[str, Any] = field(default_factory=dict)  # stored in RUN/track/TRACKER.json; `id` is the same in all jobs of a run
 
     @property
@@ -31,8 +31,8 @@ class TrackedRun:
 class Tracker(Protocol):
     """A run in a tracker. If a method raises an exception, a warning is printed and the run continues."""
 
-    note: str  # a warning about the opening of the run; may be empty
-    purges: bool  # whether a step that is written again replaces the first one; if not, it is left out
+    note: str  # a warning from opening the run, or ""
+    purges: bool  # whether a step that is written again replaces the first values; if not, the step is not written again
 
     def __init__(self, run: TrackedRun) -> None:
         """Open the run, or continue it."""
@@ -45,8 +45,8 @@ class Tracker(Protocol):
 
 
 def compact(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a line of metrics.jsonl that trackers use: scalars and short texts; of a `start` line also the facts,
-    as section.name. Pure."""
+    """Return the fields of a line of metrics.jsonl that trackers use. These are scalars and short texts. A `start` line also has
+    facts, which are returned as section.name. Pure."""
     found = {key: value for key, value in line.items() if key in TEXTS or _is_number(value)}
     if line.get("event") == "start":
         for key, value in line.items():
@@ -56,7 +56,8 @@ def compact(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scalars_of(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the scalars of a line: steps/NAME, or val/NAME in the line of an evaluation. An event has none. Pure."""
+    """Return the scalars of a line: steps/NAME, or val/NAME in the line of an evaluation. The line of an event has no scalars.
+    Pure."""
     if "event" in line:
         return {}
     return {f"{kind_of(line)}/{key}": value for key, value in line.items() if key not in LEFT_OUT and _is_number(value)}
@@ -68,8 +69,8 @@ def kind_of(line: Mapping[str, Any]) -> str:
 
 
 def facts_of(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts of a `start` line (versions, hosts, ranks) or of an `end` line (reason, val_loss, hash of the weights); of
-    another line none. Pure."""
+    """Return the facts of a `start` line (versions, hosts, ranks) or of an `end` line (reason, val_loss, hash of the weights).
+    Other lines have no facts. Pure."""
     return {k: v for k, v in line.items() if k not in (*LEFT_OUT, "event")} if line.get("event") in ("start", "end") else {}
 
 

@@ -1,4 +1,4 @@
-"""Writes to trackio: its database in RUN/track/trackio, unless TRACKIO_DIR, TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set."""
+"""Writes to trackio, in a database in RUN/track/trackio unless TRACKIO_DIR, TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from mpidp.metrics.track.tracked import TrackedRun, facts_of, scalars_of
 
 
 class TrackioTracker:
-    """See tracked.Tracker. trackio continues the run with the same name, so the name includes the id of the run."""
+    """See tracked.Tracker. trackio continues an earlier run that has the same name. Therefore the name includes the id of the
+    run."""
 
     note = ""
     purges = False
 
     def __init__(self, run: TrackedRun) -> None:
-        os.environ.setdefault("TRACKIO_DIR", f"{run.folder}/trackio")  # trackio reads it when it is imported
+        os.environ.setdefault("TRACKIO_DIR", f"{run.folder}/trackio")  # trackio reads this variable when it is imported
         import trackio
 
         config = dict(run.config) | ({"tags": ", ".join(run.tags)} if run.tags else {})

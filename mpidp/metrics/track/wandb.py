@@ -1,4 +1,5 @@
-"""Writes to Weights & Biases: offline in RUN/track/wandb, unless the environment names a server (`wandb sync` sends it later)."""
+"""Writes to Weights & Biases. Unless the environment names a server, the run is stored offline in RUN/track/wandb. `wandb sync`
+can upload it later."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 from mpidp.metrics.track.tracked import TrackedRun, facts_of, scalars_of
 
-SERVER = ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE")  # with one of these variables, wandb decides about the mode
+SERVER = ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE")  # if one of these variables is set, wandb chooses the mode
 
 
 class WandbTracker:

@@ -1,7 +1,8 @@
-"""The bytes that the forward pass of one micro-batch keeps for backward: one block, the last norm, and the logits. Pure.
+"""Computes the bytes that the forward pass of one micro-batch keeps for backward, in a block, the last norm, and the logits.
+Pure.
 
-These are the tensors that autograd saves in mpidp.model (checked in tests/unit/test_mesh_formulas.py). Factors, biases and
-residual sums save nothing.
+These are the tensors that autograd saves in mpidp.model (checked in tests/unit/test_mesh_formulas.py). For multiplications by
+constants, biases and residual sums, autograd saves nothing.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ def _between_branches(model: ModelSizes, work: Work) -> int:
     channel, position = _norm(model)
     norms = len(o.norms()) * (channel * d + position)
     if o.parallel:
-        norms -= 4 * d  # both norms have the same input
-    products = 3 + 1 + o.gated  # each converts its input to 16 bits, unless positions are gathered for all
+        norms -= 4 * d  # both norms have the same input, which is kept once
+    products = 3 + 1 + o.gated  # each product keeps a 16-bit copy of its input, unless they share one gathered input
     inputs = 2 * 4 * d if work.number_bytes == 4 else 2 * d * (2 if work.sequence else products)
     return norms + inputs
 
 
 def _copied(model: ModelSizes) -> float:
-    """Return the fraction of the layers whose result of attention is kept twice.
+    """Return the fraction of the layers that keep the result of attention twice.
 
-    The input of o is a copy of the result in layers with a window, and if only some dimensions of the queries are rotated.
+    The input of the projection o is a copy of this result in layers with a window. It is also a copy if only some dimensions of
+    the queries are rotated.
     """
     if model.options.positions == "rotary" and 0 < model.options.rotary_dims < model.shape.head_dim:
         return 1.0
@@ -53,8 +55,8 @@ def _inside_branches(model: ModelSizes, work: Work) -> float:
 
 
 def kept_of_block(model: ModelSizes, shape: Shape, work: Work) -> float:
-    """Return the bytes per token that one block saves for backward. Attention that is not fused also saves its scores, their
-    dropout and the dropout mask, in 16 bits 5 bytes per score (Korthikanti 2022, section 4.1). Pure."""
+    """Return the bytes per token that one block saves for backward. Attention that is not fused also saves its scores, the scores
+    after dropout, and the dropout mask. In 16 bits these take 5 bytes per score (Korthikanti 2022, section 4.1). Pure."""
     between = _between_branches(model, work) / (shape.tp if work.sequence else 1)
     return between + _inside_branches(model, work) / shape.tp
 
@@ -65,16 +67,17 @@ def kept_of_last_norm(model: ModelSizes, number_bytes: int) -> int:
 
 
 def logits_bytes(model: ModelSizes, shape: Shape, number_bytes: int) -> float:
-    """Return the bytes of logits per token, with train.loss=whole. A soft-cap keeps its result. Pure."""
+    """Return the bytes of logits per token, with train.loss=whole. A soft-cap of the logits also keeps its result. Pure."""
     each = (8 if number_bytes == 4 else 10) + (number_bytes if model.options.logit_cap else 0)
     return each * model.vocab_size / shape.tp
 
 
 def loss_bytes(model: ModelSizes, shape: Shape, work: Work) -> float:
-    """Return the bytes of the logits of a micro-batch and of their gradients, at the peak.
+    """Return the peak number of bytes of the logits of a micro-batch and of their gradients.
 
-    whole: log-probabilities, their gradients and the gradients of the logits. In chunks: the logits of one chunk, and the
-    gradients of the hidden states and of the head, which are computed together with the loss and scaled in backward. Pure.
+    With train.loss=whole, these are the log-probabilities, their gradients and the gradients of the logits. In chunks, these are
+    the logits of one chunk, and the gradients of the hidden states and of the head. Those gradients are computed together with
+    the loss, and scaled in backward. Pure.
     """
     tokens, capped = work.micro_batch * model.seq_len, model.options.logit_cap > 0
     rows = chunk_rows(work.loss, model.shape, tokens)

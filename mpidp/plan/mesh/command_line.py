@@ -27,28 +27,29 @@ from mpidp.plan.mesh.sizes import Work
 from mpidp.runtime.json_file import read_json
 from mpidp.runtime.options import add_ranks
 
-TOKENS = {True: 4 << 20, False: 1 << 19}  # assumed tokens per step; key: whether the model has at least 1 B parameters
+TOKENS = {True: 4 << 20, False: 1 << 19}  # assumed tokens per step; key: whether the model has at least 1e9 parameters
 BYTES = {"bfloat16": 2, "float32": 4}
 OF_THE_WEIGHTS = [f"model.{key}" for key in ("kind", "num_layers", "num_heads", "num_kv_heads", "model_dim", "hidden_dim",
                                              "tie_embeddings", "head_dim", "vocab_size", *OPTIONS)]
 DESCRIPTION = """\
 Find the meshes (dp x pp x tp, and the level of sharding over dp) of N ranks that have enough memory for a model, and predict
-the step time of each. Figures that are not given are assumed and listed. docs/plan.md explains the output and its accuracy.
+the step time of each mesh. Figures that are not given are assumed and listed. docs/plan.md explains the output and its accuracy.
 Settings of a run (--section.key=value) need --config."""
 NUMBERS = (  # option, help, factor to convert the value to bytes, operations or seconds
-    ("params", "number of parameters of a LLaMA-like model, for example 7b; or use --config", 1.0),
-    ("memory", "memory per rank, GB (80)", 1e9),
+    ("params", "number of parameters of a LLaMA-like model, for example 7b (or use --config)", 1.0),
+    ("memory", "memory per rank in GB (default: 80)", 1e9),
     ("samples", "number of samples in the data, for example 100m, to print the samples per rank", 1.0),
-    ("vocab", "vocabulary size; default: the size of the published model or of the config's data, or 32,000", 1.0),
-    ("seq-len", "tokens per sequence; default: the model's", 1.0),
-    ("global-batch", "sequences per step; default: about 4 M tokens", 1.0),
-    ("micro-batch", "sequences per forward pass; default: the best of 1 to 16", 1.0),
+    ("vocab", "vocabulary size (default: that of the published model or of the config's data, or 32,000)", 1.0),
+    ("seq-len", "tokens per sequence (default: that of the model)", 1.0),
+    ("global-batch", "sequences per step (default: the config's, or 4 million tokens, or 0.5 million for models below 1B)", 1.0),
+    ("micro-batch", "sequences per forward pass (default: the best of 1 to 16)", 1.0),
     ("flops", "measured FLOP/s of a rank in matrix products, for example 450t", 1.0),
-    ("memory-gbyte", "memory bandwidth of a device, GB/s", 1e9),
-    ("link-gbit", "bandwidth between two ranks of a node, Gbit/s", 1e9 / 8),
-    ("node-gbit", "bandwidth of a node's network, Gbit/s", 1e9 / 8), ("latency-us", "latency of a message, microseconds", 1e-6),
-    ("ranks-per-node", "number of ranks on each node (8)", 1.0),
-    ("gpus-per-node", "devices that the ranks of a node share; default: one per rank", 1.0),
+    ("memory-gbyte", "memory bandwidth of a device in GB/s", 1e9),
+    ("link-gbit", "bandwidth between two ranks of a node in Gbit/s", 1e9 / 8),
+    ("node-gbit", "bandwidth of a node's network in Gbit/s", 1e9 / 8),
+    ("latency-us", "latency of a message in microseconds", 1e-6),
+    ("ranks-per-node", "number of ranks on each node (default: 8)", 1.0),
+    ("gpus-per-node", "number of devices that the ranks of a node share (default: one per rank)", 1.0),
 )  # fmt: skip
 WHOLE = ("vocab", "seq-len", "global-batch", "micro-batch", "ranks-per-node", "gpus-per-node")
 
@@ -57,16 +58,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `plan mesh`, without --json. Pure."""
     parser.add_argument("--config", metavar="FILE", help="CONFIG.toml of a run, or config.json of a "
                         "Hugging Face model: use its model and batch, not --params")
-    add_ranks(parser, "as in cluster.json")
+    add_ranks(parser, "the number in cluster.json")
     for name, about, _ in NUMBERS:
         parser.add_argument(f"--{name}", metavar="N", help=about)
-    parser.add_argument("--cluster", metavar="FILE", help="cluster.json of mpidp.doctor; default: ./cluster.json, if it exists")
-    parser.add_argument("--calibrate", metavar="RUN", help="measure compute speed from this run on one rank of such a device")
-    parser.add_argument("--dtype", choices=list(BYTES), help="type of matrix products (bfloat16)")
-    parser.add_argument("--recompute", choices=["true", "false"], help="recompute activations (default: whichever is better)")
-    parser.add_argument("--sequence", choices=["true", "false"], help="mesh.sequence (default: whichever is better)")
-    parser.add_argument("--overlap", type=float, help="achieved fraction of the possible overlap of dp traffic (0.8)")
-    parser.add_argument("--top", type=int, default=5, help="number of meshes to show (%(default)s)")
+    parser.add_argument("--cluster", metavar="FILE", help="cluster.json of mpidp.doctor (default: ./cluster.json, if it exists)")
+    parser.add_argument("--calibrate", metavar="RUN", help="take the compute speed from this run on one rank of such a device")
+    parser.add_argument("--dtype", choices=list(BYTES), help="type of matrix products (default: bfloat16)")
+    parser.add_argument("--recompute", choices=["true", "false"], help="recompute activations (default: the better choice)")
+    parser.add_argument("--sequence", choices=["true", "false"], help="value of mesh.sequence (default: the better choice)")
+    parser.add_argument("--overlap", type=float, help="achieved fraction of the possible overlap of dp traffic (default: 0.8)")
+    parser.add_argument("--top", type=int, default=5, help="number of meshes to show (default: %(default)s)")
 
 
 def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> dict[str, Any]:
@@ -141,14 +142,15 @@ def _initial_model(path: str) -> dict[str, Any]:
 
 
 def _config_json(given: str) -> Path | None:
-    """Return the config.json of a Hugging Face model, if the path is one or its folder; None for a TOML file."""
+    """Return the path of the config.json of a Hugging Face model, if `given` is this file or its folder. Return None for a TOML
+    file."""
     path = Path(given) / "config.json" if Path(given).is_dir() else Path(given)
     return path if path.suffix == ".json" else None
 
 
 def _settings_of(config: Path, what: str) -> dict[str, Any]:
-    """Return the model settings {section.key: value} of a config.json, with its longest context as model.seq_len. what:
-    for error messages. Raises UsageError or DataError if it cannot be read. Independent."""
+    """Return the model settings {section.key: value} of a config.json, with its longest context as model.seq_len. what: name of
+    the model in error messages. Raises UsageError or DataError if config.json cannot be read. Independent."""
     try:
         content = read_json(config)
     except (OSError, ValueError) as error:

@@ -1,8 +1,9 @@
-"""Computes the memory of each rank of a mesh, by use, from the sizes of the model. Pure.
+"""Computes the memory that each rank of a mesh needs for each use, from the sizes of the model. Pure.
 
 p is the number of parameters of a rank: those of the layers of its stage, with matrices divided by tp. w is the number of bytes
-per number in matrix products. n = micro_batch x seq_len is the number of tokens of a micro-batch. f = min(M, pp - stage) is the
-number of micro-batches whose forward is done and whose backward is not (1F1B, Narayanan 2021, section 2.2.1).
+per number in matrix products. n = micro_batch x seq_len is the number of tokens of a micro-batch. M is the number of
+micro-batches per replica. f = min(M, pp - stage) micro-batches have finished forward and not backward (1F1B, Narayanan 2021,
+section 2.2.1).
 
 | use | bytes | divided by dp from |
 |---|---|---|
@@ -17,10 +18,10 @@ number of micro-batches whose forward is done and whose backward is not (1F1B, N
 
 W counts the activations of norms and residuals, which every tensor-parallel rank holds in full. S counts the activations between
 matrices that are divided by tp. With mesh.sequence, W and the activations that recompute keeps are divided by tp. In 16 bits W is
-then 20 D + 8, because an input that several products share is saved once. activations.py has W and S for all options of the
-Transformer. model/loss_chunks.py has r; with train.loss=auto, the loss is in chunks if the logits are large. Embedding and head
-are divided by tp along the vocabulary.
-Layers are assigned to stages such that the slowest stage is as fast as possible. The last stage also computes the head.
+then 20 D + 8, because an input that several products share is saved once. activations.py computes W and S for all options of the
+Transformer. model/loss_chunks.py determines r. With train.loss=auto, the loss is computed in chunks if the logits are large.
+Embedding and head are divided by tp along the vocabulary. Layers are assigned to stages such that the slowest stage is as fast as
+possible. The last stage also computes the head.
 """
 
 from __future__ import annotations
@@ -63,15 +64,16 @@ def layers_of(model: ModelSizes, shape: Shape, stage: int) -> int:
 
 
 def stages_of(model: ModelSizes, shape: Shape) -> set[int]:
-    """Return the stages that can need the most memory or time: the first stage, the first stage with the most blocks, and the
-    last stage. Pure."""
+    """Return the stages that can need the most memory or time. These are the first stage, the first stage with the most blocks,
+    and the last stage. Pure."""
     layers = _layers(model, shape.pp)
     return {0, layers.index(max(layers)), shape.pp - 1}
 
 
 def parameters_of(model: ModelSizes, shape: Shape, stage: int) -> float:
-    """Return the number of parameters of each rank of a stage, before sharding over dp. Every tensor-parallel rank has all gains
-    of norms and learned positions. If embedding and head are tied, the first and the last stage both have the table. Pure."""
+    """Return the number of parameters of each rank of a stage, before sharding over dp. Every tensor-parallel rank has all
+    weights of norms and all learned positions. If embedding and head are tied, the first and the last stage both have the
+    embedding. Pure."""
     first, last = stage == 0, stage == shape.pp - 1
     tables = first + last - (model.tie_embeddings and shape.pp == 1)
     cut = layers_of(model, shape, stage) * model.matrices + tables * model.table
@@ -104,6 +106,6 @@ def memory_of(model: ModelSizes, shape: Shape, work: Work, stage: int) -> Memory
 
 
 def largest(model: ModelSizes, shape: Shape, work: Work) -> Memory:
-    """Return the memory of the stage that needs the most memory. This is one of the first stages, which have the most
-    micro-batches in flight, or the last stage, which has the logits. Pure."""
+    """Return the memory of the stage that needs the most memory. This stage is one of the first, which have the most
+    micro-batches in flight, or the last, which has the logits. Pure."""
     return max((memory_of(model, shape, work, stage) for stage in stages_of(model, shape)), key=lambda one: one.total)

@@ -1,7 +1,7 @@
-"""Finds the meshes of N ranks whose memory is large enough for a model, and predicts the step time of each.
+"""Finds the meshes of N ranks that have enough memory for a model, and predicts the step time of each mesh.
 
-memory.py computes the memory. time.py computes the time and the bytes sent. Each figure has a source: it is given, measured in a
-RUN, read from cluster.json, or assumed. This module imports neither torch nor MPI.
+memory.py computes the memory. time.py computes the time and the bytes sent. The input figures are given, measured in a RUN, read
+from cluster.json, or assumed, and each is listed with its source. This module imports neither torch nor MPI.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ VOCAB, SEQ_LEN = 32000, 4096  # vocabulary and sequence length of models that ar
 ROOM = 0.9  # usable fraction of the memory; the rest is for libraries, message buffers and fragmentation
 MICRO_BATCHES = (1, 2, 4, 8, 16)  # micro-batch sizes that are tried
 SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
-FLOPS, MEMORY = {2: 500e12, 4: 50e12}, 2.5e12  # assumed FLOP/s by bytes per number, and bytes/s, of an H100 in a node of eight
-INSIDE, BETWEEN, LATE, RANKS_A_NODE, OVERLAP = 300e9, 400e9, 10e-6, 8, 0.8  # assumed, in bytes/s, bytes/s, s, ranks, a fraction
+FLOPS, MEMORY = {2: 500e12, 4: 50e12}, 2.5e12  # assumed of an H100: FLOP/s by bytes per number, and bytes/s
+INSIDE, BETWEEN, LATE, RANKS_A_NODE, OVERLAP = 300e9, 400e9, 10e-6, 8, 0.8  # assumed: bytes/s, bytes/s, s, ranks, a fraction
 OF_PEAK = 0.5  # assumed fraction of the datasheet's FLOP/s
 
 
@@ -54,8 +54,8 @@ def number(given: str, name: str) -> float:
 
 
 def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[ModelSizes, str]:
-    """Return (a LLaMA-like model with about this many parameters, its name). If a published model has about this many parameters,
-    it is returned. Otherwise the model has about 12 x layers x width^2 parameters, and its number of layers is near width / 128.
+    """Return (a LLaMA-like model with about this many parameters, its name). If a published model has about this size, return
+    this model. Otherwise the model has about 12 x layers x width^2 parameters, and its number of layers is near width / 128.
     Raises UsageError if the embedding and head of this vocabulary alone are too large. Pure."""
     for known, (name, model) in KNOWN.items():
         if abs(parameters - known) <= NEAR * known and vocab_size in (0, model.vocab_size):
@@ -80,8 +80,8 @@ def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[
 
 
 def vocab_size_of(values: Mapping[str, Any]) -> int:
-    """Return the vocabulary size of a configuration {section.key: value}, or else that of its data. Raises UsageError if the
-    configuration has none and the data cannot be read. Independent."""
+    """Return the vocabulary size of a configuration {section.key: value}, or else of its data. Raises UsageError if the
+    configuration has no vocabulary size and the data cannot be read. Independent."""
     from mpidp.data.shard_folder import open_index  # imports numpy
 
     try:
@@ -119,8 +119,8 @@ class GivenFigures:
 def machine_of(
     given: GivenFigures, cluster: Mapping[str, Any], run: tuple[float, float] | None, number_bytes: int
 ) -> tuple[Machine, list[str]]:
-    """Return (machine, source of each figure). Each figure is taken from the first source that has it: the command line, a run
-    (flops and memory only), cluster.json, the assumptions. Pure."""
+    """Return (machine, source of each figure). Each figure is taken from the first of these sources that has it: the command
+    line, a run (only flops and memory), cluster.json, the assumptions. Pure."""
     sources: list[str] = []
 
     def choose(what: str, unit: str, one: float, *options: tuple[str, float | None]) -> float:
@@ -155,8 +155,8 @@ def machine_of(
 
 
 def machine_of_run(run: Path, vocab_size: int) -> tuple[float, float]:
-    """Return (FLOP/s, memory bytes/s), measured by a run of mpidp.train. Raises UsageError if it is not a run on one rank with
-    recorded step times. Independent."""
+    """Return (FLOP/s, memory bytes/s), computed from the step times of a run of mpidp.train. Raises UsageError if the run used
+    several ranks or has no step times. Independent."""
     found = measured.read(run)
     times = [one for one in measured.seconds([found]) if one.ranks == 1]
     if not times or not times[0].update or "model.num_layers" not in found.config:
@@ -201,8 +201,8 @@ def rows_of(
     model: ModelSizes, ranks: int, machine: Machine, base: Work, limit: float, micro: Sequence[int], again: Sequence[bool],
     parts: Sequence[bool],
 ) -> list[MeshRow]:
-    """Return a row for each mesh, with the fastest settings that fit in memory. If no settings fit, the row has those that need
-    the least memory. Rows that fit come first, sorted by time.
+    """Return a row for each mesh, with the fastest settings that fit in memory. If no settings fit, the row has the settings that
+    need the least memory. Rows that fit come first and are sorted by time.
 
     limit: bytes of memory per rank. micro: the micro-batch sizes to try. again, parts: the values of recompute and of
     mesh.sequence to try. Pure."""

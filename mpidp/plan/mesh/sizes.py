@@ -42,13 +42,13 @@ class ModelSizes:
 
     @cached_property
     def replicated(self) -> dict[str, int]:
-        """The numbers of elements of the parameters of a block that every tensor-parallel rank has, by name."""
+        """The parameters of a block that every tensor-parallel rank holds in full: the number of elements by name."""
         cut = part_of(self.shape, stage=0, stages=1, index=0, size=2)
         return {name: math.prod(size) for name, size in block_sizes(self.shape).items() if not cut.is_cut(f"blocks.0.{name}")}
 
     @cached_property
     def matrices(self) -> int:
-        """The number of parameters of a block that tensor-parallel ranks divide: matrices, and some biases."""
+        """The number of parameters of a block that tensor-parallel ranks divide. These are the matrices and some biases."""
         return self.block - sum(self.replicated.values())
 
     @cached_property
@@ -58,7 +58,7 @@ class ModelSizes:
 
     @cached_property
     def attended(self) -> float:
-        """The number of positions that a position attends to, mean over layers: seq_len, or at most the window."""
+        """The number of positions that a position attends to (seq_len, or at most the window), as a mean over the layers."""
         return sum(map(self.shape.attended, range(self.num_layers))) / self.num_layers
 
     @property
@@ -106,7 +106,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """The division of the work of a step, and the sizes of its numbers."""
+    """How the work of a step is divided, and the sizes of the numbers in it."""
 
     global_batch: int  # sequences
     micro_batch: int  # sequences

@@ -11,7 +11,7 @@ PHASES = ("compute", "tp", "pipeline", "dp", "update")
 
 
 def many(number: float | None, digits: int = 4) -> str:
-    """Format a count, for example as 6.25 million or 2 billion: B is for bytes. Pure."""
+    """Format a count, for example as 6.25 million or 2 billion. The letter B is used only for bytes. Pure."""
     if number is None:
         return "-"
     for unit, one in ((" trillion", 1e12), (" billion", 1e9), (" million", 1e6), (" thousand", 1e3)):

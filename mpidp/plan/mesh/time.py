@@ -1,8 +1,8 @@
 """Computes the time of a step on a mesh and the bytes sent, from the compute speed of a rank and the speed of links. Pure.
 
-Ranks are ordered by pp, dp, tp. The tensor-parallel ranks of a stage are neighbours, and stages are far apart. In the table, g is
-the size of a group and n is a number of bytes. p is the number of parameters of a rank. w is the number of bytes per number in
-matrix products. M is the number of micro-batches per replica.
+Ranks are ordered by pp, then dp, then tp. The tensor-parallel ranks of a stage are neighbours, and the ranks of different stages
+are far apart. In the table, g is the size of a group and n is a number of bytes. p is the number of parameters of a rank. w is
+the number of bytes per number in matrix products. M is the number of micro-batches per replica.
 
 | what | seconds |
 |---|---|
@@ -22,8 +22,8 @@ parameters that are not divided |
 
 An allgather or reduce_scatter takes (g - 1)/g n / B + ceil(log2 g) a, for bandwidth B and latency a. An allreduce takes twice as
 long. If a group extends over several nodes, (ranks per node) / (members of the group in a node) groups share the network of a
-node. `overlap` is the fraction of the possible overlap that is achieved. If ranks share devices, a step takes at least as long as
-the devices of a node need for its work, because during a bubble other ranks use the device.
+node. `overlap` is the fraction of the possible overlap that is achieved. If ranks share devices, other ranks use a device during
+a rank's bubble. Then a step takes at least as long as the devices of a node need for all the work of its ranks.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from mpidp.plan.mesh.memory import MASTER, layers_of, parameters_of, stages_of
 from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
 
 BACKWARD = 2 / 3  # fraction of the compute time that backward takes
-PASSES = 4  # each saved activation is written and read, and so is its gradient
+PASSES = 4  # an activation is written and read, and so is its gradient
 ACCUMULATE = 12  # bytes per parameter and micro-batch to accumulate gradients: two reads and a write
-HEAD_GAINS = ("q_norm.weight", "k_norm.weight")  # replicated if norms are of single heads, and applied to own heads
+HEAD_GAINS = ("q_norm.weight", "k_norm.weight")  # held by every rank, and applied to its own heads
 CAST = 6  # bytes per parameter and micro-batch to convert weights for 16-bit products
 UPDATE = 28  # bytes per parameter: AdamW reads four numbers and writes three
 
 
 @dataclass(frozen=True)
 class LinkSpeed:
-    """Speed of a link in one direction."""
+    """The speed of a link in one direction."""
 
     latency_seconds: float
     bandwidth_bytes_per_second: float
@@ -53,7 +53,7 @@ class LinkSpeed:
 
 @dataclass(frozen=True)
 class Machine:
-    """Compute speed of the ranks and speed of their links."""
+    """The compute speed of the ranks and the speed of their links."""
 
     flops: float  # FLOP/s of matrix products, for a rank with its own device
     memory_bytes_per_second: float  # memory bandwidth of a device
@@ -71,7 +71,7 @@ class Traffic:
 
     sent_bytes: float = 0.0
     seconds: float = 0.0
-    between: bool = False  # whether some of it is between nodes
+    between: bool = False  # whether some of this traffic is between nodes
 
     def times(self, count: float) -> Traffic:
         """Return `count` times this traffic."""
@@ -82,7 +82,8 @@ class Traffic:
 
 
 def half_allreduce(machine: Machine, size: int, stride: int, num_bytes: float) -> Traffic:
-    """Return the traffic of an allgather or reduce_scatter over `size` ranks whose numbers differ by `stride`. Pure."""
+    """Return the traffic of an allgather or reduce_scatter of num_bytes over `size` ranks, whose rank numbers differ by `stride`.
+    Pure."""
     if size == 1:
         return Traffic()
     sent = num_bytes * (size - 1) / size
@@ -107,7 +108,7 @@ def message(machine: Machine, shape: Shape, num_bytes: float) -> Traffic:
 
 @dataclass(frozen=True)
 class Flow:
-    """The operations of matrix products, memory traffic and tp traffic of one micro-batch on one rank."""
+    """The operations in matrix products, the memory traffic and the tp traffic of one micro-batch on one rank."""
 
     flops: float = 0.0
     num_bytes: float = 0.0
@@ -126,11 +127,11 @@ class Flow:
 
 
 def _parts(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tuple[Flow, Flow, Flow]:
-    """Return the flows of (a block, the embedding, the final norm with the head) in the forward and backward of a micro-batch."""
+    """Return the flows of (a block, the embedding, the final norm with the head) in forward and backward of a micro-batch."""
     tokens, again = work.micro_batch * model.seq_len, work.recompute
     weights = ACCUMULATE + (CAST if work.number_bytes == 2 else 0)
     wire = half_allreduce(machine, shape.tp, 1, float(tokens * model.model_dim * work.wire_bytes)).times(2)
-    numbers = half_allreduce(machine, shape.tp, 1, 4.0 * tokens).times(2 * 3)  # loss: a maximum, a sum, the target's logit
+    numbers = half_allreduce(machine, shape.tp, 1, 4.0 * tokens).times(2 * 3)  # for the loss: maximum, sum, target's logit
     forward = tokens * (2 * model.matrices + 4 * model.attended * model.num_heads * model.shape.head_dim) / shape.tp
     kept = (PASSES + 2 * again) * tokens * kept_of_block(model, shape, work)
     block_wire, head_wire, embedding_wire = wire.times(4 + 2 * again), wire, wire
@@ -169,8 +170,8 @@ class Step:
     tp_bytes: float
     pp_bytes: float
     dp_bytes: float
-    between_bytes: float  # how many of these bytes leave the node
-    flops: float  # operations per rank, mean over stages, without recomputation
+    between_bytes: float  # the part of these bytes that leaves the node
+    flops: float  # operations per rank without recomputation, as a mean over the stages
 
     @property
     def seconds(self) -> float:
@@ -179,8 +180,7 @@ class Step:
 
 
 def data_parallel(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tuple[Traffic, float]:
-    """Return (the dp traffic of a step on the stage with the most parameters, the host time of its gathers and scatters).
-    Pure."""
+    """Return (dp traffic, host time of gathers and scatters) of a step on the stage with the most parameters. Pure."""
     p, stage = max((parameters_of(model, shape, stage), stage) for stage in stages_of(model, shape))
     m, units = work.micro_batches(shape), layers_of(model, shape, stage) + 1
 
@@ -232,13 +232,13 @@ def step_of(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> St
 def measured_machine(
     model: ModelSizes, micro_batch: int, compute_seconds: float, update_seconds: float, micro_batches: int, number_bytes: int,
 ) -> tuple[float, float]:
-    """Return (FLOP/s, memory bytes/s), from times that were measured on one rank. The memory bandwidth follows from the time of
-    the update. The compute time minus the time of memory traffic is the time of matrix products. Pure."""
+    """Return (FLOP/s, memory bytes/s), computed from times that were measured on one rank. The memory bandwidth follows from the
+    time of the update. The time of matrix products is the compute time minus the time of memory traffic. Pure."""
     alone, work = Shape(1, 1, 1), Work(micro_batches * micro_batch, micro_batch, number_bytes=number_bytes)
     memory = UPDATE * model.parameters / update_seconds
     nothing = LinkSpeed(0.0, math.inf)
     block, embedding, head = _parts(model, alone, work, Machine(1.0, memory, nothing, nothing, 1, 1))
     whole = block.times(model.num_layers) + embedding + head
     rest = compute_seconds / micro_batches - whole.num_bytes / memory
-    rest = max(rest, 0.25 * compute_seconds / micro_batches)  # an update in the cache may leave no time
+    rest = max(rest, 0.25 * compute_seconds / micro_batches)  # if the update works in the cache, no time may be left
     return whole.flops / rest, memory

@@ -1,7 +1,7 @@
 """Predicts how much each method sends and how long its steps take on a cluster, from the link speed and the compute time. Pure.
 
-There are P ranks, n bytes of gradients, links of latency a and bandwidth B, and k ranks per node. A sum is one reduction of all
-gradients over all ranks. traffic.py computes its time.
+There are P ranks, n bytes of gradients, links of latency a and bandwidth B, and k ranks per node. "Sum" is the time of one
+reduction of all gradients over all ranks, which traffic.py computes.
 
 | strategy | seconds per step |
 |---|---|
@@ -30,26 +30,26 @@ from mpidp.plan.ranks.predict import most_micro_batches
 from mpidp.strategies.averaging_groups import partition
 
 LOCAL = {"name": "local"}  # averages every 50 steps, or once in shorter runs
-METHODS: dict[str, dict[str, dict[str, Any]]] = {  # settings by section; those closest to synchronous come first
+METHODS: dict[str, dict[str, dict[str, Any]]] = {  # settings by section; the methods closest to synchronous come first
     "synchronous": {},
     **{kind: {"comm": {"compress": kind}}
        for kind in ("bf16", "fp16", "int8", "int4", "powersgd", "topk", "int2", "onebit", "randomk")},
     "delayed": {"strategy": {"name": "delayed"}},
     "local": {"strategy": LOCAL},
     **{f"local+{kind}": {"strategy": LOCAL, "comm": {"compress": kind}} for kind in ("int2", "topk")},
-    # With the default of meet_every, every average would be a meeting, and nothing would overlap.
+    # With the default of meet_every, every average would be a meeting, and no average would overlap with steps.
     "local-overlap": {"strategy": {**LOCAL, "overlap": True, "meet_every": 500}},
     "local-pairs": {"strategy": {"name": "local", "group": "pairs"}},
     "server-async": {"strategy": {"name": "server"}},
 }
 WORTH = 1.1  # another method is recommended only if its speed, relative to synchronous, is at least this
-LONG = 1 << 30  # number of steps of a run that is so long that its end does not matter
-BACKWARD = 2 / 3  # share of the backward in the compute time
+LONG = 1 << 30  # number of steps of a run whose end has no influence
+BACKWARD = 2 / 3  # share of backward in the compute time
 
 
 def variant(config: Config, name: str) -> Config:
-    """Return the configuration with its method replaced by this method. Raises UsageError if its other settings do not allow the
-    method. Pure."""
+    """Return the configuration with the method `name` instead of its own. Raises UsageError if the other settings do not allow
+    this method. Pure."""
     plain = Config()
     base = replace(config, strategy=plain.strategy).with_values(
         comm={"compress": "none", "ratio": 0.0, "ratio_warmup": 0, "momentum": 0.0}
@@ -58,7 +58,7 @@ def variant(config: Config, name: str) -> Config:
 
 
 def to_paste(config: Config, other: Config) -> list[str]:
-    """Return the command-line settings that turn `other` into `config`. Pure."""
+    """Return the command-line settings that change `other` into `config`. Pure."""
     before = other.flat()
     changed = [(key, value) for key, _, value in fields_of(config) if value != before[key]]
     return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changed]
@@ -69,7 +69,7 @@ def _sync_intervals(config: Config, steps: int) -> tuple[int, int]:
 
 
 def sent_bytes(config: Config, sizes: Sizes, cluster: Cluster, steps: int) -> int:
-    """Return the bytes that rank 0 sends in the first `steps` steps, as metrics.jsonl counts them. The last step is a meeting.
+    """Return the bytes that rank 0 sends in a run of `steps` steps, as metrics.jsonl counts them. The last step is a meeting.
     Pure."""
     if cluster.ranks == 1:
         return 0
@@ -123,7 +123,7 @@ class MethodRow:
     refused: str = ""  # the reason why the method cannot be used, or empty
     sent_bytes: float | None = None  # bytes that rank 0 sends per step
     step_seconds: float | None = None
-    speed: float | None = None  # 2.0 means half the step time of synchronous
+    speed: float | None = None  # 2.0: half the step time of synchronous
     loss: float | None = None  # loss at the end of a trial
 
 

@@ -35,7 +35,7 @@ from mpidp.reducers.compression.compressed import method_of, trimmed
 
 @dataclass(frozen=True)
 class Cluster:
-    """A number of ranks and nodes, and the slowest link between two ranks."""
+    """The number of ranks and nodes, and the slowest link between two ranks."""
 
     ranks: int
     nodes: int
@@ -171,6 +171,7 @@ def _by_tree(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
 
 
 def _outgoing_share(cluster: Cluster) -> float:
-    """Return how many bytes leave a node when each of its ranks sends one byte, divided equally among all other ranks."""
+    """Return how many bytes leave a node when each of its ranks sends one byte in total, divided equally among all other
+    ranks."""
     k = cluster.ranks_a_node
     return k * (cluster.ranks - k) / (cluster.ranks - 1) if cluster.nodes > 1 else 1.0

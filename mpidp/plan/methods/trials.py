@@ -40,15 +40,15 @@ from mpidp.training.run_plan import plan
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-TIMED = 6  # number of steps of a compute measurement; the second half is timed
-PILOT = 0.2  # fraction of a trial's time that a shorter run before it takes to measure the step time
+TIMED = 6  # number of steps of a compute measurement, of which the second half is timed
+PILOT = 0.2  # duration of the run before a trial that measures the step time, as a fraction of the trial's
 
 
 @dataclass(frozen=True)
 class TrialOptions:
     """The options of `plan methods`."""
 
-    ranks: int = 0  # number of ranks; 0: the ranks of this launch, or if there is only one, the number in cluster.json
+    ranks: int = 0  # number of ranks; 0: the ranks of this launch; if it has only one, the number in cluster.json
     cluster: str = ""  # path of cluster.json
     link: str = ""  # "MBIT,MS": bandwidth and delay
     step_seconds: float = 0.0  # compute time per step; 0: measure it
@@ -80,7 +80,8 @@ class TrialResult:
 def compare_methods(config: Config, options: TrialOptions, world: MPI.Intracomm) -> dict[str, Any]:
     """Compare the methods. Return the results as plain values, which are equal on all ranks.
 
-    Raises UsageError if the options cannot be used together, or DataError if the shards cannot be read. Collective over world."""
+    Raises UsageError if the options cannot be used together, and DataError if the shards cannot be read. Collective over
+    world."""
     if options.seconds and world.size == 1:
         raise UsageError("--run trains on the ranks of this launch, but there is only one: mpirun -np N python -m mpidp.plan ...")
     if options.seconds and options.ranks not in (0, world.size):
@@ -211,7 +212,7 @@ def try_all(config: Config, rows: list[MethodRow], seconds: float, world: MPI.In
 
 
 def _with_short_evaluation(config: Config) -> Config:
-    """Return the config of a run of which only the times of steps are used: its last evaluation takes one window."""
+    """Return the config for a run that only measures step times. Its last evaluation uses one training window."""
     return config.with_values(train={"eval_tokens": config.model.seq_len})
 
 
@@ -221,7 +222,7 @@ def _steps(seconds: float, each: float) -> int:
 
 def trial(config: Config, steps: int, run_dir: Path, world: MPI.Intracomm) -> TrialResult:
     """Train for this many steps from the initial weights, with a constant learning rate after the warm-up. Return the result,
-    which is equal on all ranks. Collective over world."""
+    which is the same on all ranks. Collective over world."""
     config = config.with_values(
         train={"steps": steps, "tokens": 0, "epochs": 0.0, "eval_every": 0, "save_every": 0, "target_loss": 0.0, "patience": 0},
         optim={"schedule": "constant", "warmup_steps": -1}, run={"dir": str(run_dir), "resume": "never"},

@@ -1,6 +1,6 @@
 """Reads the losses, the gradient noise and the step times of a run from RUN/config.toml and RUN/metrics.jsonl.
 
-This module needs neither MPI nor torch, and changes nothing in RUN. It skips missing fields, and lines that a running job has not
+This module needs neither MPI nor torch, and changes no file in RUN. It skips missing fields, and lines that a running job has not
 finished writing.
 """
 
@@ -19,7 +19,7 @@ from mpidp.metrics.gradient_noise import Noise
 from mpidp.metrics.jsonl import number, read_lines
 from mpidp.plan.ranks.predict import StepTimes, most_micro_batches
 
-WARM_UP = 3  # in a job of more than 3 * WARM_UP steps, the times of this many first steps are ignored
+WARM_UP = 3  # number of first steps whose times are ignored, in jobs of more than 3 * WARM_UP steps
 
 
 @dataclass
@@ -93,7 +93,7 @@ def steps_to(run: MeasuredRun, loss: float | None) -> tuple[float, float | None,
 
 
 def seconds(runs: Sequence[MeasuredRun]) -> list[StepTimes]:
-    """Return the median step times for each number of ranks in these runs. If a run has no recorded number of ranks, 1 is
+    """Return the median step times for each number of ranks in these runs. If a run did not record its number of ranks, 1 is
     assumed. Raises UsageError if no step has a compute time. Pure."""
     found: dict[int, list[tuple[float, float, float]]] = {}
     for run in runs:
@@ -106,7 +106,7 @@ def seconds(runs: Sequence[MeasuredRun]) -> list[StepTimes]:
                 if compute is None or not own:
                     continue
                 each = (compute + (number(line, "data_seconds") or 0.0)) / own
-                uneven = (most - own) * each  # the time of comm_wait in which rank 0 waits for ranks with more micro-batches
+                uneven = (most - own) * each  # the part of comm_wait in which rank 0 waits for ranks with more micro-batches
                 comm = (number(line, "comm_wait_seconds") or 0.0) - max(0.0, uneven)
                 found.setdefault(ranks, []).append((each, max(0.0, comm), number(line, "update_seconds") or 0.0))
     if not found:

@@ -1,7 +1,7 @@
 """Predicts the time to reach the same loss with other batch sizes and numbers of ranks, from measurements of a run. Pure.
 
-With b tokens per step, S(b) = S_min (1 + B_noise / b) steps are needed to reach a loss. This follows from (S/S_min - 1)(E/E_min -
-1) = 1 with E = b S tokens and B_noise = E_min / S_min (McCandlish et al. 2018, section 2.3). The time of a step is the compute
+With b tokens per step, a run needs S(b) = S_min (1 + B_noise / b) steps to reach a loss. This follows from (S/S_min - 1)(E/E_min
+- 1) = 1 with E = b S tokens and B_noise = E_min / S_min (McCandlish et al. 2018, section 2.3). The time of a step is the compute
 time of the rank with the most micro-batches, plus the times of communication and update, which do not depend on the batch.
 """
 
@@ -62,7 +62,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class BatchRow:
-    """One batch size, with a cell for each number of ranks that has at least one lane per rank."""
+    """One batch size, with a cell for each number of ranks. A cell is left out if there are fewer lanes than ranks."""
 
     multiple: float
     lanes: Lanes
@@ -73,7 +73,7 @@ class BatchRow:
 
 def scaled(lanes: Lanes, multiple: float) -> Lanes | None:
     """Return the lanes of a batch `multiple` times as large, with the same micro-batch size and about as many micro-batches per
-    lane. Returns None if that batch is not a whole number of sequences, or smaller than a micro-batch. Pure."""
+    lane. Return None if this batch is not a whole number of sequences, or is smaller than a micro-batch. Pure."""
     sequences = lanes.global_batch * multiple
     if sequences != int(sequences) or sequences < lanes.micro_batch:
         return None
@@ -104,9 +104,8 @@ def _between(points: Sequence[tuple[int, float]], ranks: int, grows: bool = Fals
 
 def seconds_at(measured: Sequence[StepTimes], ranks: int) -> StepTimes:
     """Return the step times on this number of ranks, interpolated between measurements. Runs on one rank do not communicate, so
-    for several ranks the time of communication is taken from runs on several ranks. It is 0 if there are no such runs.
-
-    measured: at least one measurement, each with a different number of ranks. Pure."""
+    for several ranks the time of communication is taken from runs on several ranks. If there are no such runs, the time is 0.
+    measured: one or more measurements, each with a different number of ranks. Pure."""
     measured = sorted(measured, key=lambda one: one.ranks)
     comm = [(one.ranks, one.comm) for one in measured if one.ranks > 1]
     if ranks == 1:

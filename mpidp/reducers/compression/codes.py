@@ -1,4 +1,4 @@
-"""Codes, which encode float32 values in fewer bytes and decode them. They use only torch, on the device of the values.
+"""Codes encode float32 values in fewer bytes, and decode them. They use only torch, on the device of the values.
 
 | code | bytes per value | encoded value |
 |---|---|---|
@@ -9,13 +9,13 @@
 | int2 | 1/4 | 0, or the sign times the mean absolute value of the block's large values (ternary weight networks, Li 2016) |
 | onebit | 1/8 | the sign times the block's mean absolute value (Seide 2014; Karimireddy 2019, section 5) |
 
-The scale of a block takes 4 more bytes. In the following, the error of a code is the sum of squares of x - decoded, relative to
-the sum of squares of x. The expected error must be below 1. Otherwise residuals would grow without bound under error feedback
-(Karimireddy 2019, assumption A). With stochastic rounding of n values to k levels up to the largest value, the error is at most
-(1 + sqrt(n)) / 2k - 1. This is 0.21 for int4. It would be 7.5 for int2, which therefore does not round stochastically. For
-normally distributed values the error of int2 is 0.19, and the error of onebit is 0.36. For any values the error of int2 is 1 - m
-s^2 / sum(x^2), where s is the mean absolute value of the m large values. These statements hold for all values from the smallest
-normal to the largest float32. Every decoded value is finite.
+The codes with a scale take 4 more bytes per block. In the following, the error of a code is the sum of squares of x - decoded,
+relative to the sum of squares of x. The expected error must be below 1, because otherwise error feedback would make residuals
+grow without bound (Karimireddy 2019, assumption A). If n values are rounded stochastically to k levels up to the largest value,
+the error is at most (1 + sqrt(n)) / 2k - 1. This bound is 0.21 for int4. It would be 7.5 for int2, which therefore does not round
+stochastically. For normally distributed values the error of int2 is 0.19, and the error of onebit is 0.36. For any values the
+error of int2 is 1 - m s^2 / sum(x^2), where s is the mean absolute value of the m large values. These statements hold for all
+values from the smallest normal float32 to the largest one. Every decoded value is finite.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def uniform(shape: torch.Size, seed: int, device: torch.device) -> Tensor:
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """Pack uint8 values (n,) below 2^bits into bytes, 8 // bits per byte: (ceil(n bits / 8),). Pure."""
-    rows = F.pad(values, (0, -values.numel() % (8 // bits))).view(8 // bits, -1)  # values that share a byte are far apart
+    """Pack uint8 values (n,) below 2^bits into bytes, 8 // bits values per byte. Return uint8 (ceil(n bits / 8),). Pure."""
+    rows = F.pad(values, (0, -values.numel() % (8 // bits))).view(8 // bits, -1)  # values of one byte are far apart
     packed = rows[0].clone()
     for i, row in enumerate(rows[1:], 1):
         packed |= row << (i * bits)
@@ -51,19 +51,19 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """Reverse pack: return uint8 (n,). Pure."""
+    """Reverse pack(). Return uint8 (n,). Pure."""
     if bits == 8:
         return packed
     return torch.stack([(packed >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)]).view(-1)[:n]
 
 
 def blocks(x: Tensor) -> Tensor:
-    """Return x (n,) as rows of BLOCK values, padded with zeros: (ceil(n / BLOCK), BLOCK). Pure."""
+    """Return x (n,) as rows of BLOCK values, (ceil(n / BLOCK), BLOCK). The last row is padded with zeros. Pure."""
     return (F.pad(x, (0, -x.numel() % BLOCK)) if x.numel() % BLOCK else x).view(-1, BLOCK)
 
 
 def mean_size(rows: Tensor) -> Tensor:
-    """Return the mean absolute value of each row, (rows, 1), without overflow of the sum. Pure."""
+    """Return the mean absolute value of each row, (rows, 1). The sum does not overflow. Pure."""
     return (rows.abs() / rows.shape[1]).sum(1, keepdim=True)
 
 
@@ -134,8 +134,8 @@ class Float16(Scaled):
 
 
 class Integer(Scaled):
-    """Rounds values stochastically, without bias, to multiples of the scale, from -levels to levels times the scale. |x -
-    decoded| <= scale."""
+    """Rounds values stochastically and without bias to integer multiples of the scale, from -levels to levels. |x - decoded| <=
+    scale."""
 
     def __init__(self, bits: int) -> None:
         """bits: 8 or 4."""
@@ -146,7 +146,7 @@ class Integer(Scaled):
         """Return the scale of each block, (blocks, BLOCK) -> (blocks, 1). No multiple of a scale overflows. Pure."""
         most = rows.abs().amax(1, keepdim=True)
         scales = (most / self.levels).clamp(SMALLEST, LARGEST / self.levels * (1 - 2.0**-23))
-        return torch.where(most > 0, scales, 1.0)  # a normal scale for blocks of zeros: computing with denormals is slow
+        return torch.where(most > 0, scales, 1.0)  # blocks of zeros get a normal scale, because computing with denormals is slow
 
     def encode(self, x: Tensor, wire: Tensor, seed: int) -> None:
         scales, rest = self.parts(wire, x.numel())
@@ -164,8 +164,8 @@ class Integer(Scaled):
 
 class Ternary(Scaled):
     """Encodes values as -s, 0 or s. A value is large if its absolute value is above 3/4 of the block's mean absolute value. Large
-    values become -s or s, where s is their mean absolute value; other values become 0. The factor 3/4 is best for normally
-    distributed values."""
+    values become -s or s, where s is the mean absolute value of the large values. Other values become 0. The factor 3/4 is best
+    for normally distributed values."""
 
     bits = 2
 
@@ -184,7 +184,7 @@ class Ternary(Scaled):
 
 
 class OneBit(Scaled):
-    """Encodes values as their signs; the sign of 0 is positive. A sign is decoded as plus or minus the block's mean absolute
+    """Encodes values as their signs. The sign of 0 is positive. A sign is decoded as plus or minus the block's mean absolute
     value. In each block of n values, the sum of (x - decoded)^2 is sum(x^2) - n mean(|x|)^2."""
 
     bits = 1

@@ -3,14 +3,14 @@
     x_i = g_i + r_i;  total = compressed sum of all x_i;  r_i <- compression error on rank i
 
 The residual r_i contains the error of encoding the rank's own values. In the slice that this rank sums, it also contains the
-error of encoding the sum. Therefore, at any time and up to float32 rounding: (sum over rounds of total) + (sum over ranks of r_i)
-= (sum over rounds and ranks of g_i).
+error of encoding the sum. Therefore this equation holds after every round, up to float32 rounding: (sum over rounds of total) +
+(sum over ranks of r_i) = (sum over rounds and ranks of g_i).
 
-A round sums every bucket once. end_round() can undo the round, so a skipped step does not change the residuals. If any value on
-any rank is not finite, the bucket's sum is nan on all ranks, and no residual changes.
+A round sums every bucket once. end_round() can undo the round, so a skipped step does not change the residuals. If a value of a
+bucket is not finite on any rank, the bucket's sum is nan on all ranks, and its residuals do not change.
 
-With momentum m (Deep Gradient Compression, Lin 2018, sections 3.1 and 3.2), g_i is replaced by u_i <- m u_i + g_i. u_i is then
-reset to 0 at the places whose values were sent.
+With momentum m (Deep Gradient Compression, Lin 2018, sections 3.1 and 3.2), u_i <- m u_i + g_i takes the place of g_i. After the
+sum, u_i is reset to 0 at the places whose values were sent.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def method_of(name: str, ratio: float, warmup: int, rank: int, seed: int) -> Com
 
 
 def trimmed(bucket: Bucket) -> Bucket:
-    """Return the bucket without the padding after its last parameter, which is not sent. Pure."""
+    """Return the bucket without the padding after its last parameter. The padding is not sent. Pure."""
     end = bucket.offsets[-1] + bucket.shapes[-1].numel()
     return replace(bucket, stop=min(bucket.stop, -(-end // ALIGN) * ALIGN))
 
@@ -86,7 +86,7 @@ class Compressed(FlatReducer):
 
     def sum(self, flat: Tensor, bucket: Bucket) -> None:
         bucket = trimmed(bucket)
-        if bucket.index in self._round:  # a new round begins, and the previous round was not undone
+        if bucket.index in self._round:  # a new round begins; the previous round was not undone
             self.end_round(True)
         self._round[bucket.index] = bucket
         place = slice(bucket.start, bucket.stop)
@@ -125,8 +125,8 @@ class Compressed(FlatReducer):
         self._round.clear()
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return copies of the state, because a thread may change the state while the copies are written. A round that has not
-        ended counts as applied."""
+        """Return copies of the state, because a thread may change the state while a checkpoint writes the copies. A round that
+        has not ended counts as applied."""
         found = {name: Entry(tensor.clone(), "additive") for name, tensor in self.held.items()}
         found["rounds"] = Entry(torch.tensor([self.rounds + bool(self._round)]))
         return found | {f"method/{name}": Entry(tensor) for name, tensor in self.method.state_dict().items()}

@@ -1,9 +1,9 @@
 """Sums encoded values over ranks, with the same bits on all ranks. This module also has the base class of compression methods.
 
 Every rank encodes its vector slice by slice and sends each slice to its owner. The owner decodes the slices, adds them in rank
-order in float32, encodes the sum and sends it to all ranks. Each rank keeps the errors of its own encodings, so nothing is lost
-(DoubleSqueeze, Tang 2019): the sum of x over all ranks is `total` plus the sums of `unsent` and `late` over all ranks (see
-Summed).
+order in float32, encodes the sum and sends it to all ranks. Each rank keeps the errors of its own encodings, so no part of the
+sum is lost (DoubleSqueeze, Tang 2019). The sum of x over all ranks is `total` plus the sums of `unsent` and `late` over all ranks
+(see Summed).
 
 The wire format of a slice begins with a 4-byte integer, which is 1 if all values are finite, else 0. The encoded values follow,
 padded to a multiple of 4 bytes.
@@ -25,7 +25,7 @@ from mpidp.comm.transport import Messages
 from mpidp.reducers.buckets import Bucket
 from mpidp.reducers.compression.codes import Code, seed_of
 
-HEADER = 4  # bytes of the integer before the encoded values
+HEADER = 4  # size in bytes of the integer before the encoded values
 
 
 def wire_bytes(code: Code, n: int) -> int:
@@ -40,8 +40,8 @@ def slice_bytes(code: Code, n: int, size: int) -> list[int]:
 
 
 def bytes_sent(code: Code, n: int, rank: int, size: int) -> int:
-    """Return the bytes that `rank` sends for a sum of n values over `size` ranks: slices to their owners, and the sum of its own
-    slice to all other ranks. Pure."""
+    """Return the bytes that `rank` sends for a sum of n values over `size` ranks. It sends slices to their owners, and the sum of
+    its own slice to all other ranks. Pure."""
     sizes = slice_bytes(code, n, size)
     return sum(sizes) - sizes[rank] + sizes[rank] * (size - 1)
 
@@ -59,7 +59,7 @@ class Summed:
     unsent: Tensor  # (n,), the encoding error of this rank's values
     late: Tensor  # the encoding error of the sum of this rank's slice
     own: slice  # the slice that this rank sums
-    finite: bool  # the same on all ranks; if False, the tensors are meaningless
+    finite: bool  # whether all values are finite, the same on all ranks; if False, the tensors are meaningless
 
 
 class Exchange:
@@ -138,7 +138,8 @@ def read(code: Code, wire: Tensor, n: int) -> tuple[Tensor, bool]:
 
 
 class CompressionMethod:
-    """A method that sums a bucket with one or more exchanges. This base class uses one exchange with one code."""
+    """A method of comm.compress, which sums a bucket with one or more exchanges. This base class uses one exchange with one
+    code."""
 
     keeps_zeros = True  # whether a value that is 0 on all ranks is 0 in the sum
 
@@ -160,8 +161,8 @@ class CompressionMethod:
         return bytes_sent(self.code(number), bucket.stop - bucket.start, rank, size)
 
     def end_round(self, applied: bool) -> None:
-        """End a round. applied: whether an update used the sums of the round. If it is False, restore the state from before the
-        round. Independent."""
+        """End a round. applied: whether an update used the sums of the round. If not, restore the state from before the round.
+        Independent."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state, which is the same on all ranks. The method must not modify these tensors later. Independent."""

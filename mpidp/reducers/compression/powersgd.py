@@ -1,13 +1,12 @@
-"""PowerSGD (Vogels 2019): approximates the sum of the ranks' matrices by a product of two thin matrices, with one power
-iteration.
+"""PowerSGD (Vogels 2019) approximates the sum of the ranks' matrices by a product of two thin matrices, with one power iteration.
 
 Rank i has the matrix M_i, (rows, cols). Q, (cols, r), is the same on all ranks. Algorithm 1 of the paper, with sums instead of
-means, computes P = orthogonalized sum of M_i Q, and then Q' = sum of M_i^T P. The sum of M_i is approximated by P Q'^T. Q' is
-used as Q in the next round (warm start, section 4.2). The residual of rank i is M_i - P (M_i^T P)^T. The residuals add up to the
-sum of M_i minus P Q'^T. Vectors are sent uncompressed. A matrix is also sent uncompressed if P and Q together would not be
-smaller.
+means, computes P = orthogonalized sum of M_i Q, and then Q' = sum of M_i^T P. P Q'^T approximates the sum of M_i. The next round
+uses Q' as its Q (warm start, section 4.2). The residual of rank i is M_i - P (M_i^T P)^T. The residuals add up to the sum of M_i
+minus P Q'^T. Vectors are sent uncompressed. A matrix is also sent uncompressed if P and Q together are not smaller than the
+matrix.
 
-Every rank orthogonalizes the same matrix. If ranks run on different kinds of CPUs, the results can differ in bits.
+Every rank orthogonalizes the same matrix. If ranks run on different types of CPUs, the bits of their results can differ.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Sends a small fraction of the values: the largest values (topk), or the values at random places, which are the same on all
-ranks (randomk).
+"""Sends a small fraction of the values: the largest values (topk), or the values at random places (randomk). The random places
+are the same on all ranks.
 
 Sources: Aji & Heafield 2017; Stich 2018, who proves convergence with error feedback. The warm-up of the ratio, and the momentum
 in compressed.py, are from Deep Gradient Compression (Lin 2018). With topk the owner of a slice sends only the k largest values of
-the sum (gTop-k, Shi 2019) and keeps the rest as a residual. All nonzero values of the sum cannot be sent, because their number is
-not known in advance.
+the sum (gTop-k, Shi 2019) and keeps the rest as a residual. The owner cannot send all nonzero values of the sum, because their
+number is not known in advance.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ CHUNK, LARGE_CHUNK = 1 << 12, 1 << 16  # values per chunk, from which the larges
 
 
 def ratio_at(ratio: float, warmup: int, number: int) -> float:
-    """Return the fraction of values sent in round `number`, counted from 0. It falls exponentially to `ratio` in `warmup` rounds.
-    For example, with ratio 0.001 and warmup 4 it is 0.25, 0.06, 0.016, 0.004, then 0.001 (Lin 2018, section 3.4). Pure."""
+    """Return the fraction of values sent in round `number`, counted from 0. The fraction falls exponentially to `ratio` in
+    `warmup` rounds. For example, with ratio 0.001 and warmup 4 the fractions are 0.25, 0.06, 0.016, 0.004, then 0.001 (Lin 2018,
+    section 3.4). Pure."""
     return float(ratio ** ((number + 1) / (warmup + 1))) if number < warmup else ratio
 
 
@@ -34,7 +35,7 @@ def count(ratio: float, n: int) -> int:
 
 class TopK(Code):
     """Stores the k largest values of each chunk as float32, and their places in the chunk in 2 bytes each (DeMo, Peng 2024,
-    section 3; SparseLoCo, Sarfi 2025, section 3). The loss was no better than with the largest values of a whole slice
+    section 3; SparseLoCo, Sarfi 2025, section 3). In a comparison, the largest values of a whole slice gave no lower loss
     (docs/results/2026-11-25-per-token.md)."""
 
     def __init__(self, ratio: float) -> None:
@@ -84,7 +85,7 @@ class TopKMethod(CompressionMethod):
 
 
 class RandomKMethod(CompressionMethod):
-    """Implements comm.compress=randomk: one value of each range of 1 / ratio values is sent. The place within the range is drawn
+    """Implements comm.compress=randomk. Of each range of 1 / ratio values, one value is sent. Its place within the range is drawn
     again in each round, with the same seed on all ranks. Therefore places need not be sent, and the sum of the sent values is
     exact up to rounding."""
 
