@@ -22,7 +22,7 @@ from mpidp.faults.inject import InjectedFaults, faults_from_environment
 from mpidp.faults.restarts import RestartLog
 from mpidp.faults.run_lock import RunLock
 from mpidp.faults.stop import StopRequest, job_end, stop_time
-from mpidp.parallel.arrangement import Arrangement
+from mpidp.parallel.replicas import Replicas
 from mpidp.runtime.ulfm import RankFailure, commit
 from mpidp.runtime.world import raise_together
 from mpidp.strategies.muon import MATRIX_STATE
@@ -48,8 +48,8 @@ class RunAttempts:
         rank receives when it joins; None on other ranks. Collective over world."""
         self.config, self.plan, self.world = config, plan, world
         self.growing = crew is not None  # more replacement ranks may follow
-        self.places = Arrangement(list(range(world.size)), [])  # which of the world's ranks train; the others are spare ranks
-        self.arranged = crew is None  # whether `places` and `plan` fit the world
+        self.replicas = Replicas(list(range(world.size)), [])  # which of the world's ranks train; the others are spare ranks
+        self.regrouped = crew is None  # whether `replicas` and `plan` fit the world
         self._joins = crew is not None  # whether this rank is about to join the others
         self.tries = RestartLog(Path(config.run.dir), begun=self.growing)
         self.lock: RunLock | None = None
@@ -78,7 +78,7 @@ class RunAttempts:
         """Gather the ranks, restore the state, and train. Return the content of the `end` line, or None if the job first needs
         more ranks. Raises Damaged if the state is found to be damaged, and RankFailure if a rank fails. Collective over world."""
         self._gather()
-        order = self.places.order
+        order = self.replicas.order
         if len(order) == self.world.size:
             end = self._train()
             self.growing = end is None
@@ -115,15 +115,15 @@ class RunAttempts:
         while True:
             while self.growing and self.crew.lacks(self.world.size):
                 before, self.world = self.world, recovery.one_more(self.world, self.crew, self.job)
-                self.arranged &= self.world is before
+                self.regrouped &= self.world is before
             self.growing = False
             with commit(self.world):
-                if not self.arranged:
-                    self.plan, self.places = recovery.regroup(self.plan, self.world, self.crew, self.number, self.job)
-            if self.places.order or not recovery.must_grow(self.crew, self.world.size, None):
+                if not self.regrouped:
+                    self.plan, self.replicas = recovery.regroup(self.plan, self.world, self.crew, self.number, self.job)
+            if self.replicas.order or not recovery.must_grow(self.crew, self.world.size, None):
                 break
             self.growing = True
-        if not self.places.order:
+        if not self.replicas.order:
             raise MpidpError.on_every_rank(
                 f"{self.world.size} of {self.crew.full} ranks are left, and mesh.tp={mesh.tp} x mesh.pp={mesh.pp} needs "
                 f"{mesh.tp * mesh.pp} ranks: the job ends. The same command resumes from the last checkpoint, also with other "
@@ -131,20 +131,20 @@ class RunAttempts:
             )
         if mesh.tp * mesh.pp == 1 and self.plan is not None:
             self.world = self.plan.world
-        if not self.arranged:
-            self.arranged = True
+        if not self.regrouped:
+            self.regrouped = True
             self._leave_seat()
 
     def _leave_seat(self) -> None:
         """Drop the state if it is not whole, or if this rank does not train. The first rank that trains takes over the lock and
         the mirror. Independent."""
-        if self.world.rank != self.places.order[0]:
+        if self.world.rank != self.replicas.order[0]:
             if self.mirror is not None:
                 self.mirror.finish(0.0)
             self.lock = self.mirror = None
-        if self.places.lost:
+        if self.replicas.lost:
             self._drop_state("all ranks that held one part of the model have failed")
-        elif self.job is not None and self.world.rank not in self.places.order:
+        elif self.job is not None and self.world.rank not in self.replicas.order:
             recovery.abandon(self.job, None)
             self.job.record.finish()
             self.job = None
@@ -172,10 +172,10 @@ class RunAttempts:
             return None  # no rank joined
         if not any(held):
             return self._from_disk(plan)
-        if self.job is not None and all(held) and self.places.as_before:
-            self.job, event = recovery.rebuild(self._build, plan, self.job, self.places, self._failed_at)
+        if self.job is not None and all(held) and self.replicas.as_before:
+            self.job, event = recovery.rebuild(self._build, plan, self.job, self.replicas, self._failed_at)
         else:
-            self.job, event = recovery.hand_over(self._build, plan, self.job, self.places, self._failed_at)
+            self.job, event = recovery.hand_over(self._build, plan, self.job, self.replicas, self._failed_at)
         self._events = [*self._events, event]
         return None
 
@@ -224,7 +224,7 @@ class RunAttempts:
         """Continue with the surviving ranks only. If the strategy cannot resume from memory, drop the state. Collective over the
         surviving ranks."""
         self._failed_at, self.growing = self._failed_at or time.monotonic(), False
-        self.world, self.arranged = recovery.survivors(self.world, str(failure)), False
+        self.world, self.regrouped = recovery.survivors(self.world, str(failure)), False
         if not self.survives:
             config, self.survives = self.config, True
             method = method_setting(config.strategy.name, config.strategy.quorum)

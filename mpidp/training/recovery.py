@@ -8,7 +8,7 @@ same state.
 With faults.respawn, new processes then join until the job has its full number of ranks. All ranks build a new job, and rank 0
 sends its state to the new ranks in MPI messages. During this time the old ranks have two jobs in memory.
 
-On a mesh, the living ranks form as many replicas as they can (parallel/arrangement.py); the others wait (spares.py). If ranks of
+On a mesh, the living ranks form as many replicas as they can (parallel/replicas.py); the others wait (spares.py). If ranks of
 different replicas form one, all ranks build a new job, too, and the first replica sends its state.
 """
 
@@ -25,8 +25,8 @@ from mpidp.checkpoint.manifest import committed
 from mpidp.errors import Damaged, MpidpError
 from mpidp.faults.respawn import add_rank
 from mpidp.faults.stop import StopRequest
-from mpidp.parallel.arrangement import Arrangement, arrange
 from mpidp.parallel.grid import Grid, divide, whole
+from mpidp.parallel.replicas import Replicas, form_replicas
 from mpidp.runtime import command
 from mpidp.runtime.log import log
 from mpidp.runtime.topology import make_topology
@@ -111,7 +111,7 @@ def newest(world: MPI.Intracomm, crew: Crew) -> Crew:
 
 def regroup(
     plan: RunPlan | None, world: MPI.Intracomm, crew: Crew, number: int, job: Job | None
-) -> tuple[RunPlan | None, Arrangement]:
+) -> tuple[RunPlan | None, Replicas]:
     """Return (the plan for the ranks of a new world, which of them train). If there are replacement ranks, which have no plan,
     the training ranks make a new plan. Other ranks keep theirs. number: this rank's number, which does not change when the world
     changes. job: the job whose state this rank holds. Collective over world."""
@@ -119,10 +119,10 @@ def regroup(
     tp, pp = crew.config.mesh.tp, crew.config.mesh.pp
     if tp * pp == 1:
         mesh = make_topology(world, plan.mesh if plan is not None else None, number)
-        return _planned(plan, whole(mesh), crew), Arrangement(list(range(world.size)), mesh.numbers)
+        return _planned(plan, whole(mesh), crew), Replicas(list(range(world.size)), mesh.numbers)
     seat = None if job is None else (job.comm.rank // job.grid.parts, job.grid.model.rank)
     rows = world.allgather((seat, number))
-    found = arrange([row[0] for row in rows], [row[1] for row in rows], tp * pp)
+    found = form_replicas([row[0] for row in rows], [row[1] for row in rows], tp * pp)
     trains = world.rank in found.order
     place = found.order.index(world.rank) if trains else 0
     ranks = cast(MPI.Intracomm, world.Split(0 if trains else MPI.UNDEFINED, place))
@@ -141,7 +141,7 @@ def _planned(plan: RunPlan | None, grid: Grid, crew: Crew) -> RunPlan:
     return replace(make_plan(crew.config, grid), automatic=crew.automatic)
 
 
-def rebuild(build: Build, plan: RunPlan, before: Job, found: Arrangement, failed_at: float) -> tuple[Job, dict[str, Any]]:
+def rebuild(build: Build, plan: RunPlan, before: Job, found: Replicas, failed_at: float) -> tuple[Job, dict[str, Any]]:
     """Return (job of the surviving ranks at the position of `before`, line for metrics.jsonl). Raises Damaged if the surviving
     ranks do not have the whole state, or are at different steps. failed_at: time.monotonic() of the failure. Collective over
     plan.world."""
@@ -166,7 +166,7 @@ def abandon(job: Job, stop: StopRequest | None) -> None:
 
 
 def hand_over(
-    build: Build, plan: RunPlan, before: Job | None, found: Arrangement, failed_at: float
+    build: Build, plan: RunPlan, before: Job | None, found: Replicas, failed_at: float
 ) -> tuple[Job, dict[str, Any]]:
     """Return (job of all training ranks, line for metrics.jsonl). The first replica sends its state to the others. before: the
     previous job; None on ranks without a state. failed_at: as in rebuild(). Collective over plan.world."""
@@ -203,7 +203,7 @@ def _take_over(job: Job, before: Job | None) -> list[tuple[int, str]]:
     return old  # type: ignore[no-any-return]
 
 
-def _event(job: Job, old: list[tuple[int, str]], found: Arrangement, failed_at: float) -> dict[str, Any]:
+def _event(job: Job, old: list[tuple[int, str]], found: Replicas, failed_at: float) -> dict[str, Any]:
     """Print which ranks failed or joined, and return the line for metrics.jsonl. old: (number, host) of the ranks before."""
     lost = [{"rank": number, "host": host.rstrip("#")} for number, host in old if number not in found.numbers]
     known = {number for number, _ in old}

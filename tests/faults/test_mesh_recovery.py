@@ -52,7 +52,7 @@ def with_tp(prepared: Path) -> Learned:
 ROWS: dict[str, tuple[str, tuple[str, ...], int, int, list[int]]] = {
     "a stage, in an update": ("kill:2:3:apply", PP, 4, 1, [2]),
     "half of a layer, in a sum": ("kill:1:4:reduce,after=0.001", TP, 4, 1, [1]),
-    "different stages of both replicas": ("kill:0:3:reduce kill:3:3:reduce", PP, 4, 1, [0, 3]),
+    "different stages of both replicas, in an update": ("kill:0:3:apply kill:3:3:apply", PP, 4, 1, [0, 3]),
     "a spare takes the place": ("kill:1:2:publish kill:4:4:reduce", TP, 6, 1, [1, 4]),
     "one part shares memory, the other does not": ("kill:3:2:compute kill:4:2:compute kill:0:5:apply", TP, 6, 2, [0, 3, 4]),
     "a stage, in its backward passes": ("kill:1:3:compute,after=0.01", PP, 4, 1, [1]),

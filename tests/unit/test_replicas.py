@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from mpidp.parallel.arrangement import Arrangement, Seat, arrange
+from mpidp.parallel.replicas import Replicas, Seat, form_replicas
 from mpidp.runtime.topology import _in_runs
 
 
@@ -16,7 +16,7 @@ def living(replicas: int, parts: int, failed: set[int]) -> tuple[list[Seat | Non
     return [divmod(rank, parts) for rank in numbers], numbers
 
 
-def of_numbers(found: Arrangement) -> list[int]:
+def of_numbers(found: Replicas) -> list[int]:
     return [found.numbers[rank] for rank in found.order]
 
 
@@ -29,21 +29,21 @@ def of_numbers(found: Arrangement) -> list[int]:
     ({0, 2, 5}, [4, 1], False),  # one part 0 and two parts 1 are left
 ])
 def test_three_replicas_of_two(failed: set[int], trains: list[int], as_before: bool) -> None:
-    found = arrange(*living(3, 2, failed), 2)
+    found = form_replicas(*living(3, 2, failed), 2)
     assert (of_numbers(found), found.as_before, found.lost) == (trains, as_before, False)
 
 
 def test_a_part_without_a_holder() -> None:
-    found = arrange(*living(2, 2, {1, 3}), 2)
+    found = form_replicas(*living(2, 2, {1, 3}), 2)
     assert (of_numbers(found), found.lost) == ([0, 2], True)
 
 
 def test_too_few_ranks() -> None:
-    assert arrange(*living(2, 3, {0, 1, 2, 3}), 3).order == []
+    assert form_replicas(*living(2, 3, {0, 1, 2, 3}), 3).order == []
 
 
 def test_new_ranks_fill_gaps_before_spare_ranks_do() -> None:
-    found = arrange([None, (1, 0), (1, 1), None], [0, 2, 3, 4], 2)
+    found = form_replicas([None, (1, 0), (1, 1), None], [0, 2, 3, 4], 2)
     assert of_numbers(found) == [2, 3, 0, 4] and found.spares() == []
 
 
@@ -56,7 +56,7 @@ def test_the_first_replica_holds_every_part(seed: int) -> None:
     numbers += range(100, 100 + len(seats) - len(numbers))
     order = draw.sample(range(len(seats)), len(seats))
     seats, numbers = [seats[i] for i in order], [numbers[i] for i in order]
-    found = arrange(seats, numbers, parts)
+    found = form_replicas(seats, numbers, parts)
     assert len(found.order) == len(seats) // parts * parts and len(set(found.order)) == len(found.order)
     assert sorted(found.spares()) == sorted(set(numbers) - set(of_numbers(found)))
     held = [seats[rank] for rank in found.order]

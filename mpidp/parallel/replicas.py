@@ -9,7 +9,7 @@ Seat = tuple[int, int]  # (replica, part): the part of the model that a rank hol
 
 
 @dataclass(frozen=True)
-class Arrangement:
+class Replicas:
     """The ranks that train together. Ranks are numbered in the communicator of all living ranks."""
 
     order: list[int]  # the ranks that train: replica by replica, and within a replica part by part; empty: too few ranks
@@ -22,7 +22,7 @@ class Arrangement:
         return [number for rank, number in enumerate(self.numbers) if rank not in self.order]
 
 
-def arrange(seats: Sequence[Seat | None], numbers: Sequence[int], parts: int) -> Arrangement:
+def form_replicas(seats: Sequence[Seat | None], numbers: Sequence[int], parts: int) -> Replicas:
     """Form as many replicas as possible. seats: the seat of each living rank, or None if it holds no state. numbers: their
     permanent numbers. parts: number of parts of the model.
 
@@ -44,4 +44,4 @@ def arrange(seats: Sequence[Seat | None], numbers: Sequence[int], parts: int) ->
     others = [rank for rank in range(len(seats)) if rank not in used]
     others.sort(key=lambda rank: seats[rank] is not None)  # first those that hold nothing
     order = [others.pop(0) if rank is None else rank for row in rows for rank in row]
-    return Arrangement(order, list(numbers), len(rows) == whole, lost)
+    return Replicas(order, list(numbers), len(rows) == whole, lost)
