@@ -53,7 +53,7 @@ def attempt(
     if code in (FAILED, SPARE):  # SPARE: no training rank is left
         raise RankFailure(str(error or "a rank failed")) from error
     if code >= ERROR:
-        text = str(error)
+        text = str(error or "the run has ended with an error")
         with suppress(MPI.Exception):  # a rank may fail at the end
             text = world.bcast(text, root=first)
         error = error or error_of(code - ERROR, text)
