@@ -214,7 +214,7 @@ def _event(job: Job, old: list[tuple[int, str]], found: Replicas, failed_at: flo
     words += [f"ranks {', '.join(map(str, came))} joined"] if came else []
     spare = f", spare ranks {', '.join(map(str, spares))}" if spares else ""
     job.services.progress.print(
-        f"step {job.position.step}  {', '.join(words)}: continuing with {size} ranks{spare} after {seconds:.2f} s"
+        f"step {job.position.step}  {', '.join(words) or 'no rank lost'}: continuing with {size} ranks{spare} after {seconds:.2f} s"
     )
     event = {"event": "recovered", "lost": lost} if lost or not came else {"event": "respawned"}
     return event | ({"came": came} if came else {}) | ({"spares": spares} if spares else {}) | {"ranks": size, "seconds": seconds}
