@@ -6,9 +6,10 @@
 
 The setting is that of shakespeare.py: 4 layers, width 128, context 64, 12 sequences per step, characters, 2,000 steps with Muon.
 Each option changes the settings of OPTIONS in addition to the baseline. The table shows the mean of the held-out loss over the
-seeds, its difference to the baseline, the p-value of a paired two-sided t-test (runs with the same seed have the same data and
-order), and the median time of a step relative to the baseline. Compare times only on an idle machine. An option with a p-value
-above 0.05 has not been shown to change the loss. With 20 options, one of them is expected below 0.05 by chance.
+seeds, its difference to the baseline, a p-value, and the median time of a step relative to the baseline. The p-value is that of a
+paired two-sided t-test. Runs with the same seed have the same data in the same order. Compare times only on an idle machine. If
+the p-value of an option is above 0.05, it is not shown that the option changes the loss. With 20 options, one p-value below 0.05
+is expected by chance.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ OPTIONS: dict[str, list[str]] = {
 
 
 def p_value(differences: list[float]) -> float:
-    """Return the two-sided p-value of a t-test: are the differences 0 on average? With fewer than two, return nan."""
+    """Return the two-sided p-value of a t-test of whether the mean of the differences is 0. With fewer than two differences,
+    return nan."""
     n = len(differences)
     if n < 2:
         return math.nan

@@ -1,9 +1,11 @@
-"""Measures time and memory of attention with a window and with packed documents, each with blocks and with a dense mask.
+"""Measures time and memory of attention with a window and of attention to packed documents, each with blocks and with a dense
+mask.
 
     python benchmarks/attention.py --seq-len 8192 --window 1024 --repeats 3
 
-A row is one forward and backward of one layer (one sequence, 4 heads of 64, float32), in its own process. "memory" is the peak
-resident memory of the process during this, minus what it was before. "CPU" is the CPU time of the process, the fastest repeat.
+A row is a forward and a backward pass of one layer (one sequence, 4 heads of 64, float32), in its own process. "memory" is the
+peak resident memory of the process during the passes, minus the resident memory before. "CPU" is the CPU time of the process in
+the fastest repeat.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ def reset_peak() -> None:
 
 
 def measure(row: str, seq_len: int, window: int, document: int, repeats: int) -> None:
-    """Print memory in MiB and CPU time in ms of one row."""
+    """Print the memory in MiB and the CPU time in ms of one row."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     ids = (torch.rand(1, seq_len) < 1 / document).long().cumsum(1)

@@ -3,9 +3,9 @@
     mpirun -np 2 python benchmarks/average.py [--mb 1,16,64] [--repeats 15] [--json]
 
 Every method averages the same float32 gradients (size in MB). The measured time begins when all gradients are written and ends
-when every rank can read the sum. `memcpy` is the lower limit, in which every rank copies the same number of bytes once. Methods
-run in turn within each repeat. Medians over the repeats are printed. Ratios can be compared better than times. `wrong` is the
-number of elements that differ from the exact sum by more than rounding allows. It must be 0.
+when every rank can read the sum. `memcpy` is the lower limit: every rank copies the same number of bytes once. Methods run in
+turn within each repeat. Medians over the repeats are printed. Ratios vary less than times between calls. `wrong` is the number of
+elements that differ from the exact sum by more than rounding allows. It must be 0.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     mpirun -np 2 python benchmarks/c10d.py [--calls all_reduce,broadcast] [--kib 1,64,1024,16384,65536] [--models 14M,50M]
                                            [--repeats 15] [--json]
 
-It measures collectives of float32 buffers (sizes in KiB of the larger buffer), and a step (forward, backward, SGD) of torch's
-DistributedDataParallel on MLPs (sizes in parameters) with a small batch. Exposed communication is the time of this step minus the
-time of a step without communication (no_sync). The two backends run in turn. Medians over the repeats are printed. The ratio is
-gloo's time divided by mpi4py's time.
+It measures collectives of float32 buffers. Sizes are those of the larger buffer, in KiB. It also measures a step (forward,
+backward, SGD) of torch's DistributedDataParallel with a small batch, on MLPs of several numbers of parameters. Exposed
+communication is the time of this step minus the time of a step without communication (no_sync). The two backends run in turn.
+Medians over the repeats are printed. The ratio is gloo's time divided by mpi4py's time.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 The default model has 16 M parameters (64 MB). A checkpoint has 193 MB, because it includes the optimizer's moments. `stall` is
 the time for which a save stops the training. This is the whole save, or for `beside training` only its start and the wait for the
 copy before the next update. `lost` is the additional time of `--steps` steps that begin with a save, compared with the same
-number of steps without a save. It includes the slowdown of training by copying and writing on the same cores. Both are medians
-over the repeats, on the slowest rank.
+number of steps without a save. It includes the slowdown of training by copying and writing on the same cores. `stall` and `lost`
+are medians over the repeats, on the slowest rank.
 """
 
 from __future__ import annotations

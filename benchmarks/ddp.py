@@ -1,4 +1,4 @@
-"""Trains with torch's DistributedDataParallel over gloo, with the model, batches and held-out tokens of a run of mpidp.train.
+"""Trains with torch's DistributedDataParallel over gloo, with the same model, batches and held-out tokens as mpidp.train.
 
     mpirun -np 2 python benchmarks/ddp.py --hook fp16 --train.steps=100 --run.dir=runs/ddp ...
 
@@ -89,7 +89,7 @@ class Ddp:
             self.optimizer = kind(groups, betas=(optim.beta1, optim.beta2), fused=True)
 
     def step(self, batch: Batch, mine: list[int], tokens: int, lr: float) -> None:
-        """tokens: targets of the global batch. Collective."""
+        """Make a step. tokens: number of target tokens of the global batch. Collective over all ranks."""
         for v in mine:
             mb = batch[v]
             with self.observers.span("micro_batch"), contextlib.nullcontext() if v == mine[-1] else self.model.no_sync():

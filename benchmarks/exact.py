@@ -6,9 +6,8 @@ nodes.
 Variants run in turn, step by step. `cost` is the median of (time of a step / time of a step with allreduce in the same repeat) -
 1. `sent MB` is what rank 0 sends in a step. `ring MB` is 2 n (P-1)/P for n gradient bytes, which a ring allreduce would send.
 `extra MB` is the memory in addition to one gradient buffer per rank: the other slots of the tree and the scratch buffers of the
-transport. The cost of strict BLAS, which makes the bits independent of the number of threads, is not included (see docs/results).
-Simulated nodes share one machine, so their messages are memory copies. Byte counts are correct, but times are not those of a
-network.
+transport. Strict BLAS makes the bits independent of the number of threads. Its cost is not included (see docs/results). Simulated
+nodes share one machine, so their messages are memory copies. Byte counts are correct, but times are not those of a network.
 """
 
 from __future__ import annotations

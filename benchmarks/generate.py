@@ -6,12 +6,13 @@
 |---|---|
 | one | one prompt, with the key-value cache |
 | without | one prompt without the cache: every token is computed from the whole context |
-| batch | --batch prompts of equal length together, each with the bits that it has alone |
+| batch | --batch prompts of equal length together; the bits are those of each prompt alone |
 | inexact | the same with --exact=false |
-| transformers, its batch | generate of transformers with its cache, on the export of the same model, if it is installed |
+| transformers, its batch | generate() of transformers with its cache, on the exported model, if transformers is installed |
 
-The cost of a token: the CPU time of --tokens + 1 tokens minus that of one token, which computes the prompt, divided by --tokens.
-It is a median over repeats, in which the rows alternate. All rows must generate the same tokens, greedily.
+The cost of a token is a difference of CPU times, divided by --tokens. The difference is the time for --tokens + 1 tokens minus
+the time for one token, which includes the prompt. The cost is a median over repeats, in which the rows alternate. All rows must
+generate the same tokens with greedy decoding.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Creates virtual nodes on this machine, connected by a link of given bandwidth and delay. Uses network namespaces and tc, and
-needs root and Linux.
+"""Creates virtual nodes on this machine, connected by a link of given bandwidth and delay. This module uses network namespaces
+and tc, so it needs root and Linux.
 
 Every node has an interface `data` (10.10.0.1, .2, ...), which is limited to the link's bandwidth in both directions (tc tbf). It
 also has an interface `control` without limit, through which ranks reach their mpirun. Without a delay the data interfaces are
 connected by a bridge. With a delay, a process forwards packets from node to node after the delay, because kernels of virtual
-machines often lack tc's netem. In both cases TCP, with its windows and slow start, is that of the kernel.
+machines often lack tc's netem. In both cases the kernel's TCP is used, with its windows and slow start.
 
 Everything runs inside one `unshare` with its own /run, /dev/shm and process ids. The network of the machine itself is not
 changed, and nothing remains after `unshare` has ended.
@@ -122,7 +122,7 @@ def make_tun(name: str) -> int:
 
 
 class Link:
-    """The nodes node0, node1, ... Only for use inside the namespaces of go_inside()."""
+    """The nodes node0, node1, ... Use this class only inside the namespaces of go_inside()."""
 
     def __init__(self, nodes: int, ranks_per_node: int, mbit: float, ms: float, mpi: str) -> None:
         """mbit: bandwidth of each node in each direction, in Mbit/s. ms: one-way delay between any two nodes, in ms."""
@@ -178,8 +178,8 @@ class Link:
             )
 
     def sent_bytes(self) -> list[int]:
-        """Return the bytes that each node has sent. A piece of up to 64 KiB that leaves the kernel in one call is counted with
-        one header."""
+        """Return the bytes that each node has sent. A piece of up to 64 KiB that leaves the kernel in one call counts with one
+        header."""
         statistics = [json.loads(shell(f"ip -n node{i} -json -statistics link show dev data")) for i in range(self.nodes)]
         return [int(of[0]["stats64"]["tx"]["bytes"]) for of in statistics]
 

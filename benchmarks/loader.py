@@ -3,10 +3,10 @@
     python benchmarks/loader.py                              # seq_len 128 and 1024, the default model, 1 rank, 1 thread
     python benchmarks/loader.py --seq-lens 256 --repeats 5 -- --model.model_dim=64 --train.micro_batch=4
 
-Shards of the standard library's source are prepared in a temporary folder and stay in the page cache. Therefore this measures the
-computation of the order of windows, the reads and the copies, but not a disk. Every repeat consists of a short training run, then
-the loader alone with the same settings. Medians of the repeats are printed. `ratio` is the loader's throughput divided by that of
-training. The aim is 100 or more.
+Shards of the standard library's source are prepared in a temporary folder and stay in the page cache. Therefore the benchmark
+measures the computation of the order of windows, the reads and the copies, but not a disk. Every repeat consists of a short
+training run, then the loader alone with the same settings. Medians of the repeats are printed. `ratio` is the loader's throughput
+divided by the throughput of training. The aim is 100 or more.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python benchmarks/loss.py --positions 8192 --vocab 128256 --width 512 --repeats 5
 
 Each figure is a median over processes, which alternate. A process computes loss and gradients three times on one thread. `time`
-is the shortest processor time of the three, and `memory` is the growth of the largest resident memory during them.
+is the shortest processor time of the three computations. `memory` is the growth of the largest resident memory during them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def losses(positions: int, vocab: int, width: int) -> dict[str, Loss]:
     found: dict[str, Loss] = {
         "whole": lambda hidden, weight, targets: F.cross_entropy(hidden @ weight.T, targets, reduction="sum"),
         f"chunked ({rows} positions)": lambda hidden, weight, targets: ChunkedLoss(
-            shape, lambda: weight, rows, torch.float32)(hidden, targets),
+            shape, lambda: [weight], rows, torch.float32)(hidden, targets),
     }
     if hasattr(F, "linear_cross_entropy"):
         found["torch"] = lambda hidden, weight, targets: F.linear_cross_entropy(hidden, weight, targets, reduction="sum")

@@ -3,14 +3,18 @@
     python benchmarks/memory.py --ranks 1,2,4 --sizes 1M,14M,50M
     python benchmarks/memory.py --ranks 2,4 --sizes 14M --compare comm.reducer=tree "comm.reducer=naive comm.bucket_mb=1"
 
-Columns are MiB, summed over all ranks. The proportional set size (PSS) is used, in which a page that k processes map counts 1/k
-in each process. Therefore libraries and shared-memory windows count once. fixed before the model is built: Python, torch, MPI,
-and the data read so far formula for n parameters and one copy per rank: 4 n parameters + 8 n optimizer state + 4 n x slots
-gradients (a node) the same with one copy of parameters and optimizer state training at the end of the last step rest training -
-fixed - formula: activations, communication, scratch, memory held by the allocator The last two columns are the largest resident
-set of a rank (RSS, in which shared pages count in each rank). The first is the largest up to the last step, and the second up to
-the end of the run (evaluation, checkpoint). Runs are short and batches are small. Memory hardly varies between runs, so the
-default is one run per row.
+Columns are in MiB and summed over all ranks. The memory of a process is its proportional set size (PSS): a page that k processes
+map counts 1/k in each of them. Therefore libraries and shared-memory windows count once.
+
+- fixed: the memory before the model is built, for Python, torch, MPI, and the data read so far.
+- formula: 4 n for the parameters + 8 n for the optimizer state + 4 n x slots for gradients, for n parameters, one copy per rank.
+- (a node): the same formula, with one copy of parameters and optimizer state.
+- training: the memory at the end of the last step.
+- rest: training - fixed - formula, for activations, communication, scratch, and memory that the allocator keeps.
+
+The last two columns are the largest resident set of a rank (RSS, in which shared pages count in each rank). The first of them is
+the largest up to the last step, the second up to the end of the run (evaluation, checkpoint). Runs are short, and batches are
+small. Memory hardly varies between runs, so the default is one run per row.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ PEAKS = ("RSS, steps", "RSS, run")
 
 
 def own_memory() -> dict[str, int]:
-    """Return this process's memory in bytes: Pss, and the largest resident set so far (VmHWM)."""
+    """Return this process's memory in bytes: the proportional set size (Pss), and the largest resident set so far (VmHWM)."""
     lines = [line for name in ("smaps_rollup", "status") for line in Path(f"/proc/self/{name}").read_text().splitlines()]
     return {key: int(line.split()[1]) * 1024 for line in lines for key in ("Pss", "VmHWM") if line.startswith(f"{key}:")}
 
@@ -76,7 +80,7 @@ def train_measured() -> None:
 
 
 def measure(command: list[str]) -> dict[str, float]:
-    """Return a row: bytes by column, and the largest number of slots of a rank."""
+    """Return a row of the table: bytes by column, and the largest number of slots of a rank."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line.removeprefix("measured ") for line in done.stdout.splitlines() if line.startswith("measured ")]
     if done.returncode or not lines:

@@ -2,13 +2,13 @@
 
     python benchmarks/mesh.py [--shapes "dp=2;pp=2;tp=2;dp=2,pp=2"] [--repeats 3] [-- --model.num_layers=6 ...]
 
-Four runs of one model (SETTINGS) measure the links. The first has one rank. The second has two replicas, and gives the bandwidth
-between ranks. The third has a stage of two tensor-parallel ranks, and gives the latency of a message. The fourth has two ranks
-with shard 3, and gives the host time of a gather. A run of another model (OTHER, or the settings after --) on one rank measures
-the speed of matrix products and memory (mesh_time.measured_machine) and the remaining time of a step. All other meshes of the
-second model are predicted. Runs alternate. The time of a mesh is the mean of its fastest quarter of steps, because other programs
-may use the machine. `spread` is the median step relative to this mean. On a busy machine the table is meaningless, because a run
-with more ranks gets a larger share of the machine.
+Four runs of one model (SETTINGS) measure the links. The first run has one rank. The second has two replicas, and determines the
+bandwidth between ranks. The third has a stage of two tensor-parallel ranks, and determines the latency of a message. The fourth
+has two ranks with shard 3, and determines the host time of a gather. A run of another model (OTHER, or the settings after --) on
+one rank measures the speed of matrix products and memory (mesh_time.measured_machine) and the remaining time of a step. All other
+meshes of the second model are predicted. Runs alternate. The time of a mesh is the mean of its fastest quarter of steps, because
+other programs may use the machine. `spread` is the median time of a step relative to this mean. On a busy machine the table is
+meaningless, because a run with more ranks gets a larger share of the machine.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Compares all methods on a slow network: each trains the same model from the same weights for the same time, over a link of
-given speed.
+"""Compares all methods on a slow network. Each method trains the same model from the same weights for the same time, over a link
+of given speed.
 
     python benchmarks/network.py --text tinyshakespeare.txt                            # all methods; needs root
     python benchmarks/network.py --methods synchronous,local,ddp --mbit 1000 --ms 1 --seconds 30 --seeds 3
@@ -13,10 +13,10 @@ link, and the benchmark exits.
 A method is a set of settings of mpidp.train with a name. `ddp` is torch's DDP over gloo (ddp.py). The learning rate is constant
 after its warm-up, so that no method benefits from a schedule that ends at the same time as the run. Time counts only steps,
 without start-up and evaluations. Losses are nats per token on held-out text. They are interpolated linearly between evaluations,
-and unknown before the first evaluation. If a loss is reached before the first evaluation, the time of this evaluation is printed.
-`counted` is the number of bytes that rank 0 counted, and `on the wire` is the number that left a node's interface, both in MB per
-step. `waits` is the fraction of time in which rank 0 waited for messages. With several seeds, medians and half the range are
-printed. All nodes share this machine's cores and memory.
+and are not known before the first evaluation. If a loss is reached before the first evaluation, the time of this evaluation is
+printed. `counted` is the number of bytes that rank 0 counted, and `on the wire` is the number that left a node's interface, both
+in MB per step. `waits` is the fraction of time in which rank 0 waited for messages. With several seeds, medians and half the
+range are printed. All nodes share this machine's cores and memory.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
     python benchmarks/prepare.py                                  # 23 MB of Python sources, a vocabulary of 1,024
     python benchmarks/prepare.py --text FILE --vocab 8192 --repeats 5
 
-- prepare: the whole command: reading .jsonl, encoding, counting bytes, checksums and HDF5 shards;
+- prepare: the whole command, with reading .jsonl, encoding, counting bytes, checksums and HDF5 shards;
 - prepare without tiktoken: the same with the `tokenizers` library alone, which must write the same shards;
-- library: the `tokenizers` library alone, in memory: encode_batch of lists of 64 documents;
+- library: the `tokenizers` library alone, in memory, with encode_batch of lists of 64 documents;
 - map: datasets.map with the same library, batches of 1,000, if `datasets` is installed;
 - datatrove: its JsonlReader and DocumentTokenizer, one task, without shuffling, if it is installed.
 
-Every figure is a median of processor seconds (user and system) of a process with its start. Its ratio to `library` follows.
+Every figure is a median of the processor seconds (user and system) of a whole process. Its ratio to `library` is shown after it.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def main() -> None:
 
 
 def python_files(path: Path, mb: float) -> Path:
-    """Write the Python files of the standard library and of installed packages as documents, up to this size."""
+    """Write the Python files of the standard library and of installed packages as documents, up to `mb` MB in total."""
     size = 0
     with open(path, "w", encoding="utf-8") as out:
         for file in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):

@@ -3,7 +3,7 @@
     python benchmarks/published.py
 
 In each source one row (*) determines the rate of a GPU in matrix products. All other rows are predicted with this rate. Memory
-and link speeds are those of data sheets and of the sources. docs/plan.md has the tables and a discussion.
+and link speeds are from data sheets and from the sources. docs/plan.md has the tables and a discussion.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ class Row:
 
 
 def a100(network: float, overlap: float) -> Machine:
-    """A machine with 8 A100 and NVLink. network: bytes per second of a node."""
+    """Return a machine with 8 A100 and NVLink. network: bytes per second of a node."""
     return Machine(1.0, 2.0e12, LinkSpeed(5e-6, 300e9), LinkSpeed(1e-5, network), 8, 8, overlap)
 
 
 def h100(memory: float, overlap: float = 1.0) -> Machine:
-    """A machine with 8 H100, NVLink and 400 Gbit/s per GPU. memory: bytes per second."""
+    """Return a machine with 8 H100, NVLink and 400 Gbit/s per GPU. memory: bytes per second."""
     return Machine(1.0, memory, LinkSpeed(5e-6, 450e9), LinkSpeed(1e-5, 400e9), 8, 8, overlap)
 
 
 def gpt(layers: int, width: int, heads: int, vocab_size: int = 51200) -> ModelSizes:
-    """A GPT. Its hidden layer with two matrices of 4 x width is replaced by a SwiGLU of 8/3 x width, which has equally many
-    parameters and operations."""
+    """Return a GPT. Its hidden layer with two matrices of 4 x width is replaced by a SwiGLU of 8/3 x width, which has the same
+    number of parameters and operations."""
     return ModelSizes(layers, width, 8 * width // 3, heads, heads, vocab_size, 2048)
 
 

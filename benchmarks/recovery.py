@@ -5,8 +5,8 @@ without the rank.
 
 The program needs Open MPI with `mpirun --with-ft ulfm`. The model has 16 M parameters (64 MB of gradients) and short sequences,
 so that a step is mostly communication. Rank 1 kills itself in step 6. Each repeat is a new mpirun. Medians and maxima are
-printed. `step` is the median time of the steps before the failure. `step after` is that of the steps after the failure, with one
-rank less. The time of a recovery includes one step of the second kind.
+printed. `step` is the median time of the steps before the failure. `step after` is the median time of the steps after the
+failure, with one rank less. The time of a recovery includes one such step.
 
 A failure is detected after the kernel has freed the process's memory, which took 5 to 20 ms for 100 MB. Therefore detection takes
 longer for larger models.

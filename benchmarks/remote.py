@@ -1,11 +1,12 @@
-"""Compares shards on a server with the same shards on disk: the loader alone, and the steps of a training; and run.mirror.
+"""Compares shards on a server with the same shards on disk, for the loader alone and for the steps of a training. Also measures
+run.mirror.
 
     moto_server -p 5555 &                                    # or any S3 server; set the variables of boto3
     python benchmarks/remote.py --disk shards/mine --address s3://bucket/mine --mirror s3://bucket/runs
 
-The loader reads `--batches` batches: from disk, from the server with an empty cache, and again with the full cache. The trainings
-alternate: on disk, on the server with an empty cache, and on disk with a mirror and a checkpoint every 5 steps. Medians and
-ratios to the disk are printed. The first steps of a training are left out.
+The loader reads `--batches` batches from disk, then from the server with an empty cache, then again with the full cache. Three
+kinds of training alternate: with shards on disk, with shards on the server and an empty cache, and with shards on disk, a mirror
+and a checkpoint every 5 steps. Medians and ratios to the disk are printed. The first steps of a training are left out.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SKIP = 5  # steps of a training that are left out
 
 
 def loader_speed(path: str, cache: Path, batches: int, seq_len: int) -> float:
-    """Return tokens per second of the loader, from opening the shards on."""
+    """Return tokens per second of the loader. The time begins when the shards are opened."""
     begin = time.perf_counter()
     stream = TokenStream(path, "train", CacheOptions(str(cache)))
     lanes = Lanes(64, 8, 0)

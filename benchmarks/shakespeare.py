@@ -1,4 +1,5 @@
-"""Compares mpidp with nanoGPT, with nanoGPT's CPU settings: the loss after 2,000 steps, and the time to reach nanoGPT's loss.
+"""Compares mpidp with nanoGPT, with nanoGPT's CPU settings. Measures the loss after 2,000 steps, and the time to reach nanoGPT's
+loss.
 
     python benchmarks/shakespeare.py --text tinyshakespeare.txt                      # mpidp only: losses, hashes, times
     git clone https://github.com/karpathy/nanoGPT

@@ -5,8 +5,8 @@
 Variants run in turn, step by step, within one launch. `limit` is the same step without the reduction, in which each rank updates
 with its own gradient. The additional time of a variant is the communication that does not overlap. `ddp gloo` is torch's
 DistributedDataParallel. `heat` is Heat's DataParallel, if it is installed. In `1 rank` and `1 rank, P threads`, one rank computes
-the whole batch while the other ranks sleep. In `independent`, P ranks compute one rank's lanes each, without any communication.
-This is the limit for P processes.
+the whole batch while the other ranks sleep. In `independent`, each of P ranks computes the lanes of one rank, without any
+communication. This is the limit for P processes.
 """
 
 from __future__ import annotations

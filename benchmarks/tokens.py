@@ -1,4 +1,4 @@
-"""Compares all methods for the same number of tokens: how much the loss increases if ranks send less or wait less, on any
+"""Compares all methods for the same number of tokens. Shows how much the loss increases if ranks send less or wait less, on any
 network.
 
     python benchmarks/tokens.py --text tinyshakespeare.txt                                  # all methods, 400 steps, one seed
@@ -8,9 +8,9 @@ network.
 The model, the methods and their settings are those of network.py. Ranks run under a plain mpirun and send messages, as between
 nodes. Every method starts from the same weights, trains on the same batches, and is compared with `synchronous` of the same seed.
 The table has the held-out loss in nats per token, and its increase in per cent. Losses are interpolated linearly between
-evaluations. `local` is evaluated at its meetings. Bytes are those that rank 0 sends, also as a fraction 1/n of those of
-`synchronous`. With several seeds, medians and half the range are printed. Losses do not depend on the load of the machine, and
-repeat bit for bit on one machine.
+evaluations. `local` is evaluated at its meetings. Bytes are those that rank 0 sends. They are also shown as a fraction 1/n of the
+bytes of `synchronous`. With several seeds, medians and half the range are printed. Losses do not depend on the load of the
+machine, and repeat bit for bit on one machine.
 """
 
 from __future__ import annotations

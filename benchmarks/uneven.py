@@ -4,7 +4,7 @@
 
 With `delay`, rank 1 sleeps as long as it computes. With `core`, each rank is bound to a core, and another process computes on the
 core of rank 1 during the whole run. The program makes complete training runs. It prints the median time of a step after the
-warm-up, in which `measured` distributes the lanes.
+warm-up. During the warm-up, `measured` distributes the lanes.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ OPEN = 64  # number of windows that can receive further documents
 
 
 def lengths_of(stream: Stream) -> tuple[np.ndarray, np.ndarray]:
-    """Return the start of each document of a stream and its number of tokens, int64 (d,) each. Independent."""
+    """Return (start, number of tokens) of the d documents of a stream, each int64 (d,). Independent."""
     starts = stream.document_starts(0, stream.tokens).astype(np.int64) if stream.tokens else np.empty(0, dtype=np.int64)
     return starts, np.diff(starts, append=stream.tokens)
 
@@ -59,7 +59,7 @@ def pack(lengths: np.ndarray, window: int) -> tuple[np.ndarray, int]:
     The total is a whole number of windows plus one token, because the last window needs a target for its last token.
     """
     places = np.empty(len(lengths), dtype=np.int64)
-    rooms: list[list[int]] = []  # [start of the free space, free tokens] of the last windows
+    rooms: list[list[int]] = []  # [start of the free space, number of free tokens] of the last windows
     windows = 0
     for i, length in enumerate(lengths.tolist()):
         room = next((one for one in rooms if one[1] >= length), None)
@@ -128,7 +128,7 @@ class Arrangement:
             yield piece
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Return the document starts in [start, stop), relative to start, uint64."""
+        """Return the document starts in [start, stop) as distances from `start`, uint64."""
         low, high = np.searchsorted(self.places, [start, stop])
         return (self.places[low:high] - start).astype(np.uint64)
 

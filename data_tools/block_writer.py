@@ -78,7 +78,7 @@ class BlockWriter:
             yield at, raw.read(at, min(at + BLOCK_TOKENS, end))
 
     def at(self, positions: np.ndarray) -> np.ndarray:
-        """Return the ids at these positions, (p,)."""
+        """Return the ids at p positions, (p,)."""
         return np.memmap(f"{self.path}.tokens", self.dtype, mode="r")[positions] if len(positions) else np.empty(0, self.dtype)
 
     def start_pieces(self) -> Iterator[np.ndarray]:

@@ -46,7 +46,7 @@ def starts_by_ids(pieces: Iterator[tuple[int, np.ndarray]], eod: int, bos: int |
 
 
 def occurs(writers: Sequence[BlockWriter], eod: int, bos: int | None) -> bool:
-    """Return whether the end-of-document token or BOS is in the data. Independent."""
+    """Return whether the data contains the end-of-document token or BOS. Independent."""
     return any((ids == eod).any() or bos is not None and (ids == bos).any() for writer in writers for _, ids in writer.pieces())
 
 

@@ -98,7 +98,7 @@ def _unknown(i: int) -> RowSkipped:
 
 
 def _with_marks(message: Mapping[str, Any], mark: str) -> Iterator[dict[str, Any]]:
-    """Yield copies of the message with a mark at the beginning or end of its content, then in its last tool call."""
+    """Yield copies of the message with a mark: first at the beginning or end of its content, then in its last tool call."""
     content, calls = message.get("content"), message.get("tool_calls")
     if isinstance(content, list):
         texts = [n for n, part in enumerate(content) if isinstance(part.get("text"), str)]
@@ -115,7 +115,8 @@ def _with_marks(message: Mapping[str, Any], mark: str) -> Iterator[dict[str, Any
 
 
 def _marked_texts(text: str, mark: str) -> Iterator[str]:
-    """Yield the text with the mark at its start (BEGIN) or end (END), then with the mark inside the white space there."""
+    """Yield the text with the mark at its start (BEGIN) or end (END). Then yield it with the mark inside the white space
+    there."""
     for outer in (text, text.lstrip() if mark == BEGIN else text.rstrip()):
         at = len(text) - len(outer) if mark == BEGIN else len(outer)
         yield text[:at] + mark + text[at:]

@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse and check the command line. Raises UsageError if it is invalid. Pure."""
+    """Parse and check the command line. Raises UsageError if the command line is invalid. Pure."""
     rows = "\n".join(f"  {name:11}{one.what}" for name, one in FORMATS.items())
     parser = Parser(prog=program("data_tools.convert"), description=(__doc__ or "").replace("FORMATS", rows),
                     usage="%(prog)s (--to FORMAT SHARDS | [--from FORMAT] SRC --tokenizer PATH) --out PATH [options]",

@@ -71,7 +71,7 @@ def _write(file: IO[bytes], values: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class Raw:
-    """The part of a stream that one rank encoded."""
+    """The raw files of the part of a stream that one rank encoded."""
 
     path: Path  # FOLDER/NAME of the raw files
     token_bytes: int  # bytes per token
@@ -97,7 +97,7 @@ class Raw:
 
 @dataclass(frozen=True)
 class Stream:
-    """The raw files of all ranks as one stream of tokens, the same for any number of ranks."""
+    """The raw files of all ranks as one stream of tokens. The stream is the same for any number of ranks."""
 
     raws: list[Raw]
     bases: list[int] = field(init=False)  # position in the stream of the first token of each raw file
@@ -129,7 +129,7 @@ class Stream:
             yield self.read(at, min(at + PIECE_TOKENS, stop), mask=True)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Return the document starts in [start, stop), relative to start, uint64."""
+        """Return the document starts in [start, stop) as distances from `start`, uint64."""
         found = [raw.document_starts(a, b) + np.uint64(base) for raw, base, a, b in self._overlaps(start, stop)]
         return np.concatenate(found) - np.uint64(start)
 

@@ -21,7 +21,7 @@ from mpidp.data.long_text import WINDOW, Placed
 from mpidp.data.tokenizer import token_dtype
 
 T = TypeVar("T")
-BATCH_CHARACTERS = 2**20  # characters that are encoded at once
+BATCH_CHARACTERS = 2**20  # number of characters that are encoded at once
 MAX_CHARACTERS = 64  # number of characters per token of the window above which a very long row is cut
 
 
@@ -96,7 +96,7 @@ def _documents(files: list[SourceFile], reader: SourceReader, encoder: Encoder, 
 
 
 def _named(reader: SourceReader, encoder: Encoder, file: SourceFile) -> Iterator[str | None]:
-    """Yield the pieces of a file. Counts the documents that name a special token."""
+    """Yield the pieces of a file. Count the documents that name a special token."""
     number, named = 0, False
     for text in reader.pieces(file):
         if text is not None and not named and encoder.names is not None and (found := encoder.names.search(text)):

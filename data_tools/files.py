@@ -19,7 +19,7 @@ from mpidp.runtime.json_file import parse_json
 
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests"})
 MAX_SHOWN = 5  # largest number of links that a message names
-MAX_STATE_BYTES = 2**26  # largest state.json
+MAX_STATE_BYTES = 2**26  # largest size of state.json in bytes
 # datasets that prepare does not read:
 # (pattern of the files, pattern of another file in the same folder, name of the format, what to do)
 DATASETS = (

@@ -41,7 +41,7 @@ class FromOptions:
     rows: str = "auto"  # what a row is: a document, or a part of a stream
     whole: bool = False  # whether each split is one document
     add_eod: bool = False  # whether the token is appended to rows that do not end with it
-    seq_len: int = 0  # pack documents into windows of this many tokens; 0: do not
+    seq_len: int = 0  # pack documents into windows of this many tokens; 0: do not pack
 
     def check(self) -> None:
         """Raise UsageError if a value is invalid. Pure."""

@@ -23,7 +23,7 @@ class Chat:
     """A chat and the variables of its template."""
 
     messages: Sequence[dict[str, Any]]
-    learned: Sequence[bool]  # for each message, whether its turn is in the loss
+    learned: Sequence[bool]  # for each message, whether it is in the loss
     tools: list[Any] | None
     documents: list[Any] | None
     args: Mapping[str, Any]  # chat_template_kwargs
@@ -107,7 +107,7 @@ def _check(message: Any) -> None:
 
 
 def _learned(message: Mapping[str, Any]) -> bool:
-    """Return whether a message is in the loss. An assistant's turn is, unless one of WEIGHTS is 0 or false."""
+    """Return whether a message is in the loss. Only assistant's turns are in the loss, unless one of WEIGHTS is 0 or false."""
     values = [message[key] for key in WEIGHTS if message.get(key) is not None]
     if bad := [value for value in values if value not in (0, 1)]:
         raise RowSkipped("malformed", f"a message whose `weight`, `train` or `loss` is {bad[0]!r:.40}, not 0, 1, true or false")
@@ -134,7 +134,7 @@ def _unused(
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Yield all strings in a JSON value, keys included."""
+    """Yield all strings in a JSON value, including keys."""
     rest = [value]
     while rest:
         value = rest.pop()

@@ -1,4 +1,4 @@
-"""Makes a folder that appears complete or not at all."""
+"""Makes a folder that appears only when it is complete."""
 
 from __future__ import annotations
 

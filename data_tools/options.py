@@ -25,15 +25,15 @@ class PrepareOptions:
     val_fraction: float = 0.05  # share of the stream or of the documents that is used for validation
     form: str = "text"  # --format: "text", or rows with a loss mask (rows.py): "prompt_completion" or "chat"
     text_key: str = "text"  # the field of a row that contains a document
-    chat_template: str | None = None  # a file; None: the template of the tokenizer
+    chat_template: str | None = None  # a file with the template; None: the template of the tokenizer
     template_arg: Sequence[str] = ()  # KEY=VALUE
     seq_len: int = 0  # for rows: the window length in tokens; no row crosses a multiple of this length
     truncate: bool = False  # whether rows longer than seq_len are truncated instead of skipped
     tokens: int = 0  # total tokens of the mixture; 0: stop when a source is exhausted
     repeat: bool = False  # whether an exhausted source starts over
-    split: str = ""  # "text": the end of the stream is validation; "document": whole documents; "": text, for rows document
+    split: str = ""  # validation is "text": the end of the stream; "document": whole documents; "": text, for rows document
     seed: int = 0  # validation documents are chosen by a hash of seed, file name and index in the file
-    bad_utf8: str = "replace"  # or "skip": skip documents with invalid UTF-8
+    bad_utf8: str = "replace"  # "replace", or "skip": skip documents with invalid UTF-8
     strict: bool = False  # whether a bad row raises DataError; otherwise it is skipped
     bos: str = "auto"  # "auto", or "none": documents and rows begin without BOS
     special: str = ""  # "text" or "tokens"; "": text for documents, and the tokenizer's default for rows
@@ -122,7 +122,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                                                            "%(default)s)")
     add("--chat-template", metavar="FILE", help="with --format chat: the chat template (default: the one beside tokenizer.json)")
     add("--template-arg", action="append", metavar="KEY=VALUE", default=[], help="with --format chat: a variable of the "
-        "template, for example enable_thinking=false; repeat for several. A row's chat_template_kwargs override it")
+        "template, for example enable_thinking=false; may be given several times. A row's chat_template_kwargs override it")
     add("--seq-len", type=int, metavar="N", default=0,
         help="for rows: the window length in tokens; train with the same model.seq_len")
     add("--truncate", action="store_true", help="truncate rows longer than --seq-len tokens instead of skipping them")
@@ -133,7 +133,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "that contains one (default: %(default)s)")
     add_out(parser, "the folder of shards to write (default: %(default)s)", default="shards/stdlib")
     add("--workers", type=int, metavar="N", default=0,
-        help="threads that encode; 0: all cores, or one per rank under mpirun; does not change the shards (default: %(default)s)")
+        help="number of encoding threads; 0: all cores, or one per rank under mpirun; any number gives the same shards "
+        "(default: %(default)s)")
     add("--shards", type=int, metavar="N", default=4, help="number of training files (default: %(default)s)")
     add("--val-fraction", type=float, metavar="F", default=0.05,
         help="share of the tokens or documents that is used for validation; 0: none (default: %(default)s)")

@@ -61,7 +61,7 @@ class OutFolder:
                 if self._is_half_replaced():
                     for name in ours:
                         (self.path / name).unlink()
-                shutil.rmtree(self.scratch, ignore_errors=True)  # left by a killed run
+                shutil.rmtree(self.scratch, ignore_errors=True)  # a killed run left this folder
                 self.scratch.mkdir()
         except BaseException:
             self.close()

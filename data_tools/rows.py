@@ -1,6 +1,6 @@
 """Reads training rows with a loss mask: {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}.
 
-The loss is on the completion or on the assistant's turns. The rest of a row is context.
+The loss is on the completion or on the assistant's turns. The rest of a row is context, on which there is no loss.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class RowReader(SourceReader):
     template: Template | None = None  # chat template; None for prompt/completion rows
 
     def pieces(self, file: SourceFile) -> Iterator[str | None]:
-        """Yield the text of the rows, to train a tokenizer. None ends a row."""
+        """Yield the text of the rows, to train a tokenizer. The value None marks the end of a row."""
         for row in self.rows(file):
             yield row.text
             yield None

@@ -1,7 +1,8 @@
 """Reads the files of a source in pieces of bounded size. Bad input is counted and skipped.
 
-A file is read as a stream of pieces of text, in which None ends a document. A text file is one document. A file of rows (JSON
-lines, a JSON array, .csv, .parquet, .arrow; mpidp/data/text_files.py) has a document per row, in the field `text` or --text-key.
+A file is read as a stream of pieces of text, in which the value None marks the end of a document. A text file is one document. A
+file of rows (JSON lines, a JSON array, .csv, .parquet, .arrow; mpidp/data/text_files.py) has a document per row, in the field
+`text` or --text-key.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ PIECE_BYTES = 2**20  # approximate size of the pieces in which a text is read an
 class SourceReader:
     """Reads files into documents and counts problems. Independent."""
 
-    bad_utf8: str = "replace"  # or "skip": skip documents with invalid UTF-8
+    bad_utf8: str = "replace"  # "replace", or "skip": skip documents with invalid UTF-8
     strict: bool = False  # whether a malformed row raises DataError
     alone: bool = False  # whether the source is a single file; if so, skipping it is an error
     counts: Counts = field(default_factory=Counts)
@@ -37,7 +38,8 @@ class SourceReader:
     ticker: Ticker = field(default_factory=Ticker)
 
     def pieces(self, file: SourceFile) -> Iterator[str | None]:
-        """Yield the text of a file. None ends a document. Raises DataError, which names the file, if the file cannot be read."""
+        """Yield the text of a file. The value None marks the end of a document. Raises DataError, which names the file, if the
+        file cannot be read."""
         found = self.recognize(file, (self.text_key,))
         if found is not None:
             if found.doubt:
@@ -69,7 +71,7 @@ class SourceReader:
             return None
 
     def leave_out(self, kind: str, file: SourceFile, reason: str) -> None:
-        """Count a skipped file. Raises DataError if it is the whole source."""
+        """Count a skipped file. Raises DataError if the file is the whole source."""
         if self.alone:
             tokens = "; token ids become shards with mpidp convert" * (Path(file.name).suffix in (".bin", ".npy", ".ds", ".mds"))
             raise DataError(f"{file.path} {reason}; give --source a file or folder with text{tokens}")

@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def read_options(arguments: list[str]) -> argparse.Namespace:
-    """Parse and check the command line. Raises UsageError if it is invalid. Pure."""
+    """Parse and check the command line. Raises UsageError if the command line is invalid. Pure."""
     parser = Parser(
         prog=program("mpidp.chat"), usage="[mpirun -np N] %(prog)s RUN [--messages FILE --out FILE] [options]",
         description="Talk with a model on the terminal, in its own chat template. Each line of standard input is a message. "
@@ -80,8 +80,8 @@ def _with_answer(row: dict[str, Any]) -> dict[str, Any]:
 def talk(world: Any, options: argparse.Namespace) -> None:
     """Read messages from standard input of rank 0, and print each answer while it is generated, until the end of input.
 
-    Raises UsageError if the model has no chat template, or if there are more ranks than one model needs. Raises DataError if a
-    logit is not finite, and CheckpointError if the run has no valid checkpoint. Collective over world.
+    Raises UsageError if the model has no chat template, or if there are more ranks than one copy of the model needs. Raises
+    DataError if a logit is not finite, and CheckpointError if the run has no valid checkpoint. Collective over world.
     """
     from mpidp.errors import UsageError
     from mpidp.inference.chats import template_of

@@ -49,7 +49,7 @@ class CheckpointError(MpidpError):
 
 
 class Stopped(MpidpError):
-    """The run stopped on request, after a checkpoint. The same command resumes it."""
+    """The run stopped on request, after a checkpoint. The same command resumes the run."""
 
     exit_code = 75
 

@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def read_options(arguments: list[str]) -> argparse.Namespace:
-    """Parse and check the command line. Raises UsageError if it is invalid. Pure."""
+    """Parse and check the command line. Raises UsageError if the command line is invalid. Pure."""
     parser = Parser(
         prog=program("mpidp.evaluate"),
         usage="[mpirun -np N] %(prog)s RUN [--data DIR | --text FILE | --choices FILE | --tasks NAMES] [options]",

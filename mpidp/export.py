@@ -18,7 +18,7 @@ from mpidp.storage.address import check_local
 
 
 def main() -> None:
-    """Export a model and print a summary on rank 0."""
+    """Export a model and print a summary on rank 0. Collective over COMM_WORLD."""
     options, world = begin(lambda: read_options(sys.argv[1:]))
     summary = export(
         world, options.run, options.out, options.dtype, int(options.max_file_gb * 1e9), options.base, options.format,
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse and check the command line. Raises UsageError if it is invalid. Pure."""
+    """Parse and check the command line. Raises UsageError if the command line is invalid. Pure."""
     parser = Parser(prog=program("mpidp.export"), usage="%(prog)s RUN --out DIR [options]",
                     description="Export a trained model in Hugging Face's format. docs/huggingface.md describes the format.")
     add_run(parser)

@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def read_options(arguments: list[str]) -> argparse.Namespace:
-    """Parse and check the command line. Raises UsageError if it is invalid. Pure."""
+    """Parse and check the command line. Raises UsageError if the command line is invalid. Pure."""
     parser = Parser(
         prog=program("mpidp.generate"), usage="[mpirun -np N] %(prog)s RUN [--prompt TEXT | --prompts FILE] [options]",
         description="Generate text with a trained model. The prompts are divided among the ranks.",

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from mpidp.checkpoint.local_parameters import weights_sha256
 from mpidp.comm.nccl import open_transport
+from mpidp.comm.slices import sum_in_order
 from mpidp.config import resolve, rules
 from mpidp.config.command_line import from_args
 from mpidp.config.schema import Config
@@ -150,7 +151,7 @@ class DataParallel:
         self.stats = StepStats(0.0, False)  # the gradient norm of the last update, and whether it was skipped
         self.loss = 0.0  # mean over the last batch; over this rank's part if the strategy does not always synchronize
         self._remaining: list[int] = []  # this rank's micro-batches that still need backward()
-        self._updated = True  # whether step() has updated the parameters for the batch
+        self._updated = True  # whether step() has made the update for the batch
         self._loss_sums = np.zeros((2, self.lanes.num_micro_batches))  # per micro-batch: sum of losses, number of items
 
     def _config(self, settings: Mapping[str, Any], threads: int, mesh: Topology) -> Config:
@@ -215,7 +216,7 @@ class DataParallel:
             if not self._updated:
                 if any(items.count(batch, v) for v in self._own_micro_batches):
                     raise UsageError("step() was not called for a batch: call it after every backward()")
-                self.step()  # this rank had no items of the batch
+                self.step()  # this rank has no items of the batch
 
     def _skip_empty(self) -> bool:
         """Skip the empty micro-batches of an epoch's last batch. Return whether another micro-batch remains."""
@@ -256,7 +257,7 @@ class DataParallel:
         if strategy.synchronizes_always:
             strategy.group.wait(self.comm.Iallreduce(MPI.IN_PLACE, self._loss_sums))
         losses, counts = self._loss_sums.tolist()
-        self.loss = sum(losses) / max(1.0, sum(counts))
+        self.loss = sum_in_order(losses) / max(1.0, sum(counts))
         self.stats = strategy.step(0.0, int(sum(counts)))
         self._updated = True
         self.items.next_batch += 1
@@ -283,7 +284,7 @@ class DataParallel:
         """Load a state, before the first micro-batch. Raises UsageError if the dataset has changed. Independent."""
         self.items.load_state_dict(state["items"])
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch would use the tensors of `state` itself
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch would use the tensors of `state`
         self.strategy.load_state_dict(state["strategy"])
         self.steps = state["steps"]
 

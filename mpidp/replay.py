@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line. Raises UsageError if it is invalid. Pure."""
+    """Parse the command line. Raises UsageError if the command line is invalid. Pure."""
     parser = Parser(prog=program("mpidp.replay"), usage="[mpirun -np N] %(prog)s RUN [--step S] [--against RUN2] [options]",
                     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -52,7 +52,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def inspect_step(options: argparse.Namespace, world: Any) -> dict[str, Any]:
-    """Replay up to options.step, compare with the record, and list that step's micro-batches. Collective over world."""
+    """Replay up to options.step, compare with the record, and list the micro-batches of this step. Collective over world."""
     from mpidp.training.replayer import Replay, print_on_rank_0, read_record
 
     record = read_record(options.run, world)
@@ -77,7 +77,7 @@ def inspect_step(options: argparse.Namespace, world: Any) -> dict[str, Any]:
 
 
 def _show(world: Any, rows: list[dict[str, Any]]) -> None:
-    """Print a line per micro-batch. Mark the largest and the non-finite values, with their windows of the training split."""
+    """Print a line per micro-batch. Mark the largest and the non-finite values, and show their windows of the training split."""
     from mpidp.training.replayer import print_on_rank_0
 
     print_on_rank_0(world, f"{'micro-batch':>11} {'lane':>5} {'loss':>11} {'grad_norm':>11}" if rows else "")

@@ -40,7 +40,8 @@ def main() -> None:
 
 
 def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
-    """Parse and check the command line. Raises UsageError if it is invalid. Pure, except for reading CONFIG.toml."""
+    """Parse and check the command line. Raises UsageError if the command line is invalid. Pure, except for reading
+    CONFIG.toml."""
     parser = Parser(
         prog=program("mpidp.train"), usage="[mpirun -np N] %(prog)s [CONFIG.toml] [--section.key=value ...] [--dry-run]",
         description=DESCRIPTION, epilog=command_line.settings_help(), formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -54,7 +55,7 @@ def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | No
     """Plan the run, then make attempts until an attempt reaches the end of the run. Return the content of the `end` line.
 
     New runs, resumed runs and runs with failed ranks all use this function. dry: only plan the run. crew: the facts about the run
-    that a replacement rank has received; None on other ranks. Collective over world.
+    that a replacement rank has received, or None on other ranks. Collective over world.
     """
     from mpidp.errors import Damaged
     from mpidp.runtime.ulfm import RankFailure

@@ -1,4 +1,4 @@
-"""Record batches of Arrow and parquet files as blocks of tokens."""
+"""Reads record batches of Arrow and parquet files as blocks of tokens."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from data_tools.formats.blocks import ReadOptions, TokenBlock
 from data_tools.formats.columns import PARTS, block_of_rows, wanted_columns
 from mpidp.errors import DataError, UsageError
 
-BATCH_ROWS = 256  # rows of a parquet file that are read at once
+BATCH_ROWS = 256  # number of rows of a parquet file that are read at once
 BUFFER_BYTES = 2**20  # read buffer of a column; without it, pyarrow reads whole row groups into memory
 
 
 def pyarrow(path: Path) -> Any:
-    """Return the module pyarrow with its parts. Raises UsageError if it is missing. Independent."""
+    """Import pyarrow with the submodules that are needed, and return it. Raises UsageError if pyarrow is missing. Independent."""
     try:
         import pyarrow as library
         import pyarrow.compute
@@ -29,9 +29,8 @@ def pyarrow(path: Path) -> Any:
 
 
 def read_ipc(path: Path, shown: Path, offset: int = 0, length: int | None = None) -> Iterator[Any]:
-    """Yield the record batches of an Arrow file: a stream, as save_to_disk writes it, or a file with a directory.
-
-    offset, length: the part of the file in bytes. Raises DataError if it cannot be read. Independent.
+    """Yield the record batches of an Arrow file, in Arrow's stream format (as save_to_disk writes) or file format. offset,
+    length: the part of the file in bytes. Raises DataError if the file cannot be read. Independent.
     """
     library = pyarrow(shown)
     try:
@@ -43,14 +42,14 @@ def read_ipc(path: Path, shown: Path, offset: int = 0, length: int | None = None
             else:
                 batches = iter(library.ipc.open_stream(data))
             for batch in batches:
-                batch.validate(full=True)  # offsets in a damaged file may point outside it
+                batch.validate(full=True)  # offsets in a damaged file may point outside the file
                 yield batch
     except (library.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{shown} is not a readable Arrow file ({error}); copy it again") from None
 
 
 def read_parquet(path: Path, options: ReadOptions) -> Iterator[Any]:
-    """Yield the record batches of the columns of a parquet file that are needed. Raises DataError if it cannot be read.
+    """Yield the record batches of a parquet file, with only the needed columns. Raises DataError if the file cannot be read.
     Independent."""
     library = pyarrow(path)
     try:

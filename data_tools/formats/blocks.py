@@ -1,5 +1,5 @@
-"""Blocks of tokens: what every reader of a format yields and every writer takes. Memory is bounded: a block is a part of a
-file."""
+"""Blocks of tokens, which readers of all formats yield and writers of all formats take. A block is only a part of a file, so
+memory is bounded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from mpidp.errors import DataError
 from mpidp.runtime.files import open_regular
 
-BLOCK_TOKENS = 2**18  # tokens of a block, about
+BLOCK_TOKENS = 2**18  # approximate number of tokens of a block
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class TokenBlock:
     """Consecutive tokens of a source. A document may continue in the next block."""
 
     ids: np.ndarray  # (n,) integers
-    starts: np.ndarray | None = None  # (d,) int64, ascending: where documents or rows start; None: the format does not store it
-    mask: np.ndarray | None = None  # (n,) uint8: 1 if the token is in the loss; None: all are
+    starts: np.ndarray | None = None  # (d,) int64, ascending: starts of documents or rows; None: the format does not store them
+    mask: np.ndarray | None = None  # (n,) uint8: 1 if the token is in the loss; None: all tokens are
 
 
 @dataclass
@@ -33,14 +33,14 @@ class ReadOptions:
 
     vocab_size: int
     scratch: Path  # a folder for temporary files
-    dtype: str = ""  # --dtype: the type of ids where the format does not store it; "": the format's usual one
-    column: str = ""  # --column: the column that holds the ids; "": one of the usual names
+    dtype: str = ""  # --dtype: the type of ids if the format does not store it; "": the usual type
+    column: str = ""  # --column: the column that holds the ids; "": a column with one of the usual names
     remarks: list[str] = field(default_factory=list)
-    skipped: int = 0  # documents without tokens
+    skipped: int = 0  # number of documents without tokens
     divided: bool = False  # whether columns divide rows into several documents
 
     def remark(self, text: str) -> None:
-        """Add a remark, once."""
+        """Add a remark, unless it was added before."""
         if text not in self.remarks:
             self.remarks.append(text)
 
@@ -55,7 +55,7 @@ class SourcePart:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Convert errors of reading a file into a DataError that names the file. Independent."""
+    """Run the body, and convert errors of reading a file into a DataError that names the file. Independent."""
     try:
         yield
     except OSError as error:
@@ -63,8 +63,8 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def read_array(path: Path, dtype: Any, offset: int = 0, count: int = -1, unit: str = "tokens") -> Iterator[np.ndarray]:
-    """Yield the numbers of a file, from byte `offset` on, in pieces. count: of numbers; -1: all. Raises DataError if the file
-    cannot be read, or if it is too short or not a whole number of `unit`. Independent."""
+    """Yield the numbers of a file in pieces, from byte `offset` on. count: how many numbers (-1: all). Raises DataError if the
+    file cannot be read, is too short, or does not have a whole number of `unit`. Independent."""
     kind = np.dtype(dtype)
     with readable(path), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size - offset
@@ -90,7 +90,8 @@ def whole_array(path: Path, dtype: Any, offset: int = 0, count: int = -1, unit: 
 
 
 def with_starts(pieces: Iterable[tuple[np.ndarray, np.ndarray | None]], starts: np.ndarray) -> Iterator[TokenBlock]:
-    """Yield (ids, mask) pieces of one file as blocks. starts: (d,) int64, where documents start in the file. Pure."""
+    """Yield (ids, mask) pieces of one file as blocks. starts: (d,) int64, the positions in the file where documents start.
+    Pure."""
     at = 0
     for ids, mask in pieces:
         low, high = np.searchsorted(starts, [at, at + len(ids)])
@@ -99,7 +100,8 @@ def with_starts(pieces: Iterable[tuple[np.ndarray, np.ndarray | None]], starts: 
 
 
 def checked_ids(block: TokenBlock, options: ReadOptions, where: object, at: int) -> TokenBlock:
-    """Raise DataError if an id of the block is not one of the tokenizer's. at: position of the block in the source. Pure."""
+    """Return the block, with its loss mask as uint8. Raises DataError if an id of the block is not an id of the tokenizer. at:
+    position of the block in the source. Pure."""
     ids = block.ids
     if not len(ids):
         return block

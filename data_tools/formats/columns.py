@@ -1,16 +1,16 @@
-"""The columns of rows that hold tokens: which column has the ids, and what masks, labels and boundaries mean. Pure.
+"""The columns of rows of tokens: which column has the ids, and what masks, labels and boundaries mean. Pure.
 
 | column | meaning |
 |---|---|
 | input_ids, tokens, token_ids, ids (--column) | the ids of a row |
-| labels | -100: the token is not in the loss; else the id itself. The model shifts them, as in transformers |
+| labels | -100: the token is not in the loss; else the id itself. The model shifts labels, as in transformers |
 | loss_mask, label_mask, completion_mask, assistant_masks | 0: the token is not in the loss |
 | attention_mask | 0: the token is padding and is left out; the numbers 1, 2, ... are the documents of a packed row (axolotl) |
-| segment_ids, sequence_ids, document_ids, seq_idx | a document of a packed row starts where the number changes. Padding: numbers
-below 0, and 0 after a larger number |
+| segment_ids, sequence_ids, document_ids, seq_idx | a document of a packed row starts where the number changes. Numbers
+below 0 are padding, and also 0 after a larger number |
 | position_ids | a document of a packed row starts at each 0 |
 | seq_lengths, seqlens | the lengths of the documents of a packed row (TRL) |
-| cu_seqlens, cu_seq_lens, cu_seqlens_q, cu_seq_lens_q | their sums: 0, the length of the first, of the first two, ... |
+| cu_seqlens, cu_seq_lens, cu_seqlens_q, cu_seq_lens_q | their sums: 0, the length of document 1, of documents 1 and 2, ... |
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ LOSS_MASKS = ("loss_mask", "label_mask", "completion_mask", "assistant_masks")
 SEGMENTS = ("segment_ids", "sequence_ids", "document_ids", "seq_idx")
 MASKS = ("labels", "attention_mask", "position_ids", *LOSS_MASKS)
 LENGTHS, SUMS = ("seq_lengths", "seqlens"), ("cu_seqlens", "cu_seq_lens", "cu_seqlens_q", "cu_seq_lens_q")
-PARTS = (*LENGTHS, *SUMS)  # with a value for each document of a row; the others have one for each token
+PARTS = (*LENGTHS, *SUMS)  # columns with a value for each document of a row; other columns have a value for each token
 DIVIDERS = (*SEGMENTS, *PARTS)
-BOUNDARIES = re.compile(r"seg|seq|doc|pos|bound|cu_|reset")  # in names of columns that may hold documents of packed rows
+BOUNDARIES = re.compile(r"seg|seq|doc|pos|bound|cu_|reset")  # found in names of columns that may hold documents of packed rows
 IGNORED = -100  # the label of a token that is not in the loss
 
 
 def id_column(names: Collection[str], options: ReadOptions, where: object) -> str:
-    """Return the name of the column that holds the ids. Raises DataError if there is none. Pure."""
+    """Return the name of the column that holds the ids. Raises DataError if there is no such column. Pure."""
     found = [name for name in ([options.column] if options.column else IDS) if name in names]
     if not found:
         wanted = f"`{options.column}`" if options.column else "of token ids (input_ids)"
@@ -47,9 +47,9 @@ def id_column(names: Collection[str], options: ReadOptions, where: object) -> st
 
 
 def wanted_columns(names: Collection[str], options: ReadOptions, where: object, arrays: Collection[str]) -> list[str]:
-    """Return the names of the columns to read: the ids first, then those that mask and divide rows.
-
-    arrays: the columns that hold arrays of numbers. Raises DataError if one of them that is not read may divide rows. Pure.
+    """Return the names of the columns to read. The ids come first, then the columns that mask and divide rows. arrays: the
+    columns that hold arrays of numbers. Raises DataError if one of these columns has an unknown name that suggests that it
+    divides rows. Pure.
     """
     ids = id_column(names, options, where)
     others = [name for name in names if name != ids and (name in MASKS or name in DIVIDERS and name in arrays)]
@@ -63,8 +63,9 @@ def wanted_columns(names: Collection[str], options: ReadOptions, where: object, 
 def part_starts(name: str, values: np.ndarray, counts: np.ndarray, lengths: np.ndarray, where: object, first: int) -> np.ndarray:
     """Return where the documents of packed rows start, int64, from a column that has lengths or their sums.
 
-    name: of the column. values: of all rows, one after the other. counts, lengths: (r,) values and tokens of each row. first: the
-    number of the first row. Raises DataError if they do not agree with the numbers of tokens. Pure.
+    name: name of the column. values: the column's values of all rows, one after the other. counts, lengths: (r,) numbers of
+    values and of tokens of each row. first: the number of the first row. Raises DataError if the values do not agree with the
+    numbers of tokens. Pure.
     """
     ends, bases = np.cumsum(counts), np.cumsum(lengths) - lengths
     of_row = np.repeat(np.arange(len(counts)), counts)
@@ -90,7 +91,8 @@ def part_starts(name: str, values: np.ndarray, counts: np.ndarray, lengths: np.n
 
 
 def labels_of(block: TokenBlock) -> np.ndarray | None:
-    """Return the labels of a block with a loss mask, (n,) int64: the id, or -100. None without a mask. Pure."""
+    """Return the labels of a block, (n,) int64: the id, or -100 if the token is not in the loss. Return None if the block has no
+    loss mask. Pure."""
     return None if block.mask is None else np.where(block.mask > 0, block.ids.astype(np.int64), IGNORED)
 
 
@@ -100,10 +102,10 @@ def block_of_rows(
 ) -> TokenBlock:
     """Make a block of whole rows. Rows without tokens are counted in `options`.
 
-    columns: the ids first; each of shape (n,), the values of all rows one after the other. lengths: (r,) values of each row.
-    parts: the columns with a value for each document, as (values, (r,) values of each row). Raises DataError if a column does not
-    hold integers, if labels are neither -100 nor the id, or if columns do not divide rows as columns.py says. Pure, except for
-    `options`.
+    columns: the columns with a value for each token, the ids first. Each is of shape (n,) and has the values of all rows, one
+    after the other. lengths: (r,) number of values of each row. parts: the columns with a value for each document, as (values,
+    (r,) number of values of each row). Raises DataError if a column does not hold integers, if labels are neither -100 nor the
+    id, or if columns do not divide rows as described above. Pure, except for `options`.
     """
     columns = {name: _integers(name, values, where) for name, values in columns.items()}
     ids, *_ = columns.values()
@@ -154,13 +156,13 @@ def block_of_rows(
 
 
 def _after_larger(numbers: np.ndarray, of_rows: np.ndarray) -> np.ndarray:
-    """Return for each number whether a number above 0 is before it in its row, (n,) bool. of_rows: where rows begin."""
+    """Return (n,) bool: for each number, whether a number above 0 precedes it in its row. of_rows: where rows begin."""
     before = np.concatenate([[0], np.cumsum(numbers > 0)])[:-1]
     return before > np.maximum.accumulate(np.where(of_rows, before, 0))
 
 
 def _integers(name: str, values: np.ndarray, where: object) -> np.ndarray:
-    """Return the values of a column as integers. Masks may be floats, if all are 0 or 1. Raises DataError otherwise."""
+    """Return the values of a column as integers. A mask may have floats, if all are 0 or 1. Raises DataError for other values."""
     if values.dtype.kind in "iub":
         return values
     if values.dtype.kind == "f" and name in ("attention_mask", *LOSS_MASKS):

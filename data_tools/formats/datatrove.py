@@ -1,8 +1,8 @@
-"""datatrove's token files, which nanotron reads: NAME.ds holds the ids, and NAME.ds.index the end of each document (uint64, in
-tokens).
+"""Reads and writes datatrove's token files, which nanotron reads. NAME.ds has the ids. NAME.ds.index has the end of each document
+(uint64, in tokens).
 
-NAME.ds.loss, optional, has a byte per token: 0 if the token is not in the loss. NAME.ds.metadata has three lines:
-tokenizer|bytes per token, the number of tokens, and the number in words. (datatrove, pipeline/tokens/tokenizer.py.)
+NAME.ds.loss is optional. It has a byte per token, which is 0 if the token is not in the loss. NAME.ds.metadata has three lines:
+tokenizer|bytes per token, the number of tokens, and this number in words. (datatrove, pipeline/tokens/tokenizer.py.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_METADATA_BYTES = 2**16
 
 
 def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
-    """Yield the ids of a .ds file. Raises DataError if it does not agree with the files beside it. Independent."""
+    """Yield the ids of a .ds file. Raises DataError if the file does not agree with the files beside it. Independent."""
     head, index, loss = head_of(path), Path(f"{path}.index"), Path(f"{path}.loss")
     check_head(path, head)
     if not index.exists():
@@ -57,7 +57,7 @@ def _has_metadata(path: Path) -> bool:
 
 
 def _token_bytes(path: Path, size: int) -> int:
-    """Return the bytes per token that NAME.ds.metadata names."""
+    """Return the number of bytes per token, as stated in NAME.ds.metadata."""
     about = Path(f"{path}.metadata")
     with readable(about), open_regular(about) as file:
         lines = file.read(MAX_METADATA_BYTES).decode("utf-8", "replace").splitlines()
@@ -70,7 +70,8 @@ def _token_bytes(path: Path, size: int) -> int:
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write OUT/SPLIT/00000_unshuffled.ds and the files beside it; return remarks. Raises OSError. Independent."""
+    """Write OUT/SPLIT/00000_unshuffled.ds and the files beside it. Return remarks. Raises OSError if a file cannot be written.
+    Independent."""
     folder, written = out / tokens.split, 0
     folder.mkdir()
     path = folder / "00000_unshuffled.ds"
@@ -79,7 +80,7 @@ def write(tokens: SplitTokens, out: Path) -> list[str]:
         for block in tokens.blocks():
             assert block.starts is not None
             ids.write(block.ids.astype(tokens.dtype).tobytes())
-            ends = (block.starts + written)[written == 0 :]  # a start is the end of the document before
+            ends = (block.starts + written)[written == 0 :]  # a start is the end of the previous document
             index.write(ends.astype("<u8").tobytes())
             if loss is not None and block.mask is not None:
                 loss.write(block.mask.tobytes())

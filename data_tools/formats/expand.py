@@ -1,4 +1,4 @@
-"""Decompress a file of a dataset into a temporary file of a known size."""
+"""Decompresses a file of a dataset into a temporary file of a known size."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ CODECS = ("zstd", "gz", "bz2")
 def expanded(path: Path, codec: str, size: int | None, scratch: Path) -> Iterator[Path]:
     """Return a context with a temporary file that has the decompressed bytes of `path`.
 
-    codec: its name, perhaps with a level ("zstd:3"). size: the number of bytes, if it is known; more bytes are never written.
-    Raises DataError if the codec is unknown or the file damaged. Independent.
+    codec: the name of the codec, perhaps with a level ("zstd:3"). size: the number of decompressed bytes, if it is known. More
+    bytes are never written. Raises DataError if the codec is unknown or the file is damaged. Independent.
     """
     name = codec.partition(":")[0]
     if name not in CODECS:

@@ -1,4 +1,4 @@
-"""Files of ids without document boundaries: their type, and signs that a file is something else."""
+"""Determines the type of ids in files without document boundaries, and detects files of other formats."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mpidp.errors import DataError
 from mpidp.runtime.files import open_regular
 
 DTYPES = ("uint8", "uint16", "uint32", "uint64", "int32", "int64")  # choices of --dtype
-GPT2, LLAMA3, EVALUATION = 20240520, 20240801, 20240522  # first number of a file of llm.c
+GPT2, LLAMA3, EVALUATION = 20240520, 20240801, 20240522  # the first number of a file of llm.c
 NUMPY = b"\x93NUMPY"
-HEAD_BYTES = 2**16  # bytes at the start of a file that are examined
-OTHERS = (  # first bytes of a file, what it is, what to do
+HEAD_BYTES = 2**16  # number of bytes at the start of a file that are examined
+OTHERS = (  # (first bytes of a file, what the file is, what to do)
     (b"PAR1", "a parquet file", "use --from hf"), (b"ARROW1", "an Arrow file", "use --from hf"),
     (b"\xff\xff\xff\xff", "an Arrow file", "use --from hf"), (b"MMIDIDX", "an index of Megatron-LM", "use --from megatron "
                                                                                                      "PREFIX"),
@@ -30,7 +30,7 @@ OTHERS = (  # first bytes of a file, what it is, what to do
 
 
 def head_of(path: Path) -> bytes:
-    """Return the first bytes of a file. Raises DataError if it cannot be read. Independent."""
+    """Return the first bytes of a file. Raises DataError if the file cannot be read. Independent."""
     with readable(path), open_regular(path) as file:
         return file.read(HEAD_BYTES)
 
@@ -45,9 +45,8 @@ def check_head(path: Path, head: bytes) -> None:
 
 
 def type_of_ids(path: Path, head: bytes, options: ReadOptions) -> np.dtype[Any]:
-    """Return the type of the ids in a file without header: --dtype, else uint16, or uint32 for more than 65,536 ids.
-
-    Raises DataError if every second number of `head` is 0, as in a file of a wider type. Pure.
+    """Return the type of the ids in a file without header. It is --dtype if given, else uint16, or uint32 for more than 65,536
+    ids. Raises DataError if every second number of `head` is 0, as in a file of a wider type. Pure.
     """
     kind = np.dtype(options.dtype).newbyteorder("<") if options.dtype else token_dtype(options.vocab_size)
     wider, numbers = kind.itemsize, np.frombuffer(head[: len(head) // 16 * 16], kind)

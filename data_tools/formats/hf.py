@@ -1,9 +1,9 @@
-"""Token datasets of Hugging Face: folders of save_to_disk (Arrow), also of a DatasetDict, and .parquet files with a column of
-ids.
+"""Reads and writes token datasets of Hugging Face: folders of Arrow files that save_to_disk wrote (also for a DatasetDict), and
+.parquet files with a column of ids.
 
-state.json lists the Arrow files of a Dataset, dataset_dict.json the splits of a DatasetDict. A row is a document, or a part of a
-stream that was cut into rows of one length. labels of -100 and loss masks become the loss mask; attention masks drop padding
-(columns.py).
+state.json lists the Arrow files of a Dataset. dataset_dict.json lists the splits of a DatasetDict. A row is a document, or a part
+of a stream that was cut into rows of one length. Labels of -100 and loss masks determine the loss mask, and attention masks
+determine the padding, which is left out (columns.py).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from data_tools.formats.stream import SplitTokens, whole_documents
 from mpidp.errors import DataError
 
 STATE, DICT = "state.json", "dataset_dict.json"
-CACHED = ("cache-", "tmp")  # names of files that datasets leaves beside a dataset
+CACHED = ("cache-", "tmp")  # names of cached files that the package datasets leaves beside a dataset
 SPLITS = {"train": "train", "val": "validation"}  # the names of the splits in Hugging Face's datasets
 
 
 def find(source: Path, remarks: list[str]) -> list[SourcePart]:
-    """Return the Arrow or parquet files of a source. Raises DataError if there are none. Independent."""
+    """Return the Arrow or parquet files of a source. Raises DataError if there are no such files. Independent."""
     if (source / DICT).is_file():
         names = read_json(source / DICT).get("splits", [])
         folders = [file_below(source, name, source / DICT) for name in names]
@@ -57,14 +57,16 @@ def _saved(folder: Path) -> list[Path]:
 
 
 def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
-    """Yield the rows of an Arrow or parquet file. Raises DataError if it is damaged, or if no column holds ids. Independent."""
+    """Yield the rows of an Arrow or parquet file. Raises DataError if the file is damaged, or if no column holds ids.
+    Independent."""
     batches = read_parquet(path, options) if head_of(path).startswith(b"PAR1") else read_ipc(path, path)
     yield from batch_blocks(batches, path, options)
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write OUT/SPLIT-00000-of-00001.parquet: a row for each document, in input_ids and, with a loss mask, labels. datasets'
-    load_dataset takes the folder. Return remarks. Raises OSError. Independent."""
+    """Write OUT/SPLIT-00000-of-00001.parquet, with a row for each document. Its columns are input_ids and, if there is a loss
+    mask, labels. load_dataset of the package datasets can load the folder. Return remarks. Raises OSError if a file cannot be
+    written. Independent."""
     path = out / f"{SPLITS.get(tokens.split, tokens.split)}-00000-of-00001.parquet"
     library = pyarrow(path)
     kinds = {"input_ids": library.list_(library.int32())}

@@ -1,9 +1,10 @@
-"""LitData: a folder with index.json and chunks. A sample is a tensor of ids (TokensLoader), or a dict whose columns are tensors.
+"""Reads and writes datasets of LitData: a folder with index.json and chunks. A sample is a tensor of ids (for the TokensLoader),
+or a dict whose columns are tensors.
 
-A chunk is the number of samples (uint32), the offset of each sample and of the end (uint32), then the samples. A sample for the
-TokensLoader is the ids. Others are the sizes of their columns (uint32), then the columns. Dicts of lists may instead be an Arrow
-file at the end of a chunk. index.json names the type of each column. Columns of pickles are never read. (litdata,
-streaming/writer.py, serializers.py and framed_zstd.py.)
+A chunk has the number of samples (uint32), the offset of each sample and of the end (uint32), and then the samples. A sample for
+the TokensLoader has only the ids. Other samples have the sizes of their columns (uint32), and then the columns. Dicts of lists
+may instead be in an Arrow file at the end of a chunk. index.json names the type of each column. Columns of pickles are never
+read. (litdata, streaming/writer.py, serializers.py and framed_zstd.py.)
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from mpidp.errors import DataError
 from mpidp.runtime.files import open_regular
 
 TENSORS = {0: "<f4", 1: "<f4", 2: "<f8", 3: "<f8", 8: "<f2", 9: "<f2", 11: "u1", 12: "i1", 13: "<i2", 14: "<i2", 15: "<i4",
-           16: "<i4", 17: "<i8", 18: "<i8", 19: "u1", 20: "<u2"}  # types of tensors by their number
+           16: "<i4", 17: "<i8", 18: "<i8", 19: "u1", 20: "<u2"}  # types of tensors by LitData's number of the type
 ARRAYS = dict(enumerate(("i1", "<i2", "<i4", "<i8", "u1", "<u2", "<u4", "<u8", "<f2", "<f4", "<f8")))  # types of arrays
 ARRAYS_OF = ("no_header_tensor", "no_header_numpy", "tensor", "numpy")  # kinds of columns with arrays
 ARROW_END, FRAMED = b"LDARW01\0", b"LDFZ01\0\0"
-MAX_ITEM_BYTES = 2**30  # largest compressed sample
+MAX_ITEM_BYTES = 2**30  # largest size of a compressed sample
 
 
 def find(source: Path, remarks: list[str]) -> list[SourcePart]:
-    """Return the folders with LitData chunks. Raises DataError if there are none. Independent."""
+    """Return the folders with LitData chunks. Raises DataError if there are no such folders. Independent."""
     return folders_with_index(source, is_one, "LitData", "litdata.optimize", remarks)
 
 
@@ -48,7 +49,7 @@ def is_one(folder: Path) -> bool:
 
 
 def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
-    """Yield the rows of a folder. Raises DataError if it is damaged, or if no column holds ids. Independent."""
+    """Yield the rows of a folder. Raises DataError if the folder is damaged, or if no column holds ids. Independent."""
     index = path / "index.json"
     about = read_json(index)
     config = about["config"]
@@ -74,7 +75,8 @@ def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
 
 
 def _columns(config: dict[str, Any], index: Path) -> list[str]:
-    """Return the names of the columns: the keys of the dict that a sample is. A single tensor has the name of ids."""
+    """Return the names of the columns. If samples are dicts, these are the keys. If samples are single tensors, the name is that
+    of ids."""
     _, spec = json.loads(config["data_spec"])
     if not spec.get("children_spec"):
         return ["input_ids"]
@@ -192,8 +194,9 @@ def _decoded(data: bytes, kind: str, shown: Path) -> np.ndarray:
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write OUT/SPLIT, a sample for each document: a tensor for the TokensLoader, or with a loss mask a dict of input_ids and
-    labels. The ids are uint16 or int32; torch has few functions for uint32. Return remarks. Raises OSError. Independent."""
+    """Write OUT/SPLIT, with a sample for each document. A sample is a tensor for the TokensLoader, or with a loss mask a dict of
+    input_ids and labels. The ids are uint16 or int32, because torch has few functions for uint32. Return remarks. Raises OSError
+    if a file cannot be written. Independent."""
     folder, masked = out / tokens.split, tokens.has_loss_mask
     folder.mkdir()
     code = 20 if tokens.dtype.itemsize == 2 else 16
@@ -213,6 +216,6 @@ def write(tokens: SplitTokens, out: Path) -> list[str]:
         "types": {"input_ids": "tensor", "labels": "tensor"} if masked else "tensor"}
     chunks = [{"chunk_bytes": size, "chunk_size": rows, "dim": None if masked else count, "filename": path.name}
               for path, size, rows, count in files.written]
-    about = {"chunks": chunks, "config": config, "updated_at": files.digest.hexdigest()}  # names the folder of litdata's cache
+    about = {"chunks": chunks, "config": config, "updated_at": files.digest.hexdigest()}  # names litdata's cache folder
     (folder / "index.json").write_text(json.dumps(about, sort_keys=True))
     return []

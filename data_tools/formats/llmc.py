@@ -1,8 +1,9 @@
-"""llm.c's .bin files: a header of 256 int32, then the ids. Documents are found by their end-of-document token.
+"""Reads and writes llm.c's .bin files: a header of 256 int32, then the ids. Documents are found by their end-of-document token.
 
-The header begins with 20240520, version 1, and the number of tokens, for GPT-2 (uint16), or with 20240801, version 7, for Llama 3
-(uint32). llm.c writes the end-of-document token before each document (for Llama 3: the token that begins a text), and a document
-may continue in the next file. modded-nanogpt uses the same files. (llm.c, dev/data/data_common.py and fineweb.py.)
+The header begins with a number, the version, and the number of tokens. For GPT-2 (ids uint16) the number is 20240520 and the
+version is 1. For Llama 3 (ids uint32) the number is 20240801 and the version is 7. llm.c writes the end-of-document token before
+each document (for Llama 3: the token that begins a text). A document may continue in the next file. modded-nanogpt uses the same
+files. (llm.c, dev/data/data_common.py and fineweb.py.)
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from mpidp.errors import DataError
 
 HEADER_BYTES = 256 * 4
 KINDS: dict[int, tuple[int, np.dtype[Any]]] = {GPT2: (1, np.dtype("<u2")), LLAMA3: (7, np.dtype("<u4"))}
-FILE_TOKENS = 10**8  # tokens of a file, as of llm.c's fineweb.py
+FILE_TOKENS = 10**8  # largest number of tokens of a file, as in llm.c's fineweb.py
 
 
 def is_one(path: Path) -> bool:
-    """Return whether a file begins as llm.c's files of tokens do. Independent."""
+    """Return whether a file begins like llm.c's files of tokens. Independent."""
     return int.from_bytes(head_of(path)[:4], "little") in (*KINDS, EVALUATION)
 
 
 def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
-    """Yield the ids of a .bin file. Raises DataError if it is damaged or something else. Independent."""
+    """Yield the ids of a .bin file. Raises DataError if the file is damaged or has another format. Independent."""
     head = head_of(path)
     first, version, tokens = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
     if first not in KINDS or len(head) < HEADER_BYTES:
@@ -49,7 +50,8 @@ def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write OUT/tokens_SPLIT_NUMBER.bin with at most FILE_TOKENS tokens each; return remarks. Raises OSError. Independent."""
+    """Write OUT/tokens_SPLIT_NUMBER.bin with at most FILE_TOKENS tokens each. Return remarks. Raises OSError if a file cannot be
+    written. Independent."""
     first = GPT2 if tokens.dtype.itemsize == 2 else LLAMA3
     version, kind = KINDS[first]
     number, left, file = 0, 0, None

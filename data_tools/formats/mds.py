@@ -1,8 +1,9 @@
-"""MDS of MosaicML Streaming: a folder with index.json and shards. A sample's tokens are a column of bytes or an ndarray.
+"""Reads and writes MDS, the format of MosaicML Streaming: a folder with index.json and shards. The tokens of a sample are a
+column of bytes or an ndarray.
 
-A shard is the number of samples (uint32), the offset of each sample and of the end (uint32), its configuration, then the
-samples. A sample is the sizes of its columns without a fixed size (uint32), then the columns. An ndarray may begin with its type
-and its shape. Columns of pickles are never read. (mosaicml-streaming, base/format/mds.)
+A shard has the number of samples (uint32), the offset of each sample and of the end (uint32), a configuration, and then the
+samples. A sample has the sizes of the columns without a fixed size (uint32), and then the columns. An ndarray may begin with its
+type and its shape. Columns of pickles are never read. (mosaicml-streaming, base/format/mds.)
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ NAMES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64
 
 
 def find(source: Path, remarks: list[str]) -> list[SourcePart]:
-    """Return the folders with MDS shards. Raises DataError if there are none. Independent."""
+    """Return the folders with MDS shards. Raises DataError if there are no such folders. Independent."""
     return folders_with_index(source, is_one, "MosaicML Streaming", "MDSWriter", remarks)
 
 
@@ -41,7 +42,7 @@ def is_one(folder: Path) -> bool:
 
 
 def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
-    """Yield the rows of a folder. Raises DataError if it is damaged, or if no column holds ids. Independent."""
+    """Yield the rows of a folder. Raises DataError if the folder is damaged, or if no column holds ids. Independent."""
     yield from gather(_rows(path, options), path, options)
 
 
@@ -124,7 +125,7 @@ def _decoded(data: np.ndarray, encoding: str, name: str, shown: Path, options: R
 
 
 def _of_bytes(data: np.ndarray, name: str, shown: Path, options: ReadOptions) -> np.ndarray:
-    """Return the ids of a column of bytes: of --dtype, else int64, which LLM Foundry writes."""
+    """Return the ids of a column of bytes. Their type is --dtype if given, else int64, which LLM Foundry writes."""
     kind: np.dtype[Any] = np.dtype(options.dtype or "int64").newbyteorder("<")
     values = np.frombuffer(data.tobytes(), kind) if len(data) % kind.itemsize == 0 else None
     if values is None or not options.dtype and len(values) and not (values.min() >= -100 and values.max() < 2**32):
@@ -133,12 +134,12 @@ def _of_bytes(data: np.ndarray, name: str, shown: Path, options: ReadOptions) ->
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write OUT/SPLIT, a row for each document: its ids in tokens and, with a loss mask, its labels. Return remarks. Raises
-    OSError. Independent."""
+    """Write OUT/SPLIT, with a row for each document. The columns are tokens, which has the ids, and labels if there is a loss
+    mask. Return remarks. Raises OSError if a file cannot be written. Independent."""
     folder = out / tokens.split
     folder.mkdir()
     columns = {"labels": "ndarray:int64"} if tokens.has_loss_mask else {}
-    columns["tokens"] = f"ndarray:{tokens.dtype.name}"  # columns are in the order of their names
+    columns["tokens"] = f"ndarray:{tokens.dtype.name}"  # MDS sorts columns by name
     about = {"column_encodings": [*columns.values()], "column_names": [*columns], "column_sizes": [None] * len(columns),
              "compression": None, "format": "mds", "hashes": [], "size_limit": FILE_BYTES, "version": 2}
     files = RowFiles(lambda number: folder / f"shard.{number:05}.mds", json.dumps(about).encode())
@@ -153,6 +154,6 @@ def write(tokens: SplitTokens, out: Path) -> list[str]:
 
 
 def _encoded(values: np.ndarray) -> bytes:
-    """Return an array of one dimension: the type of its length and 1 << 2, its length, its values."""
+    """Return the encoding of an array of one dimension: the type of its length and 1 << 2, its length, and its values."""
     width = sum(len(values) >= 2**bits for bits in (8, 16, 32))
     return bytes([1 << 2 | width]) + np.array([len(values)], SHAPES[width]).tobytes() + values.tobytes()

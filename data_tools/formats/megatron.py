@@ -1,8 +1,9 @@
-"""Read and write Megatron-LM's indexed dataset: PREFIX.bin (the concatenated ids of all sequences) and PREFIX.idx (the index).
+"""Reads and writes Megatron-LM's indexed dataset: PREFIX.bin (the concatenated ids of all sequences) and PREFIX.idx (the index).
 
-PREFIX.idx, little-endian: b"MMIDIDX\\0\\0", version uint64 = 1, type of the ids uint8, number of sequences S uint64, number of
-document bounds uint64; then S lengths int32 (tokens), S offsets int64 (bytes in .bin), and the bounds int64. Document d consists
-of the sequences [bounds[d], bounds[d + 1]). Multimodal datasets have one more byte per sequence, its mode; text has mode 0.
+PREFIX.idx is little-endian. It begins with b"MMIDIDX\\0\\0", version uint64 = 1, type of the ids uint8, number of sequences S
+uint64, and number of document bounds uint64. These are followed by S lengths int32 (tokens), S offsets int64 (bytes in .bin), and
+the bounds int64. Document d consists of the sequences [bounds[d], bounds[d + 1]). Multimodal datasets have one more byte per
+sequence, its mode. Text has mode 0.
 (Megatron-Core, datasets/indexed_dataset.py.)
 """
 
@@ -37,8 +38,8 @@ def dtype_code(vocab_size: int) -> int:
 
 
 class MegatronWriter:
-    """Writes PREFIX.bin and PREFIX.idx, one sequence per document. Raises UsageError if they exist or cannot be written.
-    Independent."""
+    """Writes PREFIX.bin and PREFIX.idx, with one sequence per document. Raises UsageError if these files exist or cannot be
+    written. Independent."""
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
         self._files = [Path(f"{prefix}{end}") for end in (".bin", ".idx")]
@@ -47,7 +48,7 @@ class MegatronWriter:
         self._code = dtype_code(vocab_size)
         self._parts = [temporary_name(path) for path in self._files]
         with writing(self._files[0], ADVICE):
-            self._tokens = create_file(self._parts[0])  # close() closes
+            self._tokens = create_file(self._parts[0])  # close() closes the file
 
     def add(self, ids: np.ndarray) -> None:
         """Append ids. The document boundaries are given to close()."""
@@ -77,7 +78,7 @@ class MegatronWriter:
 
     def abandon(self) -> None:
         """Remove the temporary files."""
-        with suppress(OSError):  # on a full disk, writing the rest of the buffer fails
+        with suppress(OSError):  # if the disk is full, writing the rest of the buffer fails
             self._tokens.close()
         for part in self._parts:
             part.unlink(missing_ok=True)
@@ -114,7 +115,7 @@ class MegatronReader:
         self._lengths = np.frombuffer(data, "<i4", sequences, ends[0]).astype(np.int64)
         self._offsets = np.frombuffer(data, "<i8", sequences, ends[1])
         self._bounds = np.frombuffer(data, "<i8", bounds, ends[2])
-        self.not_text = int(np.count_nonzero(np.frombuffer(data, "<i1", offset=ends[3])))  # number of sequences of other modes
+        self.not_text = int(np.count_nonzero(np.frombuffer(data, "<i1", offset=ends[3])))  # number of sequences with other modes
         last = self._offsets + self._lengths * self._dtype.itemsize
         if sequences and (self._lengths.min() < 0 or self._offsets.min() < 0 or last.max() > size):
             raise wrong(f"some sequences lie outside the {size} bytes of {self.path}")
@@ -123,7 +124,7 @@ class MegatronReader:
         self._bytes = np.memmap(self.path, dtype="u1", mode="r") if size else np.empty(0, dtype="u1")
 
     def documents(self) -> Iterator[np.ndarray]:
-        """Yield the concatenated ids of each document's sequences. Sequences before the first bound form one more document."""
+        """Yield the concatenated ids of each document's sequences. Sequences before the first bound are one more document."""
         edges = [0, *self._bounds.tolist()]
         for low, high in zip(edges, edges[1:], strict=False):
             if low < high or low != 0:
@@ -135,8 +136,8 @@ class MegatronReader:
 
 
 def find(source: Path, remarks: list[str]) -> list[SourcePart]:
-    """Return the prefixes of a source: PREFIX, or PREFIX_train and PREFIX_val, or those in a folder. Raises DataError if a
-    folder has none. Independent."""
+    """Return the prefixes of a source: PREFIX, or PREFIX_train and PREFIX_val, or the prefixes in a folder. Raises DataError if a
+    folder has no prefixes. Independent."""
     if source.is_dir():
         return in_splits([path.with_suffix("") for path in files_in(source, "*.idx")], source, remarks)
     if source.suffix in (".bin", ".idx") and source.exists():
@@ -158,8 +159,8 @@ def read(prefix: Path, options: ReadOptions) -> Iterator[TokenBlock]:
 
 
 def write(tokens: SplitTokens, prefix: Path) -> list[str]:
-    """Write PREFIX_SPLIT.bin and .idx, one sequence per document; return remarks. Raises UsageError if they exist or cannot be
-    written. Independent."""
+    """Write PREFIX_SPLIT.bin and .idx, with one sequence per document. Return remarks. Raises UsageError if these files exist or
+    cannot be written. Independent."""
     path = Path(f"{prefix}_{tokens.split}")
     with writing(f"{path}.bin", "choose another prefix"):
         prefix.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""nanoGPT's train.bin and val.bin: the ids of a split as uint16, without header. Documents are found by their end-of-document
-token.
+"""Reads and writes nanoGPT's train.bin and val.bin: the ids of a split as uint16, without header. Documents are found by their
+end-of-document token.
 
-meta.pkl, the pickled vocabulary of nanoGPT's character-level examples, is not read. For more than 65,536 ids, uint32 is usual.
-(nanoGPT, data/openwebtext/prepare.py.)
+meta.pkl, the pickled vocabulary of nanoGPT's character-level examples, is not read. For more than 65,536 ids, the usual type is
+uint32. (nanoGPT, data/openwebtext/prepare.py.)
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from data_tools.formats.stream import SplitTokens
 
 
 def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
-    """Yield the ids of a .bin file. Raises DataError if it is something else. Independent."""
+    """Yield the ids of a .bin file. Raises DataError if the file has another format. Independent."""
     head = head_of(path)
     check_head(path, head)
     yield from (TokenBlock(ids) for ids in read_array(path, type_of_ids(path, head, options)))
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write OUT/SPLIT.bin; return remarks. Raises OSError. Independent."""
+    """Write OUT/SPLIT.bin. Return remarks. Raises OSError if the file cannot be written. Independent."""
     with open(out / f"{tokens.split}.bin", "xb") as file:
         for block in tokens.blocks():
             file.write(block.ids.astype(tokens.dtype).tobytes())

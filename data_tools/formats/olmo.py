@@ -1,8 +1,9 @@
-"""OLMo's .npy files (OLMo, OLMo-core, dolma): ids as uint16 or uint32, without numpy's header.
+"""Reads and writes the .npy files of OLMo, OLMo-core and dolma: ids as uint16 or uint32, without numpy's header.
 
 NAME.csv.gz has the ranges of the documents, one "start,end,..." per line. Without this file, documents end with their
-end-of-document token. token_ids_part_N.npy may have labels_mask_part_N.npy beside it: bool, true for tokens in the loss. Files
-that numpy.save wrote, with a header, are read too. (OLMo-core, data/utils.py; open-instruct, convert_sft_data_for_olmocore.py.)
+end-of-document token. Beside token_ids_part_N.npy there may be labels_mask_part_N.npy (bool), which is true for tokens in the
+loss. Files that numpy.save wrote, with a header, are read too. (OLMo-core, data/utils.py; open-instruct,
+convert_sft_data_for_olmocore.py.)
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from mpidp.errors import DataError
 from mpidp.runtime.files import open_regular
 
 IDS, MASKS = "token_ids_part_", "labels_mask_part_"
-FILE_TOKENS = 2**28  # tokens of a file, about
+FILE_TOKENS = 2**28  # approximate number of tokens of a file
 
 
 def find(source: Path, remarks: list[str]) -> list[SourcePart]:
-    """Return the .npy files of a source that hold ids. Raises DataError if there are none. Independent."""
+    """Return the .npy files of a source that hold ids. Raises DataError if there are no such files. Independent."""
     found = [path for path in files_in(source, "*.npy") if not path.name.startswith(MASKS) or path == source]
     return in_splits(found, source, remarks)
 
 
 def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
-    """Yield the ids of a .npy file. Raises DataError if it is damaged or something else. Independent."""
+    """Yield the ids of a .npy file. Raises DataError if the file is damaged or has another format. Independent."""
     head = head_of(path)
     if head.startswith(NUMPY):
         kind, offset, tokens = _numpy_header(path)
@@ -111,8 +112,8 @@ def _starts(path: Path, tokens: int) -> np.ndarray | None:
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write OUT/SPLIT/token_ids_part_N.npy, its .csv.gz and, with a loss mask, labels_mask_part_N.npy; return remarks. A file
-    ends with a document. Raises OSError. Independent."""
+    """Write OUT/SPLIT/token_ids_part_N.npy, its .csv.gz and, if there is a loss mask, labels_mask_part_N.npy. Files end at the
+    end of a document. Return remarks. Raises OSError if a file cannot be written. Independent."""
     folder, number, written = out / tokens.split, -1, FILE_TOKENS
     folder.mkdir()
     for block in whole_documents(tokens.blocks()):

@@ -1,4 +1,4 @@
-"""Rows of several columns, gathered into blocks."""
+"""Gathers rows of several columns into blocks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ MAX_JSON_BYTES = 256 * 2**20
 
 
 def gather(rows: Iterable[Mapping[str, np.ndarray]], where: Path, options: ReadOptions) -> Iterator[TokenBlock]:
-    """Yield blocks of whole rows. rows: columns by name, the ids first, each (n,). Rows without tokens are counted.
-
-    Raises DataError if the columns of a row differ in length, or see block_of_rows. Independent.
+    """Yield blocks of whole rows. rows: for each row its columns by name, the ids first, each of shape (n,). Rows without tokens
+    are counted. Raises DataError if the columns of a row differ in length, and the errors of block_of_rows. Independent.
     """
     held: list[Mapping[str, np.ndarray]] = []
     tokens = first = 0
@@ -46,7 +45,7 @@ def _block(held: list[Mapping[str, np.ndarray]], where: Path, first: int, option
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file that describes a dataset. Raises DataError if it cannot be read. Independent."""
+    """Read a JSON file that describes a dataset. Raises DataError if the file cannot be read. Independent."""
     try:
         with open_regular(path) as file:
             data = file.read(MAX_JSON_BYTES + 1)
@@ -60,7 +59,7 @@ def read_json(path: Path) -> Any:
 
 
 def file_below(folder: Path, name: Any, index: Path) -> Path:
-    """Return FOLDER/NAME. Raises DataError unless the name stays below the folder: an index is not trusted. Independent."""
+    """Return FOLDER/NAME. Raises DataError if this path is not below the folder, because an index is not trusted. Independent."""
     parts = name.replace("\\", "/").split("/") if isinstance(name, str) else []
     if not parts or any(part in ("", ".", "..") for part in parts):
         raise DataError(f"{index} names the file {name!r}, which is not a plain path below its folder")
@@ -68,7 +67,7 @@ def file_below(folder: Path, name: Any, index: Path) -> Path:
 
 
 def has_index(folder: Path, **kinds: type) -> bool:
-    """Return whether FOLDER/index.json has these keys, with values of these types. Raises DataError if it is not JSON.
+    """Return whether FOLDER/index.json has these keys, with values of these types. Raises DataError if the file is not JSON.
     Independent."""
     about = read_json(folder / "index.json") if (folder / "index.json").is_file() else None
     return isinstance(about, dict) and all(isinstance(about.get(key), kind) for key, kind in kinds.items())

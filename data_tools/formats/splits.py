@@ -1,4 +1,4 @@
-"""Which split a file or folder of a dataset belongs to, by the words of its name. Pure."""
+"""Determines to which split a file or folder of a dataset belongs, by the words of its name. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from data_tools.formats.blocks import SourcePart
 from mpidp.errors import DataError
 
 VALIDATION = ("val", "validation", "valid", "dev", "eval", "evaluation")  # words that name the split "val"
-SUBSETS = ("_small", "_xsmall")  # ends of the names of folders in which LLM Foundry writes a part of a split again
+SUBSETS = ("_small", "_xsmall")  # ends of the names of folders in which LLM Foundry repeats a part of a split
 TEST = "test"
 WORD = re.compile(r"[^a-z0-9]+|(?<=[a-z])(?=[0-9])")
 
@@ -25,7 +25,7 @@ def in_splits(paths: Iterable[Path], root: Path, remarks: list[str]) -> list[Sou
     """Assign the files or folders of a dataset to train and val. Leave out the split "test" and copies of parts of other
     splits, with a remark.
 
-    root: the folder whose name does not count. Raises DataError if nothing is left for training. Pure.
+    root: a folder whose own name is ignored. Raises DataError if nothing is left for training. Pure.
     """
     all_paths = list(paths)
     again = {path for path in all_paths for end in SUBSETS
@@ -49,7 +49,7 @@ def folders_with_index(
     source: Path, is_one: Callable[[Path], bool], program: str, writer: str, remarks: list[str]
 ) -> list[SourcePart]:
     """Return the folders with an index.json for which is_one(folder) is true, by split. source: a folder, or an index.json.
-    program, writer: names for the error. Raises DataError if there are none. Independent."""
+    program, writer: names for the error message. Raises DataError if there are no such folders. Independent."""
     folder = source.parent if source.name == "index.json" else source
     parts = [path.parent for path in files_in(folder, "index.json") if is_one(path.parent)]
     if not parts:
@@ -58,14 +58,15 @@ def folders_with_index(
 
 
 def visible(source: Path, *patterns: str) -> list[Path]:
-    """Return the files of a folder and the folders below it that match a pattern, in the order of their names, without hidden
-    files. Independent."""
+    """Return the files in a folder, and in the folders below it, that match a pattern. They are in the order of their names,
+    without hidden files. Independent."""
     return sorted({path for pattern in patterns for path in source.rglob(pattern)
                    if path.is_file() and not any(part.startswith(".") for part in path.relative_to(source).parts)})
 
 
 def files_in(source: Path, *patterns: str) -> list[Path]:
-    """Return a file, or the visible files of a folder. Raises DataError if there are none. Independent."""
+    """Return the file `source`, or the visible files of the folder `source`. Raises DataError if there are no such files.
+    Independent."""
     if source.is_dir():
         if not (found := visible(source, *patterns)):
             raise DataError(f"{source} holds no file {' or '.join(patterns)}: give the folder or the file that has the tokens")
@@ -76,5 +77,6 @@ def files_in(source: Path, *patterns: str) -> list[Path]:
 
 
 def finder(pattern: str) -> Callable[[Path, list[str]], list[SourcePart]]:
-    """Return a function that assigns the files of a source that match a pattern to splits. See files_in, in_splits. Pure."""
+    """Return a function that finds the files of a source that match a pattern, and assigns them to splits. See files_in and
+    in_splits. Pure."""
     return lambda source, remarks: in_splits(files_in(source, pattern), source, remarks)

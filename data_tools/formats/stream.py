@@ -1,4 +1,4 @@
-"""The tokens of a split of shards as blocks, for the writers of formats."""
+"""Reads the tokens of a split of shards as blocks, for the writers of formats."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from mpidp.data.shards import TokenStream
 
 
 class SplitTokens:
-    """One split of shards, for the writers of formats: its blocks, and what was counted while they were read. Independent."""
+    """One split of shards, for the writers of formats. It yields the blocks of the split, and counts tokens and documents
+    meanwhile. Independent."""
 
     def __init__(self, stream: TokenStream, bos: int | None, ticker: Ticker) -> None:
-        """bos: the id that may begin documents."""
+        """bos: the id of BOS, which may begin documents."""
         self.split, self.dtype, self.vocab_size = stream.split, stream.dtype, stream.vocab_size
         self.has_loss_mask, self.tokenizer_kind = stream.has_loss_mask, stream.index.tokenizer_kind
         self._stream, self._bos, self._ticker = stream, bos, ticker
         self.tokens = self.documents = 0
-        self.lost = 0  # places where special tokens and document starts do not agree
+        self.lost = 0  # number of places where special tokens and document starts do not agree
 
     def blocks(self) -> Iterator[TokenBlock]:
         """Yield all tokens with their document starts and loss mask.
 
-        The first token always starts a document. If a document began in the previous split, its rest is a separate document.
-        In packed shards (Index.window), the end-of-document tokens that fill windows are left out. Raises DataError if an id
-        is not below the vocabulary size.
+        The first token always starts a document. If a document began in the previous split, its rest is a separate document. In
+        packed shards (Index.window), the end-of-document tokens that fill windows are left out. Raises DataError if an id is not
+        smaller than the vocabulary size.
         """
         stream, window = self._stream, self._stream.index.window
         size = max(1, BLOCK_TOKENS // window) * window if window else BLOCK_TOKENS
@@ -60,7 +61,8 @@ class SplitTokens:
 
 
 def _without_fill(block: TokenBlock, eod: int) -> TokenBlock:
-    """Leave out the end-of-document tokens, not in the loss, that follow the last end-of-document token of each document."""
+    """Return the block without the end-of-document tokens that fill windows. These tokens are not in the loss, and follow another
+    end-of-document token of the document."""
     ids, starts, mask = block.ids, block.starts, block.mask
     assert starts is not None
     if not len(starts):  # the token after the last window
@@ -68,14 +70,14 @@ def _without_fill(block: TokenBlock, eod: int) -> TokenBlock:
     fill = ids == eod if mask is None else (ids == eod) & (mask == 0)
     fill[1:] &= ids[:-1] == eod
     fill[starts] = False
-    last = np.maximum.reduceat(np.where(fill, -1, np.arange(len(ids))), starts)  # last token that is not fill
+    last = np.maximum.reduceat(np.where(fill, -1, np.arange(len(ids))), starts)  # last token of each document that is not fill
     kept = np.arange(len(ids)) <= np.repeat(last, np.diff(starts, append=len(ids)))
     moved = np.concatenate([[0], np.cumsum(kept)])[starts]
     return TokenBlock(ids[kept], moved, None if mask is None else mask[kept])
 
 
 def whole_documents(blocks: Iterable[TokenBlock]) -> Iterator[TokenBlock]:
-    """Yield the same tokens in blocks that end with a document. The memory needed is that of the largest document. Pure."""
+    """Yield the same tokens in blocks that end at the end of a document. This needs memory for the largest document. Pure."""
     parts: list[TokenBlock] = []  # parts of the document that has not ended
     for block in blocks:
         assert block.starts is not None

@@ -1,4 +1,5 @@
-"""The formats that convert reads and writes: one row for each. A new format is a new file beside this one, and a row."""
+"""The table of the formats that convert reads and writes. A new format is a new file in this folder, and a new row of the
+table."""
 
 from __future__ import annotations
 
@@ -13,26 +14,26 @@ from data_tools.formats.splits import finder, visible
 from data_tools.formats.stream import SplitTokens
 from mpidp.errors import DataError
 
-STORED, ROWS, IDS = "stored", "rows", "ids"  # where documents are: stored by the format; one per row; between special tokens
+STORED, ROWS, IDS = "stored", "rows", "ids"  # how documents are found: stored by the format; one per row; by special tokens
 
 
 @dataclass(frozen=True)
 class TokenFormat:
     """A format of tokens."""
 
-    what: str  # in words, for messages
+    what: str  # the name of the format in messages
     documents: str  # STORED, ROWS or IDS
     recognize: Callable[[Path], bool]  # whether a file or folder looks like this format
-    find: Callable[[Path, list[str]], list[SourcePart]]  # the parts of a source; adds remarks
+    find: Callable[[Path, list[str]], list[SourcePart]]  # returns the parts of a source, and adds remarks
     read: Callable[[Path, ReadOptions], Iterator[TokenBlock]]  # yields the tokens of one part
-    write: Callable[[SplitTokens, Path], list[str]]  # writes one split; returns remarks
+    write: Callable[[SplitTokens, Path], list[str]]  # writes one split, and returns remarks
     masks: bool = False  # whether the format can store a loss mask
     eod_first: bool = False  # whether the format's usual programs write the end-of-document token before each document
     goes_on: bool = False  # whether a document may continue in the next file
 
 
 def _any(source: Path, pattern: str, accept: Callable[[Path], bool] = lambda path: True) -> bool:
-    """Return whether the source, or the first visible file with this pattern in it, is accepted."""
+    """Return whether accept() is true for the source, or for the first visible file in it that matches this pattern."""
     if source.is_dir():
         found = visible(source, pattern)
         return bool(found) and accept(found[0])
@@ -62,7 +63,7 @@ def _has_index(of: Callable[[Path], bool]) -> Callable[[Path], bool]:
     return lambda source: _any(source, "index.json", lambda path: of(path.parent))
 
 
-FORMATS = {  # in the order in which they are recognized
+FORMATS = {  # in the order in which formats are tried
     "megatron": TokenFormat("Megatron-LM's .bin and .idx", STORED, _is_megatron, megatron.find, megatron.read, megatron.write),
     "datatrove": TokenFormat("datatrove's .ds", STORED, lambda source: _any(source, "*.ds"), finder("*.ds"), datatrove.read,
                              datatrove.write, masks=True),
@@ -79,11 +80,11 @@ FORMATS = {  # in the order in which they are recognized
 }
 
 
-KINDS = ((".bin", ".idx"), (".ds",), (".mds",), (".npy",), (".parquet", ".arrow"))  # ends of the names of files with tokens
+KINDS = ((".bin", ".idx"), (".ds",), (".mds",), (".npy",), (".parquet", ".arrow"))  # suffixes of files with tokens
 
 
 def mixed(source: Path) -> list[str]:
-    """Return the ends of the names of files with tokens in a folder, one for each kind. Independent."""
+    """Return the suffixes of the files with tokens in a folder, one for each kind of file. Independent."""
     found = ([end for end in ends if _any(source, f"*{end}")] for ends in KINDS) if source.is_dir() else ()
     return [ends[0] for ends in found if ends]
 

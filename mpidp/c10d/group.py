@@ -26,8 +26,8 @@ class MpiGroup(Reductions, Moves):
         return self._begin("barrier", self._calls.barrier, [], [], opts, seconds)
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
-        """Wait until all ranks have called monitored_barrier(). Raises RuntimeError if a rank does not call it before the
-        timeout.
+        """Wait until all ranks have called monitored_barrier(). Raises RuntimeError if a rank does not call this method
+        before the timeout.
 
         Rank 0's error names the first missing rank, or all missing ranks if wait_all_ranks is true.
         """

@@ -69,7 +69,7 @@ def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
         "compile": config.train.compile,
         "deterministic": config.train.deterministic,
         "reducer": config.comm.reducer,
-        "tp": config.mesh.tp,
+        "tp": config.mesh.tp if config.model.slices == 1 else f"divides {config.model.slices} slices",
         "sequence": config.mesh.sequence,
         "stages of tied embeddings": config.mesh.pp if config.model.tie_embeddings else 1,
         "compress": config.comm.compress,

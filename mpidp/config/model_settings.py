@@ -67,6 +67,8 @@ class ModelSettings:
     attention_cap: float = setting(0.0, "soft-cap of attention scores: cap * tanh(score / cap); 0: none", "", low=0.0,
                                    resume=FIXED)
     logit_cap: float = setting(0.0, "soft-cap of the logits: cap * tanh(logit / cap); 0: none", "", low=0.0, resume=FIXED)
+    slices: int = setting(1, "number of slices into which every layer is cut; training then has the same bits with any mesh.tp "
+                          "that divides it; a power of two; 1: off (docs/parallel.md)", "slices", low=1, high=64, resume=FIXED)
     zero_init: bool = setting(False, "initialize the last matrix of each residual branch with 0", "bool", resume=FIXED)
     lora_rank: int = setting(0, "rank of LoRA adapters; only the adapters are trained; 0: off", "", low=0, resume=FIXED)
     lora_alpha: float = setting(16.0, "LoRA scaling: the adapter's output is multiplied by lora_alpha / lora_rank", "", low=0.0,
@@ -98,5 +100,7 @@ def shape_problems(m: ModelSettings) -> Iterator[str]:
         problems.append(f"model.model_dim={m.model_dim} / model.num_heads={m.num_heads}: the head size must be an even integer")
     if m.num_kv_heads and m.num_heads % m.num_kv_heads:
         problems.append(f"model.num_kv_heads={m.num_kv_heads} must divide model.num_heads={m.num_heads}")
+    if m.slices & (m.slices - 1):
+        problems.append(f"model.slices={m.slices} must be a power of two: 1, 2, 4, 8, ...")
     yield from problems
     yield from option_problems(transformer_shape(m, 1))

@@ -57,6 +57,7 @@ _tasks = _is_not("train.eval_tasks", "")
 _auto = _is("train.micro_batch", 0)
 _momentum = _is_not("optim.momentum_warmup", 0)
 _UPDATES = "checkpoints store the number of updates with AdamW's parameters, and there may be no such parameters"
+_SLICES, _slices = "model.slices above 1", _is_not("model.slices", 1)
 RULES = [
     Rule(_OTHERS, "comm.reducer=tree|root", _other, _is("comm.reducer", "tree", "root"),
          "these methods reduce one buffer per rank at their own intervals; use comm.reducer=allreduce or naive"),
@@ -132,6 +133,20 @@ RULES = [
     Rule(_FSDP, "model.lora_rank", _fsdp, _lora,
          "the trained adapters are too small to be worth sharding"),
     Rule(_NOT, "model.lora_rank", _not, _lora, "LoRA is implemented for the built-in Transformer only"),
+    Rule(_SLICES, _OTHERS, _slices, _other, "not tested"),
+    Rule(_SLICES, "comm.compress", _slices, _is_not("comm.compress", "none"),
+         "what is lost depends on the place of a gradient on its rank, and so on mesh.tp"),
+    Rule(_SLICES, _FSDP, _slices, _fsdp, "FSDP2 adds gradients in an order that depends on the number of ranks"),
+    Rule(_SLICES, "model.tie_embeddings with mesh.pp above 1", _slices,
+         lambda s: s["model.tie_embeddings"] and s["mesh.pp"] > 1,
+         "the two gradients of the shared matrix would be added in another order than on one stage"),
+    Rule(_SLICES, "mesh.sequence", _slices, _is("mesh.sequence", True),
+         "gradients of norms would be summed over positions in an order that depends on mesh.tp"),
+    Rule(_SLICES, "model.qk_norm=layer", _slices, _is("model.qk_norm", "layer"), "these norms are over all slices together"),
+    Rule(_SLICES, "model.lora_rank", _slices, _lora, "adapters are not split"),
+    Rule(_SLICES, "train.compile", _slices, _is("train.compile", True), "tensor parallelism cannot be compiled"),
+    Rule(_SLICES, "train.eval_tasks", _slices, _tasks, "slices have no key-value cache; use mpidp evaluate --tasks"),
+    Rule(_NOT, _SLICES, _not, _slices, "only the built-in Transformer can be cut into slices"),
     Rule(_NOT, _CUT, _not, _cut, "model parallelism is implemented for the built-in Transformer only"),
     Rule(_NOT, _FSDP, _not, _fsdp, "parameter sharding is implemented for the built-in Transformer only; use mesh.shard=1"),
     Rule(_NOT, "train.loss=chunked", _not, _is("train.loss", "chunked"),

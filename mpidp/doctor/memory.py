@@ -21,7 +21,7 @@ from mpidp.doctor.findings import CheckResult, listed, size
 OF_MPI = re.compile(r"mpich_s|osc_(sm|rdma|ucx)\.|sm_segment\.|vader_segment\.|ucx_shm_posix_|psm\d?_shm")
 SMALL = 64 << 20  # bytes; the size of /dev/shm in docker by default
 # Bytes per rank. With less than OF_A_RANK no MPI library starts (MPICH needs 1.02 MiB). With less than SAFE some libraries crash,
-# when they start or later: MPICH 5 below 9 MiB, MPICH 4 below 4.2 MiB, Intel MPI below 16 MiB. With LESS they need less.
+# when they start or later: MPICH 5 below 9 MiB, MPICH 4 below 4.2 MiB, Intel MPI below 16 MiB.
 OF_A_RANK, SAFE = 5 << 18, 16 << 20
 LESS = "MPIR_CVAR_CH4_NETMOD=ofi (MPICH) or I_MPI_FABRICS=ofi (Intel MPI), with which MPI needs less shared memory"
 

@@ -11,6 +11,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from mpidp.comm.slices import sum_in_order
 from mpidp.inference.choices import EncodedChoice
 from mpidp.inference.loading import Loaded
 from mpidp.parallel.engine import plain_losses
@@ -121,7 +122,7 @@ def text_loss(loaded: Loaded, ids: np.ndarray, seq_len: int, stride: int, togeth
     def work(i: int) -> list[float]:
         return row_losses(loaded, [(ids[begin : end + 1].tolist(), end - scored) for begin, scored, end in groups[i]])
 
-    total = float(sum(distribute(loaded.grid, (len(groups), together), work).ravel().tolist()))
+    total = sum_in_order(distribute(loaded.grid, (len(groups), together), work).ravel().tolist())
     if not math.isfinite(total):
         raise loaded.diverged("loss")
     return total

@@ -22,6 +22,10 @@ class InputMix(nn.Module):
 
 
 def mixed(x: Tensor, x0: Tensor, weight: Tensor) -> Tensor:
-    """Return weight[0] x + weight[1] x0. Pure."""
-    a, b = weight.to(x.dtype)
+    """Return weight[0] x + weight[1] x0. Pure.
+
+    Each factor is a row, so its gradient is summed over positions, then over channels. torch divides one long sum among threads,
+    and its bits then depend on their number.
+    """
+    a, b = weight.to(x.dtype).unsqueeze(1).expand(2, x.shape[-1])
     return a * x + b * x0

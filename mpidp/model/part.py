@@ -11,7 +11,7 @@ its own positions (Korthikanti 2022, section 4.2.2).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpidp.errors import UsageError
 from mpidp.model.shape import Shape, TransformerShape
@@ -67,6 +67,15 @@ class Part:
             units = self.own_range(size[dim] // unit)
             found[dim] = slice(units.start * unit, units.stop * unit)
         return tuple(found)
+
+    def slices(self, name: str, size: tuple[int, ...], count: int) -> tuple[int, list[int]] | None:
+        """Return (the dimension along which a parameter is split, the lengths of this rank's slices), or None if each rank has
+        all of it. name, size: as in box(). count: number of slices of the whole model (model.slices). Pure."""
+        if (dim := self._dim(name)) is None:
+            return None
+        mine = range(self.index * count // self.size, (self.index + 1) * count // self.size)
+        boxes = [replace(self, index=i, size=count).box(name, size)[dim] for i in mine]
+        return dim, [one.stop - one.start for one in boxes]
 
     def _dim(self, name: str) -> int | None:
         """Return the dimension along which a parameter is split, or None if each rank has the whole parameter."""
@@ -164,3 +173,19 @@ def check_split(shape: Shape, tp: int, pp: int, chunks: int = 1) -> None:
             f"mesh.pp={pp} x mesh.interleave={chunks}: each chunk needs at least one of the model's {shape.num_layers} layers: "
             f"use at most mesh.interleave={shape.num_layers // pp}"
         )
+
+
+def check_slices(shape: Shape, slices: int, tp: int) -> None:
+    """Raise UsageError if a model cannot be cut into this many slices, or tp ranks cannot divide them evenly. Pure."""
+    if slices == 1 or not isinstance(shape, TransformerShape):
+        return
+    if slices % tp:
+        raise UsageError(f"mesh.tp={tp} does not divide model.slices={slices}, so ranks would have different numbers of slices: "
+                         f"use mesh.tp={' or '.join(str(2**k) for k in range(slices.bit_length()))}")
+    for what, count in (("num_heads", shape.num_heads), ("num_kv_heads", shape.num_kv_heads), ("hidden_dim", shape.hidden_dim)):
+        if count % slices:
+            fit = max(2**k for k in range(slices.bit_length()) if count % 2**k == 0)
+            raise UsageError(f"model.slices={slices} does not divide model.{what}={count}: use model.slices={fit}, or another "
+                             f"model.{what}")
+    if shape.vocab_size < slices:
+        raise UsageError(f"model.slices={slices} exceeds the vocabulary of {shape.vocab_size} tokens: use fewer slices")

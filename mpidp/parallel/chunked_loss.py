@@ -8,7 +8,8 @@ states has N x D elements, and the gradient of the head has V x D elements. The 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,38 +20,43 @@ from torch import Tensor
 from mpidp.model.products import product
 from mpidp.model.shape import Shape, TransformerShape
 from mpidp.parallel.tensor_comm import TensorComm
+from mpidp.parallel.tree_comm import tree_sum
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The sum of -log softmax(logits)[target], where logits = cap(scale * hidden weight^T)."""
+    """The sum of -log softmax(logits)[target], where logits = cap(scale * hidden weight^T), and weights are its slices."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, loss: ChunkedLoss, trains: bool) -> Tensor:
-        x, w = hidden.to(loss.dtype), weight.to(loss.dtype)
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, loss: ChunkedLoss, trains: bool, *weights: Tensor) -> Tensor:
+        x, ws = hidden.to(loss.dtype), [weight.to(loss.dtype) for weight in weights]
         for_hidden = torch.empty_like(hidden) if trains else None
-        for_weight = torch.zeros_like(weight) if trains and weight.requires_grad else None
+        for_weights = [torch.zeros_like(weight) if trains and weight.requires_grad else None for weight in weights]
         total, times = torch.zeros((), device=hidden.device), product if trains else F.linear
         for start in range(0, len(hidden), loss.rows):
             chunk = slice(start, start + loss.rows)
-            logits = times(x[chunk], w).float()
-            slope = loss.capped(logits)
+            logits = [times(x[chunk], w).float() for w in ws]
+            slopes = [loss.capped(one) for one in logits]
             total += loss.into_gradient(logits, targets[chunk], trains)
             if for_hidden is not None:
-                if slope is not None:
-                    logits.mul_(slope)
-                grad = logits.to(loss.dtype)
-                for_hidden[chunk] = times(grad, w.T)
-                if for_weight is not None:
-                    for_weight.addmm_(grad.T, x[chunk]) if loss.dtype == torch.float32 else for_weight.add_(grad.T @ x[chunk])
-                del grad
-            del logits, slope  # otherwise both would use memory until the next chunk replaces them
-        ctx.save_for_backward(for_hidden, for_weight)
+                of_slices = []
+                for one, slope, w, for_weight in zip(logits, slopes, ws, for_weights, strict=True):
+                    grad = (one if slope is None else one.mul_(slope)).to(loss.dtype)
+                    of_slices.append(times(grad, w.T))
+                    if for_weight is not None and loss.dtype == torch.float32:
+                        for_weight.addmm_(grad.T, x[chunk])
+                    elif for_weight is not None:
+                        for_weight.add_(grad.T @ x[chunk])
+                for_hidden[chunk] = loss.add(of_slices)
+                del grad, one, slope, of_slices
+            del logits, slopes  # otherwise both would use memory until the next chunk replaces them
+        ctx.save_for_backward(for_hidden, *for_weights)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        for_hidden, for_weight = ctx.saved_tensors
-        return for_hidden * grads[0], None if for_weight is None else for_weight * grads[0], None, None, None
+        for_hidden, *for_weights = ctx.saved_tensors
+        of_weights = (None if for_weight is None else for_weight * grads[0] for for_weight in for_weights)
+        return for_hidden * grads[0], None, None, None, *of_weights
 
 
 class ChunkedLoss:
@@ -60,20 +66,21 @@ class ChunkedLoss:
     """
 
     def __init__(
-        self, shape: TransformerShape, weight: Callable[[], Tensor], rows: int, dtype: torch.dtype, first: int = 0,
-        tp: TensorComm | None = None,
+        self, shape: TransformerShape, weights: Callable[[], Sequence[Tensor]], rows: int, dtype: torch.dtype, first: int = 0,
+        tp: TensorComm | None = None, add: Callable[[Sequence[Tensor]], Tensor] = tree_sum,
     ) -> None:
-        """weight: returns this rank's rows of the head's weight, (rows, D). rows: number of positions per chunk. dtype: dtype of
-        the matrix products. first: token id of the first row of the weight. tp: communicates with the ranks that have the other
-        rows of the weight, or None if this rank has all rows."""
-        self.scale, self.cap, self.rows, self.dtype = shape.logit_scale, shape.logit_cap, rows, dtype
-        self._weight, self._first, self._tp = weight, first, tp
+        """weights: returns the head's matrix, (rows of the vocabulary, D), cut into the slices of the model (one matrix without
+        slices); rows: positions per chunk; dtype: type of the products; first: the id of the first row of the first matrix; tp:
+        communicates with the ranks that have the other rows; add: adds what each slice contributes to the gradient of the hidden
+        states."""
+        self.scale, self.cap, self.rows, self.dtype, self.add = shape.logit_scale, shape.logit_cap, rows, dtype, add
+        self._weights, self._first, self._tp = weights, first, tp
 
     def __call__(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return the sum of the losses. Collective over tp.comm if the vocabulary is divided among ranks. Otherwise
         independent."""
         trains = torch.is_grad_enabled()
-        found: Tensor = _ChunkedLoss.apply(hidden, self._weight(), targets, self, trains)  # type: ignore[no-untyped-call]
+        found: Tensor = _ChunkedLoss.apply(hidden, targets, self, trains, *self._weights())  # type: ignore[no-untyped-call]
         return found
 
     def capped(self, logits: Tensor) -> Tensor | None:
@@ -88,29 +95,34 @@ class ChunkedLoss:
         logits.mul_(self.cap)
         return slope
 
-    def into_gradient(self, logits: Tensor, targets: Tensor, trains: bool) -> Tensor:
-        """Return the sum of the losses. If `trains` is true, overwrite the logits with the gradient of this sum."""
-        largest = logits.max(dim=-1, keepdim=True).values
+    def into_gradient(self, slices: list[Tensor], targets: Tensor, trains: bool) -> Tensor:
+        """Return the sum of losses. slices: the logits of each slice. If `trains`, replace the logits by its gradient."""
+        largest = functools.reduce(torch.maximum, [logits.max(dim=-1, keepdim=True).values for logits in slices])
         if self._tp is not None:
             largest = self._tp.sum(largest, MPI.MAX)
-        counted, local = targets != -100, targets - self._first
-        here = (local >= 0) & (local < logits.shape[-1])
-        place = local.where(here, 0).unsqueeze(-1)
-        of_target = (logits.gather(-1, place) - largest).squeeze(-1).where(here, 0.0)
-        total = logits.sub_(largest).exp_().sum(-1)
-        if self._tp is not None:
-            total, of_target = self._tp.sum(torch.stack([total, of_target]))
+        counted, first, places, sums = targets != -100, self._first, [], []
+        for logits in slices:
+            local, first = targets - first, first + logits.shape[-1]
+            here = (local >= 0) & (local < logits.shape[-1])
+            place = local.where(here, 0).unsqueeze(-1)
+            places.append((here, place))
+            of_target = (logits.gather(-1, place) - largest).squeeze(-1).where(here, 0.0)
+            sums.append(torch.stack([logits.sub_(largest).exp_().sum(-1), of_target]))
+        both = tree_sum(sums)
+        total, of_target = both if self._tp is None else self._tp.sum(both)
         if trains:
-            logits.mul_((counted / total).unsqueeze(-1))
-            logits.scatter_add_(-1, place, -(here & counted).to(logits.dtype).unsqueeze(-1))
+            for logits, (here, place) in zip(slices, places, strict=True):
+                logits.mul_((counted / total).unsqueeze(-1))
+                logits.scatter_add_(-1, place, -(here & counted).to(logits.dtype).unsqueeze(-1))
         return (total.log() - of_target).where(counted, 0.0).sum()
 
 
 def defer_head(
-    model: Any, shape: Shape, rows: int, dtype: torch.dtype, first: int, tp: TensorComm | None
+    model: Any, shape: Shape, rows: int, dtype: torch.dtype, first: int, tp: TensorComm | None,
+    weights: Callable[[], Sequence[Tensor]] | None = None, add: Callable[[Sequence[Tensor]], Tensor] = tree_sum,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Change a Transformer, or a part of one, so that it returns hidden states. Return the function that computes the loss from
-    hidden states. ChunkedLoss describes the arguments. Independent."""
+    """Change a Transformer, or a part of one, so that it returns hidden states; return the function that computes its loss from
+    them. The arguments are those of ChunkedLoss; by default the head is one matrix. Independent."""
     assert isinstance(shape, TransformerShape)
     model.defer_head()
-    return ChunkedLoss(shape, lambda: model.head.weight, rows, dtype, first, tp)
+    return ChunkedLoss(shape, weights or (lambda: [model.head.weight]), rows, dtype, first, tp, add)

@@ -25,6 +25,7 @@ from mpidp.errors import UsageError
 from mpidp.model.part import Part, part_of
 from mpidp.model.shape import Shape, shapes_of
 from mpidp.parallel.grid import Grid
+from mpidp.parallel.sliced_norm import NormBySlices
 from mpidp.reducers.buckets import GradientBuffer
 
 
@@ -32,14 +33,20 @@ class ModelPartition:
     """This rank's part of the model, and its place in the whole model. Methods are independent unless their docstrings say
     otherwise."""
 
-    def __init__(self, grid: Grid, shape: Shape, sequence: bool = False, chunks: int = 1) -> None:
-        """sequence: whether sequence parallelism is used. chunks: number of chunks per pipeline stage."""
+    def __init__(self, grid: Grid, shape: Shape, sequence: bool = False, chunks: int = 1, slices: int = 1) -> None:
+        """sequence: whether sequence parallelism is used. chunks: number of chunks per pipeline stage. slices: model.slices."""
         self.grid, self.shape, self.sizes, self.sequence, self.chunks = grid, shape, shapes_of(shape), sequence, chunks
         self.part = self._part_of(grid.model.rank)
+        self._norm_by_slices = NormBySlices(grid, self.part, self.sizes, slices, self.counts) if slices > 1 else None
 
     def _part_of(self, rank: int) -> Part:
         stage, number = divmod(rank, self.grid.tp.size)
         return part_of(self.shape, stage, self.grid.pp.size, number, self.grid.tp.size, self.sequence, self.chunks)
+
+    @property
+    def plain_norm(self) -> bool:
+        """Whether norm() needs no other ranks, and adds norm blocks of the flat gradient."""
+        return self.grid.parts == 1 and self._norm_by_slices is None
 
     def counts(self, name: str) -> bool:
         """Return whether this rank saves and counts its section of a parameter. If several ranks hold the same values, only one
@@ -137,6 +144,8 @@ class ModelPartition:
     def norm(self, buffer: GradientBuffer, squares: Tensor, flat: Tensor) -> float:
         """Return the L2 norm of a gradient over the whole model. flat: the gradient of this rank's part. squares: the sum of
         squares of each norm block of flat. Collective over grid.model."""
+        if self._norm_by_slices is not None:
+            return self._norm_by_slices(buffer.layout, flat)
         twice, layout = 0.0, buffer.layout
         if self.grid.parts > 1:
             for (_, name, _), view in zip(layout.placed(), layout.views(flat), strict=True):

@@ -194,8 +194,8 @@ def _noise(run: measured.MeasuredRun, steps: float) -> dict[str, Any]:
 
 def _columns(lanes: int, present: int, timed: Sequence[int]) -> list[int]:
     """Return the numbers of ranks for the table's columns. These are all measured numbers, and the powers of two up to a limit.
-    The limit is four times the largest measured number of ranks, or 16 if this is more. It is never above the largest number of
-    lanes in the table."""
+    The limit is four times the largest measured number of ranks, but at least 16. It is never above the largest number of lanes
+    in the table."""
     most = min(int(lanes * predict.MULTIPLES[-1]), max(16, 4 * max(present, *timed)))
     return sorted({present, *timed, *(1 << i for i in range(most.bit_length()))})
 

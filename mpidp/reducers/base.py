@@ -141,7 +141,7 @@ class Reducer:
         self.worker.submit(bucket)
 
     def finish(self) -> None:
-        """Finish the sum, so that buffer.total holds it. Collective over all ranks."""
+        """Finish the sum. Afterwards buffer.total holds the sum. Collective over all ranks."""
         with self.transport.timed():
             if self.worker is not None:
                 for bucket in self.worker.missing():
@@ -154,7 +154,7 @@ class Reducer:
         self.buffer.point(0)
 
     def reduce_observed(self, bucket: Bucket) -> None:
-        """Reduce one bucket and report it to the observers. Collective over all ranks."""
+        """Reduce one bucket, and report the reduction to the observers. Collective over all ranks."""
         with self._observed(bucket):
             self.reduce(bucket)
 
@@ -227,7 +227,7 @@ class FlatReducer(Reducer):
         self.sum(self.buffer.flat[0], bucket)
 
     def sum_observed(self, flat: torch.Tensor, bucket: Bucket) -> None:
-        """Call sum() and report it to the observers. Collective over all ranks."""
+        """Call sum(), and report the reduction to the observers. Collective over all ranks."""
         with self._observed(bucket):
             self.sum(flat, bucket)
 

@@ -62,7 +62,7 @@ class FlatLayout:
         return [flat[o : o + p.numel()].view_as(p) for o, _, p in self.placed()]
 
     def adopt(self, flat: torch.Tensor) -> None:
-        """Make the parameters views of flat. Their values do not change."""
+        """Make the parameters views of flat. The values of the parameters do not change."""
         with torch.no_grad():
             for (_, p), view in zip(self.parameters, self.views(flat), strict=True):
                 if view.data_ptr() != p.data_ptr():  # otherwise p already is this view: the memory is reused after a failure

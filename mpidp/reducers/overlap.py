@@ -1,4 +1,4 @@
-"""Reduces buckets in a thread while backward fills the next buckets, and measures whether this is faster.
+"""Reduces buckets in a thread while backward fills the next buckets, and measures whether this overlap is faster.
 
 Non-blocking collectives make little progress while a program is outside MPI calls, so a thread makes the MPI calls. In mode
 `thread`, the thread blocks in MPI. In mode `poll`, the thread polls and sleeps, so that backward can use the core. On one node

@@ -1,9 +1,9 @@
 """The reducer `tree`: owners of slices add the ranks' gradients in the order of the tree over lanes (tree_order.py).
 
-On a node with shared memory, the owner of a slice adds directly in the buffers of all ranks of its group. The sum is stored in
-slot 0 of the first rank. Between groups, the owners of the same slice exchange messages. The slice is cut into one piece per
-group, and each owner sums one piece. For this piece, an owner receives the tree nodes that remain in the other groups, adds the
-nodes of all groups, and sends the sum to the other owners.
+On a node with shared memory, the owner of a slice adds the buffers of all ranks of its group in place. The sum is stored in slot
+0 of the first rank. Between groups, the owners of the same slice exchange messages. The slice is cut into one piece per group,
+and each owner sums one piece. For this piece, an owner receives the tree nodes that remain in the other groups, adds the nodes of
+all groups, and sends the sum to the other owners.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ class Tree(Reducer):
                 self._add_between_groups(plan, *piece)
 
     def _gather_held(self) -> Held:
-        """Return the tree nodes and slots of all ranks of the group, after lanes were stolen. Collective over the group."""
+        """Return the tree nodes and slots of all ranks of the group, if ranks took lanes of other ranks. Collective over the
+        group."""
         table = np.full((self.group.node.size, 2 * self.lanes.num_lanes.bit_length() + 3, 2), -1, dtype=np.int64)
         for node, slot in self._tree_sums[0].nodes.items():
             table[self.group.node.rank, slot] = node

@@ -1,4 +1,5 @@
-"""The order in which lanes are added: a fixed binary tree, so that the bits of the sum do not depend on the ranks. Pure.
+"""Defines the order in which lanes are added, a fixed binary tree. Therefore the bits of the sum do not depend on the ranks.
+Pure.
 
 Node (k, i) is the sum of the existing lanes in [i 2^k, (i+1) 2^k). The node is the sum of its children (k-1, 2i) and (k-1, 2i+1).
 If the right child has no lanes, the node equals its left child. Float32 addition is commutative but not associative. The shape of
@@ -32,7 +33,7 @@ class TreeSum:
     """
 
     def __init__(self, num_lanes: int, siblings_share: bool) -> None:
-        """siblings_share: whether a lane accumulates directly into the slot of its sibling. This is allowed if every lane is a
+        """siblings_share: whether a lane accumulates directly into the slot of its sibling. Sharing is allowed if every lane is a
         single micro-batch. Then the sum has the same bits as with a separate addition."""
         self.num_lanes, self.siblings_share = num_lanes, siblings_share
         self.nodes: dict[Node, int] = {}  # nodes on this rank, and their slots

@@ -95,7 +95,7 @@ def report(runs: Sequence[RecordedRun], grams_per_kwh: float = 0.0, price_per_no
 
 
 def write(path: Path, content: str) -> None:
-    """Write the file. Raises UsageError if it cannot be written. Independent."""
+    """Write the file. Raises UsageError if the file cannot be written. Independent."""
     try:
         write_file(path, content.encode())
     except OSError as error:

@@ -24,7 +24,7 @@ class Curve:
 
     name: str
     points: Sequence[tuple[float, float]]
-    dots: bool = False  # whether each point is drawn as a dot (for curves of few points)
+    dots: bool = False  # whether each point is drawn as a dot, for curves with few points
 
 
 def short(value: float) -> str:

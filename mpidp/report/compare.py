@@ -83,7 +83,7 @@ def scaling_of(ranks_batches_speeds: Sequence[tuple[int, int, float]]) -> Scalin
 
 
 def scaling(runs: Sequence[RecordedRun]) -> Scaling:
-    """Return the scaling of the runs. If their models or methods differ, the result has no points, only the reason. Pure."""
+    """Return the scaling of the runs. If their models or methods differ, the result has no points but only the reason. Pure."""
     different = [key for key in differences(runs) if key.startswith(SAME) and key not in FREE]
     if different:
         return Scaling("", f"scaling not computed: the runs differ in {', '.join(different)}", [])

@@ -115,5 +115,5 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[
 
 
 def folded(title: str, *parts: str) -> str:
-    """Return HTML that shows only the title until the reader opens it. Pure."""
+    """Return HTML that shows only the title until the reader opens the section. Pure."""
     return f"<details><summary>{escape(title)}</summary>{''.join(parts)}</details>"

@@ -68,11 +68,11 @@ class RecordedRun:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens trained on."""
+        """The number of tokens on which the run has trained."""
         return int(number(self.steps[-1], "tokens") or 0)
 
     def total(self, name: str) -> float:
-        """Return the sum of the values of `name` in all lines."""
+        """Return the sum of the field `name` over all lines."""
         return sum(number(line, name) or 0.0 for line in self.lines)
 
     def worked(self) -> list[tuple[dict[str, Any], float]]:

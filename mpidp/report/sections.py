@@ -48,7 +48,7 @@ def state(run: RecordedRun, fall: Waterfall) -> str:
 
 
 def usual_speed(run: RecordedRun) -> float:
-    """Return the median tokens per second of the steps, without the first few. Pure."""
+    """Return the median tokens per second of the steps, without the first few steps. Pure."""
     steps = run.steps[3:] if len(run.steps) > 9 else run.steps
     speeds = [speed for line in steps if (speed := number(line, "tokens_per_second"))]
     return statistics.median(speeds) if speeds else 0.0
@@ -124,7 +124,7 @@ def speed(run: RecordedRun) -> str:
     parts = [curves("Throughput", [speeds], "step", "tokens/s", zero=True)]
     mfu = [(step, 100 * value) for step, value in of_steps(run, "mfu")]
     parts.append(curves("Model FLOPs utilization", [Curve("MFU", mfu)], "step", "% of peak", zero=True))
-    remarks = "" if mfu else paragraph("MFU is not computed: mpidp does not know the peak of this device.", "soft")
+    remarks = "" if mfu else paragraph("MFU is not computed, because the peak FLOP/s of this device is not known.", "soft")
     each = of_steps(run, "comm_bytes")
     total = sum(value for _, value in each)
     if each and not total:

@@ -1,4 +1,4 @@
-"""Divides the time of a run into parts that add up to the total, to explain the difference of ideal and measured throughput.
+"""Divides the time of a run into parts that add up to the total, to explain the difference between ideal and measured throughput.
 Pure.
 
 The total is the time of all jobs, from the start of the process to the last line. It includes steps that were lost because a

@@ -34,7 +34,8 @@ def parameter_facts(named: list[tuple[str, torch.nn.Parameter]]) -> dict[str, st
 
 
 def check_agreement(comm: MPI.Intracomm, facts: dict[str, str]) -> None:
-    """Raise UsageError on all ranks if their facts differ. The message names the differences. Collective over comm."""
+    """Raise UsageError on all ranks if the facts differ between ranks. The message names the differences. Collective over
+    comm."""
     everyone = comm.allgather(facts)
     different = [
         f"{name}: rank 0 has {everyone[0].get(name)}, rank {rank} has {theirs.get(name)}"

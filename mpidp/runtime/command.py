@@ -101,7 +101,7 @@ def continue_in(world: MPI.Intracomm) -> None:
 
 
 def _started_world() -> Any:
-    """Return the communicator of all ranks if MPI runs in this process, else None. Never starts MPI."""
+    """Return the communicator of all ranks if MPI runs in this process, else None. This function never starts MPI."""
     module = sys.modules.get("mpi4py.MPI")
     return (_survivors or module.COMM_WORLD) if module and module.Is_initialized() and not module.Is_finalized() else None
 

@@ -49,7 +49,7 @@ def check_compiler(wanted: bool, device: torch.device) -> None:
 
 
 def set_determinism(device: torch.device, wanted: bool) -> None:
-    """On CUDA, use only deterministic kernels if `wanted`. Must be called before the first cuBLAS call. Independent."""
+    """On CUDA, use only deterministic kernels if `wanted` is true. This must happen before the first cuBLAS call. Independent."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(wanted)

@@ -21,8 +21,8 @@ JOIN_SECONDS = 60  # time limit for a replacement rank to join the job
 
 def ask_for_reproducible_blas() -> None:
     """Make MKL's float32 products on Intel CPUs independent of the number of threads (strict conditional numerical
-    reproducibility). Otherwise results would depend on the number of ranks, since fewer ranks have more threads each. Must be
-    called before torch is imported. Independent."""
+    reproducibility). Otherwise results would depend on the number of ranks, because fewer ranks have more threads each. This must
+    happen before torch is imported. Independent."""
     try:
         cpu = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -34,7 +34,7 @@ def ask_for_reproducible_blas() -> None:
 def limit_openmp_spinning() -> None:
     """Let waiting OpenMP threads of libgomp (torch's wheels use it) spin only briefly and then sleep, unless the user has set
     OMP_WAIT_POLICY or GOMP_SPINCOUNT. By default they spin for milliseconds. With this default, a step took 20 times as long
-    while other processes used the same cores (docs/results/2026-11-29-openmp.md). Must be called before torch is imported.
+    while other processes used the same cores (docs/results/2026-11-29-openmp.md). This must happen before torch is imported.
     Independent."""
     if not WAITING & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT

@@ -71,7 +71,7 @@ def write_file(path: Path, content: bytes | str | Callable[[Path], None], sync_f
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)  # the messages of libraries are long
+        reason = os.strerror(error.errno) if error.errno else str(error)  # the messages of libraries may be long
         raise OSError(error.errno, reason, str(path)) from error
     finally:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""The message if mpi4py cannot load an MPI library. It says how to correct this."""
+"""Makes the error message for the case that mpi4py cannot load an MPI library. The message lists remedies."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ AFTER_UPDATE = ("evaluate", "evaluate_wait", "checkpoint", "checkpoint_wait", "r
 
 
 class StepObserver:
-    """Base class of observers. Its methods do nothing; a subclass overrides those that it needs. Independent."""
+    """Base class of observers. Its methods do nothing. A subclass overrides the methods that it needs. Independent."""
 
     def enter(self, step: int, phase: str) -> None:
         """Called when the rank enters a phase of this step. Steps are counted from 1."""

@@ -75,8 +75,8 @@ def add_new_out(parser: argparse.ArgumentParser, about: str, metavar: str = "DIR
 
 
 def take_out(parser: argparse.ArgumentParser, options: argparse.Namespace, old: str, new: str) -> None:
-    """Set options.out from either spelling. old, new: both spellings, for the note. Raises UsageError unless exactly one is
-    given. Independent."""
+    """Set options.out from the new or the old spelling. old, new: the spellings, for the note. Raises UsageError unless exactly
+    one is given. Independent."""
     if options.old_out is not None and options.out is None:
         note_old_spelling(old, new)
         options.out, options.old_out = options.old_out, None
@@ -145,12 +145,13 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 def add_batch(parser: argparse.ArgumentParser, texts: str) -> None:
     """Add the options of batches of texts: --batch and --exact. texts: what the texts are called. Pure."""
     parser.add_argument("--batch", type=int, default=8, help=f"{texts} per batch on each rank (default: %(default)s)")
-    parser.add_argument("--exact", choices=("true", "false"), default="true", help="true: a batch does not change a text; false: "
-                        "faster, and rounding depends on the batch, which may change a text (default: %(default)s)")
+    parser.add_argument("--exact", choices=("true", "false"), default="true",
+                        help="true: a text does not depend on the other texts of its batch; false: faster, but rounding may "
+                        "change a text (default: %(default)s)")
 
 
 def check_sampling(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Check the options of add_sampling. Raises UsageError if one is invalid. Pure."""
+    """Raise UsageError if an option of add_sampling is invalid. Pure."""
     if options.tokens < 0 or options.top_k < 0 or not 0 <= options.temperature < math.inf:
         parser.error("--tokens, --temperature and --top-k must not be negative, and the temperature must be finite")
     if not 0 < options.top_p <= 1:

@@ -21,9 +21,9 @@ class Topology:
     hosts: list[str]  # host name of each node
     node_sizes: list[int]  # number of ranks on each node
     node_index: int  # index of this rank's node
-    local_rank: int  # index among the ranks of this node
+    local_rank: int  # index of this rank among the ranks of its node
     cores: int  # CPU cores that the ranks of this node may use
-    numbers: list[int] = field(default_factory=list)  # each rank's original number; replacement ranks get new numbers
+    numbers: list[int] = field(default_factory=list)  # the permanent number of each rank; replacement ranks get new numbers
 
     @property
     def host(self) -> str:

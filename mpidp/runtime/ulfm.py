@@ -26,7 +26,7 @@ class RankFailure(Exception):
 
 
 def revocable(comm: MPI.Intracomm) -> MPI.Intracomm:
-    """Register a communicator to be revoked after a failure, and return it. Independent."""
+    """Register a communicator that revoke() must revoke after a failure, and return the communicator. Independent."""
     if launched_with_ulfm():
         _revocable.append(comm)
     return comm
@@ -46,7 +46,7 @@ def is_failure(error: BaseException) -> bool:
 
 
 def agree(comm: MPI.Intracomm, ok: bool) -> bool:
-    """Return whether no rank failed and ok is true on all ranks. All remaining ranks get the same result. Collective over
+    """Return True if no rank failed and `ok` is true on all ranks. All remaining ranks get the same result. Collective over
     comm."""
     try:
         return bool(comm.Agree(int(ok)))

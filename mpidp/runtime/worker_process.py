@@ -13,7 +13,7 @@ from mpidp.runtime.environment import launched
 
 
 def is_worker_process() -> bool:
-    """Return True in a process that multiprocessing started, with any start method. Independent."""
+    """Return whether multiprocessing started this process, with any start method. Independent."""
     if multiprocessing.parent_process() is not None:
         return True
     # With spawn or forkserver, a process imports the program before parent_process() is set. In forkserver's server it is never

@@ -32,7 +32,7 @@ class Address(str):
 
     @property
     def protocol(self) -> str:
-        """The part before ://, in lower case."""
+        """The part of the address before ://, in lower case."""
         return self.partition("://")[0].lower()
 
 

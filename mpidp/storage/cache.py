@@ -35,7 +35,7 @@ KEPT_SHARE = 0.9  # after blocks were deleted, at most this share of the bound i
 
 
 def default_folder() -> Path:
-    """Return the folder of the cache if data.cache_dir is empty: one for each user in the temporary folder. Independent."""
+    """Return the folder of the cache if data.cache_dir is empty. Each user has one in the temporary folder. Independent."""
     return Path(tempfile.gettempdir()) / f"mpidp-cache-{os.getuid()}"
 
 
@@ -88,7 +88,7 @@ class BlockCache:
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                self._delete_oldest(self.bound // 2)  # other files have filled the disk
+                self._delete_oldest(self.bound // 2)  # files outside the cache have filled the disk
                 self._store(key, blocks)
 
     def forget(self, key: str) -> None:

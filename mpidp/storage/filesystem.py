@@ -11,7 +11,7 @@ from mpidp.storage.address import Address, credentials_from, named, without_secr
 from mpidp.storage.store import Changed, Missing, Refused, Unreachable, Version, checked_length
 
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
-PIECE = 8 << 20  # bytes written at a time
+PIECE = 8 << 20  # number of bytes that are written at a time
 
 
 def open_filesystem(address: Address, name: str, **options: Any) -> tuple[Any, str]:

@@ -75,7 +75,8 @@ class RemoteFile:
         return b"".join(piece for piece in found.values() if piece is not None)
 
     def advise(self, start: int, size: int) -> None:
-        """Fetch bytes [start, start + size) in other threads. Returns immediately. Errors are raised by a later read()."""
+        """Begin to fetch bytes [start, start + size) in other threads, and return immediately. A later read() raises the
+        errors."""
         self._request([number for number, *_ in self._places(start, size) if self._cached(number, 0, 0) is None], AHEAD)
 
     def forget(self) -> None:

@@ -56,7 +56,8 @@ class RemoteFolder:
         self.local = self._fetch_small_files()
 
     def open_file(self, name: str) -> RemoteFile:
-        """Open a file. Raises FileNotFoundError if it is missing, and DataError if it was replaced since this job opened it."""
+        """Open a file. Raises FileNotFoundError if the file is missing, and DataError if it was replaced since this job opened
+        it."""
         try:
             version = self._version(name)
         except Missing:

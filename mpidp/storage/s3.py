@@ -14,7 +14,7 @@ from mpidp.storage.address import Address, credentials_from, named
 from mpidp.storage.filesystem import FilesystemStore, open_filesystem
 from mpidp.storage.store import Changed, Missing, Refused, Unreachable, Version, checked_length
 
-SILENT_SECONDS = 20.0  # time without any data after which a server counts as not answering
+SILENT_SECONDS = 20.0  # a server that sends no data for this time counts as not answering
 REQUEST_SECONDS = 120.0  # the longest duration of one request
 ACCESS = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AllAccessDisabled",
           "AccountProblem", "401", "403"}

@@ -22,7 +22,7 @@ from mpidp.errors import UsageError
 from mpidp.storage.address import Address, credentials_from
 from mpidp.storage.store import Changed, Missing, Refused, Unreachable, Version, checked_length
 
-SILENT_SECONDS = 20.0  # time without any data after which a server counts as not answering
+SILENT_SECONDS = 20.0  # a server that sends no data for this time counts as not answering
 REQUEST_SECONDS = 120.0  # the longest duration of one request
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP codes of temporary errors
 PIECE = 1 << 16
@@ -60,15 +60,15 @@ class WebStore:
             return checked_length(_body(answer, stop - start), start, stop)
 
     def write(self, name: str, content: IO[bytes], size: int) -> None:
-        """Raises UsageError. Independent."""
+        """Raise UsageError, because a web server accepts no files. Independent."""
         raise UsageError(f"{self.address}: nothing can be written to a web server; use object storage, as in s3://bucket/prefix")
 
     def names(self, folder: str) -> list[str]:
-        """Raises UsageError. Independent."""
+        """Raise UsageError, because a web server does not list files. Independent."""
         raise UsageError(f"{self.address}: a web server does not list files; use object storage, as in s3://bucket/prefix")
 
     def delete(self, names: Iterable[str]) -> None:
-        """Raises UsageError. Independent."""
+        """Raise UsageError, because files on a web server cannot be deleted. Independent."""
         raise UsageError(f"{self.address}: nothing can be deleted on a web server")
 
     def _open(self, name: str, method: str, headers: dict[str, str]) -> Any:

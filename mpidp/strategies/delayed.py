@@ -2,8 +2,8 @@
 
 At step s a rank passes the gradient of its lanes of batch s to a thread, which sums the gradient over the ranks. At the same step
 the rank applies the sum of batch s - k, which was computed with the parameters of k updates ago (staleness k). All ranks apply
-the same sums in the same order, so replicas stay equal. With k = 0 this is `synchronous` with a reducer that has one buffer. The
-first k steps make no update. drain() applies the remaining sums.
+the same sums in the same order, so replicas stay equal. With k = 0, this strategy is the same as `synchronous` with a reducer
+that has one buffer. The first k steps make no update. drain() applies the remaining sums.
 
 Delay compensation estimates the gradient at the current parameters theta from the late gradient g. The estimate is g + lambda g *
 g * (theta - theta_then), where theta_then are the parameters with which g was computed. See Zheng 2017, "Asynchronous Stochastic
@@ -37,7 +37,7 @@ from mpidp.strategies.synchronous import Synchronous
 class PendingUpdate:
     """A batch whose gradient has not been applied yet."""
 
-    slot: int  # index of its gradient buffer
+    slot: int  # index of the gradient buffer of the batch
     tokens: Tensor  # (1,) float64: target tokens in this rank's lanes; after the sum, in the batch
     limit: float  # largest gradient norm that is applied
     then: Tensor | None = None  # the parameters with which the gradient was computed, for delay compensation
@@ -100,7 +100,7 @@ class Delayed(Synchronous):
         return self._apply(lr, self._in_flight.popleft())
 
     def _sum(self, pending: PendingUpdate) -> None:
-        """Sum the gradient; runs in the thread. Collective over compute_comm."""
+        """Sum the gradient of a batch. The thread calls _sum(). Collective over compute_comm."""
         self._flat_reducer.wait(self._flat_reducer.comm.Iallreduce(MPI.IN_PLACE, buf(pending.tokens)))
         for bucket in self.buffer.buckets:
             self._flat_reducer.sum_observed(self.buffer.flat[pending.slot], bucket)
@@ -130,7 +130,7 @@ class Delayed(Synchronous):
 
     def state_dict(self) -> dict[str, Entry]:
         """Wait until the sums in flight are complete, and return the state. It includes these sums, so that a resumed run applies
-        them. Call this at the same step on all ranks. Independent."""
+        them. Call state_dict() at the same step on all ranks. Independent."""
         for pending in self._in_flight:
             pending.wait()
         found = super().state_dict()

@@ -18,7 +18,7 @@ from mpidp.strategies.newton_schulz import orthogonalized
 
 MATRIX_STATE = {"muon": ("momentum_buffer",), "normuon": ("momentum_buffer", "second_momentum_buffer")}
 MOMENTUM = 0.95  # as in torch.optim.Muon, with Nesterov momentum
-FIRST_MOMENTUM = 0.85  # momentum in the first step, with optim.momentum_warmup
+FIRST_MOMENTUM = 0.85  # momentum in the first step if optim.momentum_warmup is set
 BETA2, EPS = 0.95, 1e-8  # decay and epsilon of NorMuon
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry
-from mpidp.comm.slices import slice_bounds
+from mpidp.comm.slices import ALIGN, round_up, slice_bounds
 from mpidp.parallel.whole_matrices import Box, Hidden
 from mpidp.reducers.buckets import FlatLayout
 from mpidp.strategies.muon import MATRIX_STATE, Muon
@@ -59,7 +59,7 @@ def make_torch_optimizer(
 
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
-Memory = Callable[[int], Tensor]  # takes a number of elements, and returns a zeroed float32 tensor of this size
+Memory = Callable[[int], Tensor]  # from a number of elements to a zeroed float32 tensor of this size
 
 
 class Optimizer:
@@ -73,6 +73,7 @@ class Optimizer:
         self, name: str, layout: FlatLayout, parameters: Tensor, gradients: Tensor, weight_decay: float, beta1: float,
         beta2: float, memory: Memory | None = None, share: tuple[int, int] = (0, 1), bounds: list[int] | None = None,
         holds: range | None = None, hidden: Hidden | None = None, cautious: bool = False, momentum_warmup: int = 0,
+        padded: bool = False,
     ) -> None:
         """Weight decay applies to tensors with two or more dimensions. name: adamw, adam, sgd (with momentum beta1), muon or
         normuon. muon and normuon use Muon (muon.py) for the hidden matrices and AdamW for the other parameters. parameters,
@@ -80,7 +81,10 @@ class Optimizer:
         shares, none of which is inside a hidden matrix. Without `bounds`, shares are cut at multiples of ALIGN, and the hidden
         matrices are distributed in the order of their cost. holds: the indices of the shares whose state this rank stores
         (default: all). With `holds`, the caller saves the state. hidden: the hidden matrices and the ranks that update them
-        together (default: none). cautious, momentum_warmup: the settings of section optim. Collective over hidden.comm."""
+        together (default: none). cautious, momentum_warmup: the settings of section optim. padded: whether the zeros after a
+        parameter are updated with it; they stay 0. Then torch computes every element in a whole vector; AdamW rounds elements
+        outside of whole vectors otherwise. So the bits do not depend on how tensor parallelism cuts a parameter. Collective over
+        hidden.comm."""
         if name not in (*MOMENTS, *MATRIX_STATE):
             raise ValueError(f"unknown optimizer {name!r}")
         self._layout, self._name = layout, name
@@ -97,7 +101,8 @@ class Optimizer:
         groups: dict[bool, list[torch.nn.Parameter]] = {}
         whole: list[tuple[Box, torch.nn.Parameter, dict[str, Tensor]]] = []
         for offset, what, p in layout.placed():
-            low, high = max(offset, self.mine.start), min(offset + p.numel(), self.mine.stop)
+            end = offset + (round_up(p.numel(), ALIGN) if padded else p.numel())
+            low, high = max(offset, self.mine.start), min(end, self.mine.stop)
             if what in self._matrices and bounds is None:
                 low, high = offset, offset + (p.numel() if self._matrices[what] % share[1] == share[0] else 0)
             if low < high:

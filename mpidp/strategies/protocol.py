@@ -1,4 +1,4 @@
-"""The interface of strategies to the training loop. A new strategy is a new file that implements this interface; the training
+"""The interface of strategies to the training loop. A new strategy is a new file that implements this interface. The training
 loop does not change.
 
 A *meeting* is a step at which all ranks synchronize, and after which all ranks have the same model.
@@ -39,7 +39,7 @@ class StrategyOptions:
     sync_every: int  # steps between averages
     meet_every: int  # steps between meetings
     staleness: int  # largest delay of a gradient, in batches
-    quorum: float  # fraction of the lanes whose gradients a round waits for
+    quorum: float  # a round waits for the gradients of this fraction of the lanes
     compensation: float  # lambda of delay compensation
     outer_lr: float
     outer_momentum: float
@@ -93,21 +93,22 @@ class Strategy(GradientSink, Protocol):
         """Discard the gradients of the current step, which will be computed again. Independent."""
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Make an update from the step's gradients. tokens: number of target tokens in the global batch; if not every step is a
-        meeting, in this rank's lanes. limit: gradient norm above which the update is skipped. Collective over compute_comm."""
+        """Make an update from the step's gradients. tokens: number of target tokens in the global batch if every step is a
+        meeting, else in this rank's lanes. limit: gradient norm above which the update is skipped. Collective over
+        compute_comm."""
 
     def drain(self) -> None:
         """Apply all updates in flight. Afterwards all ranks have the same model. Collective over compute_comm."""
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the state, besides the parameters, that an exact resume needs. Independent."""
+        """Return the state that an exact resume needs in addition to the parameters. Independent."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load the state. Independent."""
 
     def release(self) -> None:
-        """Release the parameters after a failure of ranks, so that another strategy can use them. May be called repeatedly.
-        Independent."""
+        """Release the parameters after a failure of ranks, so that another strategy can use them. release() may be called several
+        times. Independent."""
 
     def resume_after_failure(self, before: Any) -> None:
         """Resume from the state of `before`, the strategy that was used before ranks failed. This strategy uses the same memory,

@@ -8,10 +8,10 @@ closed, makes the same update, and continues with batch i + 1. Therefore replica
 computed with the parameters theta_i of its batch i, but is added up to `staleness` rounds later. At a meeting all contributions
 have arrived. Therefore no contribution is in flight at a checkpoint, at an evaluation or at the end of the run.
 
-This combines the majority collective of Eager-SGD with the bounded staleness of SSP. See Li 2020, "Taming unbalanced training
-workloads in deep learning with partial collective operations", section 4, and Ho 2013, section 3. A thread of rank 0 receives
-notices of contributions and tells the threads of all ranks which contributions join each round. Then all threads take part in the
-sum. A rank without a contribution adds zeros.
+This strategy combines the majority collective of Eager-SGD with the bounded staleness of SSP. See Li 2020, "Taming unbalanced
+training workloads in deep learning with partial collective operations", section 4, and Ho 2013, section 3. A thread of rank 0
+receives notices of contributions and tells the threads of all ranks which contributions join each round. Then all threads take
+part in the sum. A rank without a contribution adds zeros.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Quorum(Synchronous):
         self._given: SimpleQueue[tuple[int, float, bool]] = SimpleQueue()  # to the thread: (slot, target tokens, synchronizes)
         self._summed: SimpleQueue[Round | BaseException] = SimpleQueue()  # from the thread
         # Used by the thread only:
-        self._waiting: deque[int] = deque()  # slots of contributions that have not joined a round
+        self._waiting: deque[int] = deque()  # slots of this rank's contributions that have not joined a round
         self._sends: list[tuple[MPI.Request, np.ndarray]] = []
         self._notices, self._received = 0, [0] * len(self._lanes)  # notices sent to rank 0; received by rank 0 from each rank
 
@@ -187,7 +187,7 @@ class Quorum(Synchronous):
     # The thread
 
     def _serve(self, tracker: RoundTracker) -> None:
-        """Sum all rounds from one meeting to the next. Runs in the thread. Collective over compute_comm."""
+        """Sum all rounds from one meeting to the next. The thread runs _serve(). Collective over compute_comm."""
         pause = FIRST_SECONDS
         try:
             while not self._closing:

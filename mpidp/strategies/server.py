@@ -38,7 +38,7 @@ from mpidp.strategies.synchronous import Synchronous
 
 HEADER, GRADIENT, ANSWER, PARAMETERS = range(4)  # tags of MPI messages
 WORKER, BATCH, TOKENS, VERSION, LR = range(5)  # fields of a header, float64
-PendingReceive = tuple[MPI.Request, Tensor | None, Tensor | None]  # request, wire tensor, destination
+PendingReceive = tuple[MPI.Request, Tensor | None, Tensor | None]  # (request, wire tensor, destination)
 ANSWERED, NORM, SKIPPED = range(3)  # fields of an answer: version of the slice; the other two are for mode sync
 
 
@@ -81,7 +81,7 @@ class Server(Synchronous):
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
         """On a worker: push the gradient and wait for the answers. On a server: receive, apply and answer pushes until every
         worker's push of this batch has been applied. tokens: number of target tokens in this rank's lanes. All ranks must call
-        this the same number of times. Collective over compute_comm at a meeting."""
+        step() the same number of times. Collective over compute_comm at a meeting."""
         synchronizes = self.synchronizes_at(self._steps + 1)
         if self._mine is None:
             stats = self._work(lr, tokens, limit, synchronizes)

@@ -127,7 +127,8 @@ class Sharded:
 
     @torch.no_grad()
     def fill(self, forwards: int) -> None:
-        """Run `forwards` dummy forward passes, because other ranks run this many passes more. Collective over compute_comm."""
+        """Run `forwards` dummy forward passes, because other ranks run this number of additional passes. Collective over
+        compute_comm."""
         for _ in range(forwards):
             self.model(torch.zeros(1, 1, dtype=torch.int64, device=self.named[0][1].device))
 

@@ -64,7 +64,7 @@ class Sliced(Synchronous):
         for low in range(0, max(map(len, parts)), step):
             now = [part[low : low + step] for part in parts]
             lengths, starts = [len(part) for part in now], [part.start for part in now]
-            if transport.mode == "staged":  # through pinned memory
+            if transport.mode == "staged":  # MPI uses a copy in pinned memory
                 places = [comm_rank * step for comm_rank in range(comm.size)]
                 wire = transport.scratch("slices", step * comm.size)
                 wire[places[comm.rank] :][: lengths[comm.rank]] = self.flat[now[comm.rank].start : now[comm.rank].stop].cpu()

@@ -46,10 +46,10 @@ class Synchronous:
     ) -> None:
         """make_optimizer: called with layout, parameters, gradients, memory and share. clip: largest gradient norm, or 0 for no
         clipping. nominal_tokens: global_batch x seq_len, by which losses are divided. one_copy: whether the ranks of a group
-        share one copy of parameters and optimizer state. Each rank then updates a share of it. spare_slots: number of gradient
-        buffers in addition to those of the reducer. most_slots: number of gradient buffers that this rank may need after failures
-        of other ranks. parts: this rank's part of the model, if the model is divided by mesh.tp or mesh.pp. Collective over
-        comm, and over parts.grid.world if there are parts."""
+        share one copy of parameters and optimizer state. Each rank then updates a share of this copy. spare_slots: number of
+        gradient buffers in addition to those of the reducer. most_slots: number of gradient buffers that this rank may need after
+        failures of other ranks. parts: this rank's part of the model, if the model is divided by mesh.tp or mesh.pp. Collective
+        over comm, and over parts.grid.world if there are parts."""
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, one_copy
         self.options = options or StrategyOptions.of()
         spare_slots += self.more_slots(self.options)

@@ -47,7 +47,7 @@ class RunAttempts:
         """plan: the plan of the run, on the ranks that start it; None on a replacement rank. crew: the facts that a replacement
         rank receives when it joins; None on other ranks. Collective over world."""
         self.config, self.plan, self.world = config, plan, world
-        self.growing = crew is not None  # more replacement ranks may follow
+        self.growing = crew is not None  # whether more replacement ranks may follow
         self.replicas = Replicas(list(range(world.size)), [])  # which of the world's ranks train; the others are spare ranks
         self.regrouped = crew is None  # whether `replicas` and `plan` fit the world
         self._joins = crew is not None  # whether this rank is about to join the others
@@ -56,7 +56,7 @@ class RunAttempts:
         self.mirror: Mirror | None = None  # on rank 0, if run.mirror is set
         self.job: Job | None = None  # the job whose state this rank holds; None on spare ranks
         self.survives = True  # whether the last job can continue from memory after a failure
-        self.stop: StopRequest | None = None  # requests to stop that job
+        self.stop: StopRequest | None = None  # the requests to stop this job
         self._next_batch = 0  # the batch to resume with after a return to a checkpoint; 0: not set
         self._events: list[dict[str, Any]] = []  # events before this job, which are not recorded yet
         self._failed_at = 0.0  # time.monotonic() of the failure that is being recovered; 0: none
@@ -244,9 +244,8 @@ class RunAttempts:
 
 
 def listen(job: Job, before: StopRequest | None) -> StopRequest:
-    """Listen for requests to stop. Rank 0 also watches the file STOP, the job's time limit and the lock, and prints the time at
-    which the time limit will stop the run. before: the StopRequest of the job that this job continues. Collective over
-    job.comm."""
+    """Listen for requests to stop. Rank 0 also watches the file STOP, the job's time limit and the lock, and prints when the time
+    limit will stop the run. before: the StopRequest of the job that this job continues. Collective over job.comm."""
     first, state, config = job.comm.rank == 0, job.state, job.config
     if not state.recovered:  # asking the scheduler takes time
         end = job_end() if first else None

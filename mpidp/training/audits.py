@@ -1,4 +1,4 @@
-"""Audits in the training loop: compare the replicas, and report differences."""
+"""Audits in the training loop. They compare the replicas, and report differences."""
 
 from __future__ import annotations
 

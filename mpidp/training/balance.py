@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FIRST_STEPS, EVERY_STEPS = 5, 10  # number of measured steps before the first change, and between changes
 MEMORY_STEPS = 20  # number of steps over which the median of a rank's speed is taken
 WORTH = 0.95  # change only if the predicted time of the slowest rank falls below this fraction
-SHORTEST_SECONDS = 1e-9  # smallest time of a lane that is used, because a clock may measure 0
+SHORTEST_SECONDS = 1e-9  # least time of a lane in computations, because a clock may measure 0
 
 
 def by_speed(num_lanes: int, seconds_per_lane: Sequence[float], max_lanes: int | None = None) -> list[range]:
@@ -67,7 +67,8 @@ class Balance(Protocol):
     static: bool  # whether no lane moves during the step
 
     def lanes(self, batch: int) -> Iterator[int]:
-        """Yield the lanes of global batch `batch` that this rank computes. Every rank calls this once per step. Independent."""
+        """Yield the lanes of global batch `batch` that this rank computes. Every rank calls lanes() once per step.
+        Independent."""
 
     def observe(self, seconds: Sequence[float], counts: Sequence[int]) -> str | None:
         """Record the compute seconds and the number of lanes of each rank in the last step. All ranks pass the same values. If

@@ -88,7 +88,7 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
     nominal_tokens = train.global_batch * config.model.seq_len
     make_optimizer = partial(
         Optimizer, optim.name, weight_decay=optim.weight_decay, beta1=optim.beta1, beta2=optim.beta2,
-        cautious=optim.cautious_decay, momentum_warmup=optim.momentum_warmup,
+        cautious=optim.cautious_decay, momentum_warmup=optim.momentum_warmup, padded=config.model.slices > 1,
         hidden=make_hidden(plan, model, memory) if optim.name in MATRIX_STATE else Hidden(),
     )
     options = StrategyOptions.of(asdict(config.strategy), train.steps, plan.mesh.node_sizes, arrivals=plan.arrivals)

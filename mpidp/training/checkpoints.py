@@ -25,7 +25,7 @@ def save(job: Job, end: dict[str, Any] | None = None, wait: bool = False) -> Non
     if wait:
         with job.services.clock.timed("checkpoint"):
             job.saver.wait_for_save(enter=enter)
-    if job.saver.step != at.step or end is not None:  # otherwise saved already; a resumed run skips the same batches again
+    if job.saver.step != at.step or end is not None:  # else already saved; a resumed run skips the same batches again
         with job.phase("checkpoint"):
             audit_weights(job, now=True)  # a checkpoint must hold correct weights
             entries = job.parts.entries(job.engine.model, job.strategy.state_dict())

@@ -150,7 +150,7 @@ def share_memory(
         lambda: reducer.has_free_slot(), c.strategy.servers,
     ))
     seen: dict[str, Any] = {
-        "observers": observers, "norm_over_parts": parts.norm if parts is not None and parts.grid.parts > 1 else None,
+        "observers": observers, "norm_over_parts": parts.norm if parts is not None and not parts.plain_norm else None,
     }
     if c.comm.compress == "none":
         reducer = REDUCERS[c.comm.reducer](group, lanes, transport, balance, slots, **seen)

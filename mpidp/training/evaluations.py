@@ -25,7 +25,7 @@ def evaluate(job: Job) -> None:
 
 
 def evaluate_validation(job: Job, validation: TokenStream) -> dict[str, Any]:
-    """Compute val_loss, and return the fields for its line. Collective over job.comm."""
+    """Compute val_loss, and return the fields for the line of the evaluation. Collective over job.comm."""
     loss, tokens = _loss_on(job, validation, job.config.train.eval_tokens)
     job.services.progress.print(f"step {job.position.step}  val_loss {loss:.4f}  ({tokens:,} tokens)")
     if not math.isfinite(loss):

@@ -36,7 +36,7 @@ def spent(job: Job) -> dict[str, Any]:
 
 def log_step(job: Job, learned: dict[str, Any], report: StepReport, epoch: int) -> None:
     """Write the line of a step. Most seconds are those of this rank. slowest_cost_seconds is the mean time that ranks waited for
-    the slowest rank, and lists have one entry per rank. Independent."""
+    the slowest rank. Lists have one entry per rank. Independent."""
     at, seconds = job.position, spent(job)
     speed = report.tokens / (report.steps * seconds["step_seconds"])
     slowest = int(report.seconds.argmax())

@@ -1,4 +1,4 @@
-"""The class Job, which has everything that the training loop needs."""
+"""Defines the class Job, which has everything that the training loop needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop. It has no code that depends on the training method."""
+"""The training loop. The loop has no code that depends on the training method."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ from mpidp.training.run_plan import RunPlan, plan
 
 GROWTH = 1.4  # smallest ratio of a candidate to the previous one
 ENOUGH = 0.97  # the smallest candidate with this share of the highest throughput is chosen, because a small one allows more ranks
-SECONDS = 0.3  # least duration of the measurement of a candidate
+SECONDS = 0.3  # least duration of a candidate's measurement, in seconds
 MEMORY_SHARE = 0.8  # the part of the free memory that may be used
 STATE_BYTES = 24  # bytes per parameter for several gradient buffers and the moments of the optimizer
 
@@ -60,7 +60,7 @@ def with_micro_batch(config: Config, grid: Grid) -> Config:
 
 def recorded(run_dir: Path, mirror: str = "") -> int:
     """Return the micro-batch that is recorded in the checkpoints of the run in this folder. If the folder has no checkpoint,
-    return the value from the mirror's checkpoints; if neither has a checkpoint, return 0. Raises DataError if the mirror's server
+    return the value from the mirror's checkpoints. If neither has a checkpoint, return 0. Raises DataError if the mirror's server
     fails. Independent."""
     if any((run_dir / "checkpoints").glob("*/manifest.json")) and (run_dir / "config.toml").is_file():
         return int(read_run_config(run_dir / "config.toml").get("train.micro_batch", 0))

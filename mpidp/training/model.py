@@ -17,8 +17,10 @@ from mpidp.model.shape import CustomShape
 from mpidp.model.starting import base_weights, prepared
 from mpidp.parallel.chunked_loss import defer_head
 from mpidp.parallel.model_part import ModelPartition
+from mpidp.parallel.sliced_layers import slice_layers, sliced_loss
 from mpidp.parallel.tensor import loss_over, share_layers
 from mpidp.parallel.tensor_comm import TensorComm
+from mpidp.parallel.tree_comm import TreeComm
 from mpidp.runtime.agreement import check_agreement, parameter_facts
 from mpidp.runtime.log import log
 from mpidp.runtime.world import raise_together
@@ -40,19 +42,25 @@ class TrainedModel:
 def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> TrainedModel:
     """Return the model of a job. module: an existing model to use again. None: make a new model. Collective over plan.world."""
     config, grid = plan.config, plan.grid
-    parts, origin = ModelPartition(grid, plan.shape, config.mesh.sequence, config.mesh.interleave), None
+    parts, origin = ModelPartition(grid, plan.shape, config.mesh.sequence, config.mesh.interleave, config.model.slices), None
     if module is None:
         module, origin = _new(plan, parts)
     token_losses, first = None, parts.part.own_range(plan.shape.vocab_size).start
+    positions, dtype = config.train.micro_batch * config.model.seq_len, getattr(torch, config.train.dtype)
+    rows = chunk_rows(config.train.loss, plan.shape, positions)
+    if (slices := config.model.slices) > 1:
+        tree = TreeComm(grid, transport)
+        token_losses = sliced_loss(module, slices, rows or positions, dtype, tree)
+        slice_layers(module, slices, tree)
+        return TrainedModel(module, trained(module), parts, token_losses, origin)
     ring: TensorComm | None = getattr(module, "tensor_comm", None)  # an existing model already uses it
     shared = ring is not None
     if ring is not None:
         ring.use(grid, transport)
     elif grid.tp.size > 1:
         ring = TensorComm(grid, transport, config.mesh.sequence)
-    rows = chunk_rows(config.train.loss, plan.shape, config.train.micro_batch * config.model.seq_len)
     if rows:
-        token_losses = defer_head(module, plan.shape, rows, getattr(torch, config.train.dtype), first, ring)
+        token_losses = defer_head(module, plan.shape, rows, dtype, first, ring)
     elif ring is not None:
         token_losses = loss_over(ring, first)
     if ring is not None and not shared:

@@ -84,8 +84,8 @@ def must_grow(crew: Crew, size: int, job: Job | None) -> bool:
 
 def one_more(world: MPI.Intracomm, crew: Crew, before: Job | None) -> MPI.Intracomm:
     """Start a replacement rank, and return a communicator of world's ranks followed by the new rank. If no process can be
-    started, return world, and make no further attempts in this run. before: the job of the surviving ranks; None on replacement
-    ranks. Raises RankFailure if a rank fails. Collective over world."""
+    started, return world, and make no further attempts in this run. before: the job of the surviving ranks, or None on
+    replacement ranks. Raises RankFailure if a rank fails. Collective over world."""
     beat: Callable[[], None] = lambda: None  # noqa: E731
     if before is not None:
         before.services.observers.enter("respawn")
@@ -213,8 +213,7 @@ def _event(job: Job, old: list[tuple[int, str]], found: Replicas, failed_at: flo
     words = [f"lost ranks {names}"] if lost else []
     words += [f"ranks {', '.join(map(str, came))} joined"] if came else []
     spare = f", spare ranks {', '.join(map(str, spares))}" if spares else ""
-    job.services.progress.print(
-        f"step {job.position.step}  {', '.join(words) or 'no rank lost'}: continuing with {size} ranks{spare} after {seconds:.2f} s"
-    )
+    what = ", ".join(words) or "no rank lost"
+    job.services.progress.print(f"step {job.position.step}  {what}: continuing with {size} ranks{spare} after {seconds:.2f} s")
     event = {"event": "recovered", "lost": lost} if lost or not came else {"event": "respawned"}
     return event | ({"came": came} if came else {}) | ({"spares": spares} if spares else {}) | {"ranks": size, "seconds": seconds}

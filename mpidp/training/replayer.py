@@ -28,7 +28,7 @@ from mpidp.training.run_plan import plan
 
 # Largest relative difference that counts as close: by default, for Muon (rounds to bfloat16), and for NorMuon's row means
 CLOSE, CLOSE_MUON, CLOSE_ROWS = 1e-5, 1e-3, 2e-2
-FIGURES = ("train_loss", "grad_norm", "lr")  # compared keys of metrics.jsonl
+FIGURES = ("train_loss", "grad_norm", "lr")  # the keys of metrics.jsonl that are compared
 PLAIN = {"train.balance": "even", "train.audit_every": 0, "train.noise_every": 0, "comm.transport": "messages",
          "comm.copies": "rank", "comm.gpu": "staged", "comm.overlap": "none", "mesh.shard": 0,
          "mesh.tp": 1, "mesh.pp": 1, "mesh.dp": 0, "mesh.sequence": False, "mesh.interleave": 1,
@@ -55,7 +55,7 @@ class Record:
     ranks: dict[int, int] = field(default_factory=dict)  # step after which the number of ranks was set -> number of ranks
 
     def ranks_in(self, start: int, last: int) -> set[int]:
-        """Return the numbers of ranks that computed the steps start + 1 to last, or nothing if unknown. Pure."""
+        """Return the numbers of ranks that computed the steps start + 1 to last. Empty: unknown. Pure."""
         begun = max((at for at in self.ranks if at <= start), default=0)
         return {ranks for at, ranks in self.ranks.items() if at == begun or start < at < last}
 

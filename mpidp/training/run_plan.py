@@ -1,4 +1,4 @@
-"""The plan of a run. To make a plan, the data is opened and checked, and the configuration is resolved. This uses little
+"""The plan of a run. To make a plan, the data is opened and checked, and the configuration is resolved. Making a plan uses little
 memory."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError, UsageError
 from mpidp.metrics.jsonl import MetricsFile, read_lines
 from mpidp.metrics.track.table import check_trackers, trackers_of
-from mpidp.model.part import Part, check_split, part_of
+from mpidp.model.part import Part, check_slices, check_split, part_of
 from mpidp.model.shape import Shape, TransformerShape
 from mpidp.model.starting import trained_sizes
 from mpidp.parallel.grid import Grid
@@ -47,7 +47,7 @@ KEPT = {"train.threads": 0, "optim.warmup_steps": -1}  # the value that means au
 class RunPlan:
     """A resolved run: configuration, data, grid of ranks, model shape. It holds no large memory."""
 
-    config: Config  # resolved: no automatic values left
+    config: Config  # resolved: without automatic values
     automatic: frozenset[str]  # the settings of KEPT that the user left automatic
     grid: Grid
     device: torch.device
@@ -57,7 +57,7 @@ class RunPlan:
     lanes: Lanes
     shape: Shape
     arrivals: Order  # order of arrivals to replay, at parameter servers or in quorum rounds
-    origin: Origin | None = None  # source of the initial weights; None: drawn at random
+    origin: Origin | None = None  # source of the initial weights; None: they are random
 
     @property
     def world(self) -> MPI.Intracomm:
@@ -232,6 +232,7 @@ def plan(config: Config, grid: Grid) -> RunPlan:
         if origin is not None:
             origin.check_shape(shape)
         check_split(shape, grid.tp.size, grid.pp.size, config.mesh.interleave)
+        check_slices(shape, config.model.slices, grid.tp.size)
         if training.apart and not isinstance(shape, TransformerShape):
             raise UsageError(
                 f"model.kind={config.model.kind} with data.documents=apart ({config.data.path}): only the Transformer supports "

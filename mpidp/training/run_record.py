@@ -121,7 +121,8 @@ def _write_files(plan: RunPlan, origin: Origin | None) -> None:
 
 
 def keep_special_tokens(content: bytes | None, template: str | None, run_dir: Path) -> None:
-    """Write the data's special_tokens.json to the run. Its chat template replaces that of the model in RUN/hf. Independent."""
+    """Write the data's special_tokens.json to the run. The chat template of the data replaces that of the model in RUN/hf.
+    Independent."""
     (run_dir / FILE).unlink(missing_ok=True)
     if content is None:
         return

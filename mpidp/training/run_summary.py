@@ -50,7 +50,7 @@ def log_summary(plan: RunPlan, given: Config, everything: bool = False) -> None:
 
 
 def changed_settings(given: Config) -> str:
-    """Return a line of the settings that differ from the defaults. Pure."""
+    """Return a line with the settings that differ from the defaults. Pure."""
     defaults = Config().flat()
     text = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in given.flat().items()}
     changed = [shlex.quote(f"{key}={text[key]}") for key, value in given.flat().items() if value != defaults[key]]

@@ -31,7 +31,7 @@ class Services:
     faults: InjectedFaults  # faults injected on this rank
     watchdog: Watchdog
     timeline: Timeline
-    observers: StepObservers  # notifies the three objects above
+    observers: StepObservers  # notifies the faults, the watchdog and the timeline
     clock: Clock
     progress: Progress
     meter: Meter

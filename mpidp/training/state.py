@@ -13,7 +13,7 @@ from mpidp.metrics.gradient_noise import NoiseAverage
 from mpidp.strategies.protocol import StepStats
 
 REMEMBERED = 32  # number of gradient norms whose median is the usual norm
-KNOWN_AFTER = 20  # number of updates after which the usual norm is known
+KNOWN_AFTER = 20  # after this number of updates the usual norm is known
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Position:
 
     @property
     def batch(self) -> int:
-        """The number of the next batch. The loader has no other state."""
+        """The number of the next batch. The loader needs no other state."""
         return self.step + self.skipped
 
     def norm_limit(self, spike: float) -> float:
@@ -55,8 +55,8 @@ class Position:
             self.norms = [*self.norms, *filter(None, [stats.grad_norm])][-REMEMBERED:]
 
     def evaluated(self, loss: float | None) -> None:
-        """Record that this step was evaluated, and `loss` as its val_loss (None: there is no validation split). A loss that is
-        not finite is never the best. Independent."""
+        """Record that this step was evaluated. loss: val_loss, or None if there is no validation split. A loss that is not finite
+        is never the best. Independent."""
         self.evaluated_step = self.step
         if loss is None:
             return

@@ -33,7 +33,7 @@ class StepReport:
 
     @property
     def tokens(self) -> int:
-        """Target tokens of the global batches."""
+        """The number of target tokens of the global batches."""
         return int(self.num_tokens.sum())
 
     @property
@@ -56,7 +56,7 @@ def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> St
     lengths = [count, count, size, size, size, job.lanes.num_lanes, 4, 1, 1, 1]
     flat = np.zeros(sum(lengths))
     losses, num_tokens, spent, data, counts, squares, saving, stops, steps, joules = np.split(flat, np.cumsum(lengths)[:-1])
-    reports_losses = job.engine.reports_loss  # otherwise another rank of this replica reports the losses
+    reports_losses = job.engine.reports_loss  # if false, another rank of this replica reports the losses
     if reports_losses or not synchronized:
         losses[done.micro_batches], num_tokens[done.micro_batches] = done.losses, done.num_tokens
     data[rank], joules[0] = clock.so_far("data"), job.services.meter.pop_joules()

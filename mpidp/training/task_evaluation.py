@@ -23,7 +23,8 @@ class TaskEvaluation:
     """Evaluates the model during training. When the ranks evaluate, all replicas have the same model."""
 
     def __init__(self, plan: RunPlan, model: Any, observers: StepObservers, tasks: dict[str, Any] | None) -> None:
-        """tasks: the result of load_tasks() on rank 0, None on other ranks. observers: are notified of the progress."""
+        """tasks: the result of load_tasks() on rank 0, and None on other ranks. observers: objects that are notified of the
+        progress."""
         self._plan, self._model, self._observers, self.tasks = plan, model, observers, tasks
         self._requests: SharedRequests | None = None
 

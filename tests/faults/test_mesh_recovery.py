@@ -105,6 +105,16 @@ def test_the_state_comes_from_the_checkpoint(
         assert learned(lines)[-1] == with_tp[-1], ended
 
 
+def test_slices(shell: Shell, prepared: Path, forks: Forks) -> None:
+    """With model.slices, the results are those of one rank, whatever the mesh, also after a failure."""
+    done = forks.run(prepared, "mpidp.train", "tiny.toml", *SETTINGS, "--model.slices=2", "--run.dir=slices")
+    assert done.code == 0, done
+    ended = start_ulfm(shell, 4, "kill:2:3:apply", *TP, "--model.slices=2").wait()
+    assert ended.code == 0, ended
+    lines = lines_of(shell.folder / "run")
+    assert learned(lines) == learned(lines_of(prepared / "slices")) and dead(lines) == [2], ended
+
+
 def test_too_few_ranks_for_a_replica(shell: Shell, undisturbed: Learned) -> None:  # noqa: F811
     ended = start_ulfm(shell, 4, "kill:0:4:reduce kill:1:4:reduce kill:3:4:reduce", *PP).wait()
     assert ended.code == 1, ended

@@ -41,7 +41,7 @@ def whole(hidden: Tensor, weight: Tensor, targets: Tensor, shape: TransformerSha
 def test_loss_and_gradients_are_those_of_all_logits(rows: int, options: dict[str, float]) -> None:
     shape, (hidden, weight, targets) = shape_of(**options), inputs()
     wanted = whole(hidden, weight, targets, shape)
-    found = ChunkedLoss(shape, lambda: weight, rows, torch.float32)(hidden, targets)
+    found = ChunkedLoss(shape, lambda: [weight], rows, torch.float32)(hidden, targets)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
     for one, other in zip(*(torch.autograd.grad(loss / 7, (hidden, weight)) for loss in (found, wanted)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -49,7 +49,7 @@ def test_loss_and_gradients_are_those_of_all_logits(rows: int, options: dict[str
 
 def test_a_frozen_head_gets_no_gradient_and_evaluation_computes_none() -> None:
     shape, (hidden, weight, targets) = shape_of(), inputs()
-    loss = ChunkedLoss(shape, lambda: weight.detach(), 8, torch.float32)
+    loss = ChunkedLoss(shape, lambda: [weight.detach()], 8, torch.float32)
     (found,) = torch.autograd.grad(loss(hidden, targets), (hidden,))
     (wanted,) = torch.autograd.grad(whole(hidden, weight, targets, shape), (hidden,))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
@@ -63,7 +63,7 @@ def test_bfloat16_products_are_those_of_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         logits = F.linear(hidden, weight)
     wanted = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
-    found = ChunkedLoss(shape, lambda: weight, 8, torch.bfloat16)(hidden, targets)
+    found = ChunkedLoss(shape, lambda: [weight], 8, torch.bfloat16)(hidden, targets)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
     for one, other in zip(*(torch.autograd.grad(loss, (hidden, weight)) for loss in (found, wanted)), strict=True):
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)

@@ -29,7 +29,7 @@ model.activation model.gated model.attention_bias model.mlp_bias model.qk_norm m
 model.parallel model.positions model.position_rows model.rotary_dims model.rotary_layers model.window model.window_layers
 model.window_rope_theta model.window_rope_scaling model.embedding_scale model.input_mix model.residual_scale model.attention_scale
 model.logit_scale model.attention_cap model.logit_cap
-model.zero_init model.lora_rank model.lora_alpha model.lora_targets
+model.slices model.zero_init model.lora_rank model.lora_alpha model.lora_targets
 train.init_from train.steps train.tokens train.epochs train.target_loss train.patience train.global_batch train.micro_batch
 train.lanes train.seed train.device train.dtype train.compile train.recompute train.loss train.deterministic train.threads
 train.eval_every train.eval_tokens train.eval_tasks train.eval_tasks_dir train.eval_tasks_limit train.save_every
@@ -250,7 +250,7 @@ def configs(draw: st.DrawFn) -> Config:
         "model.num_kv_heads": draw(st.sampled_from([k for k in range(heads + 1) if k == 0 or heads % k == 0])),
         "optim.warmup_steps": draw(st.integers(-1, chosen["train.steps"])),
         "train.spike": chosen["train.spike"] * (chosen["train.spike"] > 1),
-        "train.eval_tasks": draw(st.sampled_from(["", "a", "a,b"])),
+        "train.eval_tasks": draw(st.sampled_from(["", "a", "a,b"])), "model.slices": draw(st.sampled_from([1, 2, 8])),
     }
     without_tasks = {"train.eval_tasks_dir": "", "train.eval_tasks_limit": 0}
     chosen |= {"train.compile": False} if chosen["train.eval_tasks"] else without_tasks
@@ -281,6 +281,9 @@ def configs(draw: st.DrawFn) -> Config:
     of_meshes = [rule for rule in rules.RULES if rule.one.startswith(("mesh.", "train.eval_tasks"))]
     if any(rule.has_one(settings) and rule.has_other(settings) for rule in of_meshes):
         chosen |= {"mesh.shard": 0, "mesh.tp": 1, "mesh.pp": 1, "mesh.sequence": False, "mesh.interleave": 1}
+    settings |= chosen
+    if any(rule.has_one(settings) and rule.has_other(settings) for rule in rules.RULES if rule.one == "model.slices above 1"):
+        chosen["model.slices"] = 1
     sections: dict[str, dict[str, Any]] = {"strategy": strategy}
     for key, value in chosen.items():
         section, _, name = key.partition(".")

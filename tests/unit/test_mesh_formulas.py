@@ -330,7 +330,7 @@ def test_the_memory_of_the_loss_is_what_training_allocates(loss: str) -> None:
     head = torch.nn.Linear(32, 100_000, bias=False)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         if rows:
-            total = ChunkedLoss(model.shape, lambda: head.weight, rows, torch.float32)(hidden, targets)
+            total = ChunkedLoss(model.shape, lambda: [head.weight], rows, torch.float32)(hidden, targets)
         else:
             total = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum")
         total.backward()

@@ -140,7 +140,7 @@ def test_every_setting_that_is_named_is_one(name: str) -> None:
     assert named <= known, named - known
 
 
-@pytest.mark.parametrize("name", [NAMES[0], "docs/choosing.md", "docs/commands.md", "docs/reproducibility.md", "docs/runs.md"])
+@pytest.mark.parametrize("name", [NAMES[0], "docs/choosing.md", "docs/commands.md", "docs/determinism.md", "docs/runs.md"])
 def test_every_training_command_has_settings_that_go_together(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The reader's own configuration (my.toml) is empty here: all its settings are the defaults."""
     (tmp_path / "my.toml").write_text("")

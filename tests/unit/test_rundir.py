@@ -319,7 +319,8 @@ FIXED_KEYS = {
     "data.documents", "model.zero_init", "model.lora_rank", "model.lora_alpha", "model.lora_targets", "optim.freeze",
     "train.micro_batch", "train.lanes", "train.seed", "train.loss", "optim.name", "strategy.name", "strategy.quorum",
     "strategy.sync_every", "strategy.meet_every", "strategy.staleness", "strategy.compensation", "strategy.group",
-    "strategy.group_size", "strategy.overlap", "strategy.mode", "strategy.fragments", *(f"model.{name}" for name in OPTIONS),
+    "strategy.group_size", "strategy.overlap", "strategy.mode", "strategy.fragments", "model.slices",
+    *(f"model.{name}" for name in OPTIONS),
 }
 
 

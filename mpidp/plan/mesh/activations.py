@@ -14,9 +14,9 @@ from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
 def _norm(model: ModelSizes) -> tuple[int, int]:
     """Return the bytes per channel and per position that a norm keeps, without its output.
 
-    RMSNorm keeps its input, the normalized input and a factor. LayerNorm keeps its input, a mean and a factor.
+    RMSNorm keeps its input, the normalized input and a factor. LayerNorm also keeps a mean (on a GPU, not the normalized input).
     """
-    return (4, 8) if model.options.norm == "layer" else (8, 4)
+    return (8, 8) if model.options.norm == "layer" else (8, 4)
 
 
 def _between_branches(model: ModelSizes, work: Work) -> int:

@@ -38,7 +38,7 @@ MASTER, MOMENTS = 4, 8  # bytes per parameter
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory of one rank by use, in bytes."""
+    """The memory that one rank needs for each use, in bytes."""
 
     parameters: float
     gradients: float
@@ -59,7 +59,7 @@ def _layers(model: ModelSizes, pp: int) -> list[int]:
 
 
 def layers_of(model: ModelSizes, shape: Shape, stage: int) -> int:
-    """Return the number of blocks of a stage. The last stage has fewer, because it also computes the head. Pure."""
+    """Return the number of blocks of a stage. The last stage may have fewer blocks, because it also computes the head. Pure."""
     return _layers(model, shape.pp)[stage]
 
 
@@ -86,7 +86,7 @@ def memory_of(model: ModelSizes, shape: Shape, work: Work, stage: int) -> Memory
     p, small = parameters_of(model, shape, stage), work.number_bytes == 2
     tokens, last = work.micro_batch * model.seq_len, stage == shape.pp - 1
     working = 0.0
-    largest = max(model.block, model.table) / shape.tp  # the most parameters that are gathered at a time
+    largest = max(model.block, model.table) / shape.tp  # largest number of parameters that are gathered at a time
     if shape.shard >= 3 and shape.dp > 1:
         working += min(p, 2 * largest) * work.number_bytes
     elif small:

@@ -22,7 +22,7 @@ from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
 from mpidp.plan.mesh.time import LinkSpeed, Machine, Step, measured_machine, step_of
 from mpidp.plan.ranks import measured
 
-KNOWN = {  # parameters: (name, sizes), as published
+KNOWN = {  # number of parameters: (name, sizes), as published
     1.10e9: ("TinyLlama 1.1B", ModelSizes(22, 2048, 5632, 32, 4, 32000, 2048)),
     6.74e9: ("LLaMA 2 7B", ModelSizes(32, 4096, 11008, 32, 32, 32000, 4096)),
     8.03e9: ("Llama 3.1 8B", ModelSizes(32, 4096, 14336, 32, 8, 128256, 8192)),
@@ -67,7 +67,7 @@ def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[
         hidden = -(-8 * dim // (3 * 64)) * 64
         base = ModelSizes(1, dim, hidden, dim // head_dim, dim // head_dim, vocab_size, seq_len or SEQ_LEN)
         layers = round((parameters - 2 * base.table) / base.block)
-        layers = layers if layers < 8 else 4 * round(layers / 4)  # so that stages can have equal sizes
+        layers = layers if layers < 8 else 4 * round(layers / 4)  # a multiple of 4, so that stages can have equal sizes
         if layers >= 1:
             model = replace(base, num_layers=layers)
             off = abs(model.parameters / parameters - 1) + 0.05 * abs(math.log(layers * 128 / dim))
@@ -82,7 +82,7 @@ def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[
 def vocab_size_of(values: Mapping[str, Any]) -> int:
     """Return the vocabulary size of a configuration {section.key: value}, or else of its data. Raises UsageError if the
     configuration has no vocabulary size and the data cannot be read. Independent."""
-    from mpidp.data.shard_folder import open_index  # imports numpy
+    from mpidp.data.shard_folder import open_index  # imported here, because it imports numpy
 
     try:
         return int(values.get("model.vocab_size", 0)) or open_index(str(values.get("data.path"))).vocab_size
@@ -155,8 +155,8 @@ def machine_of(
 
 
 def machine_of_run(run: Path, vocab_size: int) -> tuple[float, float]:
-    """Return (FLOP/s, memory bytes/s), computed from the step times of a run of mpidp.train. Raises UsageError if the run used
-    several ranks or has no step times. Independent."""
+    """Return (FLOP/s, memory bytes/s), computed from the step times of a run of mpidp.train. Raises UsageError if the run
+    recorded no step times on one rank. Independent."""
     found = measured.read(run)
     times = [one for one in measured.seconds([found]) if one.ranks == 1]
     if not times or not times[0].update or "model.num_layers" not in found.config:

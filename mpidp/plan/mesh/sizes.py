@@ -14,7 +14,7 @@ from mpidp.model.shape import TransformerShape, block_sizes, num_parameters
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """The sizes of a model from which its parameters, memory and operations follow."""
+    """The sizes of a model. They determine its parameters, memory and operations."""
 
     num_layers: int
     model_dim: int

@@ -71,7 +71,7 @@ class Traffic:
 
     sent_bytes: float = 0.0
     seconds: float = 0.0
-    between: bool = False  # whether some of this traffic is between nodes
+    between: bool = False  # whether a part of this traffic is between nodes
 
     def times(self, count: float) -> Traffic:
         """Return `count` times this traffic."""

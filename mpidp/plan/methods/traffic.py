@@ -89,7 +89,7 @@ def lanes_of(config: Config) -> Lanes:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The size of the gradient and its buckets."""
+    """The sizes of the gradient and of its buckets."""
 
     num_elements: int
     buckets: list[Bucket]
@@ -101,7 +101,7 @@ class Sizes:
 
 
 def sizes_of(config: Config, vocab_size: int) -> Sizes:
-    """Return the size of the gradient without allocating the model. Independent."""
+    """Return the sizes of the gradient and of its buckets, without allocating the model. Independent."""
     shape, settings = model_shape(config, vocab_size), config.flat()
     layout = FlatLayout(trained_on_meta(settings, shape, whole(shape)))
     return Sizes(layout.num_elements, layout.cut(int(config.comm.bucket_mb * 2**20)))

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 TIMED = 6  # number of steps of a compute measurement, of which the second half is timed
-PILOT = 0.2  # duration of the run before a trial that measures the step time, as a fraction of the trial's
+PILOT = 0.2  # a shorter run that measures the step time precedes a trial, and takes this fraction of its time
 
 
 @dataclass(frozen=True)

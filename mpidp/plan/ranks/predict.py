@@ -37,7 +37,7 @@ class Learned:
 
     @property
     def fewest_steps(self) -> float:
-        """S_min, the number of steps that an infinite batch would need."""
+        """S_min, the number of steps with an infinitely large batch."""
         return self.steps / (1 + self.noise_scale_tokens / self.tokens_a_step)
 
 
@@ -51,7 +51,7 @@ class Cell:
 
     @property
     def at(self) -> tuple[float, int]:
-        """The position in the table."""
+        """The position of the cell in the table."""
         return self.multiple, self.ranks
 
     @property

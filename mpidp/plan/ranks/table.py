@@ -60,7 +60,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _assumed(found: dict[str, Any]) -> list[str]:
-    """Return the assumptions of the predictions."""
+    """Return lines that state the assumptions of the predictions."""
     timed = [one["ranks"] for one in found["measured"]]
     lines = [
         *(

@@ -143,7 +143,7 @@ class Integer(Scaled):
         self.levels = 2 ** (bits - 1) - 1
 
     def scale(self, rows: Tensor) -> Tensor:
-        """Return the scale of each block, (blocks, BLOCK) -> (blocks, 1). No multiple of a scale overflows. Pure."""
+        """Return the scale of each block, (blocks, 1). rows: (blocks, BLOCK). No multiple of a scale overflows. Pure."""
         most = rows.abs().amax(1, keepdim=True)
         scales = (most / self.levels).clamp(SMALLEST, LARGEST / self.levels * (1 - 2.0**-23))
         return torch.where(most > 0, scales, 1.0)  # blocks of zeros get a normal scale, because computing with denormals is slow

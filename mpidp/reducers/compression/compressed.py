@@ -53,7 +53,7 @@ def trimmed(bucket: Bucket) -> Bucket:
 
 
 def padding_of(bucket: Bucket) -> Tensor:
-    """Return the places in the bucket, int64, that belong to no parameter. Pure."""
+    """Return the indices of the elements of the bucket, int64, that belong to no parameter. Pure."""
     ends = [offset + shape.numel() for offset, shape in zip(bucket.offsets, bucket.shapes, strict=True)]
     nexts = [*bucket.offsets[1:], bucket.stop]
     return torch.cat([torch.arange(end, then) for end, then in zip(ends, nexts, strict=True)]) - bucket.start
@@ -67,7 +67,7 @@ class Compressed(FlatReducer):
         self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int, method: CompressionMethod,
         seed: int, momentum: float = 0.0, **more: Any,
     ) -> None:
-        """seed: for all random numbers of the method. Independent."""
+        """seed: the seed of all random numbers of the method. Independent."""
         super().__init__(group, lanes, transport, shares, num_slots, **more)
         self.method, self.momentum = method, momentum
         self.exchange = Exchange(self.comm, transport, lambda request: self.wait(request), seed)

@@ -53,7 +53,7 @@ def all_finite(x: Tensor) -> bool:
 
 @dataclass
 class Summed:
-    """The results on one rank of a sum of vectors of n values over all ranks."""
+    """The results, on one rank, of a sum over all ranks of vectors of n values."""
 
     total: Tensor  # (n,), the same bits on all ranks
     unsent: Tensor  # (n,), the encoding error of this rank's values
@@ -66,7 +66,7 @@ class Exchange:
     """Sums over the ranks of comm."""
 
     def __init__(self, comm: MPI.Intracomm, transport: Messages, wait: Callable[[MPI.Request], None], seed: int) -> None:
-        """wait: function that waits for an MPI request. seed: for the random numbers of the codes. Independent."""
+        """wait: a function that waits for an MPI request. seed: the seed of the random numbers of the codes. Independent."""
         self.comm, self.transport, self.wait, self.seed = comm, transport, wait, seed
 
     def sum(self, x: Tensor, code: Code, key: tuple[int, ...], finite: bool = True) -> Summed:

@@ -1,0 +1,65 @@
+"""The norm of a gradient, summed over slices of parameters (model.slices), so that its bits do not depend on the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from mpidp.comm.buffers import buf
+from mpidp.comm.slices import NORM_BLOCK, norm_of_squares, round_up, squares_of_blocks
+from mpidp.model.part import Part
+from mpidp.parallel.grid import Grid
+from mpidp.reducers.buckets import FlatLayout
+
+
+class NormBySlices:
+    """Computes the L2 norm over the whole model. The elements of each slice of a parameter are cut into norm blocks, the last of
+    which is padded with zeros. The sums of squares of the blocks are added in the order of the whole model: by parameter, by
+    slice, and by block."""
+
+    def __init__(
+        self, grid: Grid, part: Part, sizes: Mapping[str, tuple[int, ...]], slices: int, counts: Callable[[str], bool]
+    ) -> None:
+        """sizes: the shapes of the whole model's parameters. counts: whether this rank counts a parameter of its part, given by
+        name; what several ranks hold is counted by one of them."""
+        self._grid, self._part, self._sizes, self._slices, self._counts = grid, part, sizes, slices, counts
+        self._order = torch.empty(0, dtype=torch.int64)  # of the blocks of all ranks
+        self._lengths: list[int] = []  # number of blocks of each rank; empty before the first call
+
+    def __call__(self, layout: FlatLayout, flat: Tensor) -> float:
+        """Return the norm. flat: the gradient of this rank's part, (num_elements,). Collective over grid.model."""
+        names, keys, squares = list(self._sizes), [], []
+        for (_, name, _), view in zip(layout.placed(), layout.views(flat), strict=True):
+            if self._counts(name):
+                whole = self._part.global_name(name)
+                cut = self._part.slices(whole, self._sizes[whole], self._slices)
+                first = self._part.index * self._slices // self._part.size
+                for number, piece in enumerate([view] if cut is None else view.split(cut[1], cut[0]), first):
+                    squares.append(_squares(piece))
+                    keys.append((names.index(whole), number, len(squares[-1])))
+        mine, comm = torch.cat(squares).cpu(), self._grid.model
+        if not self._lengths:
+            self._plan(comm.allgather(keys))
+        if comm.size == 1:
+            return norm_of_squares(mine[self._order])
+        everything = torch.empty(sum(self._lengths), dtype=torch.float64)
+        places = np.cumsum([0, *self._lengths[:-1]]).tolist()
+        self._grid.wait(comm.Iallgatherv(buf(mine), [buf(everything)[0], (self._lengths, places), MPI.DOUBLE]))
+        return norm_of_squares(everything[self._order])
+
+    def _plan(self, keys: list[list[tuple[int, int, int]]]) -> None:
+        """Set the order of the blocks. keys: for each rank, (parameter, slice, number of blocks) of each piece."""
+        blocks = [(name, number, at) for rank in keys for name, number, length in rank for at in range(length)]
+        self._order = torch.tensor(sorted(range(len(blocks)), key=blocks.__getitem__))
+        self._lengths = [sum(length for _, _, length in rank) for rank in keys]
+
+
+def _squares(piece: Tensor) -> Tensor:
+    """Return the sum of squares of each norm block of a piece of a parameter, (blocks,) float64."""
+    padded = piece.new_zeros(round_up(piece.numel(), NORM_BLOCK))
+    padded[: piece.numel()].view(piece.shape).copy_(piece)
+    return squares_of_blocks(padded)

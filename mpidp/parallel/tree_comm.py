@@ -1,0 +1,64 @@
+"""Sums over the tensor-parallel ranks of a stage in the order of a fixed binary tree (model.slices).
+
+The tree's leaves are the slices of the model. Their number S is a power of two, and each of T ranks has a run of S / T successive
+slices. T divides S, so each run is a complete subtree: a rank adds its own slices first, and then the ranks' partial sums are
+added in the order of the same tree. Float32 addition is commutative. Therefore the bits of the sum do not depend on T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from mpidp.comm.slices import slice_bounds
+from mpidp.parallel.tensor_comm import TensorComm
+
+
+def tree_sum(parts: Sequence[Tensor]) -> Tensor:
+    """Return the sum of the tensors, added in pairs. parts: 1, 2, 4, 8, ... tensors of one shape and dtype. The order is that of
+    reducers/tree_order.py. Pure."""
+    while len(parts) > 1:
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+class TreeComm(TensorComm):
+    """Sums and gathers over the tensor-parallel ranks of a stage, whose number is 1, 2, 4, 8, ... A sum sends as many bytes as an
+    allreduce."""
+
+    def sum(self, x: Tensor, op: MPI.Op = MPI.SUM) -> Tensor:
+        """Return the sum of x over the ranks in tree order, as a new tensor with the shape and dtype of x. op: another MPI
+        reduction than the sum. Collective over comm."""
+        if op != MPI.SUM:
+            return super().sum(x, op)
+        with torch.no_grad():
+            total = x.detach().to(torch.float32, copy=True).contiguous()
+            if self.comm.size > 1:
+                self._add(total.view(-1))
+            return total.to(x.dtype)
+
+    def _add(self, flat: Tensor) -> None:
+        """Replace flat (n,) by its sum over the ranks. Each rank adds one range of the elements. Collective over comm."""
+        comm, wire = self.comm, self._transport.load(flat, "tensor_parallel")
+        bounds = slice_bounds(flat.numel(), comm.size)
+        counts = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        own = wire[bounds[comm.rank] : bounds[comm.rank + 1]]
+        own.copy_(self._sum_of_parts(wire, counts, bounds[:-1]))
+        self._transport.ready()
+        self._transport.allgatherv(comm, self._wait, (wire, counts, bounds[:-1]))
+        self._transport.store(wire, flat)
+
+    def _sum_of_parts(self, wire: Tensor, counts: list[int], starts: list[int]) -> Tensor:
+        """Return the sum of this rank's range over the ranks. wire: the values of all ranges. Collective over comm."""
+        comm, length = self.comm, counts[self.comm.rank]
+        received = self._transport.scratch("parts", comm.size * length)
+        others = [r != comm.rank for r in range(comm.size)]
+        sends = [n * other for n, other in zip(counts, others, strict=True)]
+        places = [r * length for r in range(comm.size)]
+        self._transport.alltoallv(comm, self._wait, (wire, sends, starts), (received, [length * o for o in others], places))
+        parts = list(received.view(comm.size, length).unbind())
+        parts[comm.rank] = wire[starts[comm.rank] : starts[comm.rank] + length]
+        return tree_sum(parts)
