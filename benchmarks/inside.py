@@ -64,7 +64,7 @@ class Stepper:
         own = comm.bcast(tempfile.mkdtemp(dir=config.run.dir) if comm.rank == 0 else None)
         config = config.with_values(run={"dir": own})
         self.comm, self.threads = comm, config.train.threads
-        self.job: Job = build(plan(config, make_grid(comm)))
+        self.job: Job = build(plan(config, make_grid(comm, config.mesh.tp, config.mesh.pp)))
         loader = self.job.open_loader(0)
         self.batch: Batch = next(loader)
         loader.close()

@@ -1,4 +1,5 @@
-"""Arranges the documents of one or more sources in the output. The result does not depend on the number of ranks.
+"""Determines the order and the places of documents in the output, for one or more sources. The result does not depend on the
+number of ranks.
 
 A mixture takes the next document from the source that is furthest behind its share. Every prefix of the mixture therefore has
 about the requested shares. Packing puts the documents, in order, into windows of a fixed number of tokens. Only the last few
@@ -21,16 +22,16 @@ OPEN = 64  # number of windows that can receive further documents
 
 
 def lengths_of(stream: Stream) -> tuple[np.ndarray, np.ndarray]:
-    """Return (start, number of tokens) of the d documents of a stream, each int64 (d,). Independent."""
+    """Return two int64 arrays (d,) about the d documents of a stream: their starts, and their numbers of tokens. Independent."""
     starts = stream.document_starts(0, stream.tokens).astype(np.int64) if stream.tokens else np.empty(0, dtype=np.int64)
     return starts, np.diff(starts, append=stream.tokens)
 
 
 def mix(lengths: Sequence[np.ndarray], weights: Sequence[float], tokens: int, repeat: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return (source, index of the document within the source) for each document of a mixture, int64 (n,) each.
+    """Return two int64 arrays (n,) about the n documents of a mixture: the source of each document, and its index in the source.
 
     The mixture stops after `tokens` tokens (0: no limit), or when the next source is exhausted. With `repeat`, an exhausted
-    source starts over instead. Each source must have a document. Pure.
+    source starts over instead. Each source must have at least one document. Pure.
     """
     if len(lengths) == 1 and not tokens:
         return np.zeros(len(lengths[0]), dtype=np.int64), np.arange(len(lengths[0]))
@@ -74,7 +75,7 @@ def pack(lengths: np.ndarray, window: int) -> tuple[np.ndarray, int]:
 
 @dataclass
 class Arrangement:
-    """Documents of several streams, arranged as one stream with the interface Tokens (cut.py)."""
+    """Documents of several streams, arranged as one stream. The class implements the interface Tokens (cut.py)."""
 
     streams: Sequence[Stream]
     which: np.ndarray  # (n,) the stream of each document, in output order
@@ -133,5 +134,5 @@ class Arrangement:
         return (self.places[low:high] - start).astype(np.uint64)
 
     def taken(self) -> list[tuple[int, int]]:
-        """Return the numbers (documents, tokens) taken from each stream."""
+        """For each stream, return (number of documents taken, number of tokens taken)."""
         return [(int((self.which == s).sum()), int(self.lengths[self.which == s].sum())) for s in range(len(self.streams))]

@@ -1,4 +1,5 @@
-"""Writes blocks of tokens as raw files, from which shards are cut, and finds the documents of formats that do not store them."""
+"""Writes blocks of tokens to raw files, from which shards are cut. The document starts can be replaced later, because some
+formats do not store them."""
 
 from __future__ import annotations
 
@@ -50,18 +51,18 @@ class BlockWriter:
         self.tokens += len(block.ids)
 
     def close(self) -> Raw:
-        """Close the files, and return a Raw to read them with."""
+        """Close the files. Return a Raw, which reads them."""
         for file in filter(None, (self._ids, self._starts, self._mask)):
             with writing(file.name, ADVICE):
                 file.close()
         return self.raw()
 
     def raw(self) -> Raw:
-        """Return a Raw of the closed files."""
+        """Return a Raw, which reads the closed files."""
         return Raw(self.path, self.dtype.itemsize, self.tokens, self.documents, self._masked or self.left_out > 0)
 
     def replace_documents(self, pieces: Iterator[np.ndarray]) -> None:
-        """Replace the document starts. pieces: int64 positions, ascending."""
+        """Replace the document starts. pieces: arrays that together have the new starts, int64, ascending."""
         documents = 0
         with writing(self.path, ADVICE), self._open("found") as file:
             for starts in pieces:
@@ -72,13 +73,13 @@ class BlockWriter:
         self.documents = documents
 
     def pieces(self, start: int = 0, stop: int = -1) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (position, ids) of the tokens [start, stop) in pieces (default: of all tokens)."""
+        """Yield the tokens [start, stop) in pieces, as (position of the piece, ids). The default is all tokens."""
         raw, end = self.raw(), self.tokens if stop < 0 else stop
         for at in range(start, end, BLOCK_TOKENS):
             yield at, raw.read(at, min(at + BLOCK_TOKENS, end))
 
     def at(self, positions: np.ndarray) -> np.ndarray:
-        """Return the ids at p positions, (p,)."""
+        """Return the ids of the tokens at these positions. positions and the result: (p,)."""
         return np.memmap(f"{self.path}.tokens", self.dtype, mode="r")[positions] if len(positions) else np.empty(0, self.dtype)
 
     def start_pieces(self) -> Iterator[np.ndarray]:

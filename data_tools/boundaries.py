@@ -23,7 +23,8 @@ def eod_is_first(writers: Sequence[BlockWriter], eod: int, usual: bool) -> bool:
 
 
 def starts_of_parts(writer: BlockWriter, eod: int, bos: int | None, first: bool) -> Iterator[np.ndarray]:
-    """Yield the document starts, int64. In parts of the source that do not store them, they are found by the ids. Independent."""
+    """Yield the document starts, int64. If a part of the source does not store its document starts, find them by the ids.
+    Independent."""
     for begin, end, known in zip(writer.parts, [*writer.parts[1:], writer.tokens], writer.known, strict=True):
         if known:
             yield writer.raw().document_starts(begin, end).astype(np.int64)
@@ -32,8 +33,8 @@ def starts_of_parts(writer: BlockWriter, eod: int, bos: int | None, first: bool)
 
 
 def starts_by_ids(pieces: Iterator[tuple[int, np.ndarray]], eod: int, bos: int | None, first: bool) -> Iterator[np.ndarray]:
-    """Yield where documents start, int64. Documents start at the beginning, after each end-of-document token, and at each BOS.
-    pieces: (position, ids) of consecutive tokens. first: whether documents begin with the end-of-document token. Pure.
+    """Yield where documents start, int64. Documents start at the first token, at each BOS, and after each end-of-document token.
+    pieces: (position, ids) of consecutive tokens. first: documents start at each end-of-document token, not after it. Pure.
     """
     last = None
     for at, ids in pieces:
@@ -51,7 +52,7 @@ def occurs(writers: Sequence[BlockWriter], eod: int, bos: int | None) -> bool:
 
 
 def unended(writers: Sequence[BlockWriter], eod: int) -> list[str]:
-    """Return a remark if documents do not end with the end-of-document token. Independent."""
+    """Return a remark if some documents do not end with the end-of-document token. Independent."""
     total = ended = 0
     for writer in writers:
         for starts in writer.start_pieces():
@@ -64,7 +65,7 @@ def unended(writers: Sequence[BlockWriter], eod: int) -> list[str]:
 
 
 def alone(writers: Sequence[BlockWriter], eod: int) -> list[str]:
-    """Return a remark if documents consist only of the end-of-document token. Independent."""
+    """Return a remark if some documents consist only of the end-of-document token. Independent."""
     total = found = 0
     for writer in writers:
         for starts in writer.start_pieces():

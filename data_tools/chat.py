@@ -1,15 +1,15 @@
 """Locates the assistant's turns in the text of a chat. Pure.
 
-Three rules locate a turn. The first rule that applies is used.
+Three rules determine the start and the end of a turn. For each of the two, the first rule that applies is used.
 
 1. The template marks the assistant's parts with {% generation %}.
-2. The text of the chat begins with the text of the messages before the turn and the generation prompt. The turn starts after this
-   text. The turn stops at the end of the text of the messages up to and including the turn, if the text of the chat also begins
-   with that text. Otherwise rule 3 determines the end.
-3. The turn starts where the template writes the content of the message. A mark that is put into the content shows this place. If
-   a message has only tool calls, a mark in the name of the last call shows the end. If the chat ended with this message, the
-   template would write some text after the content. The turn includes the first part of this text that is the same in the whole
-   chat.
+2. Start: let A be the text of the messages before the turn, followed by the generation prompt. If the text of the chat begins
+   with A, the turn starts after A. End: let B be the text of the messages up to and including the turn. If the text of the chat
+   begins with B, the turn ends after B.
+3. The turn starts where the template writes the content of its message, and ends after this content. Marks that are put into
+   the content show these places. If the content cannot show the end, the turn ends after the name of its last tool call. If
+   template text follows the end, the turn also includes the beginning of this text, as far as it is the same in the whole chat
+   and in a chat that ends with the turn.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ def _beginning(template: Template, chat: Chat, text: str, count: int, prompt: bo
 
 
 def _content(template: Template, chat: Chat, text: str, i: int, mark: str) -> tuple[int, str]:
-    """Return where the content of message i begins (mark BEGIN) or ends (mark END). Also return the text that follows this place
-    if the chat ends with message i.
+    """Return where the content of message i begins (mark BEGIN) or ends (mark END). Also return the text that would follow this
+    place if the chat ended with message i.
 
-    The mark is first put at the start or end of the content. A template may remove white space there together with the mark. If
-    the rendered text has no mark, the mark is put inside this white space. If there is still no mark, it is put into a tool call.
+    First, the mark is put before or after the whole content. A template that strips white space may misplace this mark. The mark
+    is then put between the white space and the rest of the content. If this fails too, the mark END is put into a tool call.
     """
     empty = not chat.messages[i].get("content")
     for message in _with_marks(chat.messages[i], mark):
@@ -115,8 +115,8 @@ def _with_marks(message: Mapping[str, Any], mark: str) -> Iterator[dict[str, Any
 
 
 def _marked_texts(text: str, mark: str) -> Iterator[str]:
-    """Yield the text with the mark at its start (BEGIN) or end (END). Then yield it with the mark inside the white space
-    there."""
+    """Yield the text with the mark before it (BEGIN) or after it (END). Then yield the text with the mark between its outer white
+    space and the rest."""
     for outer in (text, text.lstrip() if mark == BEGIN else text.rstrip()):
         at = len(text) - len(outer) if mark == BEGIN else len(outer)
         yield text[:at] + mark + text[at:]

@@ -3,9 +3,9 @@
   python -m data_tools.convert --to FORMAT SHARDS --out OUT                   writes a folder (megatron: OUT_train.bin, ...)
   python -m data_tools.convert --from FORMAT SRC --out DIR --tokenizer PATH   reads a file or a folder (megatron: or a prefix)
 
-Without --from and --to, the format of SRC is recognized by its content. The other formats contain only token ids. Give the
-tokenizer that made them with --tokenizer (byte, a tokenizer.json, or a folder that contains one). Check the tokenizer with `mpidp
-inspect`, which shows the beginning of the text.
+Without --from and --to, the format of SRC is recognized by the content of SRC. The other formats contain only token ids. With
+--tokenizer, give the tokenizer that made these ids: byte, a tokenizer.json, or a folder that contains one. To check the choice,
+read the beginning of the text with `mpidp inspect`.
 
 formats:
 FORMATS
@@ -65,25 +65,29 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
         of_from[action.dest] = option
 
     only_from("--tokenizer", "byte, a tokenizer.json, or a folder that contains one", metavar="PATH")
-    only_from("--eod", "the end-of-document token of the tokenizer.json, if it has an unusual name")
-    only_from("--eod-at", "if the format does not store documents: whether documents end or begin with the end-of-document token "
-                          "(auto: determined from the data and the format)", choices=("auto", "end", "start"))
+    only_from("--eod", "the end-of-document token of a tokenizer.json (default: the token with one of the usual names)")
+    only_from("--eod-at", "if the format does not store documents: whether the end-of-document token is at the end or at the "
+                          "start of documents (default: auto, which is determined from the data and the format)",
+              choices=("auto", "end", "start"))
     only_from("--one-document", "each split is one document", action="store_true", dest="whole")
     only_from("--rows", "document: each row is a document; part: rows are joined to a stream, in which the end-of-document token "
-                        "ends documents (auto: part if all rows have the same length)", choices=("auto", "document", "part"))
+                        "ends documents (default: auto, which means part if all rows have the same length, else document)",
+              choices=("auto", "document", "part"))
     only_from("--add-eod", "for rows: append the end-of-document token to rows that do not end with it", action="store_true")
-    only_from("--column", "the column that holds the ids (input_ids, tokens, token_ids or ids)", metavar="NAME")
-    only_from("--dtype", "the type of the ids, if the format does not store it (uint16, or uint32 for more than 65,536 ids)",
+    only_from("--column", "the column that holds the ids (default: the first that exists of input_ids, tokens, token_ids, ids)",
+              metavar="NAME")
+    only_from("--dtype", "the type of the ids, if the format does not store it (default: uint16, or uint32 if the "
+                         "tokenizer has more than 65,536 ids; for MDS: int64)",
               choices=DTYPES)
     only_from("--seq-len", "for data with a loss mask: pack whole documents into windows of N tokens; train with the same "
                            "model.seq_len", type=int, metavar="N")
     only_from("--shards", f"number of training files (default: {usual.shards})", type=int, metavar="N")
-    only_from("--val-fraction", "for data without a validation split: the fraction of the data for validation, taken from its "
-                                f"end; 0: none (default: {usual.val_fraction})", type=float, metavar="F")
+    only_from("--val-fraction", "for data without a validation split: the fraction of the data that becomes the validation "
+                                f"split, taken from the end; 0: none (default: {usual.val_fraction})", type=float, metavar="F")
     options = parser.parse_intermixed_args(list(arguments))
     take_out(parser, options, "a second path", "--out PATH")
     if options.to and (unused := [option for name, option in of_from.items() if name in options]):
-        parser.error(f"{', '.join(unused)}: only --from has {'this option' if len(unused) == 1 else 'these options'}, but "
+        parser.error(f"{', '.join(unused)}: only --from takes {'this option' if len(unused) == 1 else 'these options'}, but "
                      f"--to {options.to} is given")
     for option, path in (("SRC", options.input), ("--out", options.out)):
         check_local(option, path)

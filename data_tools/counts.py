@@ -39,7 +39,7 @@ class Counts:
             shown.append(where)
 
     def read_as(self, form: str) -> None:
-        """Count a row that was converted from this form. If the name is empty, count nothing."""
+        """Count a row that was converted from this form. form: a name of row_forms.py, or "" to count nothing."""
         if form:
             self.forms[form] = self.forms.get(form, 0) + 1
 
@@ -104,7 +104,7 @@ class Counts:
 
 
 def _joined(places: Iterable[str]) -> str:
-    """Join locations, each perhaps followed by ": REASON", to one text. Consecutive locations with the same reason are followed
-    by one ": REASON"."""
+    """Join locations to one text. A location may end in ": REASON". If consecutive locations have the same reason, write it once,
+    after the last of them."""
     groups = groupby((place.partition(": ") for place in places), key=lambda parts: parts[2])
     return ", ".join(", ".join(place for place, *_ in found) + (f": {reason}" if reason else "") for reason, found in groups)

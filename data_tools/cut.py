@@ -114,7 +114,7 @@ class Stream:
         return all(raw.masked for raw in self.raws)
 
     def read(self, start: int, stop: int, mask: bool = False) -> np.ndarray:
-        """Return tokens [start, stop), or their loss mask if `mask` is true. They may come from the files of several ranks."""
+        """Return tokens [start, stop), or their loss mask if `mask` is true. The files of several ranks may be read."""
         found = [raw.read(a, b, mask) for raw, _, a, b in self._overlaps(start, stop)]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
@@ -158,8 +158,8 @@ class ShardPlan:
 
 
 class Tokens(Protocol):
-    """The interface from which shards are cut. It is implemented by Stream, and by Arrangement for several streams
-    (arrange.py)."""
+    """The interface of a stream from which shards are cut. Stream implements it. Arrangement implements it for the documents of
+    several streams (arrange.py)."""
 
     @property
     def tokens(self) -> int: ...
@@ -175,7 +175,7 @@ class Tokens(Protocol):
 
 
 def plan_shards(streams: Mapping[str, Tokens], shards: int, val_fraction: float) -> list[ShardPlan]:
-    """Plan the shards of each split. Shard k of K starts at token k N // K of the N tokens.
+    """Plan the shards of each split. If a split has N tokens and K shards, shard k starts at token k * N // K.
 
     streams: the streams by name. "val" exists if whole documents were chosen for validation. Otherwise the end of "train", at
     least 2 tokens, becomes validation. The number of validation shards is proportional to the size of the split. Raises DataError
@@ -207,8 +207,8 @@ def _cut(split: str, stream: str, start: int, tokens: int, num: int) -> list[Sha
 def cut_shard(
     plan: ShardPlan, stream: Tokens, folder: Path, tokenizer: Tokenizer, tokenizer_sha256: str
 ) -> tuple[FileRecord, int]:
-    """Write one shard into `folder`. Return its record, and the number of its tokens that are in the loss. Raises UsageError if
-    the shard cannot be written. Independent."""
+    """Write one shard into `folder`. Return the record of the shard for index.json, and the number of tokens of the shard that
+    are in the loss. Raises UsageError if the shard cannot be written. Independent."""
     text_bytes = learned = 0
     starts, tokens, of = stream.document_starts(plan.start, plan.stop), plan.stop - plan.start, bytes_of_tokens(tokenizer)
 

@@ -53,8 +53,8 @@ def _drawn(seed: int, name: str, number: int) -> float:
 
 @dataclass(frozen=True)
 class Document:
-    """A document of a source. rest: the pieces of its text after `text`, if the document is longer than a window, else None. The
-    pieces must be read before the next document of the file."""
+    """A document of a source. If the document is longer than WINDOW characters, `text` is only its beginning, and `rest` yields
+    the other pieces. They must be read before the next document of the file. For other documents, `rest` is None."""
 
     stream: str
     text: str
@@ -96,7 +96,7 @@ def _documents(files: list[SourceFile], reader: SourceReader, encoder: Encoder, 
 
 
 def _named(reader: SourceReader, encoder: Encoder, file: SourceFile) -> Iterator[str | None]:
-    """Yield the pieces of a file. Count the documents that name a special token."""
+    """Yield the pieces of a file. Count the documents whose text contains the name of a special token."""
     number, named = 0, False
     for text in reader.pieces(file):
         if text is not None and not named and encoder.names is not None and (found := encoder.names.search(text)):
@@ -124,8 +124,9 @@ def encode_rows(
 ) -> dict[str, Raw]:
     """Encode a rank's rows. Independent.
 
-    Each row is a document of at most max_tokens tokens. Longer rows are truncated or skipped. To bound the memory, a row with
-    more than WINDOW and more than MAX_CHARACTERS * max_tokens characters is treated as longer without counting its tokens.
+    Each row is a document of at most max_tokens tokens. Longer rows are truncated or skipped. To bound the memory, the text of a
+    row is cut after WINDOW or MAX_CHARACTERS * max_tokens characters, whichever is more. A row that was cut counts as longer than
+    max_tokens.
     """
     limit = max(WINDOW, MAX_CHARACTERS * max_tokens)
     writers = routing.writers(token_dtype(encoder.tokenizer.vocab_size), masked=True)
@@ -154,9 +155,10 @@ def encode_rows(
 def _tokens(row: TrainingRow, placed: Placed, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
     """Return (ids, loss mask) of a row. A token is in the loss if it contains any character of a span.
 
-    BOS is put in front, and an end-of-document token at the end, unless the row has them. The appended token is in the loss if
-    the row ends with a part in the loss. But it is not in the loss if this part already ends with an end-of-document token,
-    perhaps followed by white space. The first token is never in the loss, because no token precedes it.
+    If the row does not begin with BOS, and documents should, BOS is inserted. If the row does not end with an end-of-document
+    token, one is appended. The appended token is in the loss if the row ends with a part in the loss. There is one exception: if
+    only white space follows an end-of-document token that is in the loss, the appended token is not in the loss. The first token
+    is never in the loss, because no token precedes it.
     """
     ids, eod, ends = placed.ids, encoder.tokenizer.eod, encoder.table.ends
     mask = np.zeros(len(ids), dtype=np.uint8)

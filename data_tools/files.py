@@ -52,8 +52,9 @@ def find_files(source: str, leave_out: Path) -> tuple[list[SourceFile], dict[str
     """Return the files of a source in a fixed order, a description of the source for index.json, and remarks for the user.
     Independent.
 
-    source: "stdlib", a file, or a folder, which is read recursively without hidden files and `leave_out`. Raises DataError if the
-    source is missing, unreadable or empty, or holds a dataset in a format that is not read.
+    source: "stdlib", a file, or a folder. A folder is read with all folders below it, except hidden files and folders, and except
+    the folder `leave_out`. Raises DataError if the source is missing, unreadable or empty, or if it contains a dataset in a
+    format that prepare does not read.
     """
     root = Path(sysconfig.get_paths()["stdlib"] if source == "stdlib" else source)
     links: list[str] = []
@@ -112,8 +113,8 @@ def _walk(root: Path, leave_out: Path, skipped: frozenset[str], outside: list[st
 
 
 def _each_once(files: list[SourceFile]) -> list[SourceFile]:
-    """Return the files without links to files that are read under another name. If several links point to one file, keep the
-    first link."""
+    """Return the files so that none is read twice. A link is left out if its target is also in the list. If several links point
+    to one file outside the list, only the first link is kept."""
     seen, kept = {os.path.realpath(f.path) for f in files if not os.path.islink(f.path)}, []
     for f in files:
         if not os.path.islink(f.path):
@@ -133,7 +134,7 @@ def _text_files(folder: str, names: list[str]) -> list[str]:
     """Return the files of a folder that may contain text. For a folder that save_to_disk wrote, return the Arrow files that its
     state.json names.
 
-    Raises DataError if the folder has a dataset of another format, of which prepare could read only the JSON files.
+    Raises DataError if the folder has a dataset of another format, because prepare does not read such a dataset.
     """
     for files, beside, what, way in DATASETS:
         data = [name for name in names if fnmatch(name, files)]
@@ -161,8 +162,8 @@ def _remarks(root: Path, files: list[SourceFile], links: list[str]) -> list[str]
 
 
 def _of_splits(files: list[SourceFile]) -> list[str]:
-    """Return a remark if files of rows have the names of splits, such as train-0.parquet and test-0.parquet, because all are
-    read."""
+    """Return a remark if the names of files of rows show several splits, such as train-0.parquet and test-0.parquet. All these
+    files are read together."""
     rows = [f.name for f in files if kind_of(f.name)[0] != "text"]
     splits = {name: split_of(Path(name).name) for name in rows}
     others = [name for name, split in splits.items() if split != "train"]

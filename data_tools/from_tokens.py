@@ -242,8 +242,8 @@ def _write(
 
 
 def _special(writer: BlockWriter, encoder: Tokenizer, tokenizer: str) -> str:
-    """Return the content of special_tokens.json of the shards, or "" if they do not need this file. It names BOS only if most
-    documents begin with BOS."""
+    """Return the content of special_tokens.json of the shards, or "" if the shards do not need this file. The file names BOS only
+    if more than half of the documents begin with BOS."""
     path = Path(tokenizer)
     table = SpecialTokens(None, ()) if tokenizer == "byte" else special_tokens_of(path if path.is_dir() else path.parent, encoder)
     if table.bos is not None:

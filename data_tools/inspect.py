@@ -12,7 +12,8 @@ from mpidp.runtime.options import program
 
 
 def describe(folder: str | Path, excerpt_tokens: int = 200) -> str:
-    """Return a description of the splits, the shards, their skew, and the start of each split's text. Independent.
+    """Return a description of the splits and their shards. For each split it has the skew, which is the number of tokens of the
+    largest shard divided by the mean of all shards, and the first `excerpt_tokens` tokens as text. Independent.
 
     Raises DataError if the shards cannot be read.
     """
@@ -49,7 +50,7 @@ def main() -> None:
     """Run the command. Independent."""
     parser = Parser(prog=program("data_tools.inspect"), description=__doc__)
     parser.add_argument("folder", metavar="DIR", help="a folder of shards")
-    parser.add_argument("--excerpt", type=int, default=200, metavar="TOKENS", help="length of the shown text in tokens (default: "
+    parser.add_argument("--excerpt", type=int, default=200, metavar="TOKENS", help="number of tokens to show as text (default: "
                                                                                    "%(default)s)")
     options = parser.parse_args()
     print(printable(describe(options.folder, max(0, options.excerpt))))

@@ -39,8 +39,8 @@ class Chat:
         return "\n".join(text for message in self.messages for text in _strings(message.get("content")))
 
     def json_arguments(self) -> list[str]:
-        """Return those `arguments` of tool calls that are JSON text of an object, as in OpenAI's interface, instead of an
-        object."""
+        """Return the `arguments` of tool calls that are not an object, but the JSON text of an object. OpenAI's interface uses
+        such texts."""
         found = []
         for message in self.messages:
             calls = message.get("tool_calls")
@@ -107,7 +107,8 @@ def _check(message: Any) -> None:
 
 
 def _learned(message: Mapping[str, Any]) -> bool:
-    """Return whether a message is in the loss. Only assistant's turns are in the loss, unless one of WEIGHTS is 0 or false."""
+    """Return whether a message is in the loss. An assistant's turn is in the loss if none of its keys WEIGHTS is 0 or false.
+    Other messages are never in the loss. Raises RowSkipped if the value of such a key is not valid."""
     values = [message[key] for key in WEIGHTS if message.get(key) is not None]
     if bad := [value for value in values if value not in (0, 1)]:
         raise RowSkipped("malformed", f"a message whose `weight`, `train` or `loss` is {bad[0]!r:.40}, not 0, 1, true or false")

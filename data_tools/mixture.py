@@ -56,7 +56,8 @@ def _parse(word: str) -> tuple[str, float | None]:
 def lay_out(
     split: str, streams: list[Stream], sources: list[Source], tokens: int, repeat: bool, window: int, eod: int
 ) -> tuple[Arrangement, list[tuple[int, int]]]:
-    """Arrange the documents of a split. Return the arrangement, and the numbers (documents, tokens) taken from each source.
+    """Arrange the documents of a split. Return the arrangement. For each source, also return (number of documents taken, number
+    of tokens taken).
 
     A source without validation documents is left out of validation. Raises DataError if a source has no training documents.
     Independent.

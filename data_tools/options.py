@@ -55,7 +55,7 @@ class PrepareOptions:
         return self.rows or len(self.sources) > 1 or self.tokens > 0
 
     def tokens_of(self, split: str) -> int:
-        """Return the token limit of a split, which is its part of --tokens. 0 means no limit."""
+        """Return the largest number of tokens of a split, which is the part of --tokens for this split (0: no limit)."""
         val = round(self.tokens * self.val_fraction) if self.by_document else 0
         return max(1, val if split == "val" else self.tokens - val) if self.tokens else 0
 
@@ -105,7 +105,7 @@ def check_options(options: PrepareOptions) -> None:
     if options.special == "text" and options.form == "chat":
         raise UsageError("--special text does not apply to --format chat: the special tokens of the template become ids")
     if options.tokens < 0 or options.repeat and not options.tokens:
-        raise UsageError("--tokens N must be above 0, and --repeat needs it: without a limit, a repeating mixture never ends")
+        raise UsageError("--tokens must be at least 0, or above 0 with --repeat: without a limit, a repeating mixture never ends")
     check_tokenizer(options.tokenizer)
 
 
@@ -114,17 +114,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--source", action="append", metavar="PATH",
         help="a file, a folder (text, .jsonl, .json, .csv, .parquet, .arrow; also .gz and .zst), or stdlib: the .py files "
-        "of Python's standard library without site-packages, dist-packages and tests; give several PATH:WEIGHT to mix (stdlib)")
+        "of Python's standard library without site-packages, dist-packages and tests; to mix sources, give the option several "
+        "times, as PATH:WEIGHT (default: stdlib)")
     add("--format", dest="form", default="text", help="text, or rows with a loss mask: prompt_completion (fields prompt, "
         "completion; loss on the completion) or chat (messages with role, content; loss on assistant turns) (default: "
         "%(default)s)")
-    add("--text-key", metavar="NAME", default="text", help="the field or column of a row that contains a document (default: "
+    add("--text-key", metavar="NAME", default="text", help="the field or column that contains the text of a document (default: "
                                                            "%(default)s)")
-    add("--chat-template", metavar="FILE", help="with --format chat: the chat template (default: the one beside tokenizer.json)")
+    add("--chat-template", metavar="FILE", help="with --format chat: file with the chat template (default: the template of the "
+                                                "tokenizer)")
     add("--template-arg", action="append", metavar="KEY=VALUE", default=[], help="with --format chat: a variable of the "
         "template, for example enable_thinking=false; may be given several times. A row's chat_template_kwargs override it")
     add("--seq-len", type=int, metavar="N", default=0,
-        help="for rows: the window length in tokens; train with the same model.seq_len")
+        help="length of a window in tokens (required for rows); train with the same model.seq_len")
     add("--truncate", action="store_true", help="truncate rows longer than --seq-len tokens instead of skipping them")
     add("--tokens", type=int, metavar="N", default=0,
         help="total number of tokens of the mixture; 0: stop when a source is exhausted (default: %(default)s)")
@@ -138,14 +140,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--shards", type=int, metavar="N", default=4, help="number of training files (default: %(default)s)")
     add("--val-fraction", type=float, metavar="F", default=0.05,
         help="share of the tokens or documents that is used for validation; 0: none (default: %(default)s)")
-    add("--split", default="", help="what becomes validation: text (the end of the stream) or document (whole documents); "
-        "default: text; for rows: document")
+    add("--split", default="", help="what becomes validation: text (the end of the stream) or document (whole documents) "
+        "(default: document for rows, else text)")
     add("--seed", type=int, metavar="N", default=0, help="random seed of --split document (default: %(default)s)")
-    add("--bad-utf8", default="replace", help="what to do with invalid UTF-8: replace the bytes, or skip the document (default: "
+    add("--bad-utf8", default="replace",
+        help="replace: replace bytes that are not valid UTF-8; skip: skip documents with such bytes "
+                                              "(default: "
                                               "%(default)s)")
     add("--strict", action="store_true", help="fail on malformed, empty or too long rows instead of skipping them")
     add("--bos", default="auto", help="auto: documents and rows begin with BOS if the tokenizer adds BOS to texts; none: no BOS "
                                       "(default: %(default)s)")
-    add("--special", default="", help="how the names of special tokens in texts, such as <|im_start|>, are encoded: tokens "
-        "(their ids) or text; default: tokens for rows if the tokenizer comes with a model, else text")
-    add("--eod", help="the end-of-document token of the tokenizer.json, if it has an unusual name")
+    add("--special", default="", help="how the name of a special token in a text, such as <|im_start|>, is encoded. text: like "
+        "any other text; tokens: as the id of the token (default: tokens for rows if the tokenizer comes with a model, else "
+        "text)")
+    add("--eod", help="the end-of-document token of a tokenizer.json (default: the token with one of the usual names)")

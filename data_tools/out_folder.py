@@ -48,9 +48,9 @@ class OutFolder:
         return {name for name in ours if (out / name).exists()}
 
     def open(self, wait: bool) -> bool:
-        """Lock OUT and make the scratch folder. wait: whether to wait for another process that prepares OUT, and return False if
-        OUT then has shards. Raises UsageError if OUT cannot be written, or has other shards, or is in use and `wait` is false.
-        Independent."""
+        """Lock OUT and make the scratch folder. With `wait`, first wait until no other process prepares OUT. If OUT then has an
+        index, return False. Otherwise return True. Raises UsageError if OUT cannot be written or has shards that prepare did not
+        write. Without `wait`, also raises UsageError if another process prepares OUT. Independent."""
         self._is_new = not self.path.exists()
         try:
             self._lock = RunLock(self.path, math.inf if wait else 3.0, name=LOCK, option="out")
@@ -69,8 +69,8 @@ class OutFolder:
         return True
 
     def put_in_place(self, index: Index, tokenizer: str, special: str) -> None:
-        """Move the old index away, move the new shards in, remove old shards, and write the new index. If this is interrupted at
-        any point, the next run recovers (see names). Independent."""
+        """Move the old index away, move the new shards in, remove old shards, and write the new index. If this method is
+        interrupted at any point, the next run recovers (see names). Independent."""
         out, scratch, stale = self.path, self.scratch, self.names() - {record.name for record in index.files}
         with writing(out, ADVICE):
             write_file(scratch / "tokenizer.json", tokenizer)

@@ -1,8 +1,9 @@
 """Converts text to shards: `[mpirun -np N] python -m data_tools.prepare --source DIR --tokenizer bpe:8192 --out shards/mine`.
 
-The shards are identical for any number of ranks. Each rank encodes whole files, about the same number of bytes per rank, into raw
-temporary files in OUT. These files together form the token stream, from which each rank then writes some of the shards. Memory
-use does not grow with the corpus. Existing shards in OUT are replaced only after the new ones are complete.
+The shards are identical for any number of ranks. Each rank encodes whole files into raw temporary files in OUT. All ranks encode
+about the same number of bytes. The temporary files of all ranks form the token stream. From this stream, each rank then writes
+some of the shards. Memory use does not grow with the corpus. Existing shards in OUT are replaced only after the new ones are
+complete.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ def prepare(
     """Prepare shards from a source. Return the index of the shards on every rank. Collective over comm (None: a single process).
 
     source: a path, or several PATH:WEIGHT for a mixture. others: the other fields of PrepareOptions. verbose: print a summary on
-    rank 0. wait: if another process prepares OUT, wait and use its shards. Raises UsageError if an option is invalid, or if OUT
-    is in use or cannot be written. Raises DataError if a source cannot be read. After an error OUT is unchanged.
+    rank 0. wait: wait until no other process prepares OUT, and if OUT then has shards, return their index. Raises UsageError if
+    an option is invalid, if OUT cannot be written, or, without `wait`, if OUT is in use. Raises DataError if a source cannot be
+    read. After an error OUT is unchanged.
     """
     began, team, folder = time.monotonic(), Team(comm), OutFolder(Path(out))
     found: tuple[list[Found], SpecialTokens, Template | None] | None = None

@@ -22,13 +22,13 @@ class Ticker:
         self.phase("")
 
     def phase(self, name: str, parts: int = 0, unit: str = "file") -> None:
-        """Begin a new phase, in which counting starts at 0. parts: the number of `unit`s of the phase, or 0 if it is not
-        known."""
+        """Begin a new phase, in which counting starts at 0. unit: what the phase consists of, for example "file". parts: the
+        number of these units (0: unknown)."""
         self._phase, self._parts, self._unit = name, parts, unit
         self.documents = self.bytes = self.part = 0
 
     def add(self, documents: int = 0, size: int = 0, parts: int = 0) -> None:
-        """Count documents, bytes, and files that were begun. Print a line if the interval has passed."""
+        """Add to the counts of documents, bytes (`size`) and begun units (`parts`). Print a line if the interval has passed."""
         self.documents, self.bytes, self.part = self.documents + documents, self.bytes + size, self.part + parts
         now = time.monotonic()
         if self._quiet or now < self._next:

@@ -1,8 +1,8 @@
 """Reads the files of a source in pieces of bounded size. Bad input is counted and skipped.
 
 A file is read as a stream of pieces of text, in which the value None marks the end of a document. A text file is one document. A
-file of rows (JSON lines, a JSON array, .csv, .parquet, .arrow; mpidp/data/text_files.py) has a document per row, in the field
-`text` or --text-key.
+file of rows (JSON lines, a JSON array, .csv, .parquet, .arrow; mpidp/data/text_files.py) has a document per row, in the
+field that --text-key names (default: text).
 """
 
 from __future__ import annotations

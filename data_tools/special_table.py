@@ -1,4 +1,4 @@
-"""Makes the table of special tokens and finds the chat template of the shards, from --tokenizer and other options."""
+"""Makes the table of special tokens of the shards and finds their chat template, as --tokenizer and other options say."""
 
 from __future__ import annotations
 

@@ -23,9 +23,9 @@ def verify(folder: str | Path) -> str:
     index.special_tokens_bytes(first.folder)
     tokenizer = load_tokenizer(first.folder)
     if (tokenizer.vocab_size, tokenizer.eod) != (index.vocab_size, index.eod):
-        raise DataError(f"{first.path / 'tokenizer.json'}: vocabulary {tokenizer.vocab_size} and end of document "
-                        f"{tokenizer.eod} differ from "
-                        f"index.json ({index.vocab_size}, {index.eod}); prepare {folder} again")
+        raise DataError(f"{first.path / 'tokenizer.json'}: it has {tokenizer.vocab_size} ids and the end-of-document id "
+                        f"{tokenizer.eod}, but "
+                        f"index.json states {index.vocab_size} and {index.eod}; prepare {folder} again")
     streams = [TokenStream(folder, name) for name in index.splits]
     for stream in streams:
         stream.check(contents=True)

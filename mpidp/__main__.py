@@ -46,7 +46,7 @@ def help_text() -> str:
 
 
 def module_of(command: str) -> ModuleType:
-    """Import and return the module of a command, which has main(). If the command is a package, this is its __main__.
+    """Import and return the module that has the main() of a command. If the command is a package, this is PACKAGE.__main__.
     Independent."""
     name, _ = COMMANDS[command]
     spec = importlib.util.find_spec(name)

@@ -59,17 +59,18 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add_data(parser, "to evaluate on", default="the run's data.path")
     add("--split", default="val", help="val or train (default: %(default)s)")
     add("--text", metavar="FILE", help="evaluate the loss on a UTF-8 text file (also .gz, .zst) instead of shards")
-    add("--stride", type=int, default=0, help="tokens from one window of --text to the next; 0: half of model.seq_len")
+    add("--stride", type=int, default=0, help="with --text: each window starts this many tokens after the previous one. 0: half "
+        "of model.seq_len (default: %(default)s)")
     add("--choices", metavar="FILE", help="multiple-choice questions: rows (.jsonl, .json, .parquet) with context, choices and "
         "label (index from 0, or the right choice's text)")
     add("--tasks", metavar="NAME,...", help="tasks of EleutherAI's lm-eval, for example arc_easy,hellaswag "
         "(pip install 'mpidp[evaluation]')")
-    add("--tasks-dir", metavar="DIR", help="folder of task files (.yaml) for --tasks, which need no network")
+    add("--tasks-dir", metavar="DIR", help="folder of your own task files (.yaml) for --tasks")
     add("--allow-code", action="store_true", help="permit task files of --tasks-dir to call Python functions (!function)")
-    add("--few-shot", type=int, metavar="N", help="number of examples before each item of --tasks (default: that of the task)")
-    add("--limit", type=int, default=0, metavar="N", help="number of items of each task of --tasks; 0: all (default: "
+    add("--few-shot", type=int, metavar="N", help="number of examples before each item of --tasks (default: as in the task)")
+    add("--limit", type=int, default=0, metavar="N", help="maximum number of items of each task of --tasks; 0: all (default: "
                                                           "%(default)s)")
-    add("--chat", action="store_true", help="with --tasks: write the prompts as chats, in the model's chat template")
+    add("--chat", action="store_true", help="with --tasks: write the prompts as chats, with the model's chat template")
     add("--system", metavar="TEXT", help="with --chat: the system message")
     add_out(parser, "with --tasks: write all results and every item to this file (JSON)", metavar="FILE")
     add_texts(parser, "default: for --choices, tokens if the tokenizer comes with a model; for --text, text")
@@ -225,7 +226,8 @@ def evaluate_tasks(options: argparse.Namespace, world: Any) -> dict[str, Any]:
 
 
 def _figures(loss: float, tokens: int, text_bytes: int | None) -> dict[str, Any]:
-    """Return {loss, perplexity, bits_per_byte, tokens}. text_bytes: bytes of the scored tokens, or None if they are not known."""
+    """Return {loss, perplexity, bits_per_byte, tokens}. loss: the mean over the tokens. text_bytes: the number of bytes of these
+    tokens, or None if it is not known."""
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
@@ -240,13 +242,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return {loss, perplexity, bits_per_byte, tokens, step} of a split, in windows of the run's seq_len.
 
-    Each token except the first is a target once, unless the loss mask excludes it. bits_per_byte divides the sum of the losses by
-    the bytes of the same tokens. It is None if the bytes are not known. The number of ranks does not change the results.
+    Each token except the first is a target once, unless the loss mask excludes it. bits_per_byte is the sum of the losses in
+    bits, divided by the number of bytes of the same tokens. It is None if this number is not known. The number of ranks does not
+    change the results.
 
-    run: a run or a Hugging Face folder. data: the shards, or "" for those of the run. A Hugging Face folder needs `data`.
-    seq_len: the context length for a Hugging Face folder (0: see BaseFolder). kind: the user's --model.kind, for a run with a
-    custom model. Raises DataError if the data was prepared with another tokenizer, or if the loss is not finite. Collective over
-    world.
+    run: a run or a Hugging Face folder. data: the folder of shards. If it is "" or None, the shards of the run are used. For a
+    Hugging Face folder, `data` is required. seq_len: the context length of a Hugging Face folder. For 0, see BaseFolder. kind:
+    the user's --model.kind, for a run with a custom model. Raises DataError if the data was prepared with another tokenizer, or
+    if the loss is not finite. Collective over world.
     """
     from mpidp.data.shards import TokenStream
     from mpidp.errors import DataError, UsageError

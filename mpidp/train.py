@@ -93,7 +93,7 @@ def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> RunPlan:
     grid = make_grid(world, config.mesh.tp, config.mesh.pp, config.mesh.dp)
     with raise_together(world):
         if config.faults.respawn and world.rank == 0 and (reason := obstacle_to_respawn(grid.everyone.num_machines)):
-            raise UsageError(f"faults.respawn=true, but {reason}. Start with {LAUNCH} on one machine, or leave it false")
+            raise UsageError(f"faults.respawn=true, but {reason}. Start with {LAUNCH} on one machine, or omit faults.respawn")
     if not dry:
         prepare_default_corpus(config, world, DEFAULT_CORPUS)
     config = micro_batch.with_micro_batch(config, grid)

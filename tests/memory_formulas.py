@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
-from mpidp.checkpoint.local_parameters import shard_rows
 from mpidp.comm.slices import slice_bounds
 
 
@@ -17,11 +15,14 @@ def of_replicas(elements: int, slots: int, moments: int, rank: int = 0, slices: 
     return {"parameters": 4 * elements, "gradients": 4 * elements * slots, "optimizer": 4 * mine * moments}
 
 
-def of_shards(shapes: Sequence[Sequence[int]], rank: int, size: int, moments: int) -> dict[str, int]:
-    """Return the bytes of levels 2 and 3 between steps, and with a step's gradients. FSDP2 pads parameters and gradients to an
-    equal number of rows on each rank. During compute level 2 also holds all parameters; level 3 those of one or two blocks and
-    those outside blocks."""
-    row = [math.prod(shape[1:]) for shape in shapes]
-    padded = sum(-(-shape[0] // size) * length for shape, length in zip(shapes, row, strict=True))
-    mine = sum(len(shard_rows(shape[0], rank, size)) * length for shape, length in zip(shapes, row, strict=True))
-    return {"parameters": 4 * padded, "gradients": 4 * padded, "optimizer": 4 * mine * moments}
+def of_shards(
+    units: Mapping[str, int], rank: int, size: int, slots: int, moments: int, block: int, level: int
+) -> dict[str, int]:
+    """Return the bytes of levels 2 and 3 between steps; for the optimizer, the bytes with the padding of the layout, which are an
+    upper bound. units: number of elements of each unit of the flat layout, with padding; slots: gradients that an owner stores;
+    block: elements of a norm block. In a step, a rank also holds the gradient of about one unit, and at level 3 one whole
+    Transformer block."""
+    own = {name: (bounds := slice_bounds(length, size, block))[rank + 1] - bounds[rank] for name, length in units.items()}
+    mine = sum(own.values())
+    kept = sum(own[name] if level == 3 and name.startswith("blocks.") else length for name, length in units.items())
+    return {"parameters": 4 * kept, "gradients": 4 * mine * slots, "optimizer": 4 * mine * moments}

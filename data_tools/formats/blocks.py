@@ -1,5 +1,5 @@
-"""Blocks of tokens, which readers of all formats yield and writers of all formats take. A block is only a part of a file, so
-memory is bounded."""
+"""Blocks of tokens, which readers of all formats yield and writers of all formats take. A block is only a part of a file, so the
+memory use does not grow with the file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TokenBlock:
 
 @dataclass
 class ReadOptions:
-    """The options of readers, and their remarks for the user."""
+    """The options for readers. Readers add their remarks for the user, and their counts."""
 
     vocab_size: int
     scratch: Path  # a folder for temporary files
@@ -63,8 +63,9 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def read_array(path: Path, dtype: Any, offset: int = 0, count: int = -1, unit: str = "tokens") -> Iterator[np.ndarray]:
-    """Yield the numbers of a file in pieces, from byte `offset` on. count: how many numbers (-1: all). Raises DataError if the
-    file cannot be read, is too short, or does not have a whole number of `unit`. Independent."""
+    """Yield the numbers of a file in pieces. offset: the position of the first number, in bytes. count: how many numbers to read
+    (-1: all). unit: what the numbers are, for messages. Raises DataError if the file cannot be read or is too short, or if its
+    last number is incomplete and count is -1. Independent."""
     kind = np.dtype(dtype)
     with readable(path), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size - offset
@@ -90,8 +91,8 @@ def whole_array(path: Path, dtype: Any, offset: int = 0, count: int = -1, unit: 
 
 
 def with_starts(pieces: Iterable[tuple[np.ndarray, np.ndarray | None]], starts: np.ndarray) -> Iterator[TokenBlock]:
-    """Yield (ids, mask) pieces of one file as blocks. starts: (d,) int64, the positions in the file where documents start.
-    Pure."""
+    """Yield the tokens of one file as blocks. pieces: (ids, mask) of consecutive tokens. starts: (d,) int64, the positions in the
+    file where documents start. Pure."""
     at = 0
     for ids, mask in pieces:
         low, high = np.searchsorted(starts, [at, at + len(ids)])

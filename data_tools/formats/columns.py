@@ -6,11 +6,12 @@
 | labels | -100: the token is not in the loss; else the id itself. The model shifts labels, as in transformers |
 | loss_mask, label_mask, completion_mask, assistant_masks | 0: the token is not in the loss |
 | attention_mask | 0: the token is padding and is left out; the numbers 1, 2, ... are the documents of a packed row (axolotl) |
-| segment_ids, sequence_ids, document_ids, seq_idx | a document of a packed row starts where the number changes. Numbers
-below 0 are padding, and also 0 after a larger number |
+| segment_ids, sequence_ids, document_ids, seq_idx | a document of a packed row starts where the number changes. A
+number below 0 is padding. A 0 is padding if a larger number precedes it in the row |
 | position_ids | a document of a packed row starts at each 0 |
 | seq_lengths, seqlens | the lengths of the documents of a packed row (TRL) |
-| cu_seqlens, cu_seq_lens, cu_seqlens_q, cu_seq_lens_q | their sums: 0, the length of document 1, of documents 1 and 2, ... |
+| cu_seqlens, cu_seq_lens, cu_seqlens_q, cu_seq_lens_q | the sums of these lengths: 0, the length of document 1, of documents
+1 and 2, ... |
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ def id_column(names: Collection[str], options: ReadOptions, where: object) -> st
     found = [name for name in ([options.column] if options.column else IDS) if name in names]
     if not found:
         wanted = f"`{options.column}`" if options.column else "of token ids (input_ids)"
-        raise DataError(f"{where}: there is no column {wanted}, only {keys_of(names)}: name it with --column. If a column "
-                        "holds text, "
+        raise DataError(f"{where}: there is no column {wanted}, only {keys_of(names)}: give the column that holds the ids with "
+                        "--column. If a column holds text, "
                         "use mpidp prepare")
     return found[0]
 
 
 def wanted_columns(names: Collection[str], options: ReadOptions, where: object, arrays: Collection[str]) -> list[str]:
-    """Return the names of the columns to read. The ids come first, then the columns that mask and divide rows. arrays: the
-    columns that hold arrays of numbers. Raises DataError if one of these columns has an unknown name that suggests that it
-    divides rows. Pure.
+    """Return the names of the columns to read. The ids come first, then the known columns that mask tokens or show where the
+    documents of a packed row begin. arrays: the columns that hold arrays of numbers. Raises DataError if a column in `arrays` has
+    a name that is not known, but that suggests that it holds the documents of packed rows (for example `doc_bounds`). Pure.
     """
     ids = id_column(names, options, where)
     others = [name for name in names if name != ids and (name in MASKS or name in DIVIDERS and name in arrays)]
@@ -61,7 +62,7 @@ def wanted_columns(names: Collection[str], options: ReadOptions, where: object, 
 
 
 def part_starts(name: str, values: np.ndarray, counts: np.ndarray, lengths: np.ndarray, where: object, first: int) -> np.ndarray:
-    """Return where the documents of packed rows start, int64, from a column that has lengths or their sums.
+    """Return where the documents of packed rows start, int64, from a column of lengths or of sums of lengths.
 
     name: name of the column. values: the column's values of all rows, one after the other. counts, lengths: (r,) numbers of
     values and of tokens of each row. first: the number of the first row. Raises DataError if the values do not agree with the
@@ -103,9 +104,10 @@ def block_of_rows(
     """Make a block of whole rows. Rows without tokens are counted in `options`.
 
     columns: the columns with a value for each token, the ids first. Each is of shape (n,) and has the values of all rows, one
-    after the other. lengths: (r,) number of values of each row. parts: the columns with a value for each document, as (values,
-    (r,) number of values of each row). Raises DataError if a column does not hold integers, if labels are neither -100 nor the
-    id, or if columns do not divide rows as described above. Pure, except for `options`.
+    after the other. lengths: (r,) number of values of each row. parts: the columns with a value for each document. Each is a
+    pair: the values of all rows, and the number of values of each row, (r,). Raises DataError if a column does not hold integers,
+    if a label is neither -100 nor the id, if positions do not count from 0 in each document, or if the lengths of documents do
+    not add up to the length of their row. Pure, except for `options`.
     """
     columns = {name: _integers(name, values, where) for name, values in columns.items()}
     ids, *_ = columns.values()
@@ -144,7 +146,7 @@ def block_of_rows(
         learned = labels != IGNORED
         if (wrong := learned & (labels != ids)).any():
             at = int(np.argmax(wrong))
-            raise DataError(f"{where}: row {row(at)} has the label {int(labels[at])} at the id {int(ids[at])}. A label must be "
+            raise DataError(f"{where}: row {row(at)} has the label {int(labels[at])} for the id {int(ids[at])}. A label must be "
                             "-100 or the id at the same place: correct the labels, or remove the column")
         masks.append(learned)
     mask = np.logical_and.reduce(masks).astype(np.uint8) if masks else None
@@ -156,7 +158,8 @@ def block_of_rows(
 
 
 def _after_larger(numbers: np.ndarray, of_rows: np.ndarray) -> np.ndarray:
-    """Return (n,) bool: for each number, whether a number above 0 precedes it in its row. of_rows: where rows begin."""
+    """Return (n,) bool: for each number, whether a number above 0 precedes it in its row. of_rows: (n,) bool, true where a row
+    begins."""
     before = np.concatenate([[0], np.cumsum(numbers > 0)])[:-1]
     return before > np.maximum.accumulate(np.where(of_rows, before, 0))
 

@@ -63,15 +63,15 @@ def _token_bytes(path: Path, size: int) -> int:
         lines = file.read(MAX_METADATA_BYTES).decode("utf-8", "replace").splitlines()
     width, tokens = (lines[0].rpartition("|")[2] if lines else ""), (lines[1] if lines[1:] else "")
     if width not in ("2", "4") or not tokens.isascii() or not tokens.isdigit() or int(tokens) * int(width) != size:
-        raise DataError(f"{about}: it names {tokens or 'no number of'} tokens of {width or 'unknown'} bytes, but {path.name} "
+        raise DataError(f"{about}: it states {tokens or 'no number of'} tokens of {width or 'unknown'} bytes, but {path.name} "
                         f"has {size} "
                         "bytes: copy both files again")
     return int(width)
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write OUT/SPLIT/00000_unshuffled.ds and the files beside it. Return remarks. Raises OSError if a file cannot be written.
-    Independent."""
+    """Write OUT/SPLIT/00000_unshuffled.ds and the files beside it. Return remarks for the user. Raises OSError if a file cannot
+    be written. Independent."""
     folder, written = out / tokens.split, 0
     folder.mkdir()
     path = folder / "00000_unshuffled.ds"

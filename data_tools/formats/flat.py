@@ -45,8 +45,9 @@ def check_head(path: Path, head: bytes) -> None:
 
 
 def type_of_ids(path: Path, head: bytes, options: ReadOptions) -> np.dtype[Any]:
-    """Return the type of the ids in a file without header. It is --dtype if given, else uint16, or uint32 for more than 65,536
-    ids. Raises DataError if every second number of `head` is 0, as in a file of a wider type. Pure.
+    """Return the type of the ids in a file without header. It is --dtype if given. Otherwise it is uint16, or uint32 if the
+    tokenizer has more than 65,536 ids. Raises DataError if every second number of `head` is 0, as in a file of a wider type.
+    Pure.
     """
     kind = np.dtype(options.dtype).newbyteorder("<") if options.dtype else token_dtype(options.vocab_size)
     wider, numbers = kind.itemsize, np.frombuffer(head[: len(head) // 16 * 16], kind)

@@ -65,8 +65,8 @@ def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
     """Write OUT/SPLIT-00000-of-00001.parquet, with a row for each document. Its columns are input_ids and, if there is a loss
-    mask, labels. load_dataset of the package datasets can load the folder. Return remarks. Raises OSError if a file cannot be
-    written. Independent."""
+    mask, labels. load_dataset of the package datasets can load the folder. Return remarks for the user. Raises OSError if a file
+    cannot be written. Independent."""
     path = out / f"{SPLITS.get(tokens.split, tokens.split)}-00000-of-00001.parquet"
     library = pyarrow(path)
     kinds = {"input_ids": library.list_(library.int32())}

@@ -75,8 +75,8 @@ def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
 
 
 def _columns(config: dict[str, Any], index: Path) -> list[str]:
-    """Return the names of the columns. If samples are dicts, these are the keys. If samples are single tensors, the name is that
-    of ids."""
+    """Return the names of the columns of a sample. If a sample is a dict, these are its keys. If a sample is a single tensor, its
+    only column is named input_ids."""
     _, spec = json.loads(config["data_spec"])
     if not spec.get("children_spec"):
         return ["input_ids"]
@@ -152,7 +152,7 @@ def _framed(data: np.ndarray, offsets: np.ndarray, shown: Path) -> Iterator[byte
         inflated = _inflated(data[at : at + length].tobytes(), size, shown)
         yield from (inflated[low:high] for low, high in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True))
     if expected != len(offsets) - 1:
-        raise DataError(f"{shown}: its table of compressed parts misses samples; copy the dataset again")
+        raise DataError(f"{shown}: its table of compressed parts does not contain all samples; copy the dataset again")
 
 
 def _inflated(data: bytes, size: int | None, shown: Path) -> bytes:
@@ -172,7 +172,8 @@ def _check_format(name: str, kind: str, shown: Path) -> None:
     if family == "pickle":
         raise DataError(f"{shown}: the column `{name}` holds pickles, which are never read: write it as a tensor of integers")
     if family not in ARRAYS_OF:
-        raise DataError(f"{shown}: the column `{name}` holds {kind}; ids must be tensors or arrays. If it holds text, write the "
+        raise DataError(f"{shown}: the column `{name}` holds {kind}; ids must be tensors or arrays. If this column holds "
+                        "text, write the "
                         "samples as JSON "
                         "lines and use mpidp prepare")
 
@@ -194,9 +195,9 @@ def _decoded(data: bytes, kind: str, shown: Path) -> np.ndarray:
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write OUT/SPLIT, with a sample for each document. A sample is a tensor for the TokensLoader, or with a loss mask a dict of
-    input_ids and labels. The ids are uint16 or int32, because torch has few functions for uint32. Return remarks. Raises OSError
-    if a file cannot be written. Independent."""
+    """Write OUT/SPLIT, with a sample for each document. Without a loss mask, a sample is a tensor for the TokensLoader. With a
+    loss mask, it is a dict of input_ids and labels. The ids are uint16 or int32, because torch has few functions for uint32.
+    Return remarks for the user. Raises OSError if a file cannot be written. Independent."""
     folder, masked = out / tokens.split, tokens.has_loss_mask
     folder.mkdir()
     code = 20 if tokens.dtype.itemsize == 2 else 16

@@ -1,9 +1,9 @@
 """Reads and writes llm.c's .bin files: a header of 256 int32, then the ids. Documents are found by their end-of-document token.
 
-The header begins with a number, the version, and the number of tokens. For GPT-2 (ids uint16) the number is 20240520 and the
-version is 1. For Llama 3 (ids uint32) the number is 20240801 and the version is 7. llm.c writes the end-of-document token before
-each document (for Llama 3: the token that begins a text). A document may continue in the next file. modded-nanogpt uses the same
-files. (llm.c, dev/data/data_common.py and fineweb.py.)
+The header begins with a magic number, a version, and the number of tokens. For GPT-2 (ids uint16) the magic number is 20240520
+and the version is 1. For Llama 3 (ids uint32) the magic number is 20240801 and the version is 7. llm.c writes the end-of-document
+token before each document (for Llama 3: the token that begins a text). A document may continue in the next file. modded-nanogpt
+uses the same files. (llm.c, dev/data/data_common.py and fineweb.py.)
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write OUT/tokens_SPLIT_NUMBER.bin with at most FILE_TOKENS tokens each. Return remarks. Raises OSError if a file cannot be
-    written. Independent."""
+    """Write OUT/tokens_SPLIT_NUMBER.bin with at most FILE_TOKENS tokens each. Return remarks for the user. Raises OSError if a
+    file cannot be written. Independent."""
     first = GPT2 if tokens.dtype.itemsize == 2 else LLAMA3
     version, kind = KINDS[first]
     number, left, file = 0, 0, None

@@ -1,5 +1,5 @@
-"""Reads and writes MDS, the format of MosaicML Streaming: a folder with index.json and shards. The tokens of a sample are a
-column of bytes or an ndarray.
+"""Reads and writes MDS, the format of MosaicML Streaming: a folder with index.json and shards. The tokens of a sample are in one
+column, of type bytes or ndarray.
 
 A shard has the number of samples (uint32), the offset of each sample and of the end (uint32), a configuration, and then the
 samples. A sample has the sizes of the columns without a fixed size (uint32), and then the columns. An ndarray may begin with its
@@ -95,7 +95,8 @@ def _check_encoding(name: str, encoding: str, shown: Path) -> None:
     if kind == "pkl":
         raise DataError(f"{shown}: the column `{name}` holds pickles, which are never read: write it as ndarray or bytes")
     if kind not in ("bytes", "ndarray"):
-        raise DataError(f"{shown}: the column `{name}` has the encoding {encoding}; ids must be ndarray or bytes. If it holds "
+        raise DataError(f"{shown}: the column `{name}` has the encoding {encoding}; ids must be ndarray or bytes. If this "
+                        "column holds "
                         "text, write the "
                         "samples as JSON lines and use mpidp prepare")
 
@@ -129,13 +130,14 @@ def _of_bytes(data: np.ndarray, name: str, shown: Path, options: ReadOptions) ->
     kind: np.dtype[Any] = np.dtype(options.dtype or "int64").newbyteorder("<")
     values = np.frombuffer(data.tobytes(), kind) if len(data) % kind.itemsize == 0 else None
     if values is None or not options.dtype and len(values) and not (values.min() >= -100 and values.max() < 2**32):
-        raise DataError(f"{shown}: the column `{name}` holds bytes that are not {kind.name} ids: give their type, --dtype uint16")
+        raise DataError(f"{shown}: the column `{name}` holds bytes that are not {kind.name} ids: give their type "
+                        "(--dtype uint16)")
     return values
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
     """Write OUT/SPLIT, with a row for each document. The columns are tokens, which has the ids, and labels if there is a loss
-    mask. Return remarks. Raises OSError if a file cannot be written. Independent."""
+    mask. Return remarks for the user. Raises OSError if a file cannot be written. Independent."""
     folder = out / tokens.split
     folder.mkdir()
     columns = {"labels": "ndarray:int64"} if tokens.has_loss_mask else {}
@@ -154,6 +156,7 @@ def write(tokens: SplitTokens, out: Path) -> list[str]:
 
 
 def _encoded(values: np.ndarray) -> bytes:
-    """Return the encoding of an array of one dimension: the type of its length and 1 << 2, its length, and its values."""
+    """Return the encoding of an array of one dimension: a byte, the length, and the values. The byte has the type of the length
+    in its lowest 2 bits. The other bits have the number of dimensions, 1."""
     width = sum(len(values) >= 2**bits for bits in (8, 16, 32))
     return bytes([1 << 2 | width]) + np.array([len(values)], SHAPES[width]).tobytes() + values.tobytes()

@@ -1,9 +1,9 @@
 """Reads and writes Megatron-LM's indexed dataset: PREFIX.bin (the concatenated ids of all sequences) and PREFIX.idx (the index).
 
-PREFIX.idx is little-endian. It begins with b"MMIDIDX\\0\\0", version uint64 = 1, type of the ids uint8, number of sequences S
-uint64, and number of document bounds uint64. These are followed by S lengths int32 (tokens), S offsets int64 (bytes in .bin), and
-the bounds int64. Document d consists of the sequences [bounds[d], bounds[d + 1]). Multimodal datasets have one more byte per
-sequence, its mode. Text has mode 0.
+PREFIX.idx is little-endian. Its fields are the bytes b"MMIDIDX\\0\\0", the version 1 (uint64), the type of the ids (uint8), the
+number of sequences S (uint64), the number of document bounds (uint64), the length of each sequence in tokens (S x int32), the
+offset of each sequence in PREFIX.bin in bytes (S x int64), and the document bounds (int64). Document d consists of
+the sequences [bounds[d], bounds[d + 1]). Multimodal datasets have one more byte per sequence, its mode. Text has mode 0.
 (Megatron-Core, datasets/indexed_dataset.py.)
 """
 
@@ -60,7 +60,7 @@ class MegatronWriter:
         number of tokens."""
         lengths = np.diff(np.append(starts, tokens).astype(np.int64))
         if lengths.max(initial=0) >= 2**31:
-            raise UsageError(f"a document has {lengths.max()} tokens, but the format stores lengths in 31 bits")
+            raise UsageError(f"a document has {lengths.max()} tokens, but the format stores only lengths below 2^31")
         size = np.dtype(DTYPES[self._code]).itemsize
         with writing(self._files[1], ADVICE), create_file(self._parts[1]) as index:
             index.write(MAGIC + HEADER.pack(1, self._code, len(lengths), len(lengths) + 1))
@@ -159,8 +159,8 @@ def read(prefix: Path, options: ReadOptions) -> Iterator[TokenBlock]:
 
 
 def write(tokens: SplitTokens, prefix: Path) -> list[str]:
-    """Write PREFIX_SPLIT.bin and .idx, with one sequence per document. Return remarks. Raises UsageError if these files exist or
-    cannot be written. Independent."""
+    """Write PREFIX_SPLIT.bin and .idx, with one sequence per document. Return remarks for the user. Raises UsageError if these
+    files exist or cannot be written. Independent."""
     path = Path(f"{prefix}_{tokens.split}")
     with writing(f"{path}.bin", "choose another prefix"):
         prefix.parent.mkdir(parents=True, exist_ok=True)

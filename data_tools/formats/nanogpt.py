@@ -1,8 +1,8 @@
 """Reads and writes nanoGPT's train.bin and val.bin: the ids of a split as uint16, without header. Documents are found by their
 end-of-document token.
 
-meta.pkl, the pickled vocabulary of nanoGPT's character-level examples, is not read. For more than 65,536 ids, the usual type is
-uint32. (nanoGPT, data/openwebtext/prepare.py.)
+meta.pkl, the pickled vocabulary of nanoGPT's character-level examples, is not read. If the tokenizer has more than 65,536 ids,
+the usual type is uint32. (nanoGPT, data/openwebtext/prepare.py.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write OUT/SPLIT.bin. Return remarks. Raises OSError if the file cannot be written. Independent."""
+    """Write OUT/SPLIT.bin. Return remarks for the user. Raises OSError if the file cannot be written. Independent."""
     with open(out / f"{tokens.split}.bin", "xb") as file:
         for block in tokens.blocks():
             file.write(block.ids.astype(tokens.dtype).tobytes())

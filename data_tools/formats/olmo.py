@@ -99,9 +99,9 @@ def _starts(path: Path, tokens: int) -> np.ndarray | None:
                 for line, row in enumerate(csv.reader(file), 1):
                     start, stop = int(row[0]), int(row[1])
                     if start != end or not start <= stop <= tokens:
-                        raise DataError(f"{table}, line {line}: the document {start},{stop} does not begin at the end of the "
-                                        f"previous document, {end} (of {tokens} tokens): use the table of this file, or remove "
-                                        "the table")
+                        raise DataError(f"{table}, line {line}: the document {start},{stop} must begin at the end of the "
+                                        f"previous document, {end}, and end at {tokens} tokens or before: use the table of this "
+                                        "file, or remove the table")
                     found += [start] * (start < stop)
                     end = stop
         except (ValueError, IndexError, EOFError, zlib.error, csv.Error):
@@ -112,8 +112,8 @@ def _starts(path: Path, tokens: int) -> np.ndarray | None:
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write OUT/SPLIT/token_ids_part_N.npy, its .csv.gz and, if there is a loss mask, labels_mask_part_N.npy. Files end at the
-    end of a document. Return remarks. Raises OSError if a file cannot be written. Independent."""
+    """Write OUT/SPLIT/token_ids_part_N.npy, its .csv.gz and, if there is a loss mask, labels_mask_part_N.npy. Each file ends with
+    the end of a document. Return remarks for the user. Raises OSError if a file cannot be written. Independent."""
     folder, number, written = out / tokens.split, -1, FILE_TOKENS
     folder.mkdir()
     for block in whole_documents(tokens.blocks()):

@@ -18,8 +18,9 @@ MAX_JSON_BYTES = 256 * 2**20
 
 
 def gather(rows: Iterable[Mapping[str, np.ndarray]], where: Path, options: ReadOptions) -> Iterator[TokenBlock]:
-    """Yield blocks of whole rows. rows: for each row its columns by name, the ids first, each of shape (n,). Rows without tokens
-    are counted. Raises DataError if the columns of a row differ in length, and the errors of block_of_rows. Independent.
+    """Yield blocks of whole rows. rows: the columns of each row by name. The ids come first. Columns with a value for each token
+    have the same shape (n,). Rows without tokens are counted. Raises DataError if these shapes differ, if a column does not have
+    one dimension, and in the cases of block_of_rows. Independent.
     """
     held: list[Mapping[str, np.ndarray]] = []
     tokens = first = 0
@@ -67,7 +68,7 @@ def file_below(folder: Path, name: Any, index: Path) -> Path:
 
 
 def has_index(folder: Path, **kinds: type) -> bool:
-    """Return whether FOLDER/index.json has these keys, with values of these types. Raises DataError if the file is not JSON.
-    Independent."""
+    """Return whether FOLDER/index.json has the keys of `kinds`, with values of the given types. Raises DataError if the file is
+    not JSON. Independent."""
     about = read_json(folder / "index.json") if (folder / "index.json").is_file() else None
     return isinstance(about, dict) and all(isinstance(about.get(key), kind) for key, kind in kinds.items())

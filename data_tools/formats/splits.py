@@ -22,8 +22,8 @@ def split_of(name: str) -> str:
 
 
 def in_splits(paths: Iterable[Path], root: Path, remarks: list[str]) -> list[SourcePart]:
-    """Assign the files or folders of a dataset to train and val. Leave out the split "test" and copies of parts of other
-    splits, with a remark.
+    """Assign the files or folders of a dataset to train and val. Leave out the split "test", and folders that repeat a part of
+    another folder (SUBSETS). Add a remark about what was left out.
 
     root: a folder whose own name is ignored. Raises DataError if nothing is left for training. Pure.
     """
@@ -41,7 +41,7 @@ def in_splits(paths: Iterable[Path], root: Path, remarks: list[str]) -> list[Sou
     if not any(part.split == "train" for part in parts):
         only = [part.path for part in parts] or left_out
         raise DataError(f"{root} has only {only[0].relative_to(root)}{' and others' * (len(only) > 1)} and no training data: "
-                        "give the file or folder itself as the source")
+                        "to train on one of these, give the file or folder itself as the source")
     return parts
 
 
@@ -58,15 +58,15 @@ def folders_with_index(
 
 
 def visible(source: Path, *patterns: str) -> list[Path]:
-    """Return the files in a folder, and in the folders below it, that match a pattern. They are in the order of their names,
-    without hidden files. Independent."""
+    """Return the files, in a folder and in the folders below it, whose names match one of the patterns. The files are sorted.
+    Hidden files are left out. Independent."""
     return sorted({path for pattern in patterns for path in source.rglob(pattern)
                    if path.is_file() and not any(part.startswith(".") for part in path.relative_to(source).parts)})
 
 
 def files_in(source: Path, *patterns: str) -> list[Path]:
-    """Return the file `source`, or the visible files of the folder `source`. Raises DataError if there are no such files.
-    Independent."""
+    """Return the file `source`, or the files that visible() finds in the folder `source`. Raises DataError if there are no such
+    files. Independent."""
     if source.is_dir():
         if not (found := visible(source, *patterns)):
             raise DataError(f"{source} holds no file {' or '.join(patterns)}: give the folder or the file that has the tokens")
@@ -77,6 +77,6 @@ def files_in(source: Path, *patterns: str) -> list[Path]:
 
 
 def finder(pattern: str) -> Callable[[Path, list[str]], list[SourcePart]]:
-    """Return a function that finds the files of a source that match a pattern, and assigns them to splits. See files_in and
-    in_splits. Pure."""
+    """Return a function of (source, remarks). It finds the files of the source whose names match the pattern, and assigns these
+    files to splits. See files_in and in_splits. Pure."""
     return lambda source, remarks: in_splits(files_in(source, pattern), source, remarks)

@@ -61,8 +61,8 @@ class SplitTokens:
 
 
 def _without_fill(block: TokenBlock, eod: int) -> TokenBlock:
-    """Return the block without the end-of-document tokens that fill windows. These tokens are not in the loss, and follow another
-    end-of-document token of the document."""
+    """Return the block without the end-of-document tokens that fill windows. At the end of a document, these are the tokens that
+    follow another end-of-document token and are not in the loss."""
     ids, starts, mask = block.ids, block.starts, block.mask
     assert starts is not None
     if not len(starts):  # the token after the last window

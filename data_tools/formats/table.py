@@ -33,7 +33,8 @@ class TokenFormat:
 
 
 def _any(source: Path, pattern: str, accept: Callable[[Path], bool] = lambda path: True) -> bool:
-    """Return whether accept() is true for the source, or for the first visible file in it that matches this pattern."""
+    """Return whether accept() is true for a file whose name matches the pattern. The file is the source. If the source is a
+    folder, it is the first such file that visible() finds in the folder."""
     if source.is_dir():
         found = visible(source, pattern)
         return bool(found) and accept(found[0])
@@ -84,7 +85,7 @@ KINDS = ((".bin", ".idx"), (".ds",), (".mds",), (".npy",), (".parquet", ".arrow"
 
 
 def mixed(source: Path) -> list[str]:
-    """Return the suffixes of the files with tokens in a folder, one for each kind of file. Independent."""
+    """Return which kinds of files with tokens a folder contains, as one suffix for each kind. Independent."""
     found = ([end for end in ends if _any(source, f"*{end}")] for ends in KINDS) if source.is_dir() else ()
     return [ends[0] for ends in found if ends]
 

@@ -142,8 +142,8 @@ def _notice_failure() -> None:
 def _leave() -> None:
     """Shut down the groups at the end of the process.
 
-    After an uncaught error, abort all ranks: MPI_Finalize could wait forever for a rank that waits for this rank. Also abort if
-    a group's thread is still inside MPI because other ranks did not join a call.
+    After an uncaught error, abort all ranks. Otherwise MPI_Finalize could wait forever for other ranks, which wait for this rank.
+    Also abort if a group's thread is still inside MPI because other ranks did not join a call.
     """
     groups = [group for group in distributed_c10d._world.pg_map if isinstance(group, MpiGroup)]
     for group in groups if not _failed else ():

@@ -28,7 +28,7 @@ Phase = Callable[[int], None]  # a function that processes the piece with the gi
 
 
 def _made(size: int) -> tuple[int, list[int]]:
-    """Make an anonymous file of `size` bytes. Return its file descriptor, and the random integers at its beginning. The
+    """Make an anonymous file of `size` bytes that begins with random integers. Return its file descriptor and these integers. The
     descriptor is -1 if the system cannot make the file, for example because the process cannot open more files."""
     token = torch.frombuffer(bytearray(os.urandom(8 * TOKEN)), dtype=torch.int64)
     handle = -1
@@ -71,8 +71,8 @@ class SharedMemory:
         return every
 
     def _map(self, path: str, size: int, token: list[int]) -> bool:
-        """Map rank 0's file. Return False if the path cannot be opened, or if it belongs to an unrelated process because rank 0
-        is on another node."""
+        """Map rank 0's file. Return False if the path cannot be opened. Also return False if rank 0 is on another node, so that
+        the path on this node leads to a file of an unrelated process."""
         try:
             handle = os.open(path, os.O_RDWR)
         except OSError:

@@ -119,8 +119,8 @@ class Turns:
                 waiting.drop(self.broken)
 
     def check_timeout(self) -> None:
-        """Report a long wait of the running call to the store, and abort the group after the call's timeout. The watch thread
-        calls this method."""
+        """If the running call has waited for some time, write this to the store. If its timeout has passed, abort the group. The
+        watch thread calls this method."""
         work = self.running
         if work is None or work.ended or work.began == 0.0 or self.broken is not None:
             return

@@ -1,8 +1,8 @@
 """Waits for other ranks by polling. Between polls, the core is free for processes that compute.
 
 Three alternatives were not faster in a training step of DDP, in which the main thread computes during communication. Alternative
-1 sleeps after every poll. Alternative 2 polls without pauses. Alternative 3 uses 1 while the process computes, and 2 otherwise.
-For small calls, alternative 1 is slower (docs/results/2026-11-27-c10d.md).
+1 sleeps after every poll. Alternative 2 polls without pauses. Alternative 3 sleeps after every poll only while the process
+computes. For small calls, alternative 1 is slower (docs/results/2026-11-27-c10d.md).
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def share_out(shapes: Mapping[str, tuple[int, ...]], rank: int, size: int) -> dict[str, tuple[int, int]]:
-    """Return {name: (start, stop)}, the rows of replicated tensors that one of `size` writers writes. These rows have about
-    1/size of all elements. Every row is written by exactly one writer. rank: the index of the writer, from 0 to size - 1.
+    """Divide the rows of replicated tensors among `size` writers. Return {name: (start, stop)}, the rows that writer `rank`
+    writes. These rows have about 1/size of all elements. Every row is written by exactly one writer. rank: from 0 to size - 1.
     Pure."""
     total = sum(rows * elements for rows, elements in map(_rows, shapes.values()))
     low, high = rank * total // size, (rank + 1) * total // size

@@ -107,8 +107,8 @@ def open_mirror_folder(run_dir: Path, address: str, resume: str) -> MirrorFolder
     run.resume.
 
     Raises UsageError if the mirror belongs to another run or has a newer checkpoint than RUN. Raises CheckpointError if a
-    checkpoint must be fetched but none is valid. If the server fails, raises DataError if RUN has no checkpoints, and otherwise
-    logs a warning. Independent."""
+    checkpoint must be fetched but none is valid. If the server fails, raises DataError. There is one exception: if RUN has
+    checkpoints and already belongs to a mirror, logs a warning instead. Independent."""
     folder = MirrorFolder(address)
     local = [int(path.name.rpartition("_")[2]) for path in committed(run_dir / "checkpoints")]
     own = _own_id(run_dir)
@@ -123,13 +123,13 @@ def open_mirror_folder(run_dir: Path, address: str, resume: str) -> MirrorFolder
             return folder
         if resume == "never" or local and theirs != own:
             raise UsageError(f"run.mirror={address} holds the checkpoints of another run"
-                             f"{', the one before run.resume=never' * (theirs == own)}: choose another address")
+                             f"{' (the run before run.resume=never)' * (theirs == own)}: choose another address")
         steps = folder.steps()
         if local and steps and max(steps) > max(local):
             raise UsageError(
-                f"run.mirror={address} has a checkpoint of step {max(steps)}, newer than "
-                f"step {max(local)}, the newest of {run_dir}. To resume from the mirror, move {run_dir / 'checkpoints'} away; to "
-                f"resume from step {max(local)}, choose another run.mirror"
+                f"run.mirror={address} has a checkpoint of step {max(steps)}, but "
+                f"step {max(local)} is the newest in {run_dir}. To resume from the mirror, move {run_dir / 'checkpoints'} away. "
+                f"To resume from step {max(local)}, choose another run.mirror"
             )
         if not local and steps:
             _fetch_newest(folder, steps, run_dir)

@@ -98,8 +98,8 @@ class Reader(Mapping[str, Tensor]):
     ) -> dict[str, Tensor]:
         """Return {name without prefix: tensor} for all tensors whose names begin with `prefix`. For additive tensors, see own().
 
-        boxes: the boxes that this rank holds, by the name of the tensor. Of these tensors, only the boxes are read, and they are
-        returned under the boxes' names."""
+        boxes: {tensor's name: {box's name: entry}}, for tensors of which this rank holds only some boxes. Of such a tensor, only
+        these boxes are read. The result has them by the boxes' names."""
         found = {}
         for name in (name for name in self if name.startswith(prefix)):
             held = (boxes or {}).get(name.removeprefix(prefix))

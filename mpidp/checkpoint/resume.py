@@ -70,7 +70,7 @@ def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
         "deterministic": config.train.deterministic,
         "reducer": config.comm.reducer,
         "tp": config.mesh.tp if config.model.slices == 1 else f"divides {config.model.slices} slices",
-        "sequence": config.mesh.sequence,
+        "sequence": config.mesh.sequence and config.model.slices == 1,
         "stages of tied embeddings": config.mesh.pp if config.model.tie_embeddings else 1,
         "compress": config.comm.compress,
         "torch": torch.__version__,
@@ -125,7 +125,7 @@ def find_checkpoint(run_dir: Path, resume: str, comm: MPI.Intracomm) -> tuple[Re
 
 def reject_changed_settings(saved: Mapping[str, Any], config: Config, checked_base: bool = False) -> None:
     """Raise UsageError if a setting has changed that must stay the same when a run resumes. saved: {section.key: value} of the
-    checkpoint. checked_base: whether train.init_from may change, because the caller compares the hash of the weights later.
+    checkpoint. checked_base: whether train.init_from may change. It may if the caller later compares the hashes of the weights.
     Independent."""
     changed = [
         f"{key} was {saved[key]!r}, is {value!r}"

@@ -5,8 +5,9 @@ a failed save in the same way.
 next update, and `wait_for_copy` is called before this update. The thread then writes the copy during training. One rank per node
 writes, and the files have about equal sizes.
 
-A save can be due before the previous save has finished. The ranks then decide by the flags that they exchange in the step report.
-If the previous save has failed, it is dropped and the new save begins. If the disk is only slow, the new save is skipped.
+A save can be due before the previous save has finished. The ranks then sum their flags in the step report
+(training/step_report.py), and decide by the sum. If the previous save has failed, it is dropped and the new save begins. If the
+disk is only slow, the new save is skipped.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Saver:
 
     def wait_for_recent_save(self, step: int) -> None:
         """If a save is due after this step, wait for the previous save, but at most until YOUNG_SECONDS after its start. Call
-        this method before the step report."""
+        this method before the ranks exchange the step report."""
         if self.every < 1 or step % self.every:
             return
         while (save := self._save) and save.state in (WAITS, WRITES) and time.monotonic() - save.began < YOUNG_SECONDS:
@@ -132,8 +133,8 @@ class Saver:
             self._stalled += time.monotonic() - began
 
     def wait_for_save(self, must: bool = False, enter: Callable[[str], None] = lambda phase: None) -> None:
-        """Wait for the current save. If the save fails, drop it, and with must=True raise MpidpError on all ranks. enter: called
-        with the name of the phase whenever a rank makes progress. Collective over comm."""
+        """Wait for the current save. If the save fails, drop it, and with must=True raise MpidpError on all ranks. enter: a
+        function, which is called with the name of the phase whenever a rank has made progress. Collective over comm."""
         before, pause = -1, 1e-3
         while True:
             own_flags = self.flags()[:3]

@@ -120,7 +120,8 @@ class Save:
             pause = min(LONGEST_PAUSE, 2 * pause)
 
     def _fail(self, error: Exception, pause: float | None) -> None:
-        """Print a warning once. Then sleep for `pause` seconds, or until the save is dropped if `pause` is None."""
+        """Print a warning, but only the first time. Then sleep for `pause` seconds (None: forever). As soon as the save is
+        dropped, raise Dropped."""
         if self.error is None and not self.wait:
             log.warning("warning: rank %d: the checkpoint of step %d could not be written (%s). Training continues, and the save "
                         "is retried", self.rank, self.step, describe_error(error))
@@ -129,8 +130,8 @@ class Save:
             raise Dropped
 
     def _copy(self) -> list[memoryview]:
-        """Return the bytes of the pieces, in order. The bytes are a copy of the state. If the main thread waits and the state is
-        on the CPU, they are the state itself."""
+        """Return the bytes of the pieces, in order. The bytes are a copy of the state. There is one exception: if the main thread
+        waits for the save and the state is on the CPU, the bytes are the state itself."""
         try:
             self._pieces = pieces_of(self.entries, self.share)
             if self.wait and self._ready is None:

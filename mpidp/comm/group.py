@@ -33,7 +33,8 @@ FOR_MESSAGES = {"Intel MPI": 16 << 20}
 
 @dataclass
 class Group:
-    """This rank's group and its rail."""
+    """The group of ranks that share memory with this rank, and this rank's rail. Without shared memory, each rank is a group of
+    its own."""
 
     node: MPI.Intracomm  # the ranks that share memory
     rail: MPI.Intracomm  # the owners of this rank's slice, in order of groups; COMM_NULL for a rank that owns no slice

@@ -133,13 +133,13 @@ def check_nccl(wanted: str, device: torch.device, mesh: Topology) -> None:
     with raise_together(mesh.dp):
         if launched_with_ulfm():
             raise UsageError(
-                "comm.gpu=nccl does not support recovery from failed ranks: start mpirun without --with-ft ulfm (a failed rank "
-                "then ends the job, which can be resumed), or use comm.gpu=auto"
+                "comm.gpu=nccl does not support recovery from failed ranks: start mpirun without --with-ft ulfm, or use "
+                "comm.gpu=auto. Without --with-ft ulfm, a failed rank ends the job, and the same command resumes it"
             )
         if device.type != "cuda":
             raise UsageError(
-                f"comm.gpu=nccl, but on {mesh.host} this rank would train on the CPU: give every rank a GPU "
-                "(with train.device=cuda, the error says why no GPU is used), or use comm.gpu=auto"
+                f"comm.gpu=nccl, but on {mesh.host} this rank would train on the CPU: give every rank a GPU, "
+                "or use comm.gpu=auto. To see why no GPU is used, set train.device=cuda"
             )
         if not has_nccl():
             raise UsageError(
@@ -161,8 +161,8 @@ def has_nccl() -> bool:
 
 
 def gpu_name(device: torch.device) -> str:
-    """Return a name of the GPU that contains the GPU's UUID. GPU numbers are not unique: a rank that sees only one GPU always
-    numbers it 0. Independent."""
+    """Return a name of the GPU. The name contains the GPU's UUID, because GPU numbers are not unique: if a rank sees only one
+    GPU, the number of this GPU is always 0. Independent."""
     return f"GPU {torch.cuda.get_device_properties(device).uuid}"
 
 

@@ -112,6 +112,25 @@ class Messages:
         """Close the transport after the last exchange. Collective over the ranks that exchange."""
 
 
+def allgather_ranges(transport: Messages, comm: MPI.Intracomm, wait: Wait, flat: torch.Tensor, parts: Sequence[range]) -> None:
+    """Gather a flat tensor in place, in pieces. parts: the range of elements that each rank of comm has written. Collective over
+    comm."""
+    step = max(1, PIECE_BYTES // 4 // comm.size)
+    for low in range(0, max(map(len, parts)), step):
+        now = [part[low : low + step] for part in parts]
+        lengths, starts = [len(part) for part in now], [part.start for part in now]
+        if transport.mode == "staged":  # through pinned memory
+            places = [rank * step for rank in range(comm.size)]
+            wire = transport.scratch("slices", step * comm.size)
+            wire[places[comm.rank] :][: lengths[comm.rank]] = flat[now[comm.rank].start : now[comm.rank].stop].cpu()
+            transport.allgatherv(comm, wait, (wire, lengths, places))
+            for part, at in zip(now, places, strict=True):
+                flat[part.start : part.stop] = wire[at : at + len(part)].to(flat.device)
+        else:
+            transport.ready()
+            transport.allgatherv(comm, wait, (flat, lengths, starts))
+
+
 def pieces(start: int, stop: int, element_bytes: int = 4) -> Iterator[tuple[int, int]]:
     """Cut [start, stop) into ranges of at most PIECE_BYTES. Pure."""
     step = PIECE_BYTES // element_bytes

@@ -8,9 +8,9 @@ the previous value is s, the rank takes lane s from the right, counted from 0. T
 whatever the delays.
 
 The counters are accessed only with MPI_Fetch_and_op, in one epoch that lasts until close(). In shared memory, access succeeds
-even if the rank that owns the counter makes no MPI call. MPICH 4 is an exception, so steals_freely() tests this. No rank loads or
-stores a counter directly, so MPI ensures that all ranks see the current values. With Open MPI, set OMPI_MCA_osc=^ucx before MPI
-starts, so that Open MPI uses its shared-memory component.
+even if the rank that owns the counter makes no MPI call. With MPICH 4 this is not always so, and steals_freely() tests it. No
+rank loads or stores a counter directly, so MPI ensures that all ranks see the current values. With Open MPI, set
+OMPI_MCA_osc=^ucx before MPI starts, so that Open MPI uses its shared-memory component.
 """
 
 from __future__ import annotations

@@ -45,9 +45,9 @@ def sync_intervals(settings: Settings, steps: int) -> tuple[int, int]:
 def outer(settings: Settings) -> tuple[float, float]:
     """Return (outer_lr, outer_momentum), with automatic values filled in if the strategy has an outer step.
 
-    With overlap, updates arrive late. With sparse compression, they also arrive late, because of error feedback. Momentum would
-    apply late updates again, even later. The default momentum is therefore smaller with overlap, and 0 with sparse compression
-    (SparseLoCo, Sarfi 2025, section 3). Pure.
+    With overlap, updates arrive late. With sparse compression, they also arrive late, because of error feedback. Momentum repeats
+    these updates even later. The default momentum is therefore smaller with overlap, and 0 with sparse compression (SparseLoCo,
+    Sarfi 2025, section 3). Pure.
     """
     lr, momentum = settings["strategy.outer_lr"], settings["strategy.outer_momentum"]
     if settings["strategy.name"] != "local" or settings["strategy.group"] != "all":
@@ -66,5 +66,5 @@ def ratio(settings: Settings) -> float:
 
 
 def known_settings(name: str, **settings: Any) -> dict[str, Any]:
-    """Return the settings among `settings` that the strategy `name` uses. Independent."""
+    """Return those of the given settings that the method `name` uses. Independent."""
     return {key: value for key, value in settings.items() if name in METHODS[key]}

@@ -21,8 +21,8 @@ def check_shards(level: int) -> None:
     if level and launched_with_ulfm():
         raise UsageError(
             f"mesh.shard={level} is not supported with mpirun --with-ft ulfm: the shard of a failed rank would be lost, and the "
-            "other ranks could not continue. Start without --with-ft (after a failure, the same command resumes from the last "
-            "checkpoint), or set mesh.shard=0"
+            "other ranks could not continue. Start without --with-ft, or set mesh.shard=0. Without --with-ft, a failure ends the "
+            "job, and the same command resumes from the last checkpoint"
         )
 
 
@@ -31,8 +31,7 @@ def resolve_reducer(config: Config) -> str:
     below 2. Otherwise auto means allreduce. Pure."""
     if config.comm.reducer != "auto":
         return config.comm.reducer
-    # With mesh.shard=2 or 3, FSDP2 reduces gradients.
-    plain = kind_of(config) == "synchronous" and config.comm.compress == "none" and config.mesh.shard < 2
+    plain = kind_of(config) == "synchronous" and config.comm.compress == "none"
     return "tree" if plain else "allreduce"
 
 
@@ -109,6 +108,6 @@ def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, de
         },
         optim={"warmup_steps": min(100, steps // 10) if warmup < 0 else warmup},
         comm={"reducer": resolve_reducer(config), "ratio": ratio(settings)}
-        # comm.overlap applies only to synchronous training without FSDP2
+        # comm.overlap applies only to synchronous training with whole gradients
         | ({"overlap": "none"} if kind_of(config) != "synchronous" or config.mesh.shard >= 2 else {}),
     )

@@ -31,7 +31,7 @@ from mpidp.storage.address import address_problems
 
 @dataclass(frozen=True)
 class Config:
-    """All sections of settings. `Config()` has the defaults, which train on the embedded corpus."""
+    """All sections of settings. `Config()` has the defaults, which train on shards/stdlib."""
 
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)

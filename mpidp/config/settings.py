@@ -62,7 +62,8 @@ class TrainSettings:
     init_from: str = setting(
         "", "take model and initial weights from a run or a Hugging Face folder (docs/huggingface.md)", "path", resume=FIXED,
     )
-    steps: int = setting(0, "number of parameter updates; 0: computed from tokens or epochs, or 300 without them", "steps", low=0)
+    steps: int = setting(0, "number of parameter updates; 0: computed from tokens or epochs, or 300 if both are 0", "steps",
+                         low=0)
     tokens: int = setting(0, "train for this many tokens instead of steps; 0: off", "tokens", low=0)
     epochs: float = setting(0.0, "train for this many passes over the data instead of steps; 0: off", "epochs", low=0.0)
     target_loss: float = setting(0.0, "stop when val_loss is at most this value; 0: off", "nats/token", low=0.0)
@@ -86,7 +87,7 @@ class TrainSettings:
         "auto: chunked if the logits are large", "", ("auto", "whole", "chunked"), resume=FIXED,
     )
     deterministic: bool = setting(True, "on CUDA, use only deterministic kernels", "bool")
-    threads: int = setting(0, "CPU threads per rank; 0: cores of the node / ranks on the node", "threads", low=0)
+    threads: int = setting(0, "CPU threads per rank; 0: the cores of the node, divided by its ranks", "threads", low=0)
     eval_every: int = setting(100, "steps between evaluations on the validation split; 0: only at the end", "steps", low=0)
     eval_tokens: int = setting(65536, "tokens of the validation split per evaluation; 0: all", "tokens", low=0)
     eval_tasks: str = setting("", "tasks of lm-eval for each evaluation, for example arc_easy,hellaswag (docs/use.md)", "names")
@@ -163,11 +164,12 @@ class StrategySettings:
     )
     group_size: int = setting(2, "local with group=rotating: size of a group", "ranks", low=2, resume=FIXED, methods=("local",))
     outer_lr: float = setting(
-        -1.0, "local with group=all: outer learning rate; 1 with outer_momentum=0 is plain averaging; -1: 0.7, or 1 with "
-        "topk or randomk", "", low=-1.0, methods=("local",),
+        -1.0, "local with group=all: outer learning rate; 1 with outer_momentum=0 is plain averaging; -1: 1 with topk or "
+        "randomk, else 0.7", "", low=-1.0, methods=("local",),
     )
     outer_momentum: float = setting(
-        -1.0, "local with group=all: outer Nesterov momentum; -1: 0.7, 0.5 with overlap, 0 with topk or randomk", "", low=-1.0,
+        -1.0, "local with group=all: outer Nesterov momentum; -1: 0 with topk or randomk, else 0.5 with overlap, else 0.7", "",
+        low=-1.0,
         high=0.9999999, methods=("local",),
     )
     overlap: bool = setting(
@@ -192,7 +194,8 @@ class CommSettings:
     """Settings comm.*: how gradients are reduced, compressed and sent."""
 
     reducer: str = setting(
-        "auto", "gradient reduction; auto: tree (bit-identical on any number of ranks), or allreduce with compression", "",
+        "auto", "gradient reduction; auto: allreduce with compression, mesh.shard above 1 or a strategy that is not synchronous, "
+        "else tree (bit-identical on any number of ranks)", "",
         ("auto", "tree", "allreduce", "naive", "root"),
     )
     compress: str = setting(
@@ -255,8 +258,8 @@ class RunSettings:
     keep: int = setting(3, "number of checkpoints to keep", "", low=1)
     mirror: str = setting("", "address to which checkpoints are copied, for example s3://bucket/runs/NAME", "path")
     hang_seconds: float = setting(
-        60.0, "end the job with exit code 6 if no rank makes progress for this time, or 20 usual steps if longer; 0: off", "s",
-        low=0.0,
+        60.0, "end the job with exit code 6 if no rank makes progress for this time, and for the time of 20 usual steps; 0: off",
+        "s", low=0.0,
     )
     tries: int = setting(3, "maximum number of successive starts from the same checkpoint", "", low=1)
     stop_early_seconds: float = setting(

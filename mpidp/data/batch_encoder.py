@@ -1,5 +1,5 @@
-"""Encodes texts with a Hugging Face tokenizer. The first texts are encoded with the `tokenizers` library. Later texts are encoded
-with tiktoken, which is faster, if tiktoken gives the same ids."""
+"""Encodes texts with a Hugging Face tokenizer. The first texts are encoded with the `tokenizers` library. If tiktoken gives the
+same ids, later texts are encoded with tiktoken, because it is faster."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ CHARACTERS_PER_TOKEN = 64
 
 
 class BatchEncoder:
-    """Encodes texts. The results do not depend on the program that computes them. Special tokens in the texts stay plain text.
+    """Encodes texts. The results do not depend on the program that computes them. Names of special tokens in a text are encoded
+    like any other text.
 
-    program: the program that encodes now, and the reason if it is not tiktoken. With little text, program is "".
+    program: "tiktoken", or "the tokenizers library" with the reason why tiktoken is not used. It is "" until enough text was
+    encoded to choose between them.
     """
 
     def __init__(self, text: str, library: Any) -> None:
@@ -54,8 +56,8 @@ class BatchEncoder:
         return found
 
     def _count(self, texts: Sequence[str], found: list[np.ndarray]) -> None:
-        """Count the characters that the library has encoded. When there are enough, start tiktoken, and check that it
-        gives the library's ids for these texts."""
+        """Count the characters that the library has encoded. When there are enough, start tiktoken, and check that tiktoken gives
+        the same ids as the library for these texts."""
         before, self._left = self._left, self._left - sum(map(len, texts))
         if before > 0 >= self._left:
             try:

@@ -47,7 +47,8 @@ class Template:
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def of(self, tools: Any) -> Template:
-        """Return the template for chats with these tools. transformers makes the same choice."""
+        """Return the template for chats with these tools. If `tools` is None, this is the default template. transformers chooses
+        in the same way."""
         return self if tools is None or self.tool_text is None else self._for_tools
 
     @cached_property
@@ -77,7 +78,7 @@ class Template:
         assert self._compiled is not None and self.of([])._compiled is not None
 
     def undefined_names(self) -> list[str]:
-        """Return the names of special tokens (*_token) that the template uses but that have no value."""
+        """Return the names of special tokens (*_token) that the template uses although they have no value."""
         from jinja2 import meta
 
         used = meta.find_undeclared_variables(_environment(self.moment).parse(self.text))
@@ -89,8 +90,8 @@ class Template:
     ) -> str:
         """Return the text of a chat. Raises TemplateRejection if the template rejects the chat.
 
-        prompt: whether the text ends with the generation prompt. args: variables of this chat, which override variables of the
-        template. In the text, BEGIN and END enclose the parts that {% generation %} marks.
+        prompt: whether the text ends with the generation prompt. args: variables for this chat. They override the variables in
+        the attributes `names` and `args`. In the text, BEGIN and END enclose the parts that {% generation %} marks.
         """
         jinja2, template = _library(), self.of(tools)._compiled
         given = {**self.names, **self.args, **(args or {})} | {
@@ -119,8 +120,8 @@ class Template:
 
 
 def _message(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message in the form in which transformers passes it to templates: without null values, and with its reasoning
-    under the usual keys."""
+    """Return a message as transformers passes it to templates. Null values are removed. If the message has reasoning, it is
+    stored under the keys that templates usually read."""
     message = {key: value for key, value in given.items() if value is not None}
     reasoning = next((message[key] for key in REASONING if key in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
@@ -128,8 +129,8 @@ def _message(given: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Limit the CPU time and the memory of the body, if the system supports limits. Raises TimeoutError or MemoryError if the
-    body exceeds a limit."""
+    """Return a context with limited CPU time and memory, if the system supports limits. Raises TimeoutError or MemoryError if the
+    code in the context exceeds a limit."""
     with _limited_memory(), _limited_time():
         yield
 

@@ -34,8 +34,8 @@ class Items:
         return -(-self.num_items // self.lanes.global_batch)
 
     def count(self, batch: int, v: int) -> int:
-        """Return the number of items in micro-batch v of a global batch. In the last batch of an epoch, this number may be
-        smaller, or 0."""
+        """Return the number of items in micro-batch v of a global batch. In the last batch of an epoch, a micro-batch may have
+        fewer items than usual, or none."""
         places, rest = self.lanes.sequences(v), self.num_items - batch % len(self) * self.lanes.global_batch
         return max(0, min(places.stop, rest) - places.start)
 
@@ -54,7 +54,7 @@ class Items:
     def read(self, batch: int, v: int) -> tuple[int, Any]:
         """Return (number of items, collated items) of a micro-batch, or (0, None) if the micro-batch is empty.
 
-        Raises DataError, which names the item, if the dataset raises an exception.
+        Raises DataError if the dataset raises an exception. The message names the item.
         """
         found = []
         for i in self.indices(batch, v):
@@ -75,7 +75,8 @@ class Items:
         return {"batch": self.next_batch, "items": self.num_items, "global_batch": self.lanes.global_batch, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue at the saved batch. The number of ranks may have changed. Raises UsageError if settings have changed."""
+        """Continue with the batch whose number is in `state`. The number of ranks may differ from that of the earlier run. Raises
+        UsageError if `state` has other settings."""
         now = self.state_dict()
         changed = [f"{key} was {state.get(key)}, is {now[key]}" for key in now if state.get(key) != now[key] and key != "batch"]
         if changed:
@@ -90,9 +91,9 @@ def from_dataset(
     """Return the batches of a map-style dataset for mpidp.library.
 
     dataset: an object with len() and [i]. batch: number of items per step, over all ranks. micro_batch: number of items per
-    forward pass. 0 means an eighth of the batch, so that up to 8 ranks can share a batch. lanes: see the setting train.lanes.
-    collate: a function that makes a batch from a list of items. The default is torch's default_collate. Raises UsageError if an
-    argument is invalid, and DataError if there are no items. Independent.
+    forward pass (default: 0). 0 means an eighth of the batch, so that up to 8 ranks can share a batch. lanes: see the setting
+    train.lanes. collate: a function that makes a batch from a list of items (default: torch's default_collate). Raises UsageError
+    if an argument is invalid, and DataError if there are no items. Independent.
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise UsageError(

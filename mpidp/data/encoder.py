@@ -39,7 +39,7 @@ class Encoder:
         return encode_pieces(pieces, lambda text: self.placer([text])[0])
 
     def ids(self, text: str) -> np.ndarray:
-        """Return the ids of a text of any length, without BOS: (n,) int64. Also raises DataError if the text contains half of a
+        """Return the ids of a text of any length, without BOS: (n,) int64. Raises DataError also if the text contains half of a
         surrogate pair. Independent."""
         try:
             text.encode()
@@ -65,19 +65,19 @@ class Encoder:
 
     @property
     def begin(self) -> int:
-        """The id before a document: BOS if the training data has BOS, else the end-of-document id."""
+        """The id that precedes a document. If the training data has BOS, this is BOS. Otherwise, it is the end-of-document id."""
         return self.table.ends[0] if self.table.bos is None else self.table.bos
 
     def named(self, texts: Sequence[str]) -> tuple[str, int]:
-        """Find texts with names of special tokens that are encoded as plain text. Return (one of these names, number of such
-        texts), or ("", 0) if there are no such texts. Pure."""
+        """Count the texts in which the name of a special token is encoded as plain text. Return (one of these names, number of
+        these texts). If there are none, return ("", 0). Pure."""
         names = self.names if self.special == "text" else None
         found = [match[0] for text in texts if names is not None and (match := names.search(text))]
         return (found[0], len(found)) if found else ("", 0)
 
     @cached_property
     def placer(self) -> Callable[[list[str]], list[Placed]]:
-        """A function that encodes several texts. It also returns the range of characters of each token."""
+        """A function that encodes several texts. For each text, it returns the ids, and the range of characters of each id."""
         return placer(self.tokenizer, self.special)
 
     @cached_property

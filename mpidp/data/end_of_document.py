@@ -17,9 +17,9 @@ TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|eot|>", 
 def find_eod(vocab: Mapping[str, int], eod: str | int | None, declared: str | None = None) -> int:
     """Return the id of the end-of-document token. Raises DataError if there is no such token.
 
-    eod: the token or its id, if it is known. declared: the model's eos_token. If eod is None, this token is chosen, unless it
-    ends a turn of a chat. In the pretraining data of such a model, documents end with another token. If neither applies, the
-    first token of USUAL_EOD that is in the vocabulary is chosen.
+    vocab: the id of each token. eod: the end-of-document token, or its id. None: not known. declared: the model's eos_token. It
+    is chosen if `eod` is None, unless the token ends a turn of a chat. If a token ends turns, the model's pretraining data ends
+    documents with another token. If `declared` is not chosen, the first token of USUAL_EOD that is in the vocabulary is chosen.
     """
     if isinstance(eod, int) and eod in vocab.values():
         return eod
@@ -33,7 +33,7 @@ def find_eod(vocab: Mapping[str, int], eod: str | int | None, declared: str | No
 
 
 def eod_of_index(folder: Path) -> int | None:
-    """Return the end-of-document id in FOLDER/index.json, or None if there is none."""
+    """Return the end-of-document id in FOLDER/index.json. Return None if the file cannot be read or has no such id."""
     try:
         eod = json.loads((folder / "index.json").read_bytes()).get("eod")
     except (OSError, ValueError, AttributeError, RecursionError):

@@ -5,7 +5,8 @@ byte-pair encoding to each word. This module checks both parts:
 
 - Merges. tiktoken joins any two neighbours whose joined bytes are a token. `tokenizers` joins only the pairs in its list. Both
   join the pair of lowest rank first. Until the last join, the bytes of a token are encoded independently of the bytes around
-  them. The results are therefore equal if, for each token, the last pair that tiktoken joins within its bytes is in the list.
+  them. Therefore the ids are equal if the following holds for each token: if tiktoken encodes only the bytes of this token, the
+  last pair that it joins is in the list of `tokenizers`.
 - Words. The two regular-expression engines can have different versions of Unicode. Therefore each character is tested in several
   contexts when it first occurs.
 """
@@ -61,7 +62,7 @@ class FastBPE:
         if by_bytes.keys() != ranks.keys():
             raise NotEqual("some of its tokens are neither bytes nor results of merges")
         if parsed["model"].get("ignore_merges") and (words := [name for name in added if self._is_word(name)]):
-            raise NotEqual(f"the special token {words[0]!r} is a word, which the tokenizers library looks up in the vocabulary")
+            raise NotEqual(f"the tokenizers library can encode a word of the text as the special token {words[0]!r}")
         self._ids = np.array([by_bytes[token] for token in ranks], dtype=np.int64)
         self._lengths = np.zeros(max(by_bytes.values()) + 1, dtype=np.int64)  # number of bytes of each id
         for token, i in by_bytes.items():
@@ -79,8 +80,8 @@ class FastBPE:
         return list(map(self._encode, texts) if self._threads is None else self._threads.map(self._encode, texts))
 
     def placed(self, text: str) -> Placed:
-        """Return the ids of a text, and the range of characters of each id. Raises NotEqual in the same case as encode_batch().
-        Independent."""
+        """Return the ids of a text, and the range of characters of each id. Raises NotEqual if the two programs treat a character
+        differently. Independent."""
         ids = self.encode_batch([text])[0]
         stops = np.cumsum(self._lengths[ids])  # in bytes
         starts = stops - self._lengths[ids]
@@ -90,7 +91,8 @@ class FastBPE:
 
     @cached_property
     def _words(self) -> Any:
-        """A tiktoken encoding that splits texts into the same words, and in which each pair of bytes is a token."""
+        """A tiktoken encoding for comparing words. It splits texts into words as this tokenizer does. Its tokens are all bytes
+        and all pairs of bytes."""
         import tiktoken
 
         return tiktoken.Encoding("words", pat_str=self._pattern, mergeable_ranks=_pairs(), special_tokens={})
@@ -108,7 +110,7 @@ class FastBPE:
         return ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
     def _is_word(self, name: str) -> bool:
-        """Return whether this token can be one of the words into which a text is split."""
+        """Return whether the pre-tokenizer keeps the text of this token as a single word."""
         try:
             text = _bytes(name).decode()
         except (NotEqual, UnicodeDecodeError):
@@ -122,8 +124,8 @@ class FastBPE:
         return found
 
     def _check_characters(self, text: str) -> None:
-        """Compare the words of both programs for the characters that occur for the first time. Raises NotEqual if the words
-        differ."""
+        """Check the characters of the text that were not checked before. Raises NotEqual if the two programs split texts with
+        these characters into different words."""
         codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
         new = np.unique(codes[~self._seen[codes]])
         if not len(new):
@@ -137,7 +139,8 @@ class FastBPE:
 
 
 def check_pairs(pairs: Mapping[bytes, Collection[tuple[bytes, bytes]]], ranks: Mapping[bytes, int]) -> None:
-    """Raise NotEqual if, for some token, the last pair that tiktoken joins is not in the token's list of pairs. Pure."""
+    """Check every token. Raise NotEqual if the last pair that tiktoken joins to this token is not in the token's list of pairs.
+    pairs: the list of each token. ranks: the rank of each token in tiktoken. Pure."""
     for word, listed in pairs.items():
         parts = [bytes([byte]) for byte in word]
         while len(parts) > 2:
@@ -147,12 +150,13 @@ def check_pairs(pairs: Mapping[bytes, Collection[tuple[bytes, bytes]]], ranks: M
                 break
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if tuple(parts) not in listed:
-            raise NotEqual(f"the token {word!r} is reached by different merges")
+            raise NotEqual(f"tiktoken joins other pairs to get the token {word!r}")
 
 
 def _pairs_of_tokens(parsed: dict[str, Any]) -> dict[bytes, list[tuple[bytes, bytes]]]:
-    """Return, for each token, the pairs that are merged to this token, in order of rank. A tokenizer that was converted from
-    tiktoken has several pairs of the same rank. Raises NotEqual if the tokenizer is not plain byte-level BPE."""
+    """Return a list of pairs for each token. Joining any of these pairs gives the token. Tokens are in order of rank. In a
+    tokenizer that was converted from tiktoken, a token can have several pairs. Raises NotEqual if the tokenizer is not plain
+    byte-level BPE."""
     model = parsed["model"]
     plain = {"dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"}
     if model.get("type") != "BPE" or model.keys() - KNOWN or any(model.get(key) for key in plain) or parsed.get("normalizer"):
@@ -164,7 +168,7 @@ def _pairs_of_tokens(parsed: dict[str, Any]) -> dict[bytes, list[tuple[bytes, by
     for merge in model["merges"]:
         one, other = map(_bytes, merge.split(" ") if isinstance(merge, str) else merge)
         if one + other != last and one + other in found:
-            raise NotEqual(f"the merges to {one + other!r} have different ranks")
+            raise NotEqual(f"the merges that give the token {one + other!r} do not follow each other")
         last = one + other
         found.setdefault(last, []).append((one, other))
     return found
@@ -185,7 +189,7 @@ def _pattern(parsed: dict[str, Any]) -> str:
             is_plain = (split.get("type"), split.get("behavior"), split.get("invert")) == ("Split", "Isolated", False)
             if is_plain and pattern in PATTERNS:
                 return pattern
-    raise NotEqual("its pre-tokenizer is not known")
+    raise NotEqual("mpidp does not know how its pre-tokenizer splits text")
 
 
 def _pairs() -> dict[bytes, int]:

@@ -40,7 +40,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class SplitRecord:
-    """The totals of one split."""
+    """The entry of one split in the index, with the totals of the split's shards."""
 
     tokens: int
     documents: int
@@ -85,8 +85,8 @@ class Index:
 
 
 def read_index(folder: Path, name: str = "index.json", shown: str = "") -> Index:
-    """Read the index of a folder of shards. shown: the folder to name in error messages, if `folder` is only a copy. Raises
-    DataError if the index is missing or invalid. Independent."""
+    """Read the index of a folder of shards. name: the name of the index file. shown: the folder that error messages name. "":
+    `folder`. Raises DataError if the index is missing or invalid. Independent."""
     path = folder / name
     named = f"{shown or folder}/{name}"
     try:
@@ -106,7 +106,8 @@ def read_index(folder: Path, name: str = "index.json", shown: str = "") -> Index
 
 
 def _content(folder: Path, name: str, sha256: str) -> bytes:
-    """Return the contents of a file in the folder. Raises DataError unless the contents have this sha256."""
+    """Return the contents of a file in the folder. Raises DataError if the file cannot be read, or if its contents do not have
+    this sha256."""
     path = folder / name
     try:
         with open_regular(path) as file:
@@ -155,7 +156,7 @@ def _parse(raw: Any, sha256: str) -> Index:
             if sum(getattr(record, key) for record in of_split) != getattr(split, key):
                 raise ValueError(f"the {key} of the files of split {name!r} do not add up to the split's total")
     if unlisted := {record.split for record in files} - set(splits):
-        raise ValueError(f"some files belong to split {unlisted.pop()!r}, which is not listed")
+        raise ValueError(f"some files belong to split {unlisted.pop()!r}, which is not in the list of splits")
     return index
 
 

@@ -38,11 +38,12 @@ class MicroBatch:
 
     @classmethod
     def of(cls, v: int, tokens: np.ndarray, counts: np.ndarray | None, starts: np.ndarray | None) -> MicroBatch:
-        """Make a micro-batch on the host. tokens: windows (b, T + 1) int64. Pure.
+        """Make a micro-batch in host memory. v: its index in the global batch. tokens: the training windows, (b, T + 1) int64.
+        Pure.
 
         counts: (b, T + 1) bool, true for tokens that are targets; None means all tokens. starts: (b, T + 1) bool, true for tokens
         that start a document; None means that documents are not kept apart. The first token of a document is not a target,
-        because nothing precedes it. Tokens before the first start in a window belong to an earlier document.
+        because nothing precedes it. Tokens of a window before the first start of a document belong to an earlier document.
         """
         targets, positions, doc_ids = tokens[:, 1:].copy(), None, None
         if counts is not None:
@@ -149,9 +150,10 @@ class Loader:
         return batch
 
     def expect(self, micro_batches: Sequence[int]) -> None:
-        """Prefetch these micro-batches from now on. Resident tokens do not change.
+        """Set the micro-batches that the thread prefetches from now on. The tokens in the device's memory stay the same.
 
-        In batches that are already prefetched, these micro-batches are read on demand.
+        Batches that are already prefetched contain the earlier micro-batches. In these batches, other micro-batches are read on
+        demand.
         """
         self._micro_batches = tuple(micro_batches)
 
@@ -192,8 +194,8 @@ class Loader:
         return self._resident is not None and self._resident.holds(self._sampler.extent([v]))
 
     def _read(self, batch: int, v: int) -> MicroBatch:
-        """Read micro-batch v to the host. If its tokens are already on the device, the micro-batch has the numbers of its windows
-        instead of tokens. This method is thread-safe."""
+        """Read micro-batch v into host memory. If its tokens are already on the device, return a micro-batch that contains the
+        numbers of its windows instead of tokens. This method is thread-safe."""
         sampler, stream, seq_len = self._sampler, self._stream, self._sampler.seq_len
         windows = sampler.windows(batch, v)
         if self._is_resident(v):
@@ -213,7 +215,8 @@ class Loader:
         return found.pinned() if self._device.type == "cuda" else found
 
     def _advise(self, batch: int, v: int) -> None:
-        """Ask the kernel to read ahead the blocks of this micro-batch's pools and of the following pools, once for each pool."""
+        """Start reading ahead the blocks of the pools that contain this micro-batch, and of the pool after each of them. A pool
+        is read ahead only once."""
         if self._is_resident(v):
             return
         for pool in self._sampler.pools(batch, v):
@@ -235,7 +238,8 @@ class Loader:
 
 
 class _Resident:
-    """The tokens of a range of windows on the device, stored as signed integers with the same bits."""
+    """The tokens of a range of windows, in the device's memory. A token is stored as a signed integer with the same bits as the
+    unsigned integer in the shard."""
 
     def __init__(self, stream: TokenStream, seq_len: int, windows: range, device: torch.device) -> None:
         self._windows, self._first, self._seq_len, self._device = windows, windows.start * seq_len, seq_len, device

@@ -2,9 +2,10 @@
 
 If two pieces of a text are encoded separately, their ids can differ from the ids of the whole text. A tokenizer may put a space
 before each piece, and a token may cross the cut. Therefore the windows overlap. The cut is at a character at which a token begins
-in both windows. After this character, both windows must have the same tokens, up to a margin before the end of the first window.
-Tokens before the cut are taken from the first window. Tokens after the cut are taken from the second window. In byte-pair
-encoding, the validity of a sequence of tokens depends only on neighbouring tokens. Therefore the result is correct.
+in both windows. From this character on, both windows must have the same tokens. The last tokens of the first window are not
+compared, because the end of this window may change them. Tokens before the cut are taken from the first window. Tokens after the
+cut are taken from the second window. In byte-pair encoding, a sequence of tokens is valid if each pair of neighbouring tokens is
+valid. Therefore the result is correct.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Placed:
     stops: np.ndarray
 
     def holds(self, start: int, stop: int) -> np.ndarray:
-        """Return which tokens contain any of the characters [start, stop): bool (n,). Pure."""
+        """Return bool (n,), true for each token that contains at least one of the characters [start, stop). Pure."""
         return (self.stops > start) & (self.starts < stop)
 
 
@@ -38,15 +39,16 @@ Encode = Callable[[str], Placed]
 
 
 def joined(encodings: list[tuple[int, Any]]) -> Placed:
-    """Join the encodings of consecutive parts of a text. Each encoding is given with the position of its first character.
-    Pure."""
+    """Join the encodings of consecutive parts of a text. encodings: for each part, the position of its first character in the
+    text, and its encoding. Pure."""
     places = [np.array(one.offsets, dtype=np.int64).reshape(-1, 2) + at for at, one in encodings]
     ids, both = [np.array(one.ids, dtype=np.int64) for _, one in encodings], np.concatenate(places)
     return Placed(np.concatenate(ids), both[:, 0], both[:, 1])
 
 
 def encode_pieces(pieces: Iterable[str], encode: Encode) -> Iterator[np.ndarray]:
-    """Encode a text that is given in pieces. The text may be cut anywhere. Yield the ids of the whole text in parts. Independent.
+    """Encode a text that is given in pieces. The text may be cut anywhere. Yield the ids of the whole text in parts. encode: a
+    function that encodes a text and returns a Placed. Independent.
 
     If no place for a cut is found within MAX_WINDOW characters, the text is cut at an arbitrary token. Ids near this cut may
     differ from those of the whole text.
@@ -70,12 +72,13 @@ def encode_pieces(pieces: Iterable[str], encode: Encode) -> Iterator[np.ndarray]
 
 
 def _first(starts: np.ndarray, place: int) -> int:
-    """Return the index of the first token that begins at or after the character `place`."""
+    """Return the index of the first token that begins at character number `place` or later."""
     return int(np.argmax(starts >= place)) if place and (starts >= place).any() else len(starts) if place else 0
 
 
 def _find_cut(text: str, placed: Placed, encode: Encode) -> tuple[int, int] | None:
-    """Return (character at which the next window begins, character from which the next window's tokens are used), or None."""
+    """Return a cut, or None if no cut is found. A cut consists of two positions of characters: where the next window begins, and
+    from where on the tokens of the next window are used."""
     for overlap in (OVERLAP, 8 * OVERLAP):
         if overlap <= len(text) // 2:
             for start in _starts_of_window(text, placed.starts, len(text) - overlap, overlap // 4):
@@ -86,8 +89,8 @@ def _find_cut(text: str, placed: Placed, encode: Encode) -> tuple[int, int] | No
 
 
 def _starts_of_window(text: str, starts: np.ndarray, low: int, width: int) -> Iterator[int]:
-    """Yield characters at which a window could begin. Beginnings of lines and words come first. Beginnings of tokens, and
-    characters near them, come next."""
+    """Yield positions of characters at which the next window could begin, near `low`. These are first the beginnings of lines and
+    words, then the beginnings of tokens, then positions shortly before the first of these tokens."""
     seen = set()
     tokens = starts[_first(starts, low) :][:8].tolist()
     lines = [text.find("\n", low, low + width) + 1, text.find(" ", low, low + width), text.find(" ", low, low + width) + 1]
@@ -98,8 +101,8 @@ def _starts_of_window(text: str, starts: np.ndarray, low: int, width: int) -> It
 
 
 def _agreement(first: Placed, second: Placed, start: int, stop: int) -> int | None:
-    """Return the character from which the tokens of two windows are equal, up to character `stop`. Return None if there is no
-    such character. The second window begins at character `start` of the first."""
+    """Return the position of the character from which two windows have the same tokens, up to character `stop`. Return None if
+    there is no such character. start: the character of the first window at which the second window begins."""
     ids, starts, stops = first.ids, first.starts, first.stops
     other_ids, other_starts = second.ids, second.starts + start
     end = _first(starts, stop)
@@ -114,6 +117,7 @@ def _agreement(first: Placed, second: Placed, start: int, stop: int) -> int | No
 
 
 def _last_token(placed: Placed, low: int) -> tuple[int, int]:
-    """Return a cut at the last token that begins before the character `low`."""
+    """Return a cut (see `_find_cut`) at the beginning of the last token that begins before character number `low`. If that token
+    begins at 0, the cut is at `low`."""
     place = int(placed.starts[max(0, _first(placed.starts, low) - 1)]) or low
     return place, place

@@ -12,7 +12,8 @@ ROUNDS = 8  # number of rounds of the Feistel network
 
 @lru_cache(maxsize=1024)
 def keys_of(*key: object) -> np.ndarray:
-    """Return independent keys for the rounds, (ROUNDS, 1) uint64. key: any values whose repr is always the same."""
+    """Return one key for each round of the Feistel network, (ROUNDS, 1) uint64. The keys are computed from the values in `key`.
+    The repr of these values must be the same in every process."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)[:, None]
 
@@ -28,8 +29,8 @@ def unpermute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
 
 def _walk(x: np.ndarray, n: int, keys: np.ndarray, inverse: bool) -> np.ndarray:
-    """Apply a Feistel network on 0..m-1, where m is the smallest power of 4 that is at least n. Repeat this for results that are
-    not in 0..n-1 (cycle walking)."""
+    """Apply a Feistel network on 0..m-1, where m is the smallest power of 4 that is at least n. While a result is not in 0..n-1,
+    apply the network to this result again (cycle walking)."""
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     out = _feistel(x, half_bits, keys, inverse)
     while (outside := out >= n).any():

@@ -17,7 +17,8 @@ from mpidp.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, placed
 
 
 def placer(tokenizer: Tokenizer, special: str) -> Callable[[list[str]], list[Placed]]:
-    """Return a function that encodes several texts with this tokenizer. special: "tokens" or "text". Independent."""
+    """Return a function that encodes several texts with this tokenizer. For each text, this function returns a Placed. special:
+    "tokens" or "text", as explained above. Independent."""
     if isinstance(tokenizer, ByteTokenizer):
         return lambda texts: [_single(tokenizer.encode(text), _of_bytes(text)) for text in texts]
     if isinstance(tokenizer, CharTokenizer):

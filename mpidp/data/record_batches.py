@@ -17,7 +17,8 @@ TOKENS = ("input_ids", "token_ids", "tokens")  # usual names of columns of token
 
 @contextmanager
 def reading_columns(path: str, kind: str) -> Iterator[None]:
-    """Convert pyarrow's errors into a DataError that names the file. Raises UsageError if pyarrow is missing. Independent."""
+    """Return a context for reading a file with pyarrow. In this context, an error of pyarrow becomes a DataError that names the
+    file. Raises UsageError if pyarrow is missing. Independent."""
     try:
         import pyarrow
     except ImportError:
@@ -65,5 +66,5 @@ def _check_columns(path: str, names: Collection[str], wanted: Collection[str]) -
         if name not in names:
             there = ", ".join(map(shown_name, names))
             tokens = "; token ids become shards with mpidp convert --from hf" if set(TOKENS) & set(names) else ""
-            raise DataError(f"{path} has no column `{name}`, only {there}; rename one of them to `{name}`, or name it with "
-                            f"--text-key{tokens}")
+            raise DataError(f"{path} has no column `{name}`, only {there}; rename one of them to `{name}`, or give its name "
+                            f"with --text-key{tokens}")

@@ -18,7 +18,7 @@ from mpidp.errors import DataError
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a file. fields: the values by name, or None if the row is malformed. `reason` then describes the problem."""
+    """A row of a file. fields: the values by name, or None if the row is malformed. reason: for a malformed row, the problem."""
 
     path: str
     unit: str  # what `number` counts: line, item or row
@@ -36,8 +36,9 @@ class Row:
 def records(file: TextFile, columns: Collection[str] = (), surrogates: bool = False) -> Iterator[Row]:
     """Yield the rows of a file of kind lines, array, table, parquet or arrow. Blank lines are skipped. Independent.
 
-    columns: the columns to read from a .parquet or .arrow file. If it is empty, all columns are read. surrogates: whether to
-    leave unpaired surrogates as they are. Raises DataError if the file cannot be read, and UsageError if a library is missing.
+    columns: the columns to read from a .parquet or .arrow file. If it is empty, all columns are read. surrogates: True to keep
+    unpaired surrogates. False to replace them. Raises DataError if the file cannot be read, and UsageError if a library is
+    missing.
     """
     kinds = {"lines": _lines, "array": _array, "table": _table}
     with reading(file.path):
@@ -149,7 +150,8 @@ def _columns(file: TextFile, columns: Collection[str]) -> Iterator[Found]:
 
 
 def _values(column: Any) -> Any:
-    """Cast the strings of a column to bytes, because reading a string that is not UTF-8 raises an exception."""
+    """Return a column in which all strings are cast to bytes. Otherwise pyarrow would raise an exception for a string that is not
+    UTF-8."""
     import pyarrow
 
     types = pyarrow.types
@@ -169,10 +171,10 @@ def _values(column: Any) -> Any:
 
 
 def _as_text(value: Any) -> tuple[Any, bool]:
-    """Decode all bytes in a value. Return (decoded value, whether bytes were replaced).
+    """Decode all bytes objects in a value. Return (decoded value, whether invalid bytes were replaced).
 
-    Null values in objects are left out. In Arrow, all objects of a column have the same keys, and missing keys have the value
-    null.
+    Keys with the value null are removed from objects. In Arrow, all objects of a column have the same keys. The value of a
+    missing key is null.
     """
     if isinstance(value, bytes):
         return decoded(value)

@@ -10,7 +10,7 @@ MAX_NAME = 40  # characters of a name that are shown
 
 
 class RowSkipped(ValueError):  # noqa: N818
-    """Raised for a row that cannot be used. `kind` is the counter of data_tools.counts.Counts to increase."""
+    """Raised for a row that cannot be used. kind: the name of the counter in data_tools.counts.Counts that counts this row."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -18,8 +18,8 @@ class RowSkipped(ValueError):  # noqa: N818
 
 
 def field_of(fields: Mapping[str, Any], key: str, kind: type) -> Any:
-    """Return the value of a field, or None if the field is absent. A string is parsed as JSON. Raises RowSkipped if the value is
-    not of type `kind`."""
+    """Return the value of a field. If the value is a string, it is parsed as JSON. Return None if the field is absent, null or
+    "". Raises RowSkipped if the value is not of type `kind`."""
     value = fields.get(key) if fields.get(key) != "" else None
     value = parsed_field(key, value) if isinstance(value, str) else value
     if value is not None and not isinstance(value, kind):
@@ -52,13 +52,13 @@ def describe(value: Any) -> str:
 
 
 def keys_of(names: Iterable[str], shown: int = 12) -> str:
-    """Return a list of names of fields, as text for a message. Pure."""
+    """Return the names of fields for a message, separated by commas. shown: the maximum number of names. Pure."""
     found = [shown_name(name) for name in names]
     return ", ".join(found[:shown]) + (", ..." if found[shown:] else "") or "none"
 
 
 def any_of(names: Collection[str]) -> str:
-    """Return the names of fields of which one is needed, as text for a message. Pure."""
+    """Return the names of fields for a message, joined by "or". Pure."""
     return " or ".join(f"`{name}`" for name in names)
 
 

@@ -3,8 +3,8 @@ Pure.
 
 | form | a row |
 |---|---|
-| messages | `messages`: role and content, as in OpenAI's interface and transformers |
-| ShareGPT | `conversations` or `conversation`: from and value, also role and content; `system`, `tools` |
+| messages | `messages`: messages with role and content, as in OpenAI's interface and transformers |
+| ShareGPT | `conversations` or `conversation`: messages with from and value, or with role and content; `system`, `tools` |
 | Alpaca | `instruction`, `input`, `output`; `system`, `history` (pairs of a question and an answer) |
 | Dolly | `instruction`, `context`, `response` |
 
@@ -38,10 +38,12 @@ PREFERENCES = (
 
 
 def as_messages(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Return (the row in the common form, the name of the row's form). The name is empty if the row already has the common form.
+    """Convert a row to the common form. Return (row, name of the form that the row had). The name is "" if the row is not
+    converted.
 
-    Other fields stay. A row of an unknown form is returned with an empty name. Raises RowSkipped for rows of preferences, and for
-    malformed rows of a known form."""
+    Other fields stay in the row. A row that has the common form already, or has an unknown form, is not converted. Raises
+    RowSkipped if the row has preferences, media or an unwanted answer. Also raises RowSkipped if a row of a known form is
+    malformed."""
     row = {key: value for key, value in fields.items() if value is not None}
     if found := [key for key in MEDIA if row.get(key)]:
         raise RowSkipped("malformed", f"a row with `{found[0]}`: mpidp trains on text only")
@@ -70,9 +72,10 @@ def as_messages(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def as_pair(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Return (the row with `prompt` and `completion`, the name of the row's form). The name is empty if the row already has these
-    fields, or has an unknown form. Instructions are put into the prompt of Stanford's Alpaca. Raises RowSkipped if the row needs
-    --format chat."""
+    """Convert a row of instructions to a row with `prompt` and `completion`. The prompt is made with the prompt template of
+    Stanford's Alpaca. Return (row, name of the form that the row had). The name is "" if the row is not converted, because it
+    already has a prompt or has an unknown form. Raises RowSkipped if the row needs --format chat, has preferences or has an
+    unwanted answer."""
     row = {key: value for key, value in fields.items() if value is not None}
     if "completion" not in row:
         _refuse_preferences(row, None)
@@ -91,13 +94,13 @@ def as_pair(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def _refuse_unwanted(row: Mapping[str, Any]) -> None:
-    """Raise RowSkipped if a row says that the model should avoid its answer."""
+    """Raise RowSkipped if a field of the row says that the answer in this row is unwanted."""
     if found := [key for key in UNWANTED if row.get(key) is False]:
         raise RowSkipped("malformed", f"`{found[0]}` is false: the model should avoid this answer, so mpidp does not train on it")
 
 
 def _refuse_preferences(row: Mapping[str, Any], messages: list[Any] | None) -> None:
-    """Raise RowSkipped if the row has preferences but no messages that end with an answer."""
+    """Raise RowSkipped if the row has preferences (`chosen` and `rejected`), unless its last message is the assistant's."""
     last = messages[-1] if messages else None
     ends = isinstance(last, dict) and last.get("role") == "assistant"
     if "chosen" in row and "rejected" in row and not ends:
@@ -105,8 +108,9 @@ def _refuse_preferences(row: Mapping[str, Any], messages: list[Any] | None) -> N
 
 
 def _objects(row: Mapping[str, Any], key: str) -> list[Any] | None:
-    """Return the list of messages in a field, or None if the field has no list. The list may be given as JSON text. It may also
-    be an object of lists, as the datasets library writes the feature Sequence({"from": ..., "value": ...})."""
+    """Return the list of messages in a field, or None if the field has no list. The list may be given as JSON text. Instead of a
+    list of objects, the field may have an object of lists. The datasets library writes this for the feature Sequence({"from":
+    ..., "value": ...})."""
     value = row[key]
     value = parsed_field(key, value) if isinstance(value, str) else value
     if isinstance(value, dict) and value and all(isinstance(one, list) for one in value.values()):
@@ -147,8 +151,8 @@ def _calls(value: Any) -> list[dict[str, Any]]:
 
 
 def _with_system(row: Mapping[str, Any], key: str, messages: list[Any]) -> dict[str, Any]:
-    """Return the row with these messages in place of field `key`. The field `system` becomes the first message, unless there is
-    already a system message. Tools without a type get the type "function", as in transformers."""
+    """Return the row without the field `key`, and with these messages in the field `messages`. The field `system` becomes the
+    first message, unless there is already a system message. Tools without a type get the type "function", as in transformers."""
     found = {k: v for k, v in row.items() if k != key} | {"messages": messages}
     if isinstance(system := row.get("system"), str) and not any(one.get("role") == "system" for one in messages):
         del found["system"]
@@ -163,7 +167,8 @@ def _typed(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def _question(row: Mapping[str, Any], instruction: str, more: str, answer: str) -> tuple[tuple[str, str], str]:
-    """Return ((instruction, input), output) of a row of instructions."""
+    """Return ((instruction, input), answer) of a row of instructions. instruction, more, answer: the names of the fields. Raises
+    RowSkipped if the answer is empty, or if a value is not a string."""
     words = [row.get(key, "") for key in (instruction, more, answer)]
     for key, value in zip((instruction, more, answer), words, strict=True):
         if not isinstance(value, str):
@@ -174,7 +179,7 @@ def _question(row: Mapping[str, Any], instruction: str, more: str, answer: str) 
 
 
 def _history(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the earlier turns of a row of form Alpaca."""
+    """Return the messages in the field `history` of a row. Each entry of the field is a question and its answer."""
     history = row.get("history") or []
     history = parsed_field("history", history) if isinstance(history, str) else history
     pairs = isinstance(history, list) and all(isinstance(one, list) and len(one) == 2 for one in history)

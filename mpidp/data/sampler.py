@@ -6,10 +6,10 @@ shorter.
 
 With order="sequential", window k is at position k of an epoch.
 
-With order="shuffled", each lane reads its own contiguous section of the stream. The blocks of a section, of about 1 MiB each, are
-permuted. A pool consists of 16 consecutive permuted blocks, and the windows of a pool are permuted. Therefore reads are long, and
-neighbouring windows of the corpus are rarely in the same batch. Permutations are Feistel networks keyed by (seed, epoch, lane),
-so no list of indices is stored.
+With order="shuffled", each lane reads its own contiguous section of the stream. A section is divided into blocks of about 1 MiB.
+The blocks of a section are permuted. A pool consists of 16 blocks that follow each other in the permuted order. The windows of a
+pool are permuted. Therefore reads are long, and neighbouring windows of the corpus are rarely in the same batch. Permutations are
+Feistel networks keyed by (seed, epoch, lane), so no list of indices is stored.
 """
 
 from __future__ import annotations
@@ -83,14 +83,14 @@ class Sampler:
         return min(self.lanes.global_batch, self.num_windows - step * self.lanes.global_batch)
 
     def part(self, lane: int) -> range:
-        """Return the windows that a lane reads in each epoch, if order is "shuffled"."""
+        """Return the range of windows that a lane reads in each epoch. Call this only if order is "shuffled"."""
         places, full = self._places(lane), self.steps_per_epoch - 1
         rest = self.batch_sequences(full)  # an epoch's last batch has positions 0..rest-1
         return range(full * places.start + min(places.start, rest), full * places.stop + min(places.stop, rest))
 
     def windows(self, batch: int, v: int) -> np.ndarray:
-        """Return the numbers (b,) int64 of the windows of micro-batch v. In an epoch's last batch there may be fewer windows, or
-        none."""
+        """Return the numbers of the windows in micro-batch v: (b,) int64. In the last batch of an epoch, b may be smaller, or
+        0."""
         epoch, lane, positions = self._positions(batch, v)
         if self.order == "sequential":
             return np.arange(positions.start, positions.stop, dtype=np.int64)
@@ -142,8 +142,8 @@ class Sampler:
                      min(micro_batches.stop * self.lanes.micro_batch, self.lanes.global_batch))
 
     def _positions(self, batch: int, v: int) -> tuple[int, int, range]:
-        """Return (epoch, lane, positions) of a micro-batch. Positions are relative to the lane's section. If order is sequential,
-        they are relative to the epoch."""
+        """Return (epoch, lane, positions) of a micro-batch. If order is "shuffled", positions are counted from the beginning of
+        the lane's section. If order is "sequential", they are counted from the beginning of the epoch."""
         epoch, step = divmod(batch, self.steps_per_epoch)
         lane, places = self.lanes.lane_of(v), self.lanes.sequences(v)
         stop = max(places.start, min(places.stop, self.batch_sequences(batch)))
@@ -155,8 +155,9 @@ class Sampler:
         return -(-len(part) // self.block_windows)
 
     def _gap(self, part: range, epoch: int, lane: int) -> tuple[int, int]:
-        """Return two facts about the section's last block, which may be short: the position at which it ends in the permuted
-        order, and how many windows it lacks."""
+        """Return (end, lacks) of the last block of a section. This block may be shorter than the others. end: the position at
+        which this block ends in the permuted order. lacks: the number of windows by which it is shorter. part: the windows of the
+        section."""
         num_blocks = self._num_blocks(part)
         lacks = num_blocks * self.block_windows - len(part)
         slot = _slot_of(num_blocks - 1, num_blocks, self.seed, epoch, lane)
@@ -167,7 +168,7 @@ class Sampler:
         return positions + np.where(positions >= end, lacks, 0)
 
     def _extent(self, pool: Pool) -> range:
-        """Return the positions of a pool within its lane's section."""
+        """Return the range of positions that a pool has in its lane's section."""
         part, full = self.part(pool.lane), self.block_windows * POOL_BLOCKS
         end, lacks = self._gap(part, pool.epoch, pool.lane)
         start, stop = pool.number * full, (pool.number + 1) * full
@@ -193,8 +194,8 @@ class Sampler:
 
 @lru_cache(maxsize=1024)
 def _run_of(sampler: Sampler, pool: Pool, run: int) -> np.ndarray:
-    """Return windows [run RUN, (run + 1) RUN) of a pool, in permuted order. RUN windows are permuted together, because this takes
-    hardly longer than permuting the windows of one micro-batch."""
+    """Return the windows at positions run * RUN, ..., (run + 1) * RUN - 1 of the permuted order of a pool. Permuting RUN windows
+    takes hardly longer than permuting the windows of one micro-batch, so they are computed together and cached."""
     extent = sampler._extent(pool)
     return sampler.mixed(pool, range(extent.start + run * RUN, min(extent.start + (run + 1) * RUN, extent.stop)))
 

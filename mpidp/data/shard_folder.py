@@ -1,7 +1,8 @@
 """Access to shards in a local folder, or in a folder at an address such as s3://bucket/prefix (mpidp/storage).
 
-Both kinds of folder provide the small files in a local folder. For each shard, both provide a file that HDF5 can open, views of
-the file's datasets, checksums, and reading ahead.
+Both kinds have an attribute `local`: a local folder with the small files, such as index.json and tokenizer.json. For a folder at
+an address, these are copies. For each shard, both provide a file that HDF5 can open, views of the file's datasets, checksums, and
+reading ahead.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class LocalShard:
 
 
 class RemoteShard:
-    """A file at an address. Its bytes are read through the cache."""
+    """A file at an address. Its blocks are cached in a local folder (mpidp/storage/cache.py)."""
 
     is_regular = True
 
@@ -130,7 +131,8 @@ class RemoteShard:
 
 
 class LocalShards:
-    """A local folder of shards. path: the folder's name in messages. local: the folder that has index.json and tokenizer.json."""
+    """A local folder of shards. path: the folder as messages name it. local: the folder that contains index.json and
+    tokenizer.json."""
 
     def __init__(self, folder: Path) -> None:
         self.path = self.local = folder

@@ -34,7 +34,8 @@ def write_shard(
     path: Path, pieces: Iterable[np.ndarray], num_tokens: int, doc_offsets: np.ndarray,
     attributes: dict[str, int | str], mask: Iterable[np.ndarray] | None = None,
 ) -> Written:
-    """Write one shard from pieces that have num_tokens ids in total. Independent.
+    """Write one shard. pieces: the ids, in arrays with num_tokens ids in total. mask: the loss mask, in arrays, or None.
+    Independent.
 
     attributes: the shard's attributes, at least split, vocab_size and tokenizer_sha256. The same input gives the same bytes. The
     file is written atomically: it gets its final name when it is complete and on disk.
@@ -83,8 +84,8 @@ def _reserve(handle: int, size: int) -> None:
 
 @contextmanager
 def _closable(file: h5py.File) -> Iterator[None]:
-    """Run a body that writes the file. If a write fails although space was reserved, let HDF5 write to memory from then on, so
-    that it can close the file. Raises OSError, also if HDF5 raises RuntimeError."""
+    """Return a context in which HDF5 writes `file`. If a write fails although space was reserved, HDF5 writes to memory from then
+    on, so that it can close the file. Raises OSError if a write fails, even if HDF5 raised RuntimeError."""
     try:
         yield
     except (OSError, RuntimeError) as error:

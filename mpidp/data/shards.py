@@ -11,13 +11,13 @@ and the scalar attributes format, version, split, shard, num_shards, vocab_size,
 
 index.json: format "mpidp-shards", version 1, vocab_size, eod, tokenizer {kind, file, sha256}, source (any), window (optional),
 splits {name: {tokens, documents, text_bytes, loss_mask}}, files [{name, split, tokens, documents, text_bytes, size, crc32,
-sha256}]. text_bytes: UTF-8 bytes of the tokens' text. size, crc32, sha256: of the file. If there is a window, the shards are
-packed: no document crosses a multiple of this many tokens, each split ends with one more token, and documents must be kept apart.
-The files of a split, in the order of the index, form one stream of tokens.
+sha256}]. text_bytes: the number of UTF-8 bytes of the text. size, crc32, sha256: the size and the checksums of the file. If the
+index has the key `window`, the shards are packed: no document crosses a multiple of `window` tokens, each split ends with one
+more token, and documents must be kept apart. The files of a split, in the order of the index, form one stream of tokens.
 
-An HDF5 file can be malicious. External storage and links can refer to any file of the machine, and a small file can declare huge
-datasets. Therefore a dataset is mapped only if it is hard-linked, contiguous, unfiltered and inside the file, and has the
-length that the index states.
+An HDF5 file can be malicious. Its external storage and links can refer to any file of the machine. A small file can declare huge
+datasets. Therefore a dataset is mapped only if it is hard-linked, contiguous, unfiltered and inside the file. Its length must be
+the length that the index states.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class TokenStream:
     """
 
     def __init__(self, path: str | Path, split: str = "train", cache: CacheOptions = DEFAULT_CACHE) -> None:
-        """path: a folder, or an address such as s3://bucket/prefix. cache: where ranges of remote shards are kept."""
+        """path: a folder, or an address such as s3://bucket/prefix. cache: the options of the local cache for shards at an
+        address."""
         self.storage, self.split = open_folder(path, cache), split
         self.path, self.folder = self.storage.path, self.storage.local  # folder: where index.json and tokenizer.json are
         self.index = index = read_index(self.folder, shown=str(self.path))
@@ -90,19 +91,20 @@ class TokenStream:
     def keep_apart(self, documents: str, seq_len: int) -> None:
         """Set whether documents are kept apart. documents: the value of data.documents (auto, joined, apart).
 
-        Raises UsageError if the shards were packed for another window length. Independent.
+        seq_len: the length of a training window. Raises UsageError if the shards are packed and seq_len is not a multiple of
+        their window length. Independent.
         """
         packed = self.index.window
         self.apart = documents == "apart" or documents == "auto" and packed > 0
         if packed and seq_len % packed:
             raise UsageError(
-                f"model.seq_len={seq_len}, but {self.path} was packed for windows of {packed} tokens: documents would be split. "
-                f"Use model.seq_len={packed} (or a multiple), or prepare it with --seq-len {seq_len}"
+                f"model.seq_len={seq_len} would split documents: {self.path} was packed for windows of {packed} tokens. "
+                f"Use model.seq_len={packed} or a multiple of it, or prepare the shards again with --seq-len {seq_len}"
             )
 
     def check(self, files: Iterable[int] | None = None, contents: bool = False) -> None:
-        """Raise DataError if a file is missing, or has a wrong size or header. The default is all files. contents: whether to
-        also check the checksums."""
+        """Raise DataError if a file is missing, or has a wrong size or header. files: indices of the files to check, by default
+        all. contents: whether to also check the checksums."""
         for i in range(len(self.files)) if files is None else files:
             self._map(i)
             if contents:
@@ -113,7 +115,7 @@ class TokenStream:
                                        f"{self.files[i].crc32})")
 
     def is_cheap(self, files: Iterable[int]) -> bool:
-        """Return whether the checksums of these files can be checked in less than a second."""
+        """Return whether these files are so small that checking their checksums takes less than about a second."""
         return sum(self.files[i].size for i in files) <= AUTO_BYTES
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -126,7 +128,8 @@ class TokenStream:
         return out
 
     def read_mask(self, start: int, count: int) -> np.ndarray | None:
-        """Return (count,) bool, true for tokens that are targets. Returns None if the split has no loss mask."""
+        """Return bool (count,) for tokens [start, start + count). It is true for a token that is a target. Return None if the
+        split has no loss mask."""
         if not self.has_loss_mask:
             return None
         out = np.empty(count, dtype=np.bool_)
@@ -139,7 +142,7 @@ class TokenStream:
         return out
 
     def read_starts(self, start: int, count: int) -> np.ndarray:
-        """Return (count,) bool, true for tokens of [start, start + count) that start a document."""
+        """Return bool (count,) for tokens [start, start + count). It is true for a token that starts a document."""
         out = np.zeros(count, dtype=np.bool_)
         for i, first, n, at in self._pieces(start, count):
             starts = self._map(i).doc_offsets[:] if i in self._checked else self.doc_offsets(i)
@@ -157,7 +160,7 @@ class TokenStream:
             self.bytes_fetched += n * self.token_bytes
 
     def files_of(self, start: int, count: int) -> list[int]:
-        """Return the numbers of the files that contain tokens [start, start + count)."""
+        """Return the indices of the files that contain tokens [start, start + count)."""
         return [i for i, *_ in self._pieces(start, count)]
 
     def locate(self, position: int) -> tuple[str, int]:
@@ -181,7 +184,8 @@ class TokenStream:
         return offsets
 
     def _pieces(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-        """Yield (file, first token in the file, number of tokens, offset in the result) for each file of a range of tokens."""
+        """Split tokens [start, start + count) by file. Yield (index of the file, index of the first token within the file, number
+        of tokens, index of the first token within the range) for each file."""
         if start < 0 or count < 0 or start + count > self.num_tokens:
             raise ValueError(f"tokens [{start}, {start + count}) are outside the stream of {self.num_tokens}")
         i = int(np.searchsorted(self._starts, start, side="right")) - 1

@@ -1,7 +1,7 @@
 """The special tokens of a model, in one table. The table is stored as special_tokens.json in the folder of shards and in RUN.
 
-The command prepare writes this file, train copies it to the run, and generate, evaluate and export use it. Plain tokenizers
-(byte, char, and BPE trained by mpidp) have no such file. Their table is the default of special_tokens_of().
+The command prepare writes this file, train copies it to the run, and generate, evaluate and export use it. For a plain tokenizer
+(byte, char, or BPE trained by mpidp), there is no such file. Its table is special_tokens_of(None, tokenizer).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ WITHOUT_CLASS = frozenset({"mistral", "mixtral", "phi3", "olmo2"})  # values of 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The special tokens of a model, as its training data uses them."""
+    """A table of special tokens. It describes how the training data of a model uses them."""
 
     bos: int | None  # the id before every document and row; None: there is none
     ends: tuple[int, ...]  # ids that end a text; the end-of-document id is the first
@@ -88,7 +88,8 @@ def read_special_tokens(folder: Path) -> SpecialTokens | None:
 def for_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
     """Return the table of a run. Independent.
 
-    Older runs have no special_tokens.json. Their table is made from RUN/hf, which has the files of the model that was fine-tuned.
+    Older runs have no special_tokens.json. If an older run was fine-tuned from a model, its table is made from the files of that
+    model in RUN/hf. Otherwise, the table has no BOS.
     """
     found = read_special_tokens(run_dir)
     if found is not None:
@@ -123,9 +124,9 @@ def special_tokens_of(folder: Path | None, tokenizer: Tokenizer) -> SpecialToken
 
 
 def with_template(table: SpecialTokens, tokenizer: Tokenizer, template: str | None) -> SpecialTokens:
-    """Return the table with this chat template, or without a template if `template` is None. Independent.
+    """Return a copy of the table that has this chat template. None: no template. Independent.
 
-    The token that the template writes after an assistant's turn is added to the table's `ends`.
+    If the template writes a special token after an assistant's message, this token is added to `ends` of the copy.
     """
     ends, special = [tokenizer.eod, *table.ends], special_names(tokenizer)
     if template is not None:
@@ -134,14 +135,14 @@ def with_template(table: SpecialTokens, tokenizer: Tokenizer, template: str | No
 
 
 def special_names(tokenizer: Tokenizer) -> dict[str, int]:
-    """Return the ids of the special tokens that texts can name, such as <|im_start|>. Independent."""
+    """Return the ids of special tokens whose names can occur in a text, such as <|im_start|>, by name. Independent."""
     about, _ = _stored(tokenizer)
     return {one["content"]: one["id"] for one in about.get("added_tokens") or [] if one.get("special") and one["content"]}
 
 
 def _names(files: Mapping[str, dict[str, Any]], about: Mapping[str, Any]) -> dict[str, str]:
-    """Return the special tokens by name, as transformers determines them. Tokens in the model's files replace the tokens of the
-    tokenizer's class."""
+    """Return the text of each special token by name (bos_token, eos_token, ...), as transformers determines it. The class of the
+    tokenizer has default texts. Texts in the model's files replace these defaults."""
     config = files.get("tokenizer_config.json", {})
     merged = dict(config)
     if "added_tokens_decoder" not in config:
@@ -159,7 +160,7 @@ def _names(files: Mapping[str, dict[str, Any]], about: Mapping[str, Any]) -> dic
 
 
 def _turn_end(template: str, names: Mapping[str, str], special: list[str]) -> Iterator[str]:
-    """Yield the special token that the template writes after an assistant's message, if it writes one."""
+    """If the template writes a special token after an assistant's message, yield this token."""
     mark = "\ue000"
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
     with suppress(TemplateRejection, DataError, UsageError):
@@ -170,7 +171,8 @@ def _turn_end(template: str, names: Mapping[str, str], special: list[str]) -> It
 
 
 def _stored(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a Hugging Face tokenizer.json and its vocabulary. Both are empty for byte and char tokenizers."""
+    """Return (contents of tokenizer.json, vocabulary) of a Hugging Face tokenizer. For a byte or char tokenizer, both are
+    empty."""
     if tokenizer.kind != "bpe":
         return {}, {}
     about = json.loads(tokenizer.to_json())

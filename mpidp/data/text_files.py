@@ -45,7 +45,7 @@ MAX_TEXT_BYTES = 2**30  # largest file that is read as one text
 
 
 class NotText(ValueError):  # noqa: N818
-    """Raised for a file that cannot be read as text. The message continues a sentence that begins with the file's name. kind:
+    """Raised for a file that cannot be read as text. The message has no subject: put the name of the file before it. kind:
     "empty" or "binary"."""
 
     def __init__(self, kind: str, reason: str) -> None:
@@ -55,10 +55,11 @@ class NotText(ValueError):  # noqa: N818
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file and how to read it. doubt: the reason why a file that is read as plain text may be meant to have rows, or ""."""
+    """A file, and how it is read. doubt: for a file that is read as plain text although its name or content suggests rows: what
+    was found in it, for messages. Otherwise ""."""
 
     path: str
-    kind: str  # lines, array, table, parquet or text
+    kind: str  # lines, array, table, parquet, arrow or text
     skip: int = 0  # bytes of the byte order mark
     separator: str = ","  # separator of the columns of a table
     doubt: str = ""
@@ -81,8 +82,9 @@ def recognize(path: str | Path, name: str | None = None, wanted: Collection[str]
     """Recognize a file by its name and first bytes. Raises NotText if the file is not text, DataError if it cannot be read, and
     UsageError if the decompressor is missing. Independent.
 
-    name: the file's name, if it differs from the name in the path. wanted: names of fields. A .csv file, and a .json file of a
-    single line, have rows only if they have one of these fields, or if `wanted` is empty.
+    name: the file's name, if it differs from the name in the path. wanted: names of fields. A .csv or .tsv file, an array of
+    objects, and a file with only one object are read as rows only if they have one of these fields. If `wanted` is empty, any
+    fields are accepted.
     """
     path = str(path)
     with reading(path):
@@ -151,7 +153,8 @@ def _is_json(head: bytes) -> bool:
 def read_whole(path: str | Path, limit: int = MAX_TEXT_BYTES, may_be_empty: bool = False) -> str:
     """Return the text of a UTF-8 file, without its byte order mark. Independent.
 
-    Raises DataError if the file is not regular, cannot be read, is empty, is not UTF-8, or has more than `limit` bytes.
+    may_be_empty: True to return "" for an empty file. Raises DataError if the file is not regular, cannot be read, is empty, is
+    not UTF-8, or has more than `limit` bytes.
     """
     with reading(path):
         if not is_regular(path):
@@ -165,7 +168,7 @@ def read_whole(path: str | Path, limit: int = MAX_TEXT_BYTES, may_be_empty: bool
     except NotText as error:
         raise DataError(f"{path} {error}; a UTF-8 text file is needed") from None
     if len(data) > limit:
-        raise DataError(f"{path} has more than {limit:,} bytes of text, the largest that is read as one text")
+        raise DataError(f"{path} has more than {limit:,} bytes of text: it is too large to be read as one text")
     try:
         return data.decode()
     except UnicodeDecodeError as error:

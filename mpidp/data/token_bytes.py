@@ -1,8 +1,8 @@
-"""The UTF-8 bytes of each token. They are used to count the bytes of scored tokens, and to decode one token after the other.
-Pure.
+"""The UTF-8 bytes of each token. They are used to count the bytes of the tokens whose loss is computed, and to decode tokens one
+after the other. Pure.
 
-This works for mpidp's byte and char tokenizers, byte-level BPE, and SentencePiece's tokens with or without byte fallback. The
-end-of-document token has no bytes, because it is not part of a text. Other added tokens have the bytes of their names.
+The supported tokenizers are mpidp's byte and char tokenizers, byte-level BPE, and SentencePiece with or without byte fallback.
+The end-of-document token has no bytes, because it is not part of a text. Other added tokens have the bytes of their names.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class TokenBytes:
 
 @lru_cache(maxsize=4)
 def bytes_of_tokens(tokenizer: Tokenizer) -> TokenBytes | None:
-    """Return the bytes of each id, or None if the tokenizer's decoder is of an unknown kind. Independent."""
+    """Return the bytes of each id. Return None if mpidp does not know the kind of the tokenizer's decoder. Independent."""
     if isinstance(tokenizer, ByteTokenizer):
         return TokenBytes([*(bytes([i]) for i in range(256)), b""])
     if isinstance(tokenizer, CharTokenizer):
@@ -90,7 +90,8 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> TokenBytes | None:
 
 
 def _nested(part: Any, key: str) -> Iterable[dict[str, Any]]:
-    """Yield the steps of a decoder, a normalizer or a pre-tokenizer, which may be a Sequence of several steps."""
+    """Yield the steps of a decoder, a normalizer or a pre-tokenizer. If `part` is a Sequence, yield the steps of this Sequence.
+    key: the key under which a Sequence has its steps."""
     if not isinstance(part, dict):
         return
     if part.get("type") != "Sequence":
@@ -107,7 +108,7 @@ def _vocabulary(parsed: dict[str, Any], size: int) -> list[str]:
 
 
 def _is_plain(step: dict[str, Any]) -> bool:
-    """Return whether _sentencepiece() can apply this step of a decoder."""
+    """Return whether _sentencepiece() supports this step of a decoder."""
     if step["type"] == "Replace":
         return "String" in step["pattern"]
     return step["type"] != "Strip" or (step["content"], step["start"], step["stop"]) == (" ", 1, 0)
@@ -125,7 +126,8 @@ def _sentencepiece(token: str, steps: list[dict[str, Any]], falls_back: bool) ->
 
 
 def _prefix(parsed: dict[str, Any]) -> tuple[bool, bool]:
-    """Return (whether encoding puts a space before a text, whether it also puts a space after added tokens)."""
+    """Return two booleans: whether encoding puts a space before a text, and whether it also puts a space after each added token
+    in a text."""
     first = again = False
     for step in [*_nested(parsed.get("normalizer"), "normalizers"), *_nested(parsed.get("pre_tokenizer"), "pretokenizers")]:
         if step["type"] == "Prepend":
@@ -138,7 +140,6 @@ def _prefix(parsed: dict[str, Any]) -> tuple[bool, bool]:
 
 
 def _scheme(step: dict[str, Any]) -> str:
-    """Return the prepend_scheme of a Metaspace step, which says where encoding adds a space. Decoding removes this space.
-    "always" means before each part of a text between added tokens, "first" means before the first part, and "never" means
-    nowhere."""
+    """Return the prepend_scheme of a Metaspace step. It says where encoding adds a space, and decoding removes it. Added tokens
+    divide a text into parts. "always": a space before each part. "first": a space before the first part. "never": no space."""
     return str(step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never"))

@@ -53,8 +53,8 @@ class Tokenizer(ABC):
         return [self.encode(text) for text in texts]
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Encode a text that is given in pieces. Yield the ids of the whole text in parts. The pieces may be cut anywhere. Memory
-        use is bounded."""
+        """Encode a text that is given in pieces. Yield the ids of the whole text in parts. The text may be cut anywhere. Memory
+        use does not depend on the length of the text."""
         yield from (self.encode(piece) for piece in pieces)
 
     @abstractmethod
@@ -165,7 +165,8 @@ class HFTokenizer(Tokenizer):
         return self._encoder.program
 
     def _without_eod(self, text: str, ids: np.ndarray) -> np.ndarray:
-        """Return `ids`, or new ids of the text if `ids` contains EOD (see placed_without)."""
+        """Return ids of the text that do not contain EOD. ids: the ids of the text. They are returned if they do not contain EOD.
+        Otherwise the text is encoded again (see placed_without)."""
         return self._placed(text).ids if (ids == self.eod).any() else ids
 
     def _window(self, text: str) -> Placed:
@@ -177,8 +178,9 @@ class HFTokenizer(Tokenizer):
 
 
 def placed_without(library: Any, text: str, eod: int) -> Placed:
-    """Encode a text with a tokenizer of the `tokenizers` library, so that the ids do not contain `eod`. If the ids of the whole
-    text contain `eod`, cut the text in the middle of each occurrence of this token's name, and encode the parts. Pure."""
+    """Encode a text with a tokenizer of the `tokenizers` library, so that the ids do not contain `eod`. The whole text is encoded
+    first. If its ids contain `eod`, and the text contains the name of this token, the text is cut in the middle of each
+    occurrence of the name. The parts are then encoded separately. Pure."""
     encoding = library.encode(text, add_special_tokens=False)
     name = str(library.id_to_token(eod))
     if eod not in encoding.ids or name not in text or len(name) < 2:
@@ -193,8 +195,8 @@ def placed_without(library: Any, text: str, eod: int) -> Placed:
 def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
     """Load a tokenizer.json. path: the file, or a folder of shards or of a run that contains it. Independent.
 
-    eod: for Hugging Face files, the token that ends a document. None means the token in the folder's index.json or, without an
-    index, the choice of find_eod(). Raises DataError if the file is missing, malformed or too large.
+    eod: for Hugging Face files, the token that ends a document, or its id. None: the id in the folder's index.json. If there is
+    no index, find_eod() chooses the token. Raises DataError if the file is missing, malformed or too large.
     """
     path = Path(path)
     if path.is_dir():
@@ -229,8 +231,8 @@ def tokenizer_from_json(text: str, eod: str | int | None = None, declared: str |
         return HFTokenizer(text, eod, declared)
     kind, characters = parsed.get("kind"), parsed.get("characters")
     if parsed.get("version") != 1 or kind not in ("byte", "char"):
-        raise DataError(f"tokenizer version {parsed.get('version')!r}, kind {kind!r} is unknown; this mpidp reads version 1 of "
-                        "byte and char: the file is damaged, or from a newer mpidp")
+        raise DataError(f"version {parsed.get('version')!r} of a tokenizer of kind {kind!r} is unknown. This mpidp reads version "
+                        "1 of the kinds byte and char: the file is damaged, or was written by a newer mpidp")
     if kind == "byte":
         return ByteTokenizer()
     if not isinstance(characters, str) or any(0xD800 <= ord(c) < 0xE000 for c in characters):

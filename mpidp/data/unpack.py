@@ -28,7 +28,8 @@ MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Convert errors while reading into a DataError that names the file. Independent."""
+    """Return a context for reading a file. In it, an OSError, EOFError or zlib.error becomes a DataError that names the file.
+    Independent."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -44,8 +45,8 @@ def is_regular(path: str | Path) -> bool:
 def packing(path: str | Path) -> bytes:
     """Return the compression of a file: GZIP, ZSTD, or b"" if it is not compressed. Independent.
 
-    Raises OSError if the name ends in .gz or .zst but the content is not compressed in this way. Raises UsageError if the
-    decompressor is missing.
+    Raises OSError if the name ends in .gz but the content is not gzip data, or if the name ends in .zst but the content is not
+    zstandard data. Raises UsageError if the decompressor is missing.
     """
     with open(path, "rb") as file:
         head = file.read(4)
@@ -80,7 +81,7 @@ def open_bytes(path: str | Path) -> BinaryIO:
 
 
 def lines_of(stream: BinaryIO) -> Iterator[bytes | None]:
-    """Yield the lines of a stream, with their newlines. None stands for a line of more than MAX_ROW_BYTES. Independent."""
+    """Yield the lines of a stream, with their newlines. For a line of more than MAX_ROW_BYTES, yield None. Independent."""
     while line := stream.readline(MAX_ROW_BYTES + 1):
         if len(line) <= MAX_ROW_BYTES or line.endswith(b"\n"):
             yield line

@@ -1,8 +1,8 @@
 """`[mpirun -np N] python -m mpidp.doctor [--gpu] [--network] [--data DIR] [--run DIR] [--clean] [--script FILE] [--json]`
 
-Check the launch, the machines and the folders before training, and report how to correct problems. Start this command with the
-launch line of the job. It writes its measurements to cluster.json in the folder given by --run, or else in the current folder.
-docs/doctor.md explains the table.
+Check the launch, the machines and the folders before training, and report how to correct problems. Start this command as you
+start the job, with the same launcher and options. It writes its measurements to cluster.json in the folder given by --run.
+Without --run, it writes them to the current folder. docs/doctor.md explains the table.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Deadline:
         threading.Thread(target=self._watch, name="deadline", daemon=True).start()
 
     def enter(self, check: str) -> None:
-        """Begin a check, and start its time limit."""
+        """Record that a check begins, and start its time limit."""
         self.check, self.since = check, time.monotonic()
 
     def _watch(self) -> None:
@@ -110,8 +110,8 @@ class Deadline:
 
 
 def reject_tiny_memory(environ: Mapping[str, str], options: argparse.Namespace) -> None:
-    """Exit if /dev/shm has too little free space for MPI to start, and warn if MPI may crash. Before the exit, report the shared
-    memory that ended jobs left in /dev/shm. Independent."""
+    """Check the free space of /dev/shm. If MPI may crash when it starts, print a warning. If MPI cannot start, report the shared
+    memory that ended jobs left in /dev/shm, and exit. Independent."""
     host, (place, ranks) = socket.gethostname(), launch.on_this_node(environ)
     room = memory.check_shm({host: facts.shared_memory()}, ranks)
     if room.verdict != WRONG:
@@ -128,8 +128,8 @@ def reject_tiny_memory(environ: Mapping[str, str], options: argparse.Namespace) 
 
 def start(launcher: str, deadline: Deadline) -> MPI.Intracomm | None:
     """Start MPI and return COMM_WORLD. If the MPI library does not fit the launcher, starting MPI could end the process. In this
-    case the launcher's first process starts MPI as a single process, for the remaining checks, and the others return None.
-    Collective over COMM_WORLD."""
+    case, the first process of the launcher starts MPI as a job of one rank, which does the remaining checks. All other processes
+    return None. Collective over COMM_WORLD."""
     warnings.filterwarnings("ignore", "suspicious MPI", RuntimeWarning)  # the table reports it in more detail
     import mpi4py
 
@@ -160,8 +160,9 @@ class Checkup:
             self.found += run_check(what, check, *given)
 
     def measure(self, what: str, measure: Callable[[], T | CheckResult]) -> list[T]:
-        """Call `measure` on every rank and return the answers in rank order. `measure` must not communicate. It may return a
-        CheckResult instead of an answer. The first such CheckResult is added to the table. Collective over world."""
+        """Call `measure` on every rank, and return the answers in rank order. `measure` must not communicate. If `measure` cannot
+        give an answer, it returns a CheckResult. The list of answers omits these results, and the first of them is added to the
+        table. Collective over world."""
         self.deadline.enter(what)
         try:
             own = measure()
@@ -175,7 +176,7 @@ class Checkup:
 def examine(
     world: MPI.Intracomm, options: argparse.Namespace, environ: Mapping[str, str], launched: int, deadline: Deadline
 ) -> tuple[list[CheckResult], dict[str, Any]]:
-    """Return the results of all checks, and the contents of cluster.json. Only rank 0 has all results. launched: the number of
+    """Run all checks. Return the results and the contents of cluster.json. Only rank 0 has all results. launched: the number of
     ranks that the launcher started. Collective over world."""
     from mpi4py import MPI
 

@@ -1,4 +1,4 @@
-"""Results of checks, and the table that shows them. A result has a verdict, a text and a fix. Pure."""
+"""Results of checks, and the table that shows them. A result has a verdict, a text, and a fix: what the user can do. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks which cores, threads and GPUs each rank uses, and which of these are shared by ranks. Pure, except `probe`."""
+"""Checks which cores, threads and GPUs each rank uses, and whether several ranks share a core or a GPU. Pure, except `probe`."""
 
 from __future__ import annotations
 
@@ -65,8 +65,9 @@ def check_cores(facts: Sequence[MachineFacts], launcher: str) -> CheckResult:
 
 
 def crowded(facts: Sequence[MachineFacts]) -> tuple[int, ...]:
-    """Return the smallest set of cores to which more ranks are bound than there are cores in the set. Return () if there is no
-    such set. facts: the facts of the ranks of one node. Pure."""
+    """Find cores that ranks must share. Return the smallest set that has fewer cores than ranks bound to it, or () if there is
+    none. Only these sets are considered: the cores of each rank, and the cores of all ranks together. facts: the facts of the
+    ranks of one node. Pure."""
     sets = sorted({one.cores for one in facts} | {tuple(sorted({core for one in facts for core in one.cores}))}, key=len)
     return next((cores for cores in sets if sum(set(one.cores) <= set(cores) for one in facts) > len(cores)), ())
 

@@ -1,4 +1,5 @@
-"""Checks that the launcher and the MPI library together start one job of the right size. Pure, except `mpirun_here`."""
+"""Checks that the launcher and the MPI library fit together. If they fit, a launch of N processes is one job of N ranks. Pure,
+except `mpirun_here`."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ LEVELS = ("single", "funneled", "serialized", "multiple")
 
 
 def launcher_of(environ: Mapping[str, str]) -> str:
-    """Return the launcher of this process: "Open MPI", "Intel MPI" or "MPICH" for the mpirun of this library, "srun", or "" if
-    there is no launcher. Pure."""
+    """Return the launcher that started this process. "Open MPI", "Intel MPI" and "MPICH" mean the mpirun of this library. "srun"
+    means Slurm. "" means that there is no launcher. Pure."""
     if "OMPI_COMM_WORLD_SIZE" in environ:
         return OPEN_MPI
     if "MPI_LOCALNRANKS" in environ:
@@ -102,7 +103,7 @@ def check_slurm(size: int, environ: Mapping[str, str]) -> CheckResult:
 
 
 def check_thread_level(level: int) -> CheckResult:
-    """Check that MPI has MPI_THREAD_MULTIPLE, with which gradients can be reduced during the backward pass. Pure."""
+    """Check that MPI supports MPI_THREAD_MULTIPLE. Without it, gradients cannot be reduced during the backward pass. Pure."""
     words = f"MPI_THREAD_{LEVELS[level].upper()}"
     if LEVELS[level] == "multiple":
         return CheckResult("MPI threads", "ok", words)

@@ -59,8 +59,8 @@ def find(host: str, folder: Path = Path(SHARED_MEMORY)) -> list[Segment]:
 
 
 def clean(segments: Sequence[Segment], folder: Path = Path(SHARED_MEMORY)) -> list[Segment]:
-    """Check again which of this user's segments no process has open, and remove them. Return the removed segments.
-    Independent."""
+    """Remove those segments of this user that no process uses. This is checked again before each removal. Return the removed
+    segments. Independent."""
     in_use, removed = _in_use(folder), []
     for one in segments:
         if one.own and one.state == "gone" and one.name not in in_use:
@@ -71,7 +71,8 @@ def clean(segments: Sequence[Segment], folder: Path = Path(SHARED_MEMORY)) -> li
 
 
 def _in_use(folder: Path) -> set[str]:
-    """Return the names of files in `folder` that a process of this machine maps or has open, as far as this user can see."""
+    """Return the names of files in `folder` that are in use. A file is in use if a process of this machine maps it or has it
+    open. Processes that this user may not inspect are ignored."""
     start, found = f"{folder.resolve()}/", set[str]()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -86,8 +87,8 @@ def _in_use(folder: Path) -> set[str]:
 
 @contextmanager
 def _leased(path: Path) -> Iterator[None]:
-    """Hold a lease on a file. The kernel grants the lease only if no other process, in any container, has the file open or
-    mapped. Otherwise raises OSError."""
+    """Return a context that holds a lease on a file. The kernel grants the lease only if no other process, in any container, has
+    the file open or mapped. If the kernel refuses the lease, raises OSError."""
     # If another process opens the file, the kernel sends SIGIO, which by default would end this process.
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -133,7 +134,8 @@ def _these(segments: Sequence[Segment]) -> str:
 
 
 def check_shm(rooms: Mapping[str, tuple[int, int]], starting: int = 0) -> CheckResult:
-    """Check that there is enough space for a shared window, and for MPI to start `starting` ranks on a node.
+    """Check the free space of /dev/shm. It must suffice for a shared window. MPI also needs space when it starts. starting: the
+    number of ranks per node that MPI is about to start, or 0 if MPI has started.
 
     rooms: (size, free space) of /dev/shm in bytes, by host. Pure."""
     host = min(rooms, key=lambda name: rooms[name][1])

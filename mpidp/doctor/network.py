@@ -47,8 +47,9 @@ def _speed(bandwidth: float) -> str:
 
 
 def pairs(hosts: Sequence[str]) -> list[list[tuple[int, int]]]:
-    """Return lists of pairs of ranks. The pairs of one list measure at the same time. A pair is the first ranks of two
-    neighbouring nodes. If there is only one node, the only pair is ranks 0 and 1. hosts: the host of each rank. Pure."""
+    """Choose the pairs of ranks between which the network is measured. Return one or two lists of pairs. All pairs of a list are
+    measured at the same time. A pair consists of the first rank of a node and the first rank of the next node. If there is only
+    one node, the only pair is ranks 0 and 1. For a job of one rank, return an empty list. hosts: the host of each rank. Pure."""
     firsts = [hosts.index(host) for host in dict.fromkeys(hosts)]
     if len(firsts) == 1:
         return [[(0, 1)]] if len(hosts) > 1 else []
@@ -80,8 +81,8 @@ def measure(world: MPI.Intracomm, hosts: Sequence[str], thorough: bool) -> list[
 
 
 def ping(comm: MPI.Intracomm, other: int, size: int, most: int, seconds: float) -> list[float]:
-    """Exchange messages of `size` bytes with pong() on rank `other`, until `most` messages are sent or `seconds` have passed.
-    Return half of each round-trip time, except the first. Collective over the two ranks."""
+    """Measure round trips of messages of `size` bytes. Rank `other` must call pong(). Return half of the time of each round trip,
+    except the first. Stop when there are `most` such times, or after `seconds` seconds. Collective over the two ranks."""
     comm.send(size, other, TAG)
     out, back, times = bytearray(size), bytearray(size), list[float]()
     began = time.perf_counter()
@@ -116,7 +117,8 @@ def _sent() -> dict[str, int]:
 
 
 def _busiest(before: Mapping[str, int], after: Mapping[str, int], least: float) -> str:
-    """Return the interface that sent the most bytes. Return "" if this interface sent fewer than `least` bytes. Pure."""
+    """Return the interface that sent the most bytes between two calls of _sent(). before, after: the results of these calls.
+    Return "" if this interface sent fewer than `least` bytes. Pure."""
     grown = {name: count - before.get(name, count) for name, count in after.items()}
     name = max(grown, key=lambda name: grown[name], default="")
     return name if name and grown[name] >= least else ""
@@ -142,8 +144,8 @@ def check_links(links: Sequence[NetworkLink], library: str, environ: Mapping[str
 
 
 def check_clocks(times: Sequence[float], hosts: Sequence[str]) -> CheckResult:
-    """Compare the clocks of nodes, because locks, logs and time limits use the clocks. times: each rank's time right after a
-    barrier. Pure."""
+    """Compare the clocks of nodes, because locks, logs and time limits use the clocks. times: the time of each rank immediately
+    after a barrier. Pure."""
     if len(set(hosts)) == 1:
         return CheckResult("clocks", "skipped", "only one node")
     late = max(range(len(times)), key=lambda rank: abs(times[rank] - times[0]))

@@ -19,7 +19,7 @@ OF_MPIRUN = re.compile(r"(?:ompi|prte\..*)\.(\d+)")
 
 @dataclass(frozen=True)
 class Session:
-    """A session folder of an mpirun of this user that has ended."""
+    """A folder of this user that was made by an mpirun process which no longer runs."""
 
     host: str
     path: str
@@ -29,8 +29,8 @@ class Session:
 
 
 def find(host: str, folder: Path | None = None) -> list[Session]:
-    """Return this user's session folders whose mpirun has ended. folder: the folder that contains them, by default the temporary
-    folder. Independent."""
+    """Return the session folders of this user whose mpirun process no longer runs. folder: the folder that contains the session
+    folders (default: the temporary folder). Independent."""
     found = []
     for path in sorted((folder or Path(tempfile.gettempdir())).iterdir()):
         with suppress(OSError):  # the folder was removed in the meantime
@@ -42,7 +42,8 @@ def find(host: str, folder: Path | None = None) -> list[Session]:
 
 
 def clean(sessions: Sequence[Session]) -> list[Session]:
-    """Remove those session folders whose mpirun is still not running. Return the removed sessions. Independent."""
+    """Remove session folders. Before the removal, check again that the mpirun process of the folder does not run. Return the
+    removed sessions. Independent."""
     removed = []
     for one in sessions:
         path = Path(one.path)

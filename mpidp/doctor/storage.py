@@ -36,7 +36,7 @@ class ReadTest:
 
 
 def read(folder: Path, host: str, rank: int, ranks: int, seconds: float) -> ReadTest:
-    """Read this rank's part of the shards for at most `seconds`, bypassing the page cache. Independent."""
+    """Read this rank's part of the shards without the page cache. Stop after at most `seconds` seconds. Independent."""
     files = sorted(folder.glob("*.h5"))
     if not (folder / "index.json").is_file() or not files:
         return ReadTest(host, problem=f"{folder} has no index.json with *.h5 files")
@@ -77,7 +77,8 @@ def check_read(found: Sequence[ReadTest], folder: str) -> CheckResult:
 
 
 def make_locked_file(folder: Path) -> int | CheckResult:
-    """Create a file in run.dir and lock it with each kind of lock that works there. Return its file descriptor. Independent."""
+    """Create a file in run.dir and acquire each kind of lock on it. A lock that does not work there is skipped. Return the file
+    descriptor. If the file cannot be created, return a CheckResult. Independent."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / PROBE, os.O_RDWR | os.O_CREAT, 0o600)
@@ -90,8 +91,9 @@ def make_locked_file(folder: Path) -> int | CheckResult:
 
 
 def lock_states(folder: Path) -> dict[str, bool | str] | CheckResult:
-    """Try each kind of lock. Return {kind: True if another process holds the lock, False if not, or an error message}.
-    Independent."""
+    """Try to acquire each kind of lock on the file that make_locked_file() has created. Return a value for each kind. True:
+    another process holds the lock. False: this process got the lock. A string: the error. If this rank does not see the file,
+    return a CheckResult. Independent."""
     found: dict[str, bool | str] = {}
     for name, lock in LOCKS.items():
         try:
@@ -106,7 +108,8 @@ def lock_states(folder: Path) -> dict[str, bool | str] | CheckResult:
 
 
 def lock_states_in_child(folder: Path) -> dict[str, bool | str]:
-    """Run lock_states() in a child process, because a job of one rank has no other process. Independent."""
+    """Run lock_states() in a child process. Use this for a job of one rank, because locks can only be tested by another process.
+    Independent."""
     child = subprocess.run([sys.executable, "-c", _CHILD, str(folder)], capture_output=True, text=True, timeout=60, check=False)
     return {name: f"'{name}': True" in child.stdout for name in LOCKS}
 

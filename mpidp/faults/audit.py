@@ -3,12 +3,13 @@
 An audit takes place every train.audit_every steps. It checks two things. *Weights*: replicas compare checksums of parameters and
 optimizer state, tensor by tensor. A replica that differs from the majority is overwritten with the majority's state. Without a
 majority, the run returns to its last checkpoint. This checkpoint is reliable, because weights are also compared before they are
-saved. *Computation*: before gradients are reduced, one lane of each rank is computed a second time by another rank. The lane and
-the other rank change from audit to audit. If the two results are not bit-identical, the step is repeated.
+saved. *Computation*: before gradients are reduced, one lane of each rank is computed a second time by another rank. Where
+possible, the lanes and the pairs of ranks change from one audit to the next. If the two results are not bit-identical, the step
+is repeated.
 
-On a mesh, each part of the model is compared with the same part of the other replicas. Parameters that all ranks of a stage hold
-(the gains of norms) are also compared within the stage. If these parameters differ only within the stage, the run returns to its
-last checkpoint.
+On a mesh, each part of the model is compared with the same part of the other replicas. Each rank of a stage holds the gains of
+norms. Therefore these parameters are also compared within the stage. If these parameters differ only within the stage, the run
+returns to its last checkpoint.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from mpidp.reducers.buckets import FlatLayout, GradientBuffer
 
 
 def checksum(tensor: Tensor) -> int:
-    """Return the sum of a float32 tensor's values, each read as a 32-bit integer, modulo 2^64. One flipped bit always changes the
-    sum. The order of addition never does. Independent."""
+    """Return a checksum of a float32 tensor. The 32 bits of each value are read as an integer. The checksum is the sum of these
+    integers modulo 2^64. Flipping one bit always changes the sum. The order of addition never changes it. Independent."""
     return int(tensor.reshape(-1).view(torch.int32).sum(dtype=torch.int64))
 
 
 def vote(rows: Sequence[tuple[int, ...]]) -> tuple[int | None, list[int]]:
-    """Return (index of the majority's row, indices of rows that differ from it). If no row is equal to more than half of the
-    rows, return (None, all indices). Pure."""
+    """Find the majority among rows. Return (index of a row of the majority, indices of the rows that differ from this row). If no
+    majority exists, that is, at most half of the rows are equal, return (None, all indices). Pure."""
     row, count = Counter(rows).most_common(1)[0]
     if 2 * count <= len(rows):
         return None, list(range(len(rows)))
@@ -61,7 +62,8 @@ class SpareSlot:
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Return a context in which the backward pass of micro-batch v must run. Independent."""
+        """Return a context for the backward pass of micro-batch v. In this context, gradients are written to the spare slot.
+        Independent."""
         self._buffer.point(self._slot)
         yield
 
@@ -82,16 +84,17 @@ class Audit:
         self, grid: Grid, every: int, replicas: list[range], buffer: GradientBuffer, flats: dict[str, Tensor],
         is_cut: Callable[[str], bool],
     ) -> None:
-        """every: steps between audits, or 0 for no audits. replicas: for each replica, the ranks that share its flat tensors.
-        flats: the flat tensors by name. is_cut: returns whether a parameter, given by name, is divided among the ranks of a
-        stage."""
+        """every: number of steps from one audit to the next, or 0 for no audits. replicas: for each replica, the ranks that share
+        its flat tensors. flats: the flat tensors of parameters and optimizer state, by the suffix that messages add to the name
+        of a parameter. is_cut: a function that takes the name of a parameter. It returns whether this parameter is divided among
+        the ranks of a stage."""
         self.comm, self.every, self.replicas, self.buffer = grid.replicas.dp, every, replicas, buffer
         self._flats, self._grid, self._is_cut = flats, grid, is_cut
         self._lanes: dict[int, int] = {}  # each lane audited in this step -> the rank that owns it
         self._table = np.zeros((3, self.comm.size), dtype=np.int64)
 
     def _rank(self, replica: int) -> int:
-        """Return the job rank that holds this rank's part of the model in another replica. Independent."""
+        """Return the rank of the job that has the same part of the model in another replica as this rank. Independent."""
         return replica * self._grid.parts + self._grid.model.rank
 
     def _combine(self, *own: AuditFinding | None) -> AuditFinding | None:
@@ -114,7 +117,8 @@ class Audit:
     # Computing -----------------------------------------------------------------------------------------------------------
 
     def begin(self, step: int, ranges: Sequence[range]) -> tuple[int, list[int]]:
-        """Begin the audit of a step. Return (lane that this rank computes a second time, all audited lanes). Independent."""
+        """Begin the audit of a step. ranges: the lanes of each rank. Return (the lane that this rank computes a second time, the
+        list of all audited lanes). Independent."""
         size, round_ = self.comm.size, step // self.every
         # The offset size / 2 is skipped. With this offset, pairs of ranks would only check each other. A difference would not
         # show which rank of the pair is wrong.
@@ -190,8 +194,9 @@ class Audit:
 
 
 def _compare(comm: MPI.Intracomm, views: Mapping[str, Tensor], ranks: Sequence[int]) -> tuple[int | None, list[int], str]:
-    """Compare the checksums of views on `ranks`. Return (index of a correct rank or None, indices of wrong ranks, a description
-    of the difference). Collective over comm."""
+    """Compare the checksums of the views between `ranks`. Return three values: the index in `ranks` of a rank of the majority, or
+    None without a majority; the indices of the ranks that differ from the majority; a description of the difference, or "".
+    Collective over comm."""
     row = np.array([checksum(view) for view in views.values()], dtype=np.int64)
     table = np.empty((comm.size, len(row)), dtype=np.int64)
     comm.Allgather(row, table)

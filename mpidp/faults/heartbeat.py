@@ -4,8 +4,8 @@ ranks that block the other ranks.
 The ranks of a node share a small memory segment with one record for each rank. A write takes microseconds and does not access the
 disk. The record of a rank can be read even if the rank is stopped or its interpreter is blocked. When no rank of a node makes
 progress, one of its ranks copies the memory to RUN/.board/HOST.json, which the other nodes read. Each node has a file of its own,
-because two nodes must not write to the same page of a file. If this folder is missing or not writable, reports lack only the
-information about other nodes.
+because two nodes must not write to the same page of a file. If this folder is missing or not writable, a report has no
+information about the ranks of other nodes.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ class HeartbeatRow:
 def blame(rows: list[HeartbeatRow]) -> tuple[str, list[HeartbeatRow]]:
     """Find the ranks that block the other ranks. Return (a message, the rows of the blocking ranks).
 
-    The blocking ranks are the first of these groups that is not empty: 1. ranks whose processes are stopped or have exited; 2.
-    the ranks with the least progress, if they are not in a phase in which ranks wait; 3. ranks without a heartbeat; 4. the ranks
-    with the least progress, in any phase. Pure."""
+    There are four groups of ranks. The first group that is not empty contains the blocking ranks. Group 1: ranks whose processes
+    are stopped or have exited. Group 2: the ranks with the least progress, unless they are in a phase in which ranks wait for
+    each other. Group 3: ranks without a heartbeat. Group 4: the ranks with the least progress, in any phase. Pure."""
     heard = [row for row in rows if row.state != SILENT]
     behind = [row for row in heard if row.place == min(other.place for other in heard)]
     silent = [row for row in rows if row.state == SILENT]
@@ -99,8 +99,8 @@ class HeartbeatBoard:
     """This rank's access to the board: it writes its own record and reads the records of all ranks. Independent."""
 
     def __init__(self, rank: int, hosts: list[str], pids: list[int], token: str, run_dir: Path) -> None:
-        """hosts, pids: the host names and process ids of all ranks. token: a string that is unique to the job. The shared memory
-        file has the token in its name."""
+        """hosts, pids: the host names and process ids of all ranks. token: a string that is unique to the job. It is part of the
+        name of the shared memory file."""
         self.rank, self._hosts, self._pids, self._token, self._folder = rank, hosts, pids, token, run_dir / ".board"
         self.host = hosts[rank]
         here = [r for r, host in enumerate(hosts) if host == self.host]
@@ -133,8 +133,8 @@ class HeartbeatBoard:
         return time.monotonic() - max(here + [NODE.unpack_from(self._memory, at)[2] for at in self._nodes.values()])
 
     def exchange(self, every_seconds: float) -> None:
-        """Write this node's file and read the files of other nodes. Do nothing if a rank of this node has done this in the last
-        every_seconds."""
+        """Write the file of this node and read the files of other nodes. If a rank of this node has called this method in the
+        last every_seconds seconds, do nothing."""
         now = time.monotonic()
         if not self._nodes or now - CLOCK.unpack_from(self._memory)[0] < every_seconds:
             return
@@ -151,8 +151,8 @@ class HeartbeatBoard:
                 NODE.pack_into(self._memory, at, stamp, now, now - min(row.heard for row in rows))
 
     def rows(self, silent_seconds: float) -> list[HeartbeatRow]:
-        """Return the rows of all ranks. If the file of a node did not change for silent_seconds, the ranks of the node are marked
-        silent."""
+        """Return the rows of all ranks. If the file of another node did not change for silent_seconds, the ranks of that node get
+        the state SILENT."""
         found = {row.rank: row for row in self._here()}
         for host, at in self._nodes.items():
             fresh = time.monotonic() - NODE.unpack_from(self._memory, at)[1] < silent_seconds
@@ -161,8 +161,8 @@ class HeartbeatBoard:
         return [found.get(r) or HeartbeatRow(r, *of) for r, of in enumerate(zip(self._hosts, self._pids, strict=True))]
 
     def claim_report(self) -> bool:
-        """Return True on the first rank of a node that calls this method. This rank prints the report. On the other ranks of the
-        node, wait until the process of the first rank has exited, then return False."""
+        """Decide which rank of this node prints the report. Return True on the first rank that calls this method. This rank must
+        print the report. On all other ranks, wait until the process of that rank has exited, then return False."""
         with suppress(OSError, ValueError):  # there is no shared file
             try:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -172,7 +172,7 @@ class HeartbeatBoard:
         return True
 
     def close(self) -> None:
-        """Remove the files of all nodes. Only rank 0 does this."""
+        """Remove the files of all nodes. On ranks other than 0, do nothing."""
         if self.rank == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -186,7 +186,8 @@ class HeartbeatBoard:
         return rows
 
     def _read(self, host: str) -> tuple[float, list[HeartbeatRow]]:
-        """Return (time stamp, rows) of another node's file. Returns no rows if the file is missing or belongs to another job."""
+        """Return (time stamp, rows) of another node's file. If the file is missing or belongs to another job, there are no
+        rows."""
         try:
             content: dict[str, Any] = json.loads((self._folder / f"{host}.json").read_text())
             rows = [HeartbeatRow(**row) for row in content["rows"]] if content["token"] == self._token else []

@@ -2,20 +2,20 @@
 
     MPIDP_FAULT="kill:1:5:reduce,after=0.01 delay:2:1,factor=2"
 
-Faults are separated by spaces. Each has the form `kind:rank:step[:phase][,name=value...]`. rank: the rank's number when the job
-started. step: the number of the step that is being computed, counted from 1. In the phases evaluate, checkpoint and respawn, it
-is the last completed step. Each fault occurs once per process, even if the run returns to a checkpoint or continues without
-failed ranks. This module imports neither torch nor MPI.
+Faults are separated by spaces. The form of a fault is `kind:rank:step[:phase][,name=value...]`. rank: the rank's number when the
+job started. step: the number of the step that is being computed, counted from 1. In the phases evaluate, checkpoint and respawn,
+it is the last completed step. A fault without times= and until= occurs once per process, even if the run returns to a checkpoint
+or continues without failed ranks. This module imports neither torch nor MPI.
 
 | kind | what happens |
 |---|---|
 | kill, segv, stop, term, usr1 | the rank sends itself this signal |
 | exit, sysexit, raise | the rank calls os._exit(3), calls sys.exit(3), or raises a RuntimeError |
 | hang, gil | the rank sleeps forever; with gil it also holds the GIL, so that no other thread runs |
-| delay | from this step to step until=, the rank sleeps after each micro-batch, for seconds= + (factor= - 1) x its time |
+| delay | from this step to step until=, the rank sleeps after a micro-batch that took t s: seconds= + (factor= - 1) x t |
 | nan | the gradient of one batch, or of times= successive batches, is not finite |
 | wrong | the gradient is wrong once, and correct when the step is repeated; with until=, it is wrong up to that step |
-| flip | after the update, bit number bit= (0..31) of the first element of parameter number tensor= flips |
+| flip | after the update, one bit flips: bit number bit= (0..31) of the first element of parameter number tensor= |
 
 nan and wrong need comm.reducer=tree, which keeps the gradients of lanes separate. Faults of the first three rows occur when the
 phase begins (default: compute). With `after=SECONDS`, these faults occur this many seconds later, even if another phase has
@@ -119,8 +119,8 @@ class Fault:
 
 
 class InjectedFaults(StepObserver):
-    """The injected faults of a job, and which of them have occurred on this rank. bool() returns False if there are no faults.
-    Independent."""
+    """The injected faults of a job. It also records the faults that have occurred on this rank. bool() returns False if there are
+    no faults. Independent."""
 
     def __init__(self, faults: Sequence[Fault] = (), rank: int = 0) -> None:
         self.of_all_ranks = tuple(faults)
@@ -136,7 +136,8 @@ class InjectedFaults(StepObserver):
         return any(fault.kind in ("nan", "wrong") for fault in self.of_all_ranks)
 
     def enter(self, step: int, phase: str) -> None:
-        """Cause the faults that are to end or stop this rank in this phase of this step, immediately or with a timer."""
+        """Cause the faults of this rank that end or stop it in this phase of this step. A fault with after=SECONDS is caused by a
+        timer."""
         place = (step, phase)
         for fault in self.of_this_rank:
             if fault.kind in ACTIONS and (fault.step, fault.phase) == place and self._once(fault):
@@ -148,8 +149,9 @@ class InjectedFaults(StepObserver):
                     ACTIONS[fault.kind]()
 
     def gradient_faults(self, step: int, attempt: int = 0) -> list[Callable[[int, Any], None]]:
-        """Return the functions that change each lane's gradient in this step. A fault of a single step occurs only at the first
-        attempt at the step. A fault of several steps occurs at each attempt, like an error of a broken core."""
+        """Return the functions that change the gradient of each lane in this step. attempt: 0 when the step is computed for the
+        first time, and more when it is repeated. nan, and wrong without until=, occur only in attempt 0. wrong with until= occurs
+        in each attempt, like an error of a broken core."""
         return [
             make_nan if fault.kind == "nan" else make_wrong for fault in self.of_this_rank
             if (fault.kind == "wrong" and fault.until > fault.step and fault.step <= step <= fault.until)
@@ -158,7 +160,8 @@ class InjectedFaults(StepObserver):
         ]
 
     def flip(self, step: int, parameters: Sequence[Any]) -> None:
-        """Flip the bits for which a fault is defined after the update of this step. parameters: all parameters, in order."""
+        """Flip the bits that the faults of this rank name for this step. Call this after the update of the step. parameters: all
+        parameters, in order."""
         for fault in self.of_this_rank:
             if fault.kind == "flip" and fault.step == step and self._once(fault):
                 first = parameters[fault.tensor].detach().view(-1)[:1]
@@ -167,7 +170,8 @@ class InjectedFaults(StepObserver):
                 first.copy_(host)
 
     def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[None] | None:
-        """Return a context for the computation of a micro-batch that sleeps afterwards, or None if no delay is injected."""
+        """Return a context in which a micro-batch is computed. At its end, the context sleeps for the injected delay. Return None
+        if no delay is injected in this step, or if `name` is not "micro_batch"."""
         delays = [f for f in self.of_this_rank if f.kind == "delay" and f.step <= step <= (f.until or step)]
         return self._slowed(delays) if delays and name == "micro_batch" else None
 

@@ -32,7 +32,8 @@ CONNECT_SECONDS = 20.0  # time limit for a collective call, which takes millisec
 
 
 def obstacle_to_respawn(machines: int) -> str:
-    """Return the reason why a job on this many machines cannot replace failed ranks, or "" if it can. Independent."""
+    """Return "" if this job can replace failed ranks. Otherwise return the reason why it cannot. machines: the number of machines
+    of the job. Independent."""
     if not launched_with_ulfm():
         return "without ULFM, a failed rank ends the job"
     if machines > 1:
@@ -53,8 +54,8 @@ def _ancestor_texts() -> list[bytes]:
 
 
 def add_rank(world: MPI.Intracomm, message: Any, alive: Callable[[], None]) -> MPI.Intracomm | None:
-    """Start a new rank and send it rank 0's message. Return a communicator of world's ranks followed by the new rank, or None if
-    this fails. alive: called repeatedly during the wait. Collective over world."""
+    """Start a new rank and send it rank 0's message. Return a communicator that contains the ranks of world, followed by the new
+    rank. If this fails, return None. alive: a function that is called repeatedly during the wait. Collective over world."""
     pair = _with_timeout(_start, START_SECONDS, alive) if world.rank == 0 else MPI.COMM_SELF
     if not agree(world, pair is not None):
         return None
@@ -98,8 +99,8 @@ def _start(late: threading.Event) -> MPI.Intracomm:
 
 
 def _bridge(world: MPI.Intracomm, pair: MPI.Intracomm) -> MPI.Intercomm:
-    """Return an intercommunicator between world and the new process. pair: on rank 0, a communicator of rank 0 and the new
-    process. Collective over world."""
+    """Return an intercommunicator between world and the new process. pair: a communicator of rank 0 and the new process. Only
+    rank 0 uses it. Collective over world."""
     duplicate = world.Dup()
     try:
         return duplicate.Create_intercomm(0, pair, 1)
@@ -120,8 +121,8 @@ def _broadcast(world: MPI.Intracomm, message: Any) -> Any:
 
 
 def _with_timeout(call: Callable[[threading.Event], Any], seconds: float, alive: Callable[[], None]) -> Any:
-    """Run `call` in a thread and return its result, or None if it fails or times out. After a timeout the thread keeps running,
-    and the event that `call` received is set."""
+    """Run `call` in a thread and return its result, or None if it fails or times out. After a timeout, the thread keeps running.
+    `call` gets an event as its argument. The event is set when the time limit has passed or `call` has ended."""
     found: list[Any] = []
     late = threading.Event()
 

@@ -23,12 +23,12 @@ class RestartLog:
     """Counts successive failed starts from the same checkpoint. Independent."""
 
     def __init__(self, run_dir: Path, begun: bool = False) -> None:
-        """begun: True in a process that joins a running job, whose start is already counted."""
+        """begun: True in a process that joins a running job. The start of this job is already counted."""
         self.path, self._begun = run_dir / "tries.json", begun
 
     def begin(self, step: int, most: int, rank: int) -> None:
-        """Count a start from the checkpoint of this step, or from the beginning if step is -1. Raises UsageError on rank 0 if
-        `most` starts from this checkpoint were counted before."""
+        """Count a start from the checkpoint of this step, or from the beginning if step is -1. Raises UsageError on rank 0 if at
+        least `most` starts from this checkpoint were counted before."""
         self._begun = True
         if rank:
             return
@@ -50,8 +50,9 @@ class RestartLog:
         self._write(self._read() | {"words": message[:2000]})
 
     def ended(self, error: BaseException | None, rank: int) -> None:
-        """Record how this start ended. error: the exception that ended the job, or None. Rank 0 writes the file. If only one rank
-        has an error, this rank also writes the file."""
+        """Record how this start ended. error: the exception that ended the job, or None. If there is no error, or the job was
+        stopped on request, rank 0 removes the file. If all ranks have the same error, rank 0 writes it to the file. Otherwise
+        each rank with an error writes its own."""
         if not self._begun:
             return
         everywhere = isinstance(error, MpidpError) and error.everywhere

@@ -55,9 +55,9 @@ class RunLock:
         """Acquire the lock. Raises UsageError if the folder is not writable, or if a running job holds the lock.
 
         patience_seconds: how long to wait for a holder on this machine. A wait is needed because mpirun may exit shortly before
-        its ranks. If infinite, wait for any holder. name: the file name of the lock. option: the option that names the folder,
-        for messages. watch_seconds: how long to watch the counter of a holder on another machine. ours: True if the holder was a
-        failed rank of this job."""
+        its ranks. Infinity: wait until the holder has finished, on any machine. watch_seconds: how long to watch the counter of a
+        holder on another machine. ours: True if the holder was a failed rank of this job. name: the name of the lock file.
+        option: the setting for the folder, for messages."""
         self.path, self._option = run_dir / name, option
         self.lost = False  # True once another job has taken the lock
         self._handle: int | None = None
@@ -74,7 +74,7 @@ class RunLock:
         self._thread.start()
 
     def held(self) -> bool:
-        """Return whether this job still holds the lock. If the folder has been deleted, return True."""
+        """Return whether this job still holds the lock. If the lock file has been deleted, return True."""
         return not self.lost and self._check(write=False)
 
     def release(self) -> None:
@@ -127,13 +127,14 @@ class RunLock:
             time.sleep(0.1)
 
     def _follows(self, holder: Mapping[str, Any], ours: bool) -> bool:
-        """Return whether this job is a later start of the holder's Slurm job, or with `ours` the same start."""
+        """Return whether this job may take over the lock from the holder. If `ours` is False, this job must be a later start of
+        the holder's Slurm job. If `ours` is True, it must be the same start."""
         job, restart = self._me["job"], self._me["restart"]
         return holder["job"] == job and (holder["restart"] == restart if ours else bool(job) and holder["restart"] < restart)
 
     def _replace(self, confirm: bool) -> None:
-        """Replace the lock file. The old holder, if it still runs, finds that the file has changed. confirm: wait, then check
-        that no other job has replaced the file, too."""
+        """Replace the lock file. If the old holder still runs, it will find that the file has changed. confirm: whether to wait
+        before the check that no other job has also replaced the file. Raises UsageError if another job has."""
         temporary = self.path.with_name(f".lock.{self._me['token']}")
         self._handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
         _lock_file(self._handle)
@@ -157,7 +158,7 @@ class RunLock:
 
     def _check(self, write: bool) -> bool:
         """Return whether the file still has this job's token. The file is opened again, so that network file systems read current
-        data."""
+        data. If it cannot be opened, return the previous answer. write: whether to also write the current counter to the file."""
         with suppress(OSError):
             handle = os.open(self.path, os.O_RDWR)
             try:
@@ -176,8 +177,8 @@ class RunLock:
 
 
 def _myself() -> dict[str, Any]:
-    """Return what a holder writes into the file: its process, machine and job. `boot` distinguishes machines with the same
-    name."""
+    """Return what a holder writes into the file: its process, machine and job. The entry `boot` distinguishes machines with the
+    same name."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

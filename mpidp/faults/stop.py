@@ -27,9 +27,9 @@ class StopRequest:
         self, stop_file: Path | None, stop_at: float = math.inf, lost: Callable[[], bool] = lambda: False,
         reason: str = "",
     ) -> None:
-        """stop_file: the file STOP, or None on ranks that do not check for it. stop_at: time limit, in seconds since 1970. lost:
-        returns whether another job has taken over the run. reason: the reason of a stop that was requested before, or an empty
-        string."""
+        """stop_file: the path of the file STOP, or None on ranks that do not check for this file. stop_at: the time at which to
+        stop, in seconds since 1970. lost: a function that returns whether another job has taken over the run. reason: why a stop
+        was already requested, or "" if none was requested."""
         self.reason = reason
         self._stop_file, self._stop_at, self._lost = stop_file, stop_at, lost
         self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
@@ -56,11 +56,11 @@ class StopRequest:
 
 
 def stop_time(end: float | None, now: float, early_seconds: float) -> float:
-    """Return the time at which to stop a job whose time limit is `end`. This time is early_seconds before `end`. If a tenth of
-    the remaining time is shorter than early_seconds, it is this tenth before `end`.
+    """Return the time at which a job should stop. end: the time at which Slurm ends the job, or None. The job stops early_seconds
+    before `end`. If early_seconds is more than a tenth of the time from `now` to `end`, the job stops this tenth before `end`.
 
-    Times are in seconds since 1970. Returns infinity if `end` is None. Also returns infinity if `end` is in the past, because
-    such a time belongs to another job. Pure."""
+    Times are in seconds since 1970. Returns infinity if `end` is None or early_seconds is 0. Also returns infinity if `end` is in
+    the past, because such a time belongs to another job. Pure."""
     if end is None or end <= now or not early_seconds:
         return math.inf
     return end - min(early_seconds, (end - now) / 10)

@@ -1,7 +1,8 @@
 """The programs that can read an exported folder, and the restrictions of each program. docs/consumers.md lists versions. Pure.
 
-CONSUMERS maps each program to its restrictions. tests/programs/test_consumers.py tests these with the programs themselves. A
-program must compute the same results as mpidp if and only if no restriction refuses the model.
+CONSUMERS maps each program to its restrictions. tests/programs/test_consumers.py tests these with the programs themselves. If no
+restriction refuses a model, the program must compute the same results as mpidp. If a restriction refuses a model, the program
+must fail or compute different results.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from mpidp.hf.names import settings_of
 class Facts:
     """The contents of config.json, tokenizer.json and tokenizer_config.json of an exported folder, and the options of its model.
 
-    The options do not depend on how config.json states them. For example, one family states windows by layer_types, and another
-    family by a period.
+    The options of two models are equal even if their families use different fields of config.json. For example, one family
+    describes the layers with sliding windows in layer_types, and another family describes them by a period.
     """
 
     config: Mapping[str, Any]
@@ -47,11 +48,11 @@ class Facts:
 
     @property
     def windows(self) -> bool:
-        """Whether a layer has sliding-window attention with a window shorter than the context."""
+        """Whether the model has a sliding window that is shorter than its context."""
         return bool(self.options["window"] and self.options["window"] < self.config["max_position_embeddings"])
 
     def full_every(self, period: int) -> bool:
-        """Return whether exactly every period-th layer has full attention."""
+        """Return whether every period-th layer has full attention, and all other layers have a sliding window."""
         layers = self.options["num_layers"]
         return per_layer(self.options["window_layers"], layers, "w") == per_layer("w" * (period - 1) + "f", layers, "")
 
@@ -69,9 +70,9 @@ class Facts:
 
 @dataclass(frozen=True)
 class Restriction:
-    """A feature that a program does not support. applies: returns whether an exported folder needs the feature. says: what
-    happens, and what the user can do. refused: whether the export is refused, because the program fails or computes different
-    results."""
+    """A feature that a program does not support. applies: a function that returns whether an exported folder needs the feature.
+    says: a text that says what happens, and what the user can do. refused: whether the export is refused. It is refused if the
+    program fails or computes different results."""
 
     applies: Callable[[Facts], bool]
     says: str
@@ -179,7 +180,8 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
 
 
 def check(consumer: str, texts: Mapping[str, bytes]) -> list[str]:
-    """Return notes about those restrictions of a program that concern a folder with these text files. Pure.
+    """Return notes for the user: the restrictions of a program that apply to an exported folder. texts: the contents of the
+    folder's text files, by name. Pure.
 
     Raises UsageError if the program fails or computes different results with this folder.
     """

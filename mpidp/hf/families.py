@@ -1,8 +1,8 @@
 """The table of the model families that can be imported and exported. Pure, without torch.
 
 Each family has a row. The row states how fields of config.json are converted to options of the model (fields.py, layers.py,
-rope_fields.py), and how the tensors are named (tensors.py). It also lists the options that the family always has, the fields that
-must have certain values, and the fields that do not change the logits.
+rope_fields.py), and how the tensors are named (tensors.py). The row also lists the options that all models of the family have,
+the supported values of other fields, and the fields that do not change the logits.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ QKV = ("attention.q", "attention.k", "attention.v")
 
 
 def without(names: Mapping[str, str], *left_out: str) -> dict[str, str]:
-    """Return the names, except those in left_out. Pure."""
+    """Return a copy of `names` without the entries whose keys are in left_out. Pure."""
     return {name: value for name, value in names.items() if name not in left_out}
 
 
@@ -103,9 +103,10 @@ GPT_NEOX = Layout(
 class Family:
     """A model family of the transformers library.
 
-    title: public models of the family. options: the options that all models of the family have. only: the fields that must have
-    one of these values. free: the fields that do not change the logits. longest: the field with the maximum context length.
-    copies: maps the old name of a field, which other programs still read, to the new name. Both get the same value.
+    title: public models of the family. options: the options that all models of the family have. only: for some fields, the values
+    that are supported. free: the fields that do not change the logits. longest: the field with the maximum context length.
+    copies: maps the old name of a field to its new name. Other programs still read the old name, so config.json gets both fields
+    with the same value.
     """
 
     architecture: str
@@ -127,7 +128,8 @@ WIDTHS = (
 
 
 def sizes(kv: int = 0) -> tuple[Field, ...]:
-    """Return the Fields for the sizes of the model. kv: default number of key-value heads; 0: the number of heads."""
+    """Return the Fields for the sizes of the model. kv: the number of key-value heads if config.json does not state it. 0: as
+    many as heads."""
     return (
         *WIDTHS, size("num_key_value_heads", "num_kv_heads", lambda found: kv or found["num_heads"]),
         size("intermediate_size", "hidden_dim"),
@@ -138,7 +140,8 @@ def usual(
     kv: int = 0, head: int = 0, eps: float = 1e-6, ties: bool = False, act: str = "silu", act_key: str = "hidden_act",
     eps_key: str = "rms_norm_eps",
 ) -> tuple[Field, ...]:
-    """Return the Fields that nearly all families have. The arguments are default values and names of fields."""
+    """Return the Fields that nearly all families have. kv, head, eps, ties, act: the default values of the fields. act_key,
+    eps_key: the names of two fields."""
     return (*sizes(kv), head_dim(head), number(eps_key, "norm_eps", eps), activation(act_key, act), tied(ties))
 
 

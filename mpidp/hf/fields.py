@@ -29,8 +29,9 @@ class Given:
         raise DataError(f"{self.where}: {message}")
 
     def number(self, key: str, kind: type = int, default: float | None = None, most: float = MOST) -> Any:
-        """Return the positive number under a key. If the key is missing or null, return the default. Raises DataError if there is
-        no default, or if the value is not a positive number of type `kind` of at most `most`. Pure."""
+        """Return the value of a field, which must be a positive number. If the field is missing or null, return the default.
+        kind: int or float. most: the largest value that is accepted. Raises DataError if the field is missing and has no default,
+        or if the value is not accepted. Pure."""
         value = self.config.get(key)
         value = default if value is None else value
         if value is None:
@@ -43,8 +44,8 @@ class Given:
         return kind(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """Return the boolean under a key. A missing key means the default, and null means false. Raises DataError if the value is
-        not a boolean. Pure."""
+        """Return the value of a field, which must be true or false. If the field is missing, return the default. If the value is
+        null, return False. Raises DataError if the value is not a boolean. Pure."""
         value = self.config.get(key, default)
         value = False if value is None else value
         if not isinstance(value, bool):
@@ -56,8 +57,9 @@ class Given:
 class Field:
     """One or several fields of config.json, and the options of the model that they determine.
 
-    read: returns the options. Its second argument has the options that earlier Fields returned. write: returns the fields for the
-    options of a model. If these fields cannot express an option, config_of() detects this when it reads the result again.
+    read: a function that returns the options for a config.json. Its second argument has the options that earlier Fields returned.
+    write: a function that returns the fields for the options of a model. If the fields cannot express an option, config_of()
+    detects this, because it reads the fields again.
     """
 
     keys: tuple[str, ...]
@@ -67,8 +69,8 @@ class Field:
 
 
 def size(key: str, option: str, default: Callable[[Options], int] | None = None, most: int = MOST) -> Field:
-    """Return the Field of a positive integer. default: computes the value if the field is missing or null; None: the field is
-    required."""
+    """Return the Field of a positive integer. default: a function that computes the value if the field is missing or null. It
+    gets the options of earlier Fields. None: the field is required."""
 
     def read(given: Given, found: Options) -> Options:
         return {option: given.number(key, int, None if default is None else default(found), most)}
@@ -80,7 +82,8 @@ def number(
     key: str, option: str, default: float, into: Callable[[float, Options], float] = lambda value, _: value,
     back: Callable[[float, Options], float] = lambda value, _: value, most: float = 2.0**62,
 ) -> Field:
-    """Return the Field of a positive number. into: converts the number to the option. back: converts the option to the number."""
+    """Return the Field of a positive number. into: a function that converts the number to the option. back: a function that
+    converts the option to the number."""
 
     def read(given: Given, found: Options) -> Options:
         return {option: float(into(given.number(key, float, default, most), found))}
@@ -89,7 +92,8 @@ def number(
 
 
 def cap(key: str, option: str, default: float | None) -> Field:
-    """Return the Field of a soft-cap. null means no soft-cap, and the option is then 0."""
+    """Return the Field of a soft-cap. If the field is null, the model has no soft-cap, and the option is 0. default: the value of
+    a missing field."""
 
     def read(given: Given, found: Options) -> Options:
         value = given.config.get(key, default)
@@ -99,7 +103,8 @@ def cap(key: str, option: str, default: float | None) -> Field:
 
 
 def flag(key: str, default: bool, on: Options, off: Options) -> Field:
-    """Return the Field of a boolean that determines several options. on, off: these options if the boolean is true, or false."""
+    """Return the Field of a boolean that determines several options. on: the options if the boolean is true. off: the options if
+    it is false."""
 
     def write(options: Options) -> dict[str, Any]:
         return {key: any(options[name] == value != off[name] for name, value in on.items())}
@@ -108,7 +113,7 @@ def flag(key: str, default: bool, on: Options, off: Options) -> Field:
 
 
 def activation(key: str, default: str, names: Mapping[str, str] = ACTIVATIONS) -> Field:
-    """Return the Field of the activation function. names: name that the family accepts -> option."""
+    """Return the Field of the activation function. names: maps each name that the family accepts to the option `activation`."""
 
     def read(given: Given, found: Options) -> Options:
         name = given.config.get(key, default)
@@ -124,7 +129,8 @@ def activation(key: str, default: str, names: Mapping[str, str] = ACTIVATIONS) -
 
 
 def implied(option: str, value: Callable[[Options], Any]) -> Field:
-    """Return a Field for an option that config.json does not have, because the other options determine it."""
+    """Return a Field for an option that has no field in config.json. value: a function that computes the option from the other
+    options."""
     return Field((), (option,), lambda given, found: {option: value(found)}, lambda options: {})
 
 
@@ -134,7 +140,7 @@ def tied(default: bool) -> Field:
 
 
 def head_dim(default: int = 0) -> Field:
-    """Return the Field head_dim. default: the family's head size; 0: hidden_size / num_attention_heads."""
+    """Return the Field head_dim. default: the value of a missing field. 0: hidden_size / num_attention_heads."""
 
     def read(given: Given, found: Options) -> Options:
         return {"head_dim": given.number("head_dim", default=default or found["model_dim"] // found["num_heads"] or None)}

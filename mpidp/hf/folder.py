@@ -61,8 +61,8 @@ class ModelFolder:
         self._check(tensors)
 
     def box(self, name: str, entry: Entry) -> Tensor:
-        """Read a box of a parameter, like Reader.box(). name: model/PARAMETER. entry: describes the box. Only the data inside the
-        box is read."""
+        """Read a box of a parameter. Reader.box() does the same for a checkpoint. name: "model/" and the name of the parameter.
+        entry: describes the box. Only the data inside the box is read."""
         place = self._places[name.removeprefix("model/")]
         shape = entry.tensor.shape
         first, rest = entry.place[:1], tuple(slice(at, at + n) for at, n in zip(entry.place[1:], shape[1:], strict=True))
@@ -104,7 +104,7 @@ class ModelFolder:
         return files
 
     def _headers(self, files: list[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Return (shape, dtype) of each tensor, by name."""
+        """Return (shape, dtype) of each tensor in these files, by name of the tensor."""
         found = {}
         for path in files:
             with _opened(path) as file:
@@ -114,8 +114,8 @@ class ModelFolder:
         return found
 
     def _with_prefix(self, tensors: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Return the tensors by the family's names. If a model was saved without its head, the names in the files lack the
-        prefix, as in transformers."""
+        """Return the tensors by the names that the family uses. If a model was saved without its head, the names in its files
+        lack the family's prefix. The prefix is then added, as in transformers."""
         prefix = self._layout.prefix
         if any(name.startswith(prefix) for name in tensors):
             return tensors
@@ -126,9 +126,9 @@ class ModelFolder:
         return found
 
     def _is_tied(self, tensors: dict[str, tuple[tuple[int, ...], str]]) -> bool:
-        """Return whether embedding and head are one matrix. Call this if config.json says that they are. As in transformers, the
-        result is False if the files have both matrices with different values. If the files have no embedding, the head is also
-        the embedding."""
+        """Return whether embedding and head are one matrix. Call this only if config.json says that they are. If the files have
+        both matrices with different values, the result is False, as in transformers. If the files have only the head, it is also
+        used as the embedding."""
         embedding, head = self._embedding, self._head
         if embedding not in tensors and head in tensors:
             tensors[embedding], self._stored[embedding] = tensors.pop(head), self._stored.get(head, head)
@@ -173,8 +173,9 @@ class ModelFolder:
 
 
 def longrope_notes(where: object, scaling: str, seq_len: int) -> list[str]:
-    """Return a message if transformers may use other longrope factors than mpidp, for contexts of seq_len tokens. Otherwise
-    return an empty list. scaling: the model's rope scaling. Pure."""
+    """Return a list of messages for the user. It has one message if transformers may use other longrope factors than mpidp with
+    contexts of seq_len tokens. Otherwise it is empty. where: the name of the folder in the message. scaling: the model's rope
+    scaling. Pure."""
     found = rope_scaling(scaling)
     if found is None or found.kind != "longrope" or seq_len <= found.original:
         return []
@@ -185,7 +186,7 @@ def longrope_notes(where: object, scaling: str, seq_len: int) -> list[str]:
 
 
 def whole(sizes: dict[str, tuple[int, ...]], name: str) -> Entry:
-    """Return an entry for a whole parameter, for box(). Pure."""
+    """Return the argument `entry` of box() with which it reads a whole parameter. sizes: the shapes of all parameters. Pure."""
     return Entry(torch.empty(sizes[name], device="meta"))
 
 

@@ -1,5 +1,5 @@
-"""Converts an exported folder to a .gguf file with llama.cpp's own converter, also with tokenizers that the converter does not
-know.
+"""Converts an exported folder to a .gguf file with llama.cpp's own converter. This also works for tokenizers that the converter
+alone does not support.
 
 The converter identifies the pre-tokenizer of a byte-level BPE tokenizer by a hash of the token ids of a fixed text. Therefore it
 knows only some public tokenizers. Here the pre-tokenizer is taken from tokenizer.json. Byte and char tokenizers get the merges
@@ -33,8 +33,8 @@ REGEXES = {LETTERS + r"\p{N}{1,3}" + REST: "llama-bpe", LETTERS + r"\p{N}" + RES
 @dataclass(frozen=True)
 class Vocabulary:
     """The properties of a tokenizer that llama.cpp needs and the converter cannot determine. pre: llama.cpp's name of the
-    pre-tokenizer. merges: the merges to use if tokenizer.json has none. by_bytes: whether the tokens are characters, which must
-    be written as UTF-8 bytes in byte-level form."""
+    pre-tokenizer. merges: the merges to use if tokenizer.json has none. by_bytes: True if each token of the tokenizer is a
+    character. The .gguf file must then have the UTF-8 bytes of each token, written as in byte-level BPE."""
 
     pre: str
     merges: tuple[str, ...] = ()
@@ -42,8 +42,8 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer_json: str) -> Vocabulary | None:
-    """Return the properties that the converter cannot determine. Return None if mpidp knows no matching pre-tokenizer of
-    llama.cpp. Pure."""
+    """Return the properties of a tokenizer that the converter cannot determine. Return None if mpidp knows no pre-tokenizer of
+    llama.cpp that splits text in the same way. Pure."""
     about = json.loads(tokenizer_json)
     model, splits = about["model"], about.get("pre_tokenizer")
     if model.get("type") != "BPE" or model.get("byte_fallback") or about.get("normalizer"):
@@ -62,7 +62,7 @@ def vocabulary(tokenizer_json: str) -> Vocabulary | None:
 
 
 def merges_of_characters(characters: list[str] | dict[str, int]) -> list[str]:
-    """Return merges that join the bytes of each character, from its first byte on. Pure."""
+    """Return merges that join the bytes of each character one after the other. The merges begin with the first byte. Pure."""
     found: dict[str, None] = {}
     for character in characters:
         name = _byte_level(character)
@@ -76,8 +76,9 @@ def _byte_level(text: str) -> str:
 
 
 def as_gguf(write: Callable[[Path], str], out: Path, dtype: str, llama_cpp: str = "") -> str:
-    """Write a model's folder with write(folder), convert it to the file `out`, and remove the folder. Return the result of
-    write(). Raises UsageError if `out` exists, and in the same cases as write_gguf(). Independent."""
+    """Write a model to a temporary folder, convert the folder to the file `out`, and remove the folder. write: a function that
+    writes the model to a given folder. Its result is returned. Raises UsageError if `out` exists. Also raises the errors of
+    write_gguf(). Independent."""
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out} exists and is not overwritten: choose another file, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)

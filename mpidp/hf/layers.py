@@ -13,7 +13,8 @@ LETTER = {WINDOW: "w", FULL: "f"}
 
 
 def per_layer(pattern: str, layers: int, otherwise: str) -> str:
-    """Return one letter per layer, by repeating the pattern. otherwise: the pattern to use if `pattern` is empty. Pure."""
+    """Return a string with one letter for each layer. The pattern is repeated until there are enough letters. otherwise: the
+    pattern to use if `pattern` is empty. Pure."""
     pattern = pattern or otherwise
     return (pattern * (layers // len(pattern) + 1))[:layers]
 
@@ -47,9 +48,10 @@ def layered_window(
 ) -> Field:
     """Return the Field of sliding_window and layer_types.
 
-    usual: returns the letters of the layers if layer_types is missing. Its last argument is whether the model has a window.
-    switch: whether the window is used only if use_sliding_window is true. more: further fields that `usual` reads. back: returns
-    the values of these further fields.
+    A layer has the letter "w" if it has a window, and "f" if it has full attention. default: the value of sliding_window if the
+    field is missing. usual: a function that returns the letters of all layers. It is called if layer_types is missing. Its last
+    argument says whether the model has a window. switch: True if the window is used only if use_sliding_window is true. more: the
+    names of other fields that `usual` reads. back: a function that returns these other fields for the options of a model.
     """
 
     def read(given: Given, found: Options) -> Options:
@@ -86,19 +88,20 @@ def _letters(given: Given, kinds: Any, layers: int) -> str:
 
 
 def every(period: int) -> Callable[[Given, Options, bool], str]:
-    """Return a function for the argument `usual` of layered_window(). With it, every period-th layer has full attention."""
+    """Return a function for the argument `usual` of layered_window(), for a family in which every period-th layer has full
+    attention."""
     return lambda given, found, has_window: per_layer("w" * (period - 1) + "f", found["num_layers"], "")
 
 
 def every_in(key: str, default: int) -> Callable[[Given, Options, bool], str]:
-    """Return a function for the argument `usual` of layered_window(). The field `key` has the period of the layers with full
-    attention."""
+    """Return a function for the argument `usual` of layered_window(), for a family in which a field has the period of the layers
+    with full attention. key: the name of this field."""
     return lambda given, found, has_window: every(given.number(key, default=default, most=2**16))(given, found, has_window)
 
 
 def above(key: str, default: int) -> Callable[[Given, Options, bool], str]:
-    """Return a function for the argument `usual` of layered_window(). The field `key` has the index of the first layer with a
-    window."""
+    """Return a function for the argument `usual` of layered_window(), for a family in which a field has the index of the first
+    layer with a window. key: the name of this field."""
 
     def letters(given: Given, found: Options, has_window: bool) -> str:
         first = given.config.get(key, default)
@@ -117,8 +120,8 @@ def first_window(options: Options) -> dict[str, Any]:
 
 
 def without_rotary(interval: int) -> Field:
-    """Return the Field of SmolLM3's no_rope_layers and no_rope_layer_interval. In no_rope_layers, 1 means rotary positions.
-    interval: the default of no_rope_layer_interval."""
+    """Return the Field of SmolLM3's no_rope_layers and no_rope_layer_interval. In no_rope_layers, a layer with rotary positions
+    has the entry 1. interval: the default of no_rope_layer_interval."""
 
     def read(given: Given, found: Options) -> Options:
         listed, layers = given.config.get("no_rope_layers"), found["num_layers"]
@@ -139,7 +142,7 @@ def without_rotary(interval: int) -> Field:
 
 
 def without_rotary_are_windows(given: Given, found: Options, has_window: bool) -> str:
-    """A function for the argument `usual` of layered_window(), for SmolLM3. The layers without rotary positions have the
-    window."""
+    """Return the letters of the layers. This function is for the argument `usual` of layered_window(), for SmolLM3. In SmolLM3,
+    the layers without rotary positions have the window."""
     letters = per_layer(found["rotary_layers"], found["num_layers"], "y")
     return "".join("w" if has_window and letter == "n" else "f" for letter in letters)

@@ -64,7 +64,7 @@ def _check_known(family: Family, config: Mapping[str, Any], where: object) -> No
     if unknown := [key for key in config if key not in known and key not in only]:
         raise DataError(
             f"{where}: mpidp does not know {', '.join(f'{key}={short(config[key])}' for key in unknown[:5])} of "
-            f"{family.architecture}, so it may compute another model. If transformers gives the same logits without "
+            f"{family.architecture}, so it may compute other logits. If transformers gives the same logits without "
             f"{'it' if len(unknown) == 1 else 'them'}, remove {'it' if len(unknown) == 1 else 'them'} in a copy of the folder"
         )
 
@@ -87,13 +87,13 @@ def _read(family: Family, config: Mapping[str, Any], where: object) -> dict[str,
 
 
 def _keys_of(family: Family, *options: str) -> list[str]:
-    """Return the fields of config.json that determine these options."""
+    """Return the names of the fields of config.json that determine these options."""
     return [key for one in family.fields if set(one.options) & set(options) for key in one.keys]
 
 
 def canonical(options: Options) -> Options:
-    """Return the options in a canonical form. Numbers equal to the automatic value become 0, and patterns of layers are as short
-    as possible. Pure."""
+    """Return the options in a canonical form. For some options, 0 means that the value is computed from other options. If such an
+    option has this computed value, it becomes 0. Patterns of layers become as short as possible. Pure."""
     found = dict(options)
     size, layers = head_size(options), options["num_layers"]
     found["head_dim"] = 0 if size * options["num_heads"] == options["model_dim"] else size
@@ -113,13 +113,13 @@ def canonical(options: Options) -> Options:
 
 
 def shape_of(settings: Mapping[str, Any], seq_len: int = 1) -> TransformerShape:
-    """Return the shape for the settings from settings_of. Pure."""
+    """Return the shape of a model. settings: the result of settings_of(). seq_len: the length of the context. Pure."""
     rest = {key: value for key, value in settings.items() if key != "head_dim"}
     return TransformerShape(seq_len=seq_len, head_size=settings["head_dim"], **rest)
 
 
 def options_of(shape: TransformerShape) -> Options:
-    """Return the settings, like those from settings_of, for a shape. Pure."""
+    """Return the settings of a model in the form that settings_of() returns. shape: the shape of the model. Pure."""
     sizes = ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "model_dim", "hidden_dim", "tie_embeddings", "rope_theta",
              "rope_scaling", "norm_eps")
     found = {name: getattr(shape, name) for name in (*sizes, *DEFAULTS)}
@@ -138,9 +138,9 @@ def config_of(
 ) -> dict[str, Any]:
     """Return the contents of config.json for a model. Raises UsageError if no family has the options of the model. Pure.
 
-    ids: bos_token_id, eos_token_id and pad_token_id, used if `before` does not have them. before: config.json of the model that
-    this model was fine-tuned from. The family and the other fields of this config.json are kept. Without `before`, the first
-    family that has all options is used. The result has the keys of old and new versions of transformers.
+    ids: the values of bos_token_id, eos_token_id and pad_token_id if `before` does not have these fields. before: the contents of
+    config.json of the model that this model was fine-tuned from. Its family and its other fields are kept. If `before` is empty,
+    the first family that has all options is used. The result has the fields that old and new versions of transformers read.
     """
     wanted = options_of(shape)
     if before:
@@ -172,8 +172,8 @@ def _listed(options: Options) -> str:
 def _written(
     family: Family, shape: TransformerShape, options: Options, dtype: str, ids: Mapping[str, int | None], kept: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the contents of config.json for a family. Fields in `kept` that already express the wanted options stay
-    unchanged."""
+    """Return the contents of config.json for a family. kept: the fields of an earlier config.json. If they already describe the
+    options, they do not change."""
     usual: dict[str, Any] = {
         "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **ids, "initializer_range": 0.02, "use_cache": True,
         "attention_dropout": 0.0,
@@ -192,7 +192,7 @@ def _written(
 
 
 def _old_options(family: Family, kept: Mapping[str, Any]) -> Options:
-    """Return the options that the fields in `kept` mean, or no options if the fields cannot be read."""
+    """Return the options that the fields in `kept` describe. If the fields are not valid, return an empty dict."""
     try:
         return _read(family, kept, "config.json") if kept else {}
     except DataError:
@@ -200,7 +200,7 @@ def _old_options(family: Family, kept: Mapping[str, Any]) -> Options:
 
 
 def _differences(family: Family, config: Mapping[str, Any], wanted: Options) -> Options:
-    """Return the wanted options that differ when config.json is read again."""
+    """Read the options from a config.json. Return those of the wanted options that differ from the options that were read."""
     try:
         again = _read(family, config, "config.json")
     except DataError:
@@ -209,5 +209,5 @@ def _differences(family: Family, config: Mapping[str, Any], wanted: Options) -> 
 
 
 def sizes_of(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter for the settings from settings_of, by name. Pure."""
+    """Return the shape of each parameter, by name. settings: the result of settings_of(). Pure."""
     return shapes_of(shape_of(settings, settings["position_rows"] or 1))

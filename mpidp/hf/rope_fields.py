@@ -28,10 +28,12 @@ def rope(
 ) -> Field:
     """Return the fields of a family in which all layers have the same rotary positions.
 
-    theta: the default of theta. theta_keys: the names of theta outside rope_parameters. The first name that is present is used,
-    and the others must have the same value. partial: the default of the fraction of a head's dimensions that is rotated; None:
-    all dimensions. partial_keys: the names of this fraction, used like theta_keys. kinds: the names of the scalings that the
-    family has. original: the default of original_max_position_embeddings; 0: max_position_embeddings.
+    theta: the default of theta. theta_keys: the names of the fields outside rope_parameters that may contain theta. If several of
+    these fields are present, they must have the same value. partial: the default of the fraction of a head's dimensions that is
+    rotated. None: the family always rotates all dimensions. partial_keys: the names of the fields outside rope_parameters that
+    may contain this fraction. kinds: maps the family's name of each kind of scaling to mpidp's name, or to None if the names are
+    equal. None: all kinds, with mpidp's names. original: the default of original_max_position_embeddings. 0: the value of
+    max_position_embeddings.
     """
     known = dict.fromkeys(KINDS) if kinds is None else kinds
     keys = tuple(dict.fromkeys((*theta_keys, *partial_keys, *OLD)))
@@ -69,7 +71,8 @@ def rope(
 def two_ropes(theta: float, window_theta: float, window_key: str | None = None) -> Field:
     """Return the fields of a family in which layers with a window have their own rotary positions.
 
-    theta, window_theta: defaults. window_key: the name of the second theta outside rope_parameters. In Family.fields, this Field
+    theta: the default of theta in layers with full attention. window_theta: the default of theta in layers with a window.
+    window_key: the name of the field outside rope_parameters that may contain window_theta, or None. In Family.fields, this Field
     must come after the Field of the windows.
     """
 
@@ -134,8 +137,9 @@ def _check_keys(given: Given, scaling: Mapping[str, Any], where: str) -> None:
 def _first(
     given: Given, scaling: Mapping[str, Any], key: str, outside: tuple[str, ...], default: float, most: float = MOST
 ) -> float:
-    """Return the value inside rope_parameters if it is present, otherwise the first value outside. All values outside must be
-    equal."""
+    """Return a number that config.json may state in several places. The value of `key` in `scaling` (the content of
+    rope_parameters) is used first, then the fields in `outside`, then the default. Raises DataError if the fields in `outside`
+    have different values."""
     values = {name: given.config[name] for name in outside if given.config.get(name) is not None}
     if len(set(map(repr, values.values()))) > 1 and len({float(v) for v in values.values() if isinstance(v, (int, float))}) > 1:
         given.refuse(f"{' and '.join(f'{name}={short(value)}' for name, value in values.items())} contradict each other")
@@ -145,8 +149,8 @@ def _first(
 
 
 def _check_ignored(given: Given, key: str, names: tuple[str, ...], used: float) -> None:
-    """Raise DataError if transformers ignores a field in this family, and the value of the field differs from the value that is
-    used."""
+    """Raise DataError if config.json has the field `key` with a wrong value that transformers ignores. names: the fields outside
+    rope_parameters that transformers reads. used: the value that transformers uses instead."""
     if key not in names and given.config.get(key) is not None and given.config[key] != used:
         where = "this family" if names else "layers with a window of this family"
         given.refuse(
@@ -156,8 +160,8 @@ def _check_ignored(given: Given, key: str, names: tuple[str, ...], used: float) 
 
 
 def scaling_text(given: Given, scaling: Mapping[str, Any], kinds: Mapping[str, str | None]) -> str:
-    """Return the option rope_scaling for the content of rope_parameters. Raises DataError if the kind of scaling is not
-    supported, or if a value is missing or invalid. Pure."""
+    """Return the option rope_scaling. scaling: the content of rope_parameters. kinds: see rope(). Raises DataError if the kind of
+    scaling is not supported, or if a value is missing or invalid. Pure."""
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return ""
@@ -184,7 +188,7 @@ def _float(value: Any) -> float:
 
 
 def _lengths(scaling: Mapping[str, Any], given: Given) -> tuple[float, float]:
-    """Return the context length of the original training, and that of the model."""
+    """Return two context lengths: that of the original training, and that of the model."""
     longest = given.number("max_position_embeddings", default=2048)
     return _float(scaling.get("original_max_position_embeddings") or longest), float(longest)
 
@@ -225,7 +229,7 @@ _NUMBERS: dict[str, Any] = {
 
 
 def scaling_object(text: str) -> dict[str, Any]:
-    """Return the content of rope_parameters, without theta, for the option rope_scaling. Pure."""
+    """Return the content of rope_parameters, except theta. text: the option rope_scaling. Pure."""
     found = rope_scaling(text)
     if found is None:
         return {"rope_type": "default"}
@@ -249,8 +253,8 @@ def scaling_object(text: str) -> dict[str, Any]:
 
 
 def _share(options: Options) -> float:
-    """Return the share of a head's dimensions that is rotated, such that int(head size * share) is the number of rotated
-    dimensions."""
+    """Return the fraction of a head's dimensions that is rotated. It is rounded so that int(head size * fraction) is the number
+    of rotated dimensions."""
     size = head_size(options)
     share = (options["rotary_dims"] or size) / size
     return share if int(size * share) == (options["rotary_dims"] or size) else math.nextafter(share, 2.0)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a parameter in the files. Row r of the parameter is row start + r // run * stride + r % run of the tensor
-    `name`.
+    """Describes which rows of a tensor contain a parameter. name: the name of the tensor. If run is 0, row r of the parameter is
+    row start + r of the tensor. Otherwise it is row start + r // run * stride + r % run.
 
-    transposed: whether rows of the parameter are columns of the tensor. run, stride: 0 if all rows are consecutive.
+    transposed: whether rows of the parameter are columns of the tensor. run: the number of rows in a group of consecutive rows.
+    stride: the distance in the tensor from one group to the next.
     """
 
     name: str
@@ -22,7 +23,8 @@ class Place:
     stride: int = 0
 
     def slices(self, first: int, count: int) -> list[slice]:
-        """Return the slices of the tensor's rows that contain the parameter's rows first, ..., first + count - 1. Pure."""
+        """Return slices of the rows of the tensor. Together they contain the rows first, ..., first + count - 1 of the parameter.
+        Pure."""
         if not self.run:
             return [slice(self.start + first, self.start + first + count)]
         found, row, end = [], first, first + count
@@ -38,11 +40,12 @@ class Place:
 class Layout:
     """The names of the tensors of a family, without .weight and .bias.
 
-    layer: name of a layer, with {} for its number. outside, inside: name of a parameter -> name of its tensor, outside and inside
-    the layers. prefix: the beginning of names, which is missing if a model was saved without its head. fused: name of a tensor ->
-    names of the parameters whose rows it contains, in order. by_head: whether a fused tensor contains, head by head, the rows of
-    all its parameters. transposed: the parameters that are stored transposed. ignored: endings of the names of tensors that are
-    not parameters.
+    prefix: the beginning of names. It is missing if a model was saved without its head. layer: the name of a layer, with {} for
+    its number. outside: maps the name of a parameter outside the layers to the name of its tensor. inside: the same for
+    parameters inside the layers. fused: maps the name of a tensor that contains several parameters to the names of these
+    parameters, in order. by_head: True if a fused tensor contains the rows of the first head of all its parameters, then those of
+    the second head, and so on. transposed: the parameters that are stored transposed. ignored: the endings of the names of
+    tensors that are not parameters.
     """
 
     prefix: str
@@ -70,7 +73,8 @@ class Layout:
         return stem in self.outside or inner in self.inside or any(inner in members for members in self.fused.values())
 
     def places(self, sizes: Mapping[str, tuple[int, ...]], head_dim: int) -> dict[str, Place]:
-        """Return where each parameter is stored. sizes: the shapes of all parameters. Pure."""
+        """Return the Place of each parameter, by name. sizes: the shapes of all parameters. head_dim: the size of a head.
+        Pure."""
         found = {}
         for name in sizes:
             stem, _, kind = name.rpartition(".")
@@ -88,7 +92,7 @@ class Layout:
 
 
 def stored_sizes(sizes: Mapping[str, tuple[int, ...]], places: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each stored tensor, by name. Pure."""
+    """Return the shape of each tensor that the family stores, by name. Pure."""
     found: dict[str, tuple[int, ...]] = {}
     for name, place in places.items():
         rows, *rest = sizes[name]

@@ -47,11 +47,11 @@ def with_begin(tokenizer_json: str, bos: int | None) -> str:
 def text_files(
     special: SpecialTokens, name_of: Mapping[int, str], kept: Mapping[str, Mapping[str, Any]], longest: int
 ) -> dict[str, Any]:
-    """Return the contents of tokenizer_config.json, generation_config.json and other files, by file name. The contents are an
-    object for JSON files, and a string for other files. Pure.
+    """Return the contents of tokenizer_config.json, generation_config.json and other files, by file name. The contents of a JSON
+    file are an object. The contents of another file are a string. Pure.
 
-    name_of: the text of each special token, by id. kept: the contents of these files in the model that the run was fine-tuned
-    from, by file name. longest: the maximum number of tokens of a text.
+    special: the special tokens of the run. name_of: the text of each token, by id. kept: the JSON files of the model that the run
+    was fine-tuned from, by file name. It is empty if there is no such model. longest: the maximum number of tokens of a text.
     """
     scratch = not kept
     eod = special.ends[0]
@@ -100,14 +100,16 @@ def config_ids(special: SpecialTokens) -> dict[str, Any]:
 
 
 def _ends(before: Any, ends: tuple[int, ...]) -> int | list[int]:
-    """Return the ids that end a text: first the ids of the base model, then the ids of the data."""
+    """Return the ids that end a text. before: the ids of the model that the run was fine-tuned from. They come first. ends: the
+    ids of the training data. They come next."""
     first = [i for i in (before if isinstance(before, list) else [before]) if type(i) is int]
     found = list(dict.fromkeys([*first, *ends]))
     return found[0] if len(found) == 1 else found
 
 
 def _named_templates(stored: Any) -> dict[str, str]:
-    """Return the templates, except for the default, in `chat_template` of a tokenizer_config.json."""
+    """Return the templates in the entry `chat_template` of a tokenizer_config.json, by name. The template "default" is left
+    out."""
     listed = [one for one in stored if isinstance(one, dict)] if isinstance(stored, list) else []
     found = {str(one.get("name")): one.get("template") for one in listed}
     return {
@@ -121,8 +123,8 @@ def _text(value: Any) -> Any:
 
 
 def _with_arguments(template: str, arguments: Mapping[str, Any]) -> str:
-    """Return the template, with the template arguments of prepare as default values. apply_chat_template does not know these
-    arguments."""
+    """Return the template with assignments at its beginning. They set the template arguments of the command prepare as default
+    values, because apply_chat_template does not know these arguments."""
     one = "{%- if NAME is not defined %}{%- set NAME = VALUE %}{%- endif %}"
     lines = [one.replace("VALUE", _literal(value)).replace("NAME", name) for name, value in arguments.items()]
     return "".join(lines) + template

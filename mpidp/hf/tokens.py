@@ -1,4 +1,5 @@
-"""Convert mpidp's tokenizers to a Hugging Face tokenizer.json with the same ids, and compare such files. Independent."""
+"""Converts a tokenizer of mpidp to a Hugging Face tokenizer.json with the same ids, and compares two files tokenizer.json.
+Independent."""
 
 from __future__ import annotations
 
@@ -40,8 +41,8 @@ def huggingface_json(tokenizer: Tokenizer) -> str:
 
 
 def same(file: Path, used: bytes) -> bool:
-    """Return whether a tokenizer.json gives the same ids as `used`, the contents of another tokenizer.json. Formatting is
-    ignored.
+    """Return whether two tokenizers give the same ids. file: the path of a tokenizer.json. used: the contents of another
+    tokenizer.json. Formatting is ignored.
 
     Raises DataError if one of them is not a readable tokenizer.json.
     """
@@ -50,7 +51,8 @@ def same(file: Path, used: bytes) -> bool:
 
 
 def extends(file: Path, used: bytes) -> bool:
-    """Return whether `used` differs from the tokenizer.json `file` only by added tokens that have new ids.
+    """Return whether one tokenizer is equal to another, except that it has more added tokens with new ids. file: the path of the
+    tokenizer.json without these tokens. used: the contents of the tokenizer.json with these tokens.
 
     Raises DataError in the same cases as same().
     """

@@ -17,8 +17,9 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # fil
 
 @contextmanager
 def work_folder(out: Path) -> Iterator[Path]:
-    """Return a context with an empty folder beside `out`. At the end, the folder is removed, unless it was renamed. If a killed
-    export left this folder, it is emptied first. Raises UsageError if another process is writing `out`. Independent."""
+    """Return a context that creates an empty folder beside `out`, and gives its path. At the end of the context, the folder is
+    removed, unless it was renamed. If a killed export left such a folder, it is emptied first. Raises UsageError if another
+    process is writing `out`. Independent."""
     folder = out.with_name(f".{out.name}.part")
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

@@ -40,9 +40,10 @@ def write_folder(
     no family has the options of the model. Also raises UsageError if a weight is too large for the dtype, or if the program
     `consumer` does not support the model. Independent.
 
-    weight: returns a parameter, given mpidp's name of it. tokenizer: a Hugging Face tokenizer.json. special: the special tokens
-    of the run. before: a folder with the companion files of the model that this model was fine-tuned from. These files are
-    copied. Only one weight file is in memory at a time.
+    weight: a function that returns a parameter, given its name in mpidp. tokenizer: the contents of a Hugging Face
+    tokenizer.json. special: the special tokens of the run. before: a folder with the companion files of the model that this model
+    was fine-tuned from. The new folder gets copies of these files. None: there is no such model. Only one weight file is in
+    memory at a time.
     """
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out} exists and is not overwritten: choose another folder, or remove it")
@@ -112,7 +113,8 @@ def _stored(
     name: str, size: tuple[int, ...], places: Mapping[str, Place], weight: Callable[[str], Tensor], dtype: torch.dtype,
     not_finite: list[str],
 ) -> Tensor:
-    """Return a tensor as the family stores it, assembled from the parameters that it contains."""
+    """Assemble a tensor from the parameters that it contains. places: where the tensor contains each of them. The result is laid
+    out as in the files of the family."""
     found = torch.empty(size, dtype=dtype)
     for parameter, place in places.items():
         values = _converted(name, weight(parameter), dtype, not_finite)
@@ -144,7 +146,8 @@ def _converted(name: str, tensor: Tensor, dtype: torch.dtype, not_finite: list[s
 def _text_files(
     shape: TransformerShape, tokenizer: str, special: SpecialTokens, dtype: str, before: Path | None
 ) -> tuple[str, dict[str, bytes], dict[str, Place]]:
-    """Return the architecture, the contents of the files that are not weights, and where the family stores each parameter."""
+    """Return three values: the name of the architecture, the contents of all files except the weights, by name, and the place of
+    each parameter in the weights."""
     kept = companions(before, of_tokenizer=True) if before is not None else {}
     objects = {name: read_object(kept[name]) for name in ("config.json", CONFIG, GENERATION) if name in kept}
     ids = {"eos_token_id": special.ends[0]} if objects else config_ids(special)

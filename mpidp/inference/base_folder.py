@@ -18,9 +18,10 @@ MICRO_BATCH = 8  # windows per forward pass
 
 
 class BaseFolder(ModelFolder):
-    """A Hugging Face folder. It has `path`, `meta` and box() like the Reader of a checkpoint. Independent.
+    """A Hugging Face folder. Like the Reader of a checkpoint, it has the attributes `path` and `meta` and the method box().
+    Independent.
 
-    seq_len: length of the context; 0: the model's own length, but at most USUAL_SEQ_LEN. Raises DataError if the folder is
+    seq_len: the length of the context. 0: the model's own length, but at most USUAL_SEQ_LEN. Raises DataError if the folder is
     invalid, and UsageError if the model's context is shorter than seq_len.
     """
 

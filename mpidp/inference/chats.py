@@ -17,8 +17,9 @@ EXAMPLE = '{"messages": [{"role": "user", "content": "Why?"}]}'
 
 
 def read_chats(path: str | Path) -> list[dict[str, Any]]:
-    """Read chats from a file. A row has "messages" with a list, or "prompt" with a list of messages or the text of one user
-    message. Rows in the formats of ShareGPT, Alpaca and Dolly are also accepted. In a text file, each line is one user message.
+    """Read chats from a file. A row has one of two keys. The value of "messages" is a list of messages. The value of "prompt" is
+    a list of messages, or the text of one user message. Rows in the formats of ShareGPT, Alpaca and Dolly are also accepted. In a
+    text file, each line is one user message.
 
     Raises DataError if the file cannot be read, or if a row has none of these forms. Independent.
     """
@@ -55,8 +56,8 @@ def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def template_of(table: SpecialTokens, run: str, moment: float) -> Template:
-    """Return the run's chat template. Raises UsageError if the run has none. moment: the time that the template may print, in
-    seconds since 1970.
+    """Return the run's chat template. Raises UsageError if the run has none. table: the special tokens of the run. run: its name
+    in messages. moment: the time that the template may print, in seconds since 1970.
 
     Independent.
     """
@@ -73,7 +74,8 @@ def template_of(table: SpecialTokens, run: str, moment: float) -> Template:
 def rendered(template: Template, row: dict[str, Any]) -> str:
     """Return the text of a row's chat, with the generation prompt at its end. Raises DataError if the template rejects the chat.
 
-    A row may have tools, documents and chat_template_kwargs, as in prepare. Each is a value or a JSON string. Independent.
+    A row may have the fields tools, documents and chat_template_kwargs, as for the command prepare. Each of these fields contains
+    a JSON value, or a string with a JSON value. Independent.
     """
     try:
         args, tools = field_of(row, "chat_template_kwargs", dict), objects_of(row, "tools")

@@ -1,9 +1,10 @@
 """Read and encode multiple-choice questions, and compute accuracies. Pure.
 
 As in lm-evaluation-harness, the model's answer is the choice with the highest log-likelihood after the context. `accuracy` uses
-the log-likelihood itself (acc in the harness). `accuracy_norm` divides it by the number of characters of the choice, without one
-leading space (acc_norm in the harness, which adds this space itself). `accuracy_token` divides it by the number of tokens of the
-choice. If several choices have the highest score, the first is the answer.
+the log-likelihood itself (acc in the harness). `accuracy_norm` divides the log-likelihood by the number of characters of the
+choice (acc_norm in the harness). One leading space is not counted, because the harness adds this space itself. `accuracy_token`
+divides the log-likelihood by the number of tokens of the choice. If several choices have the highest score, the first is the
+answer.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ EXAMPLE = '{"context": "2 + 2 =", "choices": [" 4", " 5"], "label": 0}'
 
 @dataclass(frozen=True)
 class Question:
-    """A multiple-choice question. line: the question's number in the file. label: index of the right choice."""
+    """A multiple-choice question. line: the number of the line, item or row in the file. label: the index of the right choice."""
 
     line: int
     context: str
@@ -35,7 +36,7 @@ class Question:
 
 @dataclass(frozen=True)
 class EncodedChoice:
-    """Token ids of a context and one choice. The last `counted` ids are the choice."""
+    """The token ids of a context, followed by those of one choice. counted: the number of ids of the choice."""
 
     ids: list[int]
     counted: int
@@ -79,9 +80,10 @@ def _problem(row: dict[str, Any]) -> str:
 def encode(encoder: Encoder, item: Question, seq_len: int, path: str | Path = "choices") -> list[EncodedChoice]:
     """Encode each choice with its context as one document, which starts with BOS or an end-of-document token.
 
-    Context and choice are encoded together, as in a corpus. The choice's tokens are those after the longest common prefix with
-    the encoded context. Contexts that are too long are truncated on the left. Raises DataError if a choice alone is
-    too long. Independent.
+    Context and choice are encoded together, as in a corpus. This text and the context alone begin with the same tokens. All
+    tokens after this common beginning belong to the choice. If a context is too long, its first tokens are left out. Raises
+    DataError if a choice has no tokens, or has more tokens than the context of the model. path: the file, for messages.
+    Independent.
     """
     found = []
     try:
@@ -103,7 +105,8 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def accuracies(items: Sequence[Question], encoded: Sequence[Sequence[EncodedChoice]], scores: np.ndarray) -> dict[str, Any]:
-    """Return accuracies and question counts. scores: log-likelihoods in nats, (questions, largest number of choices). Pure."""
+    """Return the accuracies, the number of questions, the accuracy of random answers (chance), and the number of questions with a
+    truncated context. scores: the log-likelihood of each choice in nats, (questions, largest number of choices). Pure."""
     right = dict.fromkeys(("accuracy", "accuracy_norm", "accuracy_token"), 0)
     for item, rows, row in zip(items, encoded, scores, strict=True):
         plain = row[: len(item.choices)]

@@ -15,7 +15,7 @@ ANSWER_SHARE = 4  # a quarter of the context is kept free for the answer, if the
 @dataclass(frozen=True)
 class Turn:
     """A prompt for the model. ids: the token ids of the chat so far. tokens: maximum number of tokens of the answer. left_out:
-    number of messages that were deleted at the beginning of the chat, because they no longer fit."""
+    the number of old messages that were deleted for this prompt, because the chat no longer fitted into the context."""
 
     ids: list[int]
     tokens: int
@@ -32,14 +32,14 @@ class Conversation:
         self._turns: list[dict[str, str]] = []
 
     def reset(self) -> None:
-        """Forget all messages but the system message."""
+        """Forget all messages except the system message."""
         self._turns.clear()
 
     def ask(self, text: str) -> Turn:
-        """Add a message of the user, and return the prompt.
+        """Add a message of the user. Return the prompt for the model.
 
         If the chat does not fit into the context, its oldest turns are deleted. Raises DataError if the message alone does not
-        fit, or if the template rejects the chat. In these cases the message is not added.
+        fit, or if the template rejects the chat. If an error is raised, the message is not added.
         """
         turns = [*self._turns, {"role": "user", "content": text}]
         room = min(self._tokens, max(1, self._seq_len // ANSWER_SHARE))
@@ -48,8 +48,8 @@ class Conversation:
             if len(ids) + room <= self._seq_len:
                 break
             if len(turns) == 1:
-                raise DataError(f"the message does not fit: with it the chat has {len(ids)} tokens, and the context of "
-                                f"{self._seq_len} tokens must have room for an answer of {room}; shorten it")
+                raise DataError(f"the message is too long: with it, the chat has {len(ids)} tokens. The context has "
+                                f"{self._seq_len} tokens, of which {room} are for the answer. Shorten the message")
             turns = turns[2:]  # the oldest message of the user and its answer
         left_out, self._turns = len(self._turns) + 1 - len(turns), turns
         return Turn(ids, min(self._tokens, self._seq_len - len(ids)), left_out)

@@ -1,4 +1,4 @@
-"""Generates text from several prompts at a time. Batching does not change any text, unless exact=False."""
+"""Generates text from several prompts at a time. With exact=True, a text does not depend on the other prompts of its batch."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mpidp.model.joint_cache import is_exact, join
 
 
 class DecodedText:
-    """A sequence during generation. Its window is the part that the model sees."""
+    """A sequence during generation. The model gets only the last part of the sequence, which is called the window."""
 
     def __init__(self, model: Any, ids: list[int], tokens: int, seed: int, on_token: Callable[[int], bool]) -> None:
-        """ids: the token ids of the prompt. tokens: maximum number of new tokens. on_token: called with each new token; returns
-        True to stop. seed: seed of the random generator."""
+        """ids: the token ids of the prompt. tokens: maximum number of new tokens. seed: the seed of the random generator.
+        on_token: a function that is called with each new token. If it returns True, generation stops."""
         self.ids, self.on_token = list(ids), on_token
         self.limit = len(ids) + tokens
         self.start = 0  # index of the first id in the window
@@ -32,10 +32,10 @@ class DecodedText:
         self.cache = model.new_cache(self.limit)
 
     def unseen(self) -> list[int]:
-        """Return the ids to pass to the model next: those that are not in the cache.
+        """Return the ids that the model gets next. These are the ids of the window that are not in the cache.
 
-        If the window exceeds seq_len, it shrinks to its last half. The cache is then rebuilt, because cached keys are rotated by
-        their position in the window.
+        If the window is longer than seq_len, only its last seq_len / 2 tokens are kept. The cache is then rebuilt, because cached
+        keys depend on their position in the window.
         """
         if len(self.ids) - self.start > self._seq_len:
             self.start = len(self.ids) - max(1, self._seq_len // 2)
@@ -59,12 +59,13 @@ def decode(
     loaded: Loaded, rows: list[DecodedText], sampling: Sampling, ends: Collection[int] = (), vocab_size: int | None = None,
     exact: bool = True,
 ) -> None:
-    """Generate until all sequences have ended. Collective over loaded.grid.model.
+    """Generate tokens until all sequences have ended. Collective over loaded.grid.model.
 
-    Sequences with one new position run as a batch. Longer inputs run one at a time, so nothing is padded. ends: the ids that end
-    a sequence. vocab_size: number of tokens of the tokenizer. The additional ids of a padded vocabulary are never drawn. exact:
-    whether sequences are computed together only where this changes no bit. If not, all inputs of equal length run as a batch.
-    Raises DataError if a logit is nan or inf, or if all are -inf.
+    If a sequence has only one id that is not in the cache, it runs in a batch with other such sequences. Longer inputs run one at
+    a time, so nothing is padded. ends: the ids that end a sequence. vocab_size: number of tokens of the tokenizer. The additional
+    ids of a padded vocabulary are never drawn. exact: if True, sequences are computed together only where this changes no bit of
+    the results. If False, all inputs of equal length run as a batch. Raises DataError if a logit is nan or +inf, or if all logits
+    are -inf.
     """
     while live := [row for row in rows if not row.ended]:
         unseen = {row: row.unseen() for row in live}
@@ -102,9 +103,9 @@ def continue_prompts(
 ) -> list[tuple[int, Continuation]]:
     """Generate continuations of prompts as one batch. Return (prompt number, continuation) pairs.
 
-    prompts: token ids by prompt number. write: called with prompt 0's new text, piece by piece. interrupted: called after each
-    token; returns True to end the text. It must return the same on all ranks of a replica. exact: see decode(). Collective over
-    loaded.grid.model.
+    prompts: the token ids of each prompt, by its number. write: a function that is called with each new piece of text for prompt
+    0. interrupted: a function that is called after each token. If it returns True, the text ends. It must return the same on all
+    ranks of a replica. exact: see decode(). Collective over loaded.grid.model.
     """
     streams = {
         i: StreamedText(detokenizer_of(encoder.tokenizer, ids), stops, write if i == 0 else None) for i, ids in prompts.items()

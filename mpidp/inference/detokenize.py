@@ -32,7 +32,7 @@ def detokenizer_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> Detokenizer:
 
 
 class _Bytewise:
-    """Joins and decodes the bytes of the tokens. begins: whether the text begins with these tokens. If so, a space that the
+    """Decodes the tokens by joining their bytes. begins: whether no text precedes these tokens. If True, the space that the
     tokenizer puts before each text is removed."""
 
     def __init__(self, of: TokenBytes, begins: bool) -> None:

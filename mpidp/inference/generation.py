@@ -23,11 +23,12 @@ def lines_of(rows: list[dict[str, Any]]) -> str:
 def generate(world: Any, options: argparse.Namespace, write: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
     """Generate a text for each prompt. Return one row per prompt, in order, on rank 0 of world. Other ranks return an empty list.
 
-    A row has the keys of its input line, and the keys text, tokens and ended. text: the generated text. tokens: the number of
-    generated tokens. ended: why generation ended (tokens, eod or stop). Batches of prompts are distributed over the replicas.
-    This does not change any text, unless options.exact is "false". write: called with the first prompt and then with its text,
-    piece by piece. Raises UsageError if --out cannot be written, DataError if a prompt or the tokenizer is invalid, and
-    CheckpointError if the run has no valid checkpoint. Collective over world.
+    A row has the keys of the prompt's row in the input, and three more. text: the generated text. tokens: the number of generated
+    tokens. ended: why generation ended (tokens, eod or stop). Batches of prompts are distributed over the replicas. If
+    options.exact is "true", a text does not depend on the number of replicas or on its batch. write: a function for the first
+    prompt. It is first called with this prompt (with --chat: with ""), and then with each new piece of its text. Raises
+    UsageError if --out cannot be written, DataError if a prompt or the tokenizer is invalid, and CheckpointError if the run has
+    no valid checkpoint. Collective over world.
     """
     from mpidp.inference.chats import template_of
     from mpidp.inference.decode import continue_prompts

@@ -43,8 +43,8 @@ def run_tasks(
     requests: SharedRequests, tasks: dict[str, Any] | None, options: TaskOptions, name: str, prefix: int, seq_len: int,
     samples: bool = False,
 ) -> dict[str, Any] | None:
-    """Evaluate on tasks. Return the harness's results on rank 0, and None on other ranks. The results have the keys results,
-    groups, versions and n-shot, and also samples if `samples` is true.
+    """Evaluate the model on tasks. Return the harness's results on rank 0, and None on other ranks. The results have the keys
+    results, groups, versions and n-shot. If `samples` is True, they also have the key samples.
 
     tasks: the result of load_tasks() on rank 0. name: name of the model. prefix: the token id that is put before a text without
     context. seq_len: the length of the context. Raises DataError if a request does not fit the model, or if the harness fails.
@@ -66,9 +66,9 @@ def run_tasks(
 
 
 def prefix_of(encoder: Encoder, has_base: bool) -> int:
-    """Return the token id that the harness puts before a text without context. This is BOS of the exported model, or its
-    end-of-text token if it has no BOS. has_base: whether the model is a Hugging Face folder, or was fine-tuned from one. In this
-    case the names of the folder's special tokens are kept. Pure."""
+    """Return the token id that the harness puts before a text without context. For the exported model, the harness uses BOS, or
+    the end-of-text token if there is no BOS. This function returns the same id. has_base: whether the model is a Hugging Face
+    folder, or was fine-tuned from one. An exported model with a base keeps the special tokens that the base model names. Pure."""
     table, ids = encoder.table, special_names(encoder.tokenizer)
     named = [ids[name] for key in ("bos_token", "eos_token") if (name := table.names.get(key, "")) in ids]
     if has_base:
@@ -110,7 +110,8 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _own_seeds() -> Iterator[None]:
-    """Seed the global random generators as the harness does, and restore them afterwards."""
+    """Return a context in which the global random generators have the harness's seeds. At the end, their earlier states are
+    restored."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(SEEDS[0])
     np.random.seed(SEEDS[1])
@@ -125,7 +126,8 @@ def _own_seeds() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _errors_named() -> Iterator[None]:
-    """Convert exceptions of the harness and of tasks to DataError. Exceptions of mpidp and of MPI are not converted."""
+    """Return a context in which an exception of the harness or of a task becomes a DataError. Exceptions of mpidp and of MPI do
+    not change."""
     try:
         yield
     except (MpidpError, MPI.Exception):
@@ -144,7 +146,7 @@ def _model_class() -> Any:
     base: Any = library.api.model.TemplateLM
 
     class HarnessModel(base):
-        """The interface of the harness to SharedRequests."""
+        """The harness's interface to a model. It passes requests on to SharedRequests."""
 
         def __init__(self, requests: SharedRequests, name: str, prefix: int, seq_len: int) -> None:
             super().__init__()
@@ -258,8 +260,8 @@ def _text(encoder: Encoder, ids: Sequence[int], stops: Sequence[str]) -> str:
 
 def _chat(template: Template, messages: Sequence[dict[str, str]], prompt: bool) -> str:
     """Return the text of a chat. prompt: True to end the text with the generation prompt. False to end the text with the content
-    of the last message, which the model then continues. If the template rejects the system message, render the other messages
-    only. Raises DataError if the template also rejects these messages."""
+    of the last message, which the model then continues. If the template rejects the chat, the chat is rendered again without its
+    system messages. Raises DataError if the template rejects it again, or if there is no system message."""
     try:
         text = template.render(messages, prompt)
     except TemplateRejection as error:

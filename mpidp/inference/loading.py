@@ -43,8 +43,8 @@ Source: TypeAlias = Reader | BaseFolder  # where a model comes from
 
 
 def home_of(reader: Source) -> Path:
-    """Return the folder that has the other files of the model, such as the tokenizer: the run's folder, or the Hugging Face
-    folder. Pure."""
+    """Return the folder with the tokenizer and the other files that belong to the model. This is the folder of the run, or the
+    Hugging Face folder. Pure."""
     return reader.path if isinstance(reader, BaseFolder) else reader.path.parent.parent
 
 
@@ -62,8 +62,8 @@ class Loaded:
     name: str = "the model"  # the path of its checkpoint, for error messages
 
     def diverged(self, what: str) -> DataError:
-        """Return the error for results that are nan or infinite. The caller must raise it on every rank of a replica.
-        Independent."""
+        """Return the error for a result that is nan or infinite. what: the name of the result. The caller must raise the error on
+        every rank of a replica. Independent."""
         return DataError.on_every_rank(
             f"{self.name}: the {what} is not finite (nan or inf). The training has probably diverged: use an earlier checkpoint, "
             "or train again with a lower optim.lr"
@@ -71,7 +71,8 @@ class Loaded:
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, caches: list[Any] | None = None) -> Tensor | None:
-        """Run the model on tokens (B, T), which continue the sequences in the caches.
+        """Run the model on tokens (B, T). caches: the keys and values of earlier positions, which the tokens continue. None:
+        there are no earlier positions.
 
         Returns logits (B, T, this rank's part of V) on the last pipeline stage, and None on other stages. Collective over
         grid.model.
@@ -88,7 +89,8 @@ class Loaded:
         return None
 
     def last_logits(self, tokens: Tensor, caches: list[Any] | None = None) -> Tensor:
-        """Return the next token's logits after tokens (B, T): (B, V) float32 on the CPU, the same on all ranks of a replica.
+        """Return the logits of the token that follows each of the sequences in tokens (B, T). The result is (B, V) float32 on the
+        CPU. It is the same on all ranks of a replica.
 
         Collective over grid.model.
         """
@@ -132,8 +134,8 @@ def check_same_tokenizer(reader: Source, stream: TokenStream) -> None:
 
 
 def table_of_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
-    """Return the special tokens of a run. If the run was fine-tuned from a model, the tokens that end a text of that model also
-    end a text here. Raises DataError if a file is invalid. Independent."""
+    """Return the table of special tokens of a run. If the run was fine-tuned from a model, the table also has the tokens that end
+    a text of that model. Raises DataError if a file is invalid. Independent."""
     table, base = for_run(run_dir, tokenizer), run_dir / "hf"
     if not base.is_dir():
         return table
@@ -143,9 +145,9 @@ def table_of_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
 def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str | None = None) -> Encoder:
     """Load the model's tokenizer, or the tokenizer at `path`, and the table of special tokens of the training data.
 
-    path: a tokenizer.json, or a folder that contains one. special: how names of special tokens in texts are encoded: "text" as
-    other text, "tokens" as one id; None: as in the training data. Raises DataError if a file is missing, has changed, or does not
-    suit the model. Independent.
+    path: a tokenizer.json, or a folder that contains one. special: how the name of a special token in a text, such as
+    <|im_start|>, is encoded. "text": like any other text. "tokens": as the id of the token. None: as in the training data. Raises
+    DataError if a file is missing, has changed, or does not suit the model. Independent.
     """
     with readable(reader.path):
         tokenizer = load_tokenizer(path or own_tokenizer(reader), reader.meta["eod"])
@@ -157,16 +159,17 @@ def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str 
         else:
             table = table_of_run(home_of(reader), tokenizer)
     if max(table.ends) >= rows or (table.bos or 0) >= rows:
-        raise DataError(f"{home_of(reader)}: the special tokens have an id that is not below the model's {rows} ids: restore "
-                        "special_tokens.json from the shards, or correct generation_config.json")
+        raise DataError(f"{home_of(reader)}: a special token has an id that the model does not have: ids must be below {rows}. "
+                        "Restore special_tokens.json from the shards, or correct generation_config.json")
     return Encoder(tokenizer, table, special or table.special)
 
 
 def open_source(path: Path, world: MPI.Intracomm, seq_len: int = 0) -> Source:
     """Open the newest checkpoint of a run, one checkpoint, or a Hugging Face folder.
 
-    seq_len: --seq-len, for a folder. Rank 0 logs the folder's notes. Raises CheckpointError if no valid checkpoint exists,
-    DataError if a folder is invalid, and UsageError if seq_len does not suit `path`. Collective over world.
+    seq_len: the value of --seq-len. It must be 0 unless `path` is a Hugging Face folder. Rank 0 logs notes about the folder.
+    Raises CheckpointError if no valid checkpoint exists, DataError if a folder is invalid, and UsageError if seq_len does not
+    suit `path`. Collective over world.
     """
     if not is_base_folder(path):
         if seq_len:
@@ -180,7 +183,8 @@ def open_source(path: Path, world: MPI.Intracomm, seq_len: int = 0) -> Source:
 
 
 def open_model(options: Any, world: MPI.Intracomm, special: str | None = None) -> tuple[Source, Loaded, Encoder]:
-    """Open a run's newest checkpoint or a Hugging Face folder. Return its reader, this rank's part of the model, and its encoder.
+    """Open a run's newest checkpoint or a Hugging Face folder. Return three values: the reader of the checkpoint or folder, this
+    rank's part of the model, and the encoder.
 
     options: the parsed options run, tokenizer, tp, pp, device, threads, model_kind, seq_len. special: see load_encoder. Raises
     CheckpointError or DataError if a file is missing or damaged, and UsageError if an option does not suit the model. Collective
@@ -208,8 +212,8 @@ def weights_at(path: Path) -> Reader | ModelFolder:
 
 
 def base_model(reader: Source, parts: ModelPartition, moved: str = "") -> Any:
-    """Return the base model of a LoRA run, because checkpoints contain only adapters. It is the model train.init_from, or has
-    weights initialized from the seed.
+    """Return the base model of a LoRA run. The checkpoints of such a run contain only the adapters. If the run has
+    train.init_from, this is the base model. Otherwise the weights of the base model are initialized from the seed.
 
     moved: the new path of the base model; "" if it has not moved. Raises DataError if the base model is missing, has another
     shape or has changed. Does not support parts of models. Independent.
@@ -235,11 +239,11 @@ def base_model(reader: Source, parts: ModelPartition, moved: str = "") -> Any:
 
 
 def load_model(reader: Source, grid: Grid, device: str, threads: int, kind: str = "", base: str = "") -> Loaded:
-    """Load the checkpoint's model (this rank's part), ready for inference. Independent.
+    """Load this rank's part of the checkpoint's model, and prepare it for inference. Independent.
 
-    kind: model.kind on the user's command line, which is required for a custom model. base: the new path of the base model of a
-    LoRA run, or "" if it has not moved. Raises CheckpointError if the checkpoint is damaged, and UsageError if the grid, the
-    device or the kind does not suit the model.
+    kind: --model.kind of the command line. It is required for a custom model. base: the new path of the base model of a LoRA run,
+    or "" if it has not moved. Raises CheckpointError if the checkpoint is damaged, and UsageError if the grid, the device or the
+    kind does not suit the model.
     """
     if not 0 <= threads <= MAX_THREADS:
         raise UsageError(f"--threads {threads}: must be in 0..{MAX_THREADS}; 0 means the number used in training")

@@ -1,4 +1,5 @@
-"""Rejects manifests with sizes that no run of mpidp writes. This happens before memory is allocated or threads are started. Pure.
+"""Rejects a manifest if it states a size that no run of mpidp writes. These checks take place before memory is allocated and
+threads are started. Pure.
 
 A manifest may come from an untrusted source. A few bytes of a manifest could request all memory of this machine.
 """
@@ -37,7 +38,7 @@ def check_settings(path: Path, meta: Mapping[str, Any]) -> None:
 
 
 def check_shape(path: Path, meta: Mapping[str, Any], shape: Shape) -> None:
-    """Check that a checkpoint's files can hold the model of this shape. Raises CheckpointError if they are too small."""
+    """Raise CheckpointError if a checkpoint's files are too small to contain a model of this shape. Only the manifest is read."""
     tensors, stored = len(meta["tensors"]), sum(int(record["bytes"]) for record in meta["files"])
     parameters = 0 if meta["config"].get("model.lora_rank", 0) else num_parameters(shape)  # 0: LoRA, without the base model
     if shape.num_layers > tensors or parameters > stored:

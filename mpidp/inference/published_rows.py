@@ -29,8 +29,8 @@ def chat_of(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a row of instructions to a row with `prompt`, which equals the prompt of prepare --format prompt_completion. Return
-    other rows unchanged. Raises DataError if the row is malformed, or if it has messages. Pure."""
+    """Convert a row of instructions to a row with `prompt`. The prompt is the same as with prepare --format prompt_completion.
+    Return other rows unchanged. Raises DataError if the row is malformed, or if it has messages. Pure."""
     if row.get("prompt") is not None:
         return dict(row)
     if key := next((name for name in LISTS if row.get(name) is not None), ""):
@@ -43,13 +43,14 @@ def prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refusal(error: RowSkipped) -> DataError:
-    """Convert an error message for prepare to one for generate and chat."""
+    """Return a DataError for the commands `generate` and `chat` from an error that was worded for the command `prepare`."""
     said = str(error).replace("trains on text only", "reads text only")
     return DataError(said.replace("use --format chat", "it needs a chat template (generate --chat)"))
 
 
 def _answered(row: Mapping[str, Any]) -> dict[str, Any]:
-    """If the row has instructions, set its answer to a placeholder, because an answer may be missing here. Return the row."""
+    """Return a copy of the row without fields that mark it as unwanted or as a preference. If the row has instructions, its
+    answer becomes a placeholder, because the answer may be missing."""
     found = {key: value for key, value in row.items() if key not in (*UNWANTED, "chosen", "rejected")}
     forms = [*INSTRUCTIONS.values()]
     names = next((one for place in (2, 1) for one in forms if one[place] in row), forms[0])

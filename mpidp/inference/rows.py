@@ -24,15 +24,15 @@ def read_text(path: str | Path) -> str:
     Raises DataError if the file cannot be read, is not UTF-8, is empty, or contains rows.
     """
     if (file := recognized(path)).kind != "text":
-        raise DataError(f"{path} holds rows, but one text is needed: prepare shards from it (mpidp prepare; --format chat "
-                        "for chats and instructions), and evaluate them with --data")
+        raise DataError(f"{path} holds rows, but one text is needed: prepare shards from it with mpidp prepare, and "
+                        "evaluate them with --data. For chats and instructions, prepare them with --format chat")
     _warn(file)
     return read_whole(path)
 
 
 def read_rows(path: str | Path, wanted: str) -> list[Row]:
-    """Return the rows of a .jsonl, .ndjson, .json, .csv or .parquet file, which may be compressed. wanted: an example of a valid
-    row, for error messages.
+    """Return the rows of a file. The file may have any kind that text_files.py lists, except plain text. A file that looks like
+    plain text is read as JSON lines. wanted: an example of a valid row, for error messages.
 
     Raises DataError if the file cannot be read or is empty, or if a row is malformed. Independent.
     """
@@ -51,8 +51,8 @@ def read_rows(path: str | Path, wanted: str) -> list[Row]:
 
 
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
-    """Read prompts. A row has a string "prompt" and any other fields, or the format of Alpaca or Dolly. In a text file, each line
-    is a prompt.
+    """Read prompts. A row has a field "prompt" that contains a string, or has the format of Alpaca or Dolly. A row may have other
+    fields. In a text file, each line is a prompt.
 
     Blank lines are skipped. Raises DataError if the file cannot be read, or a row has no prompt. Independent.
     """
@@ -91,8 +91,8 @@ def _warn(file: TextFile) -> None:
 
 
 def set_apart(rows: list[dict[str, Any]], path: str | Path) -> list[dict[str, Any]]:
-    """Rename the fields that have the name of an output field. For example, text becomes prompt_text. path: the rows' file, for
-    the warning. Pure."""
+    """Rename fields that have the same name as a field of the output, and log a warning. For example, text becomes prompt_text.
+    path: the file of the rows, for the warning. Independent."""
     renamed: dict[str, str] = {}
     for name in OUTPUTS:
         if any(name in row for row in rows):
@@ -106,8 +106,8 @@ def set_apart(rows: list[dict[str, Any]], path: str | Path) -> list[dict[str, An
 
 
 def warn_of_names(found: Iterable[tuple[str, int]], what: str) -> None:
-    """Warn if texts name special tokens that are encoded as text. found: results of Encoder.named. what: the texts, for the
-    message. Independent."""
+    """Log a warning if texts contain names of special tokens that are encoded as plain text. found: results of Encoder.named().
+    what: a noun for the texts, for the message. Independent."""
     named = [(name, count) for name, count in found if count]
     if named:
         log.warning("warning: %d %s name a special token (%s), which is encoded as text; --special tokens makes it an id",

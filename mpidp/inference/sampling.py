@@ -15,9 +15,9 @@ COLDEST = 1e-6  # a lower temperature selects the likeliest token, because divid
 class Sampling:
     """Sampling parameters.
 
-    temperature: the logits are divided by it. A temperature below COLDEST, such as 0, selects the likeliest token. top_k: sample
-    from the top_k likeliest tokens; 0: from all. top_p: of these, sample from the smallest set of likeliest tokens with at least
-    this total probability; 1: from all (nucleus sampling, Holtzman 2020).
+    temperature: divides the logits. If it is below COLDEST, the likeliest token is selected. top_k: only the top_k likeliest
+    tokens can be drawn. 0: all tokens can be drawn. top_p: of the tokens that top_k allows, only the likeliest ones can be drawn:
+    the fewest tokens whose total probability is at least top_p (nucleus sampling, Holtzman 2020). 1: no limit.
     """
 
     temperature: float = 0.8
@@ -37,8 +37,8 @@ class Sampling:
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Keep the smallest set of the likeliest tokens with a total probability of at least top_p. Set the probabilities of the
-    other tokens to zero.
+    """Keep the likeliest tokens: the fewest tokens whose total probability is at least top_p. Set the probabilities of all other
+    tokens to zero.
 
     Returns (V,) for probabilities (V,), not rescaled. If two tokens have equal probabilities, the token with the lower id comes
     first. Pure.

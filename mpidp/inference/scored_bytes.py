@@ -1,5 +1,5 @@
-"""Counts the bytes of the tokens that an evaluation scores. Bits per byte are the sum of these tokens' losses in bits, divided by
-this number."""
+"""Counts the bytes of the tokens that an evaluation scores. Bits per byte are the sum of the losses of these tokens in bits,
+divided by the number of their bytes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ PIECE_TOKENS = 2**20  # tokens read at a time
 
 
 def scored_bytes(stream: TokenStream, comm: MPI.Intracomm) -> int | None:
-    """Return the UTF-8 bytes of all targets of a split: the tokens that Engine.evaluate scores. Return None if the shards have no
-    tokenizer, or if the tokenizer is of an unknown kind. Collective over comm.
+    """Return the number of UTF-8 bytes of all targets of a split. Targets are the tokens that Engine.evaluate scores. Return None
+    if the shards have no tokenizer, or if the tokenizer is of an unknown kind. Collective over comm.
 
     The first token of the stream and tokens that the loss mask excludes are not counted. If attention is limited to single
     documents, the first token of each document is not counted. The end-of-document token, and BOS before a document, have no

@@ -82,10 +82,10 @@ def _greedy_of(loaded: Loaded) -> Figure:
 
 
 def distribute(grid: Grid, shape: tuple[int, int], work: Callable[[int], Sequence[float]]) -> np.ndarray:
-    """Compute n rows of numbers, each on one replica. Return all rows, (n, width) float64. shape: (n, width).
+    """Compute n rows of numbers. Each row is computed on one replica. Return all rows on all ranks, (n, width) float64.
 
-    The result is bit-identical for any number of replicas. work(i): returns row i, which has at most `width` numbers. It is
-    collective over grid.model. Collective over grid.world.
+    The result is bit-identical for any number of replicas. shape: (n, width). work(i): returns row i, which has at most `width`
+    numbers. Calls of work are collective over grid.model. Collective over grid.world.
     """
     found = np.zeros(shape)
     for i in range(grid.world.rank // grid.parts, shape[0], grid.world.size // grid.parts):
@@ -100,8 +100,8 @@ def distribute(grid: Grid, shape: tuple[int, int], work: Callable[[int], Sequenc
 def windows(targets: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
     """Return sliding windows (begin, scored, end) over the targets, so that each target is scored once. Pure.
 
-    A window spans [begin, end) and scores [scored, end). Each window after the first ends `stride` after the previous one and is
-    seq_len long.
+    A window spans [begin, end) and scores [scored, end). A window has seq_len targets, or all targets if there are fewer. Each
+    window ends `stride` targets after the previous window. Only the last window may end earlier, at the last target.
     """
     found, end = [], 0
     while end < targets:
@@ -129,9 +129,10 @@ def text_loss(loaded: Loaded, ids: np.ndarray, seq_len: int, stride: int, togeth
 
 
 def log_likelihoods(loaded: Loaded, items: Sequence[Sequence[EncodedChoice]]) -> np.ndarray:
-    """Return the choices' log-likelihoods in nats: (questions, largest number of choices) float64.
+    """Return the log-likelihoods of the choices of all questions in nats: (questions, largest number of choices) float64.
 
-    A choice may be impossible (-inf). Raises DataError if a log-likelihood is nan. Collective over loaded.grid.world.
+    items: the encoded choices of each question. If a choice has probability 0, its log-likelihood is -inf. Raises DataError if a
+    log-likelihood is nan. Collective over loaded.grid.world.
     """
     shape = (len(items), max(len(item) for item in items))
     found = -distribute(loaded.grid, shape, lambda i: row_losses(loaded, [(row.ids, row.counted) for row in items[i]]))

@@ -47,8 +47,8 @@ class SharedRequests:
         self._failed = False  # whether a batch failed; if so, every rank has raised an error
 
     def serve(self, work: Callable[[], T]) -> T | None:
-        """Run work() on rank 0, and return the result on rank 0. Other ranks return None. If work() raises an exception, or if a
-        batch fails on any rank, all ranks raise this error. Collective over loaded.grid.world."""
+        """Run work() on rank 0, and return the result on rank 0. Other ranks return None. If work() or a batch raises an
+        exception on any rank, all ranks raise an exception. Collective over loaded.grid.world."""
         result: T | None = None
         self._failed = False
         with raise_together(self._grid.world):
@@ -71,7 +71,8 @@ class SharedRequests:
         return self._ask("_score", list(rows), sorted(range(len(rows)), key=lambda i: -len(rows[i][0])))
 
     def generated(self, requests: Sequence[TextRequest]) -> list[list[int]]:
-        """Return the new ids of each request, without the id that ended the text. The ids may contain the stop text.
+        """Return the new ids of each request. An id that ends the text is left out. If a stop string ends the text, the ids still
+        contain this string.
 
         Call this on rank 0, within serve(). Collective over loaded.grid.world.
         """
@@ -89,7 +90,8 @@ class SharedRequests:
         return world.bcast(request if world.rank == 0 else None)
 
     def _answer(self, name: str, given: list[Any], order: list[int]) -> dict[int, Any]:
-        """Compute a request. Return the answers by index on rank 0, {} on other ranks. Collective over loaded.grid.world."""
+        """Compute the answers for the list `given` with the method `name`, in the order of the indices `order`. Return {index:
+        answer} on rank 0, {} on other ranks. Collective over loaded.grid.world."""
         grid, found, size = self._grid, dict[int, Any](), self._together
         groups = [order[at : at + size] for at in range(0, len(order), size)]
         try:

@@ -11,7 +11,7 @@ from mpidp.inference.stop_strings import StopStrings
 class StreamedText:
     """The text generated after a prompt, written piece by piece.
 
-    Text that may be the start of a stop string is held back until more text decides this.
+    Text that may be the start of a stop string is held back until it is clear whether the stop string follows.
     """
 
     def __init__(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Searches for the first of several strings. Text that may be the start of one of these strings is held back."""
+    """Finds the first occurrence of any of several strings in a text. Text that may be the start of one of these strings is held
+    back."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         """stops: nonempty strings."""
@@ -16,8 +17,9 @@ class StopStrings:
         self._held, self._length = deque[str](), 0  # the end of the text in pieces, and its number of characters
 
     def add(self, piece: str) -> tuple[str, bool]:
-        """Append a piece of text. Return the text that is now certain, and whether a string was found. The string that was found
-        and all text after its start are not returned."""
+        """Append a piece of text. Return (text, found). text: the text that is now known to come before any of the strings, and
+        was not returned before. found: whether one of the strings has occurred. This string and the text after it are not
+        returned."""
         starts = []
         for i, (stop, lengths) in enumerate(self._stops):
             n = self._matched[i]

@@ -25,8 +25,8 @@ OFFLINE = (
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """The options of an evaluation on tasks. names: tasks, groups or tags of the harness, or of task files in `folder`. folder:
-    "" if there are no task files."""
+    """The options of an evaluation on tasks. names: the names of tasks, groups or tags. They are defined by the harness, or by
+    task files in `folder`. folder: "" means that only the harness defines them."""
 
     names: Sequence[str]
     folder: str = ""
@@ -59,7 +59,8 @@ def harness() -> Any:
 
 
 def load_tasks(options: TaskOptions) -> dict[str, Any]:
-    """Load the tasks and their data. Return {"tasks": {name: task}, "groups": {name: group}, ...} as the harness does.
+    """Load the tasks and their data. Return what the harness's TaskManager.load() returns: {"tasks": {name: task}, "groups":
+    {name: group}, ...}.
 
     The harness's own tasks are read only if a name is not in `folder`, because reading them takes seconds. Raises UsageError if a
     name is unknown, and DataError if a task or its data cannot be read. Independent.
@@ -84,7 +85,7 @@ def load_tasks(options: TaskOptions) -> dict[str, Any]:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEW_SHOT_SEED)
         if getattr(task, "UNSAFE_CODE", False):
-            raise UsageError(f"task {name} runs code that the model writes; it is not supported")
+            raise UsageError(f"task {name} runs code that the model writes: such tasks are not supported")
     return found
 
 
@@ -104,8 +105,9 @@ def _load(library: Any, options: TaskOptions, own_alone: bool) -> dict[str, Any]
 
 
 def _check_folder(folder: Path, code: bool) -> None:
-    """Check the task files of a folder and the files that they include. Raises UsageError if there is no task file, or if a file
-    names Python functions that may not be called. Raises DataError if a file cannot be read or is not YAML."""
+    """Check the task files of a folder and the files that they include. code: whether the files may name Python functions. Raises
+    UsageError if there is no task file, or if a file names Python functions and `code` is false. Raises DataError if a file
+    cannot be read or is not YAML."""
     import yaml
 
     waiting, seen = sorted(folder.rglob("*.yaml")), set[Path]()

@@ -41,8 +41,8 @@ class Gpu:
     """The energy counter of a GPU, in millijoules since the driver was loaded."""
 
     def __init__(self, nvml: Any, uuid: str) -> None:
-        """nvml: the module pynvml. Raises NVMLError if the GPU has no counter, because it is older than Volta or a MIG
-        instance."""
+        """nvml: the module pynvml. Raises NVMLError if the GPU has no counter. GPUs older than Volta and MIG instances have
+        none."""
         self._nvml, self._handle = nvml, nvml.nvmlDeviceGetHandleByUUID(uuid)
         self._before = int(nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
 
@@ -53,8 +53,9 @@ class Gpu:
 
 
 def zones(root: Path = POWERCAP) -> tuple[list[Zone], str]:
-    """Return (counters of all packages and their memory, the reason if there are none). The counters of cores, uncore, psys and
-    mmio are skipped, because they count energy that a package's counter includes. Independent."""
+    """Return (counters of all packages and their memory, the reason if there are none). The counters of cores, uncore and mmio
+    are skipped, because a package's counter includes their energy. psys is skipped, because it includes the packages.
+    Independent."""
     found: list[Zone] = []
     folders = []
     for folder in sorted(root.glob("intel-rapl:*")):  # AMD CPUs use this name, too
@@ -96,7 +97,8 @@ class Meter:
             threading.Thread(target=self._seldom, name="energy", daemon=True).start()
 
     def pop_joules(self, now: bool = False) -> float:
-        """Return the joules measured since the last call. now: read the counters even if the last reading is recent."""
+        """Return the joules measured since the last call. now: whether to read the counters even if the last reading is
+        recent."""
         if not self._counters:
             return 0.0
         with self._lock:

@@ -39,15 +39,16 @@ def estimate(lane_squares: Sequence[float], lane_tokens: Sequence[int], batch_sq
     lane_squares: |G_l|^2 of each lane. lane_tokens: number n_l of target tokens of each lane. batch_square: |G|^2. Pure.
 
     For L lanes, the expected value of sum n_l |G_l|^2 - B |G|^2 = sum n_l |G_l - G|^2 is (L - 1) tr(Sigma) for any n_l. Each lane
-    is weighted by its tokens. For Gaussian gradients this pooled estimate has the smallest variance. If all lanes have the same
-    size, the results are the paper's S and |G|^2 (section A.1). Then B_small is the size of a lane, and B_big is the size of the
-    batch. Lanes without target tokens are skipped.
+    is weighted by its number of tokens. For Gaussian gradients this pooled estimate has the smallest variance. If all lanes have
+    the same size, the results are the paper's S and |G|^2 (section A.1). Then B_small is the size of a lane, and B_big is the
+    size of the batch. Lanes without target tokens are skipped.
 
     Returns None if fewer than two lanes have tokens, or if a number is not finite. Raises ValueError if the lists have different
     lengths or a count is negative. Each sum is rounded only once (fsum), so it does not depend on the order of the lanes.
     """
     if len(lane_squares) != len(lane_tokens) or any(n < 0 for n in lane_tokens):
-        raise ValueError(f"{len(lane_squares)} squares and {len(lane_tokens)} token counts; counts must not be negative")
+        raise ValueError(f"{len(lane_squares)} squares and {len(lane_tokens)} token counts: each square needs one count, which "
+                         "must not be negative")
     lanes = [(square, n) for square, n in zip(lane_squares, lane_tokens, strict=True) if n]
     if len(lanes) < 2 or not all(math.isfinite(square) for square in (*(s for s, _ in lanes), batch_square)):
         return None
@@ -70,11 +71,12 @@ def mean(noises: Sequence[Noise]) -> Noise | None:
 
 
 def interval(noises: Sequence[Noise], blocks: int = 10) -> tuple[float, float] | None:
-    """Return an interval around the noise scale of the mean, in tokens. It extends about two standard errors to each side.
+    """Return an interval around the noise scale that the mean of these measurements has, in tokens. The interval extends about
+    two standard errors to each side.
 
-    The standard error of the scale's logarithm is estimated by a jackknife (Efron & Stein 1981). The jackknife leaves out one of
-    `blocks` groups of consecutive measurements at a time. Returns None if there are fewer than four measurements or groups. Also
-    returns None if the noise scale of all measurements, or without one of the groups, is undefined. Pure."""
+    The standard error of the scale's logarithm is estimated by a jackknife (Efron & Stein 1981). For this, the measurements are
+    divided into `blocks` groups of consecutive measurements, and the noise scale is computed without each group in turn. Returns
+    None if there are fewer than four measurements or groups, or if one of these noise scales is undefined. Pure."""
     whole = mean(noises)
     scale = whole.noise_scale_tokens if whole else None
     blocks = min(blocks, len(noises))

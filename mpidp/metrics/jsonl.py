@@ -28,7 +28,7 @@ class _Data(TypedDict, total=False):
 
 
 class Line(TypedDict, total=False):
-    """The keys of a line whose types are checked. Values of other keys may have any type, so number() reads them."""
+    """The keys whose types are checked when a line is read. Other values may have any type. Read those with number()."""
 
     step: Required[int]
     event: str
@@ -64,7 +64,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror})") from error
     if damaged:
-        log.warning("warning: %s: damaged lines, which are left out: %d", path, damaged)
+        log.warning("warning: %s: number of damaged lines that are ignored: %d", path, damaged)
     return lines
 
 
@@ -79,9 +79,9 @@ class MetricsFile:
         """Open the file. Delete incomplete lines. Also delete lines of later steps and batches, because a resumed run writes them
         again.
 
-        step: last step whose lines are kept. next_batch: first batch whose lines are deleted. latest: if this rank replaces a
-        failed rank 0, the last lines of rank 0, otherwise None. Those lines that are missing in the file are added. also:
-        trackers that receive the same lines. Raises UsageError if the file cannot be read or written."""
+        step: last step whose lines are kept. next_batch: first batch whose lines are deleted. latest: the last lines of a failed
+        rank 0 that this rank replaces, or None. Lines of `latest` that the file lacks are added. also: trackers that receive the
+        same lines. Raises UsageError if the file cannot be read or written."""
         self._path = path
         self.also: Trackers | None = None  # trackers that receive each new line, too
         self.lost: dict[str, float] = {}  # time, steps and energy of the deleted lines
@@ -92,7 +92,7 @@ class MetricsFile:
                 self._drop(step, next_batch)
             self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
-            raise UsageError(f"{path} cannot be read and written ({error.strerror}): move it away, or free space") from error
+            raise UsageError(f"{path} cannot be read and written ({error.strerror}): move it away, or free disk space") from error
         self._late = b""  # bytes that could not be written yet because the disk is full
         self._warned = False
         self.also = also
@@ -164,8 +164,8 @@ def number(line: Mapping[str, Any], name: str) -> float | None:
 def took(lines: Iterable[Mapping[str, Any]]) -> Iterator[float]:
     """Yield, for each line, the seconds of work since the previous line.
 
-    For a `start` line, this is at most the line's setup_seconds, because no job worked on the run before the start. Seconds that
-    the line records as lost are not counted again. For a line without a time, yield 0. Pure."""
+    For a `start` line, yield at most its setup_seconds, because no job worked on the run before the start. The lost_seconds of a
+    `start` line are not counted. For a line without a time, yield 0. Pure."""
     before = None
     for line in lines:
         if (now := number(line, "unix_seconds")) is None:
@@ -179,8 +179,8 @@ def took(lines: Iterable[Mapping[str, Any]]) -> Iterator[float]:
 
 
 def lost(lines: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the seconds, steps and joules of the lines that are not kept. Amounts that these lines already record as lost are
-    included. Pure."""
+    """Return the seconds, steps and joules that are lost if only the lines `kept` are kept of `lines`. If a lost line itself
+    records losses, the result includes them. Pure."""
     known = {id_of(line) for line in kept}
     dropped = [line for line in lines if id_of(line) not in known]
     totals = {name: sum(number(line, name) or 0.0 for line in dropped) for name in ("lost_seconds", "lost_steps", "lost_joules")}

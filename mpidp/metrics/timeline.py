@@ -71,8 +71,8 @@ class Timeline(StepObserver):
             self._open = phase, time.perf_counter()
 
     def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[None] | None:
-        """Return a context that is recorded as a span if the step is selected. Return None if nothing has to be recorded.
-        Independent."""
+        """Return a context manager. If the step is selected, the time inside the context is recorded as a span, with the
+        arguments `about`. Return None if no step is selected, or if spans with this name are not recorded. Independent."""
         if not self.last or name == "micro_batch":
             return None
         return self._span(step, name, about)

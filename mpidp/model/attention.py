@@ -45,8 +45,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: Past | None = None) -> Tensor:
         """Return (B, T, D) for x (B, T, D).
 
-        mask: whether each position may attend to each other position, (B, 1, T, T) bool; or the packed documents; or None for a
-        causal mask. past: computes attention over cached and new positions.
+        mask: a bool tensor (B, 1, T, T) that is true where a query position may attend to a key position. Or the packed
+        documents. None: a causal mask. past: a function that computes attention over the cached and the new positions. None:
+        there is no cache.
         """
         b, t, _ = x.shape
         q = self._heads(self.q(x), self.num_heads, self.q_norm)  # (B, H, T, E)

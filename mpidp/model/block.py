@@ -14,8 +14,8 @@ from mpidp.model.shape import TransformerShape
 
 
 class Block(nn.Module):
-    """Computes x + attention(norm(x)), then x + feed_forward(norm(x)). The two functions are called branches. Dropout is applied
-    to the output of each branch.
+    """Computes x + attention(norm(x)), then x + feed_forward(norm(x)). attention and feed_forward are called the branches.
+    Dropout is applied to the output of each branch.
 
     Options place norms after the branches, or give both branches the same input.
     """
@@ -36,8 +36,9 @@ class Block(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, key: Tensor | None, past: Past | None = None,
         x0: Tensor | None = None,
     ) -> Tensor:
-        """Return (B, T, D) for x (B, T, D). With sequence parallelism, x has only this rank's positions. cos and sin have all
-        positions. x0: the output of the embedding, for model.input_mix."""
+        """Return (B, T, D) for x (B, T, D). With sequence parallelism, x has only this rank's positions. cos, sin: the rotary
+        tables of all positions. mask, past: see Attention. key: the dropout key, or None for no dropout. x0: the output of the
+        embedding, for model.input_mix."""
         length = cos.shape[-2]
         if self.input_mix is not None and x0 is not None:
             x = self.input_mix(x, x0)

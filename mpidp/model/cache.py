@@ -33,7 +33,7 @@ class Cache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
         """Append the keys and values (K, T, E) of the next T positions in a layer. Return the keys and values of all positions so
-        far. With a window, the result may lack positions to which none of the T positions attends.
+        far. With a window, the result may lack positions that are in none of the windows of the T positions.
 
         `length` does not change here. The model increases it after the last layer. Raises ValueError if the cache is full.
         """
@@ -64,7 +64,8 @@ def positions_of(caches: list[Cache], t: int, device: torch.device) -> Tensor:
 
 
 def attend(caches: list[Cache], layer: int, q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
-    """Return causal attention of T new positions over all positions so far. q: (B, H, T, E). k, v: (B, K, T, E).
+    """Return causal attention of T new positions over all positions so far. q: (B, H, T, E). k, v: (B, K, T, E). how: the layer's
+    window, scale and soft-cap.
 
     The result is (B, H, T, E). Rows are computed one at a time, without padding, so a row's result does not depend on other rows.
     Only joined caches (joint_cache.py) are computed together.
@@ -104,7 +105,8 @@ def _attend_next(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
 
 
 def joined(caches: list[Cache]) -> bool:
-    """Return whether the caches are all the rows of the same tensors, in order, and have the same number of positions. Pure."""
+    """Return whether the caches are the rows 0, 1, 2, ... of the same tensors, without a missing row, and have the same number of
+    positions. Pure."""
     first = caches[0]
     if not first.joint or len(caches) != len(next(iter(first.joint.values()))[0]):
         return False

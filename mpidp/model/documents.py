@@ -62,8 +62,8 @@ def _lengths(ids: Tensor) -> list[list[int]]:
 
 
 def _groups(lengths: list[int], most: int) -> list[tuple[int, bool]]:
-    """Combine successive documents into groups of at most this many positions. Return (length, whether it is one document) of
-    each group."""
+    """Combine successive documents into groups of at most `most` positions. A longer document is a group of its own. For each
+    group, return (number of positions, whether the group is a single document)."""
     found: list[tuple[int, bool]] = []
     for length in lengths:
         if found and found[-1][0] + length <= most:

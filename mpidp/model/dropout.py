@@ -20,9 +20,10 @@ def keyed_dropout(
 ) -> Tensor:
     """Apply dropout with a mask that is a pure function of (key, site, index in x), without a random generator.
 
-    x: any shape. key: int64 scalar tensor in [0, 2^32), or None for no dropout. site: number of this use of dropout within the
-    model. local: the positions that x (B, len(local), D) has of a sequence of `length` positions. The mask equals the mask of the
-    whole sequence at these positions.
+    x: any shape. key: int64 scalar tensor in [0, 2^32), or None for no dropout. site: a number that distinguishes the places
+    where dropout is applied with the same key. local: if x (B, len(local), D) has only some positions of a sequence, these
+    positions. length: the number of positions of the whole sequence. The mask of x is then the part of the whole sequence's mask
+    for these positions.
     """
     if p == 0.0 or key is None:
         return x

@@ -35,8 +35,8 @@ class OutputLinear(nn.Linear):
 
 
 class FeedForward(nn.Module):
-    """Computes down(act(gate(x)) * up(x)), or without a gate down(act(up(x))). With silu, the first form is SwiGLU (Shazeer
-    2020).
+    """With a gate, computes down(act(gate(x)) * up(x)). With silu, this is SwiGLU (Shazeer 2020). Without a gate, computes
+    down(act(up(x))).
 
     The bias of down is not added here.
     """

@@ -1,5 +1,5 @@
-"""Finds the hidden matrices of a model. optim.name=muon and normuon update these matrices with orthogonalized updates. They
-update all other parameters with AdamW."""
+"""Finds the hidden matrices of a model. The optimizers muon and normuon apply orthogonalized updates to these matrices. They
+apply AdamW to all other parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ OUTER = ("embedding.weight", "head.weight", "positions.weight")  # the other mat
 
 
 def hidden_by_name(named: Iterable[tuple[str, nn.Parameter]]) -> frozenset[str]:
-    """Return the names of the matrices that are neither an embedding nor the head, for the built-in models. Pure."""
+    """Return the names of the hidden matrices of a built-in model: all matrices except embeddings and the head. named: (name,
+    parameter) pairs. Pure."""
     return frozenset(name for name, p in named if p.dim() == 2 and not name.endswith(OUTER))
 
 
@@ -29,7 +30,7 @@ def hidden_of_own(module: nn.Module, vocab_size: int) -> frozenset[str]:
         wrong = [name for name in given if name not in matrices]
         if wrong:
             raise UsageError(
-                f"hidden_matrices of your model names {wrong[0]!r}, which is not a parameter with two dimensions: name some of "
+                f"your model's hidden_matrices has {wrong[0]!r}, which is not a parameter with two dimensions: list some of "
                 f"{', '.join(list(matrices)[:6])}"
             )
         return frozenset(given)

@@ -13,7 +13,7 @@ from mpidp.model.cache import Cache, Kept, joined
 
 
 def is_exact(device: torch.device) -> bool:
-    """Return whether computing several sequences together gives the same bits as computing each sequence alone. Pure."""
+    """Return whether attention of several sequences together has the same bits as attention of each sequence alone. Pure."""
     return device.type == "cpu" and torch.get_num_threads() == 1
 
 
@@ -21,7 +21,7 @@ def join(caches: list[Cache]) -> None:
     """Copy the keys and values of caches into common tensors. Do nothing if the caches have different positions or are already
     joined. Independent.
 
-    When a sequence ends, the caches of the other sequences must be joined and copied again.
+    When a sequence ends, call join() for the caches of the other sequences. This copies them again.
     """
     length, counts, joint = caches[0].length, caches[0].counts, Kept()
     if len(caches) < 2 or any((c.length, c.counts) != (length, counts) for c in caches) or joined(caches):

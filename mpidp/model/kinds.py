@@ -57,5 +57,6 @@ def saved_shape(kind: str, saved: Mapping[str, Any], named: str = "", where: obj
         return known  # type: ignore[no-any-return]
     shape = CustomShape(**saved)
     if shape.factory != kind or not all(isinstance(value, (bool, int, float, str)) for value in shape.arguments.values()):
-        raise ValueError(f"the factory {shape.factory!r} with {shape.arguments!r} does not belong to model.kind={kind}")
+        raise ValueError(f"the checkpoint has the factory {shape.factory!r} with the arguments {shape.arguments!r}, which "
+                         f"is not a model of model.kind={kind}")
     return shape

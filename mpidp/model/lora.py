@@ -35,11 +35,12 @@ def saved_names(names: Sequence[str]) -> list[str]:
 
 
 def adapters_of(layers: Mapping[str, Sequence[int]], rank: int, targets: str) -> list[str]:
-    """Return the names of the layers that get adapters. The last component of their names is in targets, for example "q,v". If
-    targets is the default, ALL, layers that the model does not have are ignored (GPT-2 has no gate).
+    """Return the names of the layers that get adapters. A layer gets an adapter if `targets` lists the last component of its
+    name, for example "q,v". The default of `targets`, ALL, also lists layers that some models do not have (GPT-2 has no gate).
+    These are then ignored.
 
     layers: the shape (outputs, inputs) of each layer, by name. Raises UsageError if a target matches no layer, or if the rank
-    exceeds a layer's smaller dimension. Pure.
+    exceeds the smaller dimension of a target layer. Pure.
     """
     wanted, known = {part.strip() for part in targets.split(",") if part.strip()}, {name.rpartition(".")[2] for name in layers}
     wanted = wanted & known if wanted == ALL else wanted

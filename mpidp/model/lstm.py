@@ -1,6 +1,6 @@
 """An LSTM language model (Hochreiter 1997). Dropout is placed as in Zaremba 2014. Pure torch, no MPI.
 
-It consists of an embedding, num_layers LSTMs of width model_dim, and a projection to the vocabulary, which may share the
+It consists of an embedding, num_layers LSTMs of width model_dim, and a projection to the vocabulary. The projection may share the
 embedding's weight (Press 2017). The hidden state is zero at the start of each window, because windows are shuffled. Therefore the
 result of a micro-batch does not depend on the rank that computes it. B: batch, T: positions, D: model_dim, V: vocabulary.
 """

@@ -66,7 +66,8 @@ def _contradictions(shape: TransformerShape) -> Iterator[str]:
 
 
 def scaling_problems(name: str, text: str, dims: int) -> Iterator[str]:
-    """Yield a message if a rotary scaling is invalid, or does not fit this number of rotary dimensions. Pure."""
+    """Yield a message if the rotary scaling `text` of the option `name` is invalid, or does not fit `dims` rotary dimensions.
+    Pure."""
     try:
         scaling = rope_scaling(text)
     except ValueError as error:

@@ -214,7 +214,7 @@ def _try(kind: str, model: nn.Module, vocab_size: int, seq_len: int) -> None:
             one, two = (_logits(kind, model, t, vocab_size)[:, :-1].float() for t in (tokens, other))
             if not torch.allclose(one, two, rtol=1e-4, atol=1e-5):
                 raise UsageError(
-                    f"model.kind={kind}: its logits depend on later tokens, which they should predict: use causal attention"
+                    f"model.kind={kind}: its logits depend on later tokens, which the model must predict: use causal attention"
                 )
 
 

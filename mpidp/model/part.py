@@ -69,8 +69,8 @@ class Part:
         return tuple(found)
 
     def slices(self, name: str, size: tuple[int, ...], count: int) -> tuple[int, list[int]] | None:
-        """Return (the dimension along which a parameter is split, the lengths of this rank's slices), or None if each rank has
-        all of it. name, size: as in box(). count: number of slices of the whole model (model.slices). Pure."""
+        """Return (the dimension along which a parameter is split, the lengths of this rank's slices). Return None if each rank
+        has the whole parameter. name, size: as in box(). count: number of slices of the whole model (model.slices). Pure."""
         if (dim := self._dim(name)) is None:
             return None
         mine = range(self.index * count // self.size, (self.index + 1) * count // self.size)
@@ -124,8 +124,8 @@ def stage_layers(shape: Shape, stages: int) -> list[range]:
     """Divide the layers into stages so that the slowest stage is as fast as possible. Each stage has at least one layer, and its
     layers are consecutive.
 
-    The time of a stage is estimated by its floating-point operations per token, including the operations of the head. With
-    sliding windows in some layers, every layer counts as the mean of all layers. Pure.
+    The time of a stage is estimated by its floating-point operations per token, including the operations of the head. If only
+    some layers have sliding windows, the mean time over all layers is used for every layer. Pure.
     """
     if not isinstance(shape, TransformerShape) or stages == 1:
         return [range(shape.num_layers)]
@@ -149,11 +149,12 @@ def check_split(shape: Shape, tp: int, pp: int, chunks: int = 1) -> None:
     possible values. Pure."""
     if not isinstance(shape, TransformerShape):
         if tp * pp > 1:
-            raise UsageError(f"tp={tp}, pp={pp}: only model.kind=transformer can be split over ranks: leave them at 1")
+            raise UsageError(f"tp={tp}, pp={pp}: only model.kind=transformer can be split over ranks: use tp=1 and pp=1")
         return
     if pp > 1 and shape.input_mix:
         raise UsageError(
-            f"pp={pp}: a model with model.input_mix cannot be split into stages, because only the first stage has the embedding"
+            f"pp={pp}: a model with model.input_mix cannot be split into stages, because each block needs the output of the "
+            "embedding, and only the first stage has the embedding: use pp=1"
         )
     heads = shape.num_kv_heads
     if heads % tp:

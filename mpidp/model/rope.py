@@ -44,7 +44,8 @@ def _scaled(frequency: Tensor, theta: float, length: int, scaling: RopeScaling) 
 
 
 def _yarn(dims: int, theta: float, scaling: RopeScaling) -> Tensor:
-    """Return how much of each pair's frequency is kept. This share falls from 1 to 0 along a ramp (Peng 2023, section 3.2)."""
+    """Return the share of each pair's frequency that is kept. The share falls from 1 to 0 along a ramp (Peng 2023, section
+    3.2)."""
 
     def pair(turns: float) -> float:
         """Return the index of the pair that makes this many full turns over the original context."""

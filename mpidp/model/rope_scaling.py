@@ -4,12 +4,13 @@ torch.
 | text | frequency of a pair of dimensions |
 |---|---|
 | linear:FACTOR | divided by FACTOR (position interpolation, Chen 2023) |
-| llama3:FACTOR,LOW,HIGH,ORIGINAL | low ones are divided by FACTOR, high ones kept, others interpolated (Llama 3.1) |
-| yarn:FACTOR,ORIGINAL,FAST,SLOW,ATTENTION,TRUNCATE | as llama3 with limits FAST, SLOW; ATTENTION scales cos and sin (Peng 2023) |
+| llama3:FACTOR,LOW,HIGH,ORIGINAL | low: divided by FACTOR, high: kept, others: interpolated (Llama 3.1) |
+| yarn:FACTOR,ORIGINAL,FAST,SLOW,ATTENTION,TRUNCATE | as llama3, with LOW=SLOW, HIGH=FAST; cos and sin x ATTENTION (Peng 2023) |
 | longrope:ORIGINAL,ATTENTION,S1,...,Sn,L1,...,Ln | pair i is divided by Si, or by Li if seq_len > ORIGINAL (Ding 2024) |
 
-ORIGINAL is the context length of the original training. The last four numbers of yarn may be omitted. Their defaults are FAST=32,
-SLOW=1, ATTENTION=0.1 ln(FACTOR) + 1, and TRUNCATE=1. ATTENTION=0 also means its default. TRUNCATE=1 rounds the limits to whole
+ORIGINAL is the context length of the original training. In llama3, low frequencies have wavelengths above ORIGINAL / LOW, and
+high frequencies have wavelengths below ORIGINAL / HIGH. The last four numbers of yarn may be omitted. Their defaults are FAST=32,
+SLOW=1, ATTENTION=0.1 ln(FACTOR) + 1, and TRUNCATE=1. ATTENTION=0 also selects the default. TRUNCATE=1 rounds the limits to whole
 dimensions. In longrope, n is half the number of rotary dimensions, and cos and sin are multiplied by ATTENTION. transformers
 chooses S or L for each input, by the input's length. mpidp chooses once, by model.seq_len.
 """

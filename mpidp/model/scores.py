@@ -1,9 +1,9 @@
 """Causal attention, softmax(scale Q K^T) V, with sliding windows and soft-caps. Pure torch, no MPI.
 
-No T x T matrix is stored. Without a window and a soft-cap, torch's scaled_dot_product_attention is used. With a window, the
-queries are divided into blocks. A block reads only the keys inside the windows of its queries. All blocks share one small mask.
-With a soft-cap, the scores of a block are computed explicitly, and computed again in backward. B: batch, H: heads, T: positions,
-E: head_dim.
+No T x T matrix is stored. If there is neither a window nor a soft-cap, torch's scaled_dot_product_attention is used. With a
+window, the queries are divided into blocks. A block reads only the keys inside the windows of its queries. All blocks share one
+small mask. With a soft-cap, the scores of a block are computed explicitly, and computed again in backward. B: batch, H: heads, T:
+positions, E: head_dim.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, how: Scores) -> Tensor:
     """Return attention (B, H, R, E) of queries q (B, H, R, E) over keys and values k, v (B, H, C, E).
 
-    mask: (B or 1, 1, R, C), bool or additive; None: all keys are allowed. The window of `how` is ignored.
+    mask: (B or 1, 1, R, C), bool or additive. None: all keys are allowed. how: the scale and the soft-cap. how.window is ignored.
     """
     if not how.cap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=how.scale)
@@ -78,7 +78,8 @@ class _Capped(torch.autograd.Function):
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
-    """Return causal attention (B, H, T, E) of successive positions. q, k, v: (B, H, T, E)."""
+    """Return causal attention (B, H, T, E) of successive positions. q, k, v: (B, H, T, E). how: the window, the scale and the
+    soft-cap."""
     t = q.shape[2]
     window = how.window if 0 < how.window < t else 0
     if not window and not how.cap:
@@ -89,7 +90,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
 
 
 def _blocks(q: Tensor, k: Tensor, v: Tensor, begin: int, window: int, how: Scores) -> Iterator[Tensor]:
-    """Yield the attention of each block of queries from position `begin`. window: 0 means none."""
+    """Yield the attention of each block of queries, beginning with the query at position `begin`. window: 0 means no window."""
     t = q.shape[2]
     width = -(-window // 8) * 8 or t  # keys before a block's first query; GPU kernels need mask strides that are multiples of 8
     rows = torch.arange(min(ROWS, t), device=q.device)

@@ -97,8 +97,8 @@ Shape: TypeAlias = TransformerShape | LSTMShape | CustomShape
 
 
 def default_hidden_dim(model_dim: int) -> int:
-    """Return 8/3 model_dim, rounded up to a multiple of 64. SwiGLU then has about as many parameters as an MLP without a gate
-    whose width is 4 model_dim."""
+    """Return 8/3 model_dim, rounded up to a multiple of 64. SwiGLU of this width has about as many parameters as an MLP of width
+    4 model_dim without a gate."""
     return -(-(8 * model_dim) // (3 * 64)) * 64
 
 

@@ -88,10 +88,11 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return logits (B, T, V) of the next token.
 
-        x: tokens (B, T) int64, T <= seq_len. positions: (B, T), default 0..T-1. doc_ids: the document of each token, (B, T).
-        Tokens attend only to tokens of the same document. key: the dropout key, an int64 scalar tensor, or None for no dropout
-        (evaluation). length: T. It must be given with sequence parallelism, because x then has only this rank's positions. chunk:
-        index into part.chunks. caches: one cache per row, with the positions before x. Afterwards the caches include x.
+        x: tokens (B, T) int64, T <= seq_len. positions: (B, T) (default: 0 to T - 1). doc_ids: the document of each token, (B,
+        T). Tokens attend only to tokens of the same document. key: the dropout key, an int64 scalar tensor, or None for no
+        dropout (evaluation). length: T (default: the number of positions in x). With sequence parallelism it is required, because
+        x may have only this rank's positions. chunk: index into part.chunks. caches: one cache per row, with the positions before
+        x. Afterwards the caches include x.
         """
         t = length or x.shape[1]
         if caches is not None:
@@ -136,8 +137,8 @@ class Transformer(nn.Module):
         return "window_" if self.shape.window_of(layer) and self.shape.window_rope_theta else ""
 
     def _rotary_tables(self, positions: Tensor | None, t: int) -> dict[str | None, tuple[Tensor, Tensor]]:
-        """Return cos and sin of the positions, (T, R) or (B, 1, T, R), by the prefix of their names. For the prefix None, R is
-        0."""
+        """Return {prefix of the tables' names: (cos, sin) of the positions}. The shape of cos and sin is (T, R) or (B, 1, T, R).
+        For the prefix None, R is 0."""
         found: dict[str | None, tuple[Tensor, Tensor]] = {}
         for prefix in {self._table_of(layer) for layer in self.part.layers}:
             tables = (getattr(self, f"{prefix or ''}{part}") for part in ("cos", "sin"))
@@ -146,7 +147,7 @@ class Transformer(nn.Module):
         return found
 
     def _masks(self, doc_ids: Tensor | None) -> dict[int, Mask]:
-        """Return the mask of packed documents by window."""
+        """Return the mask of the packed documents for each window length that a layer uses."""
         if doc_ids is None:
             return {}
         windows = {self.shape.window_of(layer) for layer in self.part.layers}

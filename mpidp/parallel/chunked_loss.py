@@ -24,7 +24,7 @@ from mpidp.parallel.tree_comm import tree_sum
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The sum of -log softmax(logits)[target], where logits = cap(scale * hidden weight^T), and weights are its slices."""
+    """The sum of -log softmax(logits)[target], where logits = cap(scale * hidden weight^T). weights: the slices of weight."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, loss: ChunkedLoss, trains: bool, *weights: Tensor) -> Tensor:
@@ -69,10 +69,10 @@ class ChunkedLoss:
         self, shape: TransformerShape, weights: Callable[[], Sequence[Tensor]], rows: int, dtype: torch.dtype, first: int = 0,
         tp: TensorComm | None = None, add: Callable[[Sequence[Tensor]], Tensor] = tree_sum,
     ) -> None:
-        """weights: returns the head's matrix, (rows of the vocabulary, D), cut into the slices of the model (one matrix without
-        slices); rows: positions per chunk; dtype: type of the products; first: the id of the first row of the first matrix; tp:
-        communicates with the ranks that have the other rows; add: adds what each slice contributes to the gradient of the hidden
-        states."""
+        """weights: a function that returns the slices of this rank's rows of the head, (vocabulary rows, D) each. Without
+        model.slices, this is one matrix. rows: positions per chunk. dtype: dtype of the matrix products. first: the token id of
+        the first row of the first slice. tp: communicates with the ranks that have the other rows. add: a function that adds the
+        contributions of the slices to the gradient of the hidden states."""
         self.scale, self.cap, self.rows, self.dtype, self.add = shape.logit_scale, shape.logit_cap, rows, dtype, add
         self._weights, self._first, self._tp = weights, first, tp
 
@@ -96,7 +96,8 @@ class ChunkedLoss:
         return slope
 
     def into_gradient(self, slices: list[Tensor], targets: Tensor, trains: bool) -> Tensor:
-        """Return the sum of losses. slices: the logits of each slice. If `trains`, replace the logits by its gradient."""
+        """Return the sum of the losses. slices: the logits of each slice. If `trains`, replace these logits by the gradient of
+        the sum with respect to them."""
         largest = functools.reduce(torch.maximum, [logits.max(dim=-1, keepdim=True).values for logits in slices])
         if self._tp is not None:
             largest = self._tp.sum(largest, MPI.MAX)
@@ -121,8 +122,9 @@ def defer_head(
     model: Any, shape: Shape, rows: int, dtype: torch.dtype, first: int, tp: TensorComm | None,
     weights: Callable[[], Sequence[Tensor]] | None = None, add: Callable[[Sequence[Tensor]], Tensor] = tree_sum,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Change a Transformer, or a part of one, so that it returns hidden states; return the function that computes its loss from
-    them. The arguments are those of ChunkedLoss; by default the head is one matrix. Independent."""
+    """Change a Transformer, or a part of one, so that it returns hidden states. Return the function that computes the loss from
+    these hidden states. The arguments are those of ChunkedLoss. weights: by default, the whole head as one matrix.
+    Independent."""
     assert isinstance(shape, TransformerShape)
     model.defer_head()
     return ChunkedLoss(shape, weights or (lambda: [model.head.weight]), rows, dtype, first, tp, add)

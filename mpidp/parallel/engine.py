@@ -23,6 +23,8 @@ from mpidp.parallel.pipeline import BACKWARD, FORWARD, Stages
 from mpidp.parallel.schedule import Forward, Instruction
 from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
 
+Fill = Callable[[int, int | None], None]  # (number of forward passes, chunk): Strategy.fill
+
 
 def dropout_key(seed: int, batch: int, v: int) -> int:
     """Return the 32-bit dropout key of a micro-batch. The key does not depend on the rank. Therefore dropout does not depend on
@@ -57,13 +59,12 @@ class Engine:
     def __init__(
         self, model: Any, device: torch.device, dtype: torch.dtype, seed: int, dropout: float, nominal_tokens: int,
         stages: Stages | None = None, token_losses: Callable[[Tensor, Tensor], Tensor] | None = None, reports_loss: bool = True,
-        observers: StepObservers = NO_OBSERVERS, fill: Callable[[int], None] = lambda forwards: None,
+        observers: StepObservers = NO_OBSERVERS, fill: Fill = lambda forwards, chunk: None,
     ) -> None:
         """dtype: dtype of matrix products under autocast. The weights stay float32. nominal_tokens: every loss is divided by this
         number before backward. Gradient sums are then about as large as the gradient of a mean loss, and do not overflow 16-bit
         formats. stages: this rank's pipeline stage. token_losses: (logits, targets) -> sum of losses. reports_loss: False if
-        another rank reports the same losses. observers: notified of every micro-batch and phase. fill: runs this many dummy
-        forward passes, for strategies in which all ranks must run the same number of passes."""
+        another rank reports the same losses. observers: notified of every micro-batch and phase. fill: Strategy.fill."""
         self.model, self.device, self.dtype = model, device, dtype
         self.seed, self.dropout, self.nominal_tokens = seed, dropout, nominal_tokens
         self.stages, self.token_losses, self.reports_loss = stages, token_losses or plain_losses, reports_loss
@@ -119,6 +120,7 @@ class Engine:
 
     def _forward(self, mb: MicroBatch, batch: int, chunk: int) -> PendingBackward:
         if mb.tokens.shape[0] == 0:  # at the end of an epoch, micro-batches can be empty
+            self.fill(1, chunk)
             return PendingBackward(mb, None, None, chunk)
         key = None
         if self.dropout:
@@ -164,9 +166,9 @@ class Engine:
         target once.
 
         The stream is divided into windows of seq_len tokens, which are computed independently. The last window may be shorter.
-        max_tokens: if above 0, stop after about this many tokens. Batches of `sequences` windows are distributed over the ranks.
-        The losses of batches are added in order, so the bits do not depend on the number of ranks. replicas: the communicator
-        over which batches are distributed, if several ranks of comm compute a batch together. By default, this is comm. Raises
+        max_tokens: if above 0, stop after about this many tokens. sequences: number of windows per batch. The losses of batches
+        are added in order, so the bits do not depend on the number of ranks. replicas: the communicator over whose ranks the
+        batches are distributed (default: comm). It differs from comm if several ranks of comm compute a batch together. Raises
         DataError if a token id is outside the vocabulary, or if the loss mask excludes all targets. Collective over comm.
         """
         self.model.eval()
@@ -197,7 +199,7 @@ class Engine:
             self.stages.drain([])
         forwards = [num_pairs(min(span, targets - at), seq_len) for at in starts]
         of_ranks = [sum(forwards[rank :: among.size]) for rank in range(among.size)]
-        self.fill(max(of_ranks) - of_ranks[among.rank])
+        self.fill(max(of_ranks) - of_ranks[among.rank], None)
         self.observers.enter("evaluate_wait")
         comm.Allreduce(MPI.IN_PLACE, sums)  # no rounding, because each entry is nonzero on one rank only
         comm.Allreduce(MPI.IN_PLACE, counts)

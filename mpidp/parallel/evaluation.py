@@ -6,7 +6,7 @@ import numpy as np
 
 
 def num_pairs(length: int, seq_len: int) -> int:
-    """Return the number of arrays that windows_of() returns. Pure."""
+    """Return the number of arrays in the result of windows_of(length, seq_len): 0, 1 or 2. Pure."""
     return (length >= seq_len) + (length % seq_len > 0)
 
 

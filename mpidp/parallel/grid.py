@@ -49,9 +49,9 @@ class Grid:
 
     def norm(self, squares: list[Tensor], twice: float = 0.0) -> float:
         """Return the L2 norm over the whole model. squares: one tensor (blocks,) float64 for each chunk of this rank's part, with
-        the sum of squares of each norm block. twice: the sum of the squares that another rank counts, too. The sums are added in
-        the order of the whole model's flat gradient, which begins with the last chunks of the last stages. Pipeline parallelism
-        therefore does not change the bits. Collective over model."""
+        the sum of squares of each norm block. twice: the sum of those squares that another rank counts as well. It is subtracted.
+        The sums are added in the order of the whole model's flat gradient, which begins with the last chunks of the last stages.
+        Pipeline parallelism therefore does not change the bits. Collective over model."""
         if self.model.size == 1:
             return norm_of_squares(torch.cat(squares[::-1]))
         row = torch.cat([torch.tensor([-twice], dtype=torch.float64), *squares])
@@ -75,8 +75,8 @@ def whole(mesh: Topology) -> Grid:
 
 
 def make_grid(world: MPI.Intracomm, tp: int = 1, pp: int = 1, dp: int = 0) -> Grid:
-    """Make the mesh of dp x pp x tp ranks. dp=0 means world.size / (pp * tp). Raises UsageError if the number of ranks is not dp
-    * pp * tp, or with dp=0 not a multiple of pp * tp. Collective over world."""
+    """Make the mesh of dp x pp x tp ranks. dp=0 means world.size / (pp * tp). Raises UsageError if the number of ranks does not
+    fit. It must be dp * pp * tp, or with dp=0 a multiple of pp * tp. Collective over world."""
     everyone = make_topology(world)
     ordered, parts = everyone.dp, tp * pp
     if ordered.size % parts or (dp and dp * parts != ordered.size):

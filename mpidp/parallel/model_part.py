@@ -8,14 +8,15 @@ divided in the same way.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mpidp.checkpoint.added_rows import BoxReader
+from mpidp.checkpoint.boxes import tensor_of
 from mpidp.checkpoint.entry import Entry
-from mpidp.checkpoint.local_parameters import boxes_held, parameters_of, reshard_all, weights_sha256, whole
+from mpidp.checkpoint.local_parameters import boxes_held, parameters_of, weights_sha256, whole
 from mpidp.checkpoint.reader import Reader
 from mpidp.comm.buffers import buf
 from mpidp.comm.group import Group
@@ -45,7 +46,7 @@ class ModelPartition:
 
     @property
     def plain_norm(self) -> bool:
-        """Whether norm() needs no other ranks, and adds norm blocks of the flat gradient."""
+        """Whether norm() only adds the squares of the norm blocks of this rank's flat gradient, without communication."""
         return self.grid.parts == 1 and self._norm_by_slices is None
 
     def counts(self, name: str) -> bool:
@@ -56,23 +57,25 @@ class ModelPartition:
         return not elsewhere and (part.index == 0 or part.is_cut(name))
 
     def _placed(self, name: str, entry: Entry) -> tuple[str, Entry]:
-        """Convert the name and the entry of a tensor of this part to those in a checkpoint. name: PARAMETER or PARAMETER/KEY. The
-        returned entry has the box of this tensor in the whole model. If the entry belongs to no parameter, the returned name
-        begins with this part's label."""
-        what, slash, key = name.partition("/")
+        """Convert a tensor's name and entry in this part of the model to its name and entry in a checkpoint. name: PARAMETER, or
+        PARAMETER/KEY for state that belongs to the parameter, with #NUMBER for one of several boxes. The returned entry has the
+        box of this tensor in the whole model. If the entry belongs to no parameter, the returned name begins with this part's
+        label."""
+        number = name.removeprefix(tensor_of(name))
+        what, slash, key = tensor_of(name).partition("/")
         whole = self.part.global_name(what)
         if whole not in self.sizes:
             return f"{self.grid.label}/{name}", entry
         box, size = self.part.box(whole, self.sizes[whole]), self.sizes[whole]
         here = tuple(s.stop - s.start for s in box)
-        if here != tuple(entry.tensor.shape if entry.shape is None else entry.shape):  # a scalar, such as the number of updates
-            return f"{whole}{slash}{key}", entry
+        if here != tuple(entry.tensor.shape if entry.shape is None else entry.shape):  # a scalar entry: the number of updates
+            return f"{whole}{slash}{key}{number}", entry
         at = tuple(s.start + inside for s, inside in zip(box, entry.place, strict=True))
-        return f"{whole}{slash}{key}", Entry(entry.tensor, entry.layout, at, size)
+        return f"{whole}{slash}{key}{number}", Entry(entry.tensor, entry.layout, at, size)
 
     def _saves(self, name: str, entry: Entry) -> bool:
         """Return whether this rank saves the entry. Otherwise another rank saves the same entry."""
-        what = name.partition("/")[0]
+        what = tensor_of(name).partition("/")[0]
         if self.part.global_name(what) not in self.sizes:
             return True
         return self.counts(what) and (self.part.index == 0 or entry.tensor.dim() > 0)
@@ -109,7 +112,7 @@ class ModelPartition:
         """Load the parameters of this part from a checkpoint of any mesh, or from a model folder."""
         for name, entry in parameters_of(model).items():
             whole, placed = (name, entry) if self.grid.parts == 1 else self._placed(name, entry)
-            entry.tensor.copy_(reader.box(f"model/{whole}", placed))
+            entry.tensor.copy_(reader.box(f"model/{tensor_of(whole)}", placed))
 
     def strategy_state(self, reader: Reader, model: nn.Module, strategy: Mapping[str, Entry]) -> dict[str, Tensor]:
         """Read and return the state for the strategy's load_state_dict. strategy: the strategy's current state. Raises UsageError
@@ -137,8 +140,9 @@ class ModelPartition:
 
     def _refuse(self, reader: Reader) -> None:
         raise UsageError(
-            f"{reader.path} has state of a model that was divided in another way (state of comm.compress, or of a strategy.name "
-            "other than synchronous, cannot be divided again): resume with the mesh.tp and mesh.pp of the run"
+            f"{reader.path} has state of comm.compress, or of a strategy.name other than synchronous, for a model that was "
+            "divided in another way. Such state cannot be divided again: resume with the mesh.tp and mesh.pp with which the "
+            "checkpoint was written"
         )
 
     def norm(self, buffer: GradientBuffer, squares: Tensor, flat: Tensor) -> float:
@@ -146,32 +150,47 @@ class ModelPartition:
         squares of each norm block of flat. Collective over grid.model."""
         if self._norm_by_slices is not None:
             return self._norm_by_slices(buffer.layout, flat)
-        twice, layout = 0.0, buffer.layout
-        if self.grid.parts > 1:
-            for (_, name, _), view in zip(layout.placed(), layout.views(flat), strict=True):
-                if not self.counts(name):
-                    twice += float(torch.linalg.vector_norm(view.double()).square())
-        return self.grid.norm([squares[start // NORM_BLOCK : stop // NORM_BLOCK] for start, stop in buffer.spans], twice)
+        placed = zip(buffer.layout.placed(), buffer.layout.views(flat), strict=True)
+        return self.norm_of(buffer.spans, squares, [view for (_, name, _), view in placed if not self.counts(name)])
 
-    def tie(self, buffer: GradientBuffer, group: Group) -> None:
-        """If the embedding and the head share one parameter and are in different stages, add the gradients of both. Both stages
-        get the sum. Collective over grid.pp and group.node."""
+    def norm_of(self, spans: Sequence[tuple[int, int]], squares: Tensor, uncounted: Iterable[Tensor]) -> float:
+        """Return the L2 norm of a gradient over the whole model. spans: the elements of each chunk. squares: the sum of squares
+        of each norm block of this rank's part. uncounted: the gradients of the parameters that another part counts, in flat
+        order. Collective over grid.model."""
+        twice = 0.0
+        for gradient in uncounted:
+            twice += float(torch.linalg.vector_norm(gradient.double()).square())
+        return self.grid.norm([squares[start // NORM_BLOCK : stop // NORM_BLOCK] for start, stop in spans], twice)
+
+    @property
+    def tied_name(self) -> str:
+        """The parameter of this part that another stage holds, too: the embedding or the head; else an empty string."""
+        if not self.part.tied or self.grid.pp.size == 1 or self.grid.pp.rank not in (0, self.grid.pp.size - 1):
+            return ""
+        return "embedding.weight" if self.part.has_embedding else "head.weight"
+
+    def tied_gradient(self, mine: Tensor) -> Tensor:
+        """Exchange gradients (n,) of tied_name with the other stage, and return the gradient of the other stage, on the CPU.
+        Collective over these two ranks of grid.pp."""
         pp = self.grid.pp
-        if not self.part.tied or pp.size == 1 or pp.rank not in (0, pp.size - 1):
-            return
-        layout, other = buffer.layout, pp.size - 1 - pp.rank
-        name = "embedding.weight" if self.part.has_embedding else "head.weight"
-        found = [v for (_, n, _), v in zip(layout.placed(), layout.views(buffer.total), strict=True) if n == name]
-        if not found:  # frozen in both stages
-            return
-        view = found[0]
-        mine = view.view(-1).cpu()
-        group.fence()  # all ranks must have read the gradient before one of them writes it
-        theirs = torch.empty_like(mine)
+        other, theirs = pp.size - 1 - pp.rank, torch.empty_like(mine := mine.cpu())
         for start, stop in pieces(0, mine.numel()):
             pp.Sendrecv(buf(mine[start:stop]), other, recvbuf=buf(theirs[start:stop]), source=other)
+        return theirs
+
+    def tie(self, buffer: GradientBuffer, group: Group) -> None:
+        """If the embedding and the head share one parameter and are in different stages, add their two gradients. Both stages get
+        the sum. Collective over grid.pp and group.node."""
+        layout = buffer.layout
+        placed = zip(layout.placed(), layout.views(buffer.total), strict=True)
+        found = [view.view(-1) for (_, name, _), view in placed if name == self.tied_name]
+        if not found:  # not tied, or frozen in both stages
+            return
+        mine = found[0].cpu()
+        group.fence()  # all ranks have read the gradient before one of them writes
+        theirs = self.tied_gradient(mine)
         if group.node.rank == 0:
-            view.view(-1).add_(theirs.to(view.device))
+            found[0].add_(theirs.to(found[0].device))
         group.fence()
 
     def sha256(self, model: nn.Module) -> str:
@@ -180,7 +199,6 @@ class ModelPartition:
         digest, grid = hashlib.sha256(), self.grid
         if grid.parts == 1:
             return weights_sha256(model)
-        reshard_all(model)
         mine = {self.part.global_name(name): p for name, p in model.named_parameters()}
         holders = [self._part_of(rank) for rank in range(grid.parts)]
         gathers = grid.world.rank == 0  # whether this rank receives from the ranks of the first replica

@@ -35,9 +35,9 @@ class Stages:
         return self.last and chunk == self.chunks - 1
 
     def receive(self, kind: int, v: int, shape: tuple[int, ...], chunk: int = 0) -> Tensor:
-        """Receive a message for a chunk of this stage. It has the hidden states of micro-batch v from the previous stage (kind
-        FORWARD), or their gradients from the next stage (kind BACKWARD). Messages are float32 in any training precision. This
-        call waits until the other stage has sent the message. Independent."""
+        """Receive a message for a chunk of this stage. It contains the hidden states of micro-batch v from the previous stage
+        (kind FORWARD), or their gradients from the next stage (kind BACKWARD). Messages are float32 in any training precision.
+        This call waits until the other stage has sent the message. Independent."""
         source = (self.index - 1 if kind == FORWARD else self.index + 1) % self.count
         wire = torch.empty(shape, pin_memory=self._transport.mode == "staged")
         self.wait(self.comm.Irecv([memory(wire), MPI.BYTE], source=source, tag=self._tag(kind, v, chunk)))

@@ -2,16 +2,17 @@
 
 A model of S slices divides each layer as S tensor-parallel ranks would (tensor.py): a slice has some heads, hidden channels and
 rows of the vocabulary. One rank of T computes S / T slices, one after the other. Each matrix product, attention and activation
-has the shape of one slice, and its operands are contiguous and aligned, so a library computes the same bits on every mesh. What
-is summed over slices is added in the order of a fixed tree (tree_comm.py): the outputs of o and down, the gradients of the inputs
-of q, k, v, gate, up and the head, the gradients of norms of single heads, and the sums of exponentials of the loss.
+has the shape of one slice, and its operands are contiguous and aligned, so a library computes the same bits on every mesh. Sums
+over slices are added in the order of a fixed tree (tree_comm.py). These are the outputs of o and down, the gradients of the
+inputs of q, k, v, gate, up and the head, the gradients of norms of single heads, and the sums of exponentials of the loss.
 
-Everything between branches is computed from the sums, alike on all ranks. With one rank, the same code computes all slices.
-"""
+Between branches, all ranks of a stage compute the same values from these sums. With sequence parallelism, each rank computes only
+the values of its own positions (sliced_positions.py). With one rank, the same code computes all slices."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,16 +25,9 @@ from mpidp.model.attention import Attention
 from mpidp.model.feed_forward import FeedForward
 from mpidp.model.shape import shapes_of
 from mpidp.parallel.chunked_loss import defer_head
-from mpidp.parallel.tensor import VocabEmbedding
-from mpidp.parallel.tree_comm import TreeComm, tree_sum
-
-ALIGNMENT = {"cpu": 64, "cuda": 256}  # bytes; torch allocates new tensors with at least this alignment
-
-
-def aligned(x: Tensor) -> Tensor:
-    """Return x, or a copy of x that is contiguous and aligned, as a new tensor is. Pure."""
-    x = x.contiguous()
-    return x if x.data_ptr() % ALIGNMENT.get(x.device.type, 1) == 0 else x.clone()
+from mpidp.parallel.sliced_positions import PositionRanges, slice_bias, slice_mix, slice_norm, slice_table
+from mpidp.parallel.tensor import Regather, VocabEmbedding
+from mpidp.parallel.tree_comm import TreeComm, aligned, tree_sum
 
 
 def pieces(p: Tensor, cut: tuple[int, list[int]]) -> list[Tensor]:
@@ -42,7 +36,7 @@ def pieces(p: Tensor, cut: tuple[int, list[int]]) -> list[Tensor]:
 
 
 class _Copies(torch.autograd.Function):
-    """Returns one copy of a tensor for each slice. Backward adds the gradients of the copies, over the slices of all ranks."""
+    """Returns one copy of a tensor for each slice of this rank. Backward adds the gradients of the copies over all slices."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int, tp: TreeComm) -> tuple[Tensor, ...]:
@@ -54,53 +48,90 @@ class _Copies(torch.autograd.Function):
         return _sum(grads, ctx.tp), None, None
 
 
-class _Joined(torch.autograd.Function):
-    """Returns the sum of the partial results of all slices. Every slice has the gradient of the sum."""
+class _Entered(torch.autograd.Function):
+    """Returns a copy of x with all positions for each slice. Backward adds the gradients of the copies over all slices."""
 
     @staticmethod
-    def forward(ctx: Any, tp: TreeComm, *parts: Tensor) -> Tensor:
-        ctx.count = len(parts)
-        return _sum(parts, tp)
+    def forward(ctx: Any, x: Tensor, count: int, tp: TreeComm) -> tuple[Tensor, ...]:
+        ctx.tp = tp
+        whole = tp.gather(x, tp.length) if tp.sequence else x
+        return tuple(whole.view_as(whole) for _ in range(count))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, *(grads[0] for _ in range(ctx.count))
+        return _sum(grads, ctx.tp, ctx.tp.sequence), None, None
 
 
-def _copies(x: Tensor, count: int, tp: TreeComm) -> Sequence[Tensor]:
-    found: Sequence[Tensor] = _Copies.apply(x, count, tp)  # type: ignore[no-untyped-call]
-    return found
+class _Joined(torch.autograd.Function):
+    """Returns this rank's positions of the sum of the partial results of all slices. Every slice has the gradient of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, tp: TreeComm, *parts: Tensor) -> Tensor:
+        ctx.tp, ctx.count, ctx.length = tp, len(parts), parts[0].shape[1]
+        return _sum(parts, tp, tp.sequence)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad = ctx.tp.gather(grads[0], ctx.length) if ctx.tp.sequence else grads[0]
+        return None, *(grad for _ in range(ctx.count))
 
 
-def _sum(parts: Sequence[Tensor], tp: TreeComm) -> Tensor:
-    """Return the sum of the parts of all ranks' slices, rounded once to their dtype. Collective over tp.comm."""
-    return tp.sum(tree_sum([part.float() for part in parts])).to(parts[0].dtype)
+class _Gathered(torch.autograd.Function):
+    """Returns all positions of x. Its gradient is already a sum over all slices (sliced_loss), and equal on all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, own: range, tp: TreeComm) -> Tensor:
+        ctx.own = own
+        return tp.gather(x, tp.length)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0][:, ctx.own.start : ctx.own.stop].contiguous(), None, None
+
+
+def _sum(parts: Sequence[Tensor], tp: TreeComm, scatters: bool = False) -> Tensor:
+    """Return the sum of `parts` over the slices of all ranks, or if `scatters` this rank's positions of the sum. The sum is
+    computed in float32 and then rounded to the dtype of the parts. Collective over tp.comm."""
+    total = tree_sum([part.float() for part in parts])
+    if tp.comm.size > 1:
+        total = tp.scatter(total) if scatters else tp.sum(total)
+    return total.to(parts[0].dtype)
 
 
 class SlicedBranch:
     """The forward function of the attention or the feed-forward layer of a block, computed slice by slice."""
 
     def __init__(
-        self, branch: nn.Module, template: nn.Module, cuts: Mapping[str, tuple[int, list[int]] | None], count: int, tp: TreeComm
+        self, branch: nn.Module, template: nn.Module, cuts: Mapping[str, tuple[int, list[int]] | None], count: int, tp: TreeComm,
+        regathers: bool,
     ) -> None:
         """template: the module of one slice, whose parameters are not used. cuts: how each parameter is cut (Part.slices()).
-        count: number of slices of this rank."""
+        count: number of slices of this rank. regathers: whether backward gathers the positions again (Regather)."""
         for p in template.parameters():
             p.data = torch.empty(0)
         self._branch, self._template, self._cuts, self._count, self._tp = branch, template, cuts, count, tp
+        self._regathers = regathers
 
     def _slices_of(self, p: Tensor, cut: tuple[int, list[int]] | None) -> Sequence[Tensor]:
-        return _copies(p, self._count, self._tp) if cut is None else pieces(p, cut)
+        return _Copies.apply(p, self._count, self._tp) if cut is None else pieces(p, cut)  # type: ignore[no-any-return, no-untyped-call]
 
     def __call__(self, x: Tensor, *args: Any) -> Tensor:
-        """Return the output of the branch, (B, T, D), for x (B, T, D). Collective over tp.comm, also in backward."""
-        inputs, held = _copies(x, self._count, self._tp), dict(self._branch.named_parameters())
+        """Return the output of the branch, (B, T, D), for x (B, T, D). With sequence parallelism, x and the output have only this
+        rank's positions. Collective over tp.comm, also in backward."""
+        tp, count = self._tp, self._count
+        inputs = _Entered.apply(x, count, tp)  # type: ignore[no-untyped-call]
+        hooks: AbstractContextManager[Any] = nullcontext()
+        if self._regathers:
+            regather = Regather(x, inputs[0], tp)
+            hooks = torch.autograd.graph.saved_tensors_hooks(regather.pack, regather.unpack)
+        held = dict(self._branch.named_parameters())
         slices = {name: self._slices_of(held[name], cut) for name, cut in self._cuts.items()}
-        parts = [
-            _functional_call(self._template, {name: of[s] for name, of in slices.items()}, (inputs[s], *args))
-            for s in range(self._count)
-        ]
-        joined: Tensor = _Joined.apply(self._tp, *parts)  # type: ignore[no-untyped-call]
+        with hooks:
+            parts = [
+                _functional_call(self._template, {name: of[s] for name, of in slices.items()}, (inputs[s], *args))
+                for s in range(count)
+            ]
+        joined: Tensor = _Joined.apply(tp, *parts)  # type: ignore[no-untyped-call]
         return joined
 
 
@@ -108,23 +139,42 @@ def slice_layers(model: Any, slices: int, tp: TreeComm) -> None:
     """Change a part of a Transformer so that it computes every layer slice by slice, together with the other ranks of its stage.
     Independent."""
     shape, part, count, sizes = model.shape, model.part, slices // tp.comm.size, shapes_of(model.shape)
-    one = replace(part, index=0, size=slices)
+    one, ranges = replace(part, index=0, size=slices), PositionRanges(slices, tp)
+
+    def enter(model: nn.Module, args: tuple[Any, ...]) -> None:
+        tp.length = (args[4] if len(args) > 4 else 0) or args[0].shape[1]
+
+    model.register_forward_pre_hook(enter)
     for layer, block in model.blocks.items():
         for name, template in (("attention", Attention(shape, one, int(layer))), ("feed_forward", FeedForward(shape, one))):
             branch, prefix = getattr(block, name), f"blocks.{layer}.{name}."
             inside = [key for key, _ in branch.named_parameters() if key not in ("o.bias", "down.bias")]  # added after the sum
             cuts = {key: part.slices(prefix + key, sizes[prefix + key], slices) for key in inside}
-            branch.forward = SlicedBranch(branch, template, cuts, count, tp)
+            branch.forward = SlicedBranch(branch, template, cuts, count, tp, tp.sequence and not model.recompute)
+        for norm in block.children():
+            slice_norm(norm, ranges)
+        slice_bias(block.attention.o, ranges)
+        slice_bias(block.feed_forward.down, ranges)
+        if block.input_mix is not None:
+            slice_mix(block.input_mix, ranges)
     if model.embedding is not None:
         model.embedding = VocabEmbedding(model.embedding, part.own_range(shape.vocab_size).start, tp)
+    if model.positions is not None:
+        slice_table(model.positions, ranges)
+    if model.head is not None:
+        slice_norm(model.norm, ranges)
+        if tp.sequence:
+            model.head.forward = lambda x: _Gathered.apply(x, part.positions(tp.length), tp)
 
 
 def sliced_loss(model: Any, slices: int, rows: int, dtype: torch.dtype, tp: TreeComm) -> Callable[[Tensor, Tensor], Tensor]:
-    """Change a part of a Transformer so that it returns hidden states; return the function that computes its loss from them,
-    `rows` positions at a time. The gradient of the hidden states is added over all slices in forward, before backward multiplies
-    it, because a factor changes the rounding of sums. Independent."""
+    """Change a part of a Transformer so that it returns hidden states. Return the function that computes the loss from these
+    hidden states, `rows` positions at a time. In forward, the gradients of the hidden states are added over all slices. Backward
+    then multiplies the sum by the gradient of the loss. A multiplication before the sum would change the rounding of the sum.
+    Independent."""
     first = model.part.own_range(model.shape.vocab_size).start
-    return defer_head(model, model.shape, rows, dtype, first, tp, partial(_head_slices, model, slices), partial(_sum, tp=tp))
+    weights, add = partial(_head_slices, model, slices), partial(_sum, tp=tp)
+    return defer_head(model, model.shape, rows, dtype, first, tp, weights, add)
 
 
 def _head_slices(model: Any, slices: int) -> list[Tensor]:

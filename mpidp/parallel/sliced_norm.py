@@ -17,15 +17,15 @@ from mpidp.reducers.buckets import FlatLayout
 
 
 class NormBySlices:
-    """Computes the L2 norm over the whole model. The elements of each slice of a parameter are cut into norm blocks, the last of
-    which is padded with zeros. The sums of squares of the blocks are added in the order of the whole model: by parameter, by
+    """Computes the L2 norm over the whole model. The elements of each slice of a parameter are cut into norm blocks. The last
+    block is padded with zeros. The sums of squares of the blocks are added in the order of the whole model: by parameter, by
     slice, and by block."""
 
     def __init__(
         self, grid: Grid, part: Part, sizes: Mapping[str, tuple[int, ...]], slices: int, counts: Callable[[str], bool]
     ) -> None:
-        """sizes: the shapes of the whole model's parameters. counts: whether this rank counts a parameter of its part, given by
-        name; what several ranks hold is counted by one of them."""
+        """sizes: the shapes of the whole model's parameters. counts(name): returns whether this rank counts a parameter of its
+        part. If several ranks hold the same values, one of them counts them."""
         self._grid, self._part, self._sizes, self._slices, self._counts = grid, part, sizes, slices, counts
         self._order = torch.empty(0, dtype=torch.int64)  # of the blocks of all ranks
         self._lengths: list[int] = []  # number of blocks of each rank; empty before the first call

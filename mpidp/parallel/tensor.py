@@ -74,8 +74,9 @@ class _Loss(torch.autograd.Function):
 
 
 def loss_over(tp: TensorComm, first: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function loss(logits, targets) that returns the sum of the token losses. logits: (N, n), for the n token ids of
-    this rank, which begin with `first`. targets: (N,), where -100 is ignored. Every rank of a stage gets the same result."""
+    """Return a function loss(logits, targets) that returns the sum of the token losses. logits: (N, n), the logits of this rank's
+    n token ids. first: the first of these ids. targets: (N,), where -100 is ignored. Every rank of a stage gets the same
+    result."""
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         found: Tensor = _Loss.apply(logits, targets, first, tp)  # type: ignore[no-untyped-call]

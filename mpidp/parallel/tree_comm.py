@@ -1,8 +1,9 @@
 """Sums over the tensor-parallel ranks of a stage in the order of a fixed binary tree (model.slices).
 
-The tree's leaves are the slices of the model. Their number S is a power of two, and each of T ranks has a run of S / T successive
-slices. T divides S, so each run is a complete subtree: a rank adds its own slices first, and then the ranks' partial sums are
-added in the order of the same tree. Float32 addition is commutative. Therefore the bits of the sum do not depend on T.
+The tree's leaves are the slices of the model. Their number S is a power of two, and each of T ranks has S / T successive slices.
+T divides S, so the slices of a rank are the leaves of a complete subtree. First, each rank adds its own slices. Then the ranks'
+partial sums are added in the order of the same tree. For every T, the additions are the same. Therefore the bits of the sum do
+not depend on T.
 """
 
 from __future__ import annotations
@@ -25,13 +26,22 @@ def tree_sum(parts: Sequence[Tensor]) -> Tensor:
     return parts[0]
 
 
+ALIGNMENT = {"cpu": 64, "cuda": 256}  # bytes; torch allocates new tensors with at least this alignment
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return x if it is contiguous and aligned like a new tensor, else a copy that is. Pure."""
+    x = x.contiguous()
+    return x if x.data_ptr() % ALIGNMENT.get(x.device.type, 1) == 0 else x.clone()
+
+
 class TreeComm(TensorComm):
-    """Sums and gathers over the tensor-parallel ranks of a stage, whose number is 1, 2, 4, 8, ... A sum sends as many bytes as an
-    allreduce."""
+    """Sums and gathers over the tensor-parallel ranks of a stage. The number of these ranks is a power of two. A sum sends as
+    many bytes as an allreduce."""
 
     def sum(self, x: Tensor, op: MPI.Op = MPI.SUM) -> Tensor:
-        """Return the sum of x over the ranks in tree order, as a new tensor with the shape and dtype of x. op: another MPI
-        reduction than the sum. Collective over comm."""
+        """Return the sum of x over the ranks in tree order, as a new tensor with the shape and dtype of x. op: the MPI reduction
+        to use instead of the sum. Only sums use the tree. Collective over comm."""
         if op != MPI.SUM:
             return super().sum(x, op)
         with torch.no_grad():
@@ -39,6 +49,16 @@ class TreeComm(TensorComm):
             if self.comm.size > 1:
                 self._add(total.view(-1))
             return total.to(x.dtype)
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Return this rank's positions of the sum of x over the ranks in tree order. x: (B, length, D). Collective over comm."""
+        with torch.no_grad():
+            b, length, d = x.shape
+            counts, starts = self._cut(length, b * d)
+            flat = x.detach().transpose(0, 1).float().reshape(-1)
+            wire = self._transport.load(flat, "scatter")
+            mine = self._sum_of_parts(wire, counts, starts).to(x.device)
+            return mine.view(-1, b, d).transpose(0, 1).to(x.dtype).contiguous()
 
     def _add(self, flat: Tensor) -> None:
         """Replace flat (n,) by its sum over the ranks. Each rank adds one range of the elements. Collective over comm."""

@@ -1,10 +1,10 @@
 """Gathers each matrix on one rank, for optimizers that compute the update of a whole matrix at once (Muon).
 
-A rank updates boxes of matrices. A box is a whole matrix, or with tensor parallelism or FSDP2 some rows or columns of a matrix.
-Every matrix has one owner among the ranks that hold a box of the matrix. The owner receives the other boxes, computes the update,
-and sends each rank the update of its box. If several replicas hold a box, one of them sends it, and all of them receive the
-update. Owners are chosen so that all ranks have about the same amount of computation. The result of a matrix does not depend on
-its owner.
+A rank updates boxes of matrices. A box is a whole matrix, or with tensor parallelism or mesh.shard=2|3 a part of a matrix. Every
+matrix has one owner among the ranks that hold a box of the matrix. The owner receives the other boxes, computes the update, and
+sends each rank the update of its box. If several replicas hold a box, one of them sends it, and all of them receive the update.
+Owners are chosen so that all ranks have about the same amount of computation. The result of a matrix does not depend on its
+owner.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class MatrixRound:
 
     held: list[Box] = field(default_factory=list)  # this rank's boxes
     owned: list[tuple[str, tuple[int, int]]] = field(default_factory=list)  # name and shape of this rank's matrices
-    local: dict[str, Box] = field(default_factory=dict)  # this rank's boxes of the matrices that it owns
+    local: dict[str, list[Box]] = field(default_factory=dict)  # this rank's boxes of the matrices that it owns
     gathers: list[Move] = field(default_factory=list)
     scatters: list[Move] = field(default_factory=list)
 
@@ -91,9 +91,8 @@ class WholeMatrices:
     """Computes functions of whole matrices whose boxes are on several ranks."""
 
     def __init__(self, hidden: Hidden, held: Sequence[Box], tensors: int = 1) -> None:
-        """held: this rank's boxes, at most one of each matrix. tensors: number of tensors per matrix. The second tensor of a
-        matrix has one value per row. Raises UsageError if the ranks of hidden.comm together do not hold all of a matrix.
-        Collective over hidden.comm."""
+        """held: this rank's boxes. tensors: number of tensors per matrix. The second tensor of a matrix has one value per row.
+        Raises UsageError if the ranks of hidden.comm together do not hold all of a matrix. Collective over hidden.comm."""
         self._comm, self._transport, self._wait, self._tensors = hidden.comm, hidden.transport, hidden.wait, tensors
         every = self._comm.allgather(list(held)) if self._comm.size > 1 else [list(held)]
         holders: dict[tuple[str, tuple[int, int]], dict[Box, list[int]]] = {}
@@ -104,8 +103,8 @@ class WholeMatrices:
         for (name, shape), boxes in sorted(holders.items(), key=lambda one: (-_cost(one[0][1]), one[0])):
             if sum(box.size[0] * box.size[1] for box in boxes) != shape[0] * shape[1]:
                 raise UsageError(
-                    f"the ranks of a tensor-parallel group do not update the same matrices ({name}), because they are on several "
-                    "nodes: use comm.copies=rank"
+                    f"matrix {name}: the ranks of the tensor-parallel group are on several nodes, so they do not update the same "
+                    "matrices: use comm.copies=rank"
                 )
             if filled + shape[0] * shape[1] > ROUND * self._comm.size and filled:
                 self.rounds.append(MatrixRound())
@@ -123,45 +122,47 @@ class WholeMatrices:
             if me in ranks:
                 now.held.append(box)
                 if owner == me:
-                    now.local[box.name] = box
+                    now.local.setdefault(box.name, []).append(box)
             if owner not in ranks:
                 now.gathers.append((min(ranks, key=lambda rank: abs(rank - owner)), owner, box))
             now.scatters += [(owner, rank, box) for rank in ranks if rank != owner]
 
     def compute(
-        self, now: MatrixRound, pieces: Mapping[str, Matrix], work: Callable[[list[tuple[str, Matrix]]], list[Matrix]]
-    ) -> dict[str, Matrix]:
-        """Apply `work` to whole matrices. Return this rank's boxes of the results, by name of the matrix. work: takes [(name,
-        matrix), ...] and returns one result per matrix, in order. pieces: this rank's boxes of the matrices, by name. Collective
-        over hidden.comm."""
-        wholes = {name: self._assembled(now, name, shape, pieces) for name, shape in now.owned}
+        self, now: MatrixRound, pieces: Mapping[Box, Matrix], work: Callable[[list[tuple[str, Matrix]]], list[Matrix]]
+    ) -> dict[Box, Matrix]:
+        """Apply `work` to whole matrices. Return this rank's boxes of the results. work: takes [(name, matrix), ...] and returns
+        one result per matrix, in order. pieces: this rank's boxes of the matrices. Collective over hidden.comm."""
+        wholes = {name: self._assembled(now.local[name], shape, pieces) for name, shape in now.owned}
 
         def put(box: Box, found: Matrix) -> None:
             for whole, one in zip(wholes[box.name], found, strict=True):
                 box.of(whole).copy_(one)
 
-        self._exchange(now.gathers, lambda box: pieces[box.name], put)
+        self._exchange(now.gathers, lambda box: pieces[box], put)
         results = dict(zip(wholes, work(list(wholes.items())), strict=True))
-        mine = {name: [box.of(one) for one in results[name]] for name, box in now.local.items()}
+        mine = {box: [box.of(one) for one in results[name]] for name, boxes in now.local.items() for box in boxes}
 
         def keep(box: Box, found: Matrix) -> None:
-            mine[box.name] = [one.clone() for one in found]
+            mine[box] = [one.clone() for one in found]
 
         self._exchange(now.scatters, lambda box: [box.of(one) for one in results[box.name]], keep)
         return mine
 
-    def _assembled(self, now: MatrixRound, name: str, shape: tuple[int, int], pieces: Mapping[str, Matrix]) -> Matrix:
-        """Return the matrix, in which only this rank's box is filled. A box that is the whole matrix is not copied."""
-        box, own = now.local[name], pieces[name]
-        if box.size == shape:
+    def _assembled(self, boxes: list[Box], shape: tuple[int, int], pieces: Mapping[Box, Matrix]) -> Matrix:
+        """Return the matrix, in which only this rank's boxes are filled. A box that is the whole matrix is not copied."""
+        own = pieces[boxes[0]]
+        if boxes[0].size == shape:
             return own
         wholes = [one.new_zeros(shape[0], shape[1] if i == 0 else 1) for i, one in enumerate(own)]
-        for whole, one in zip(wholes, own, strict=True):
-            box.of(whole).copy_(one)
+        for box in boxes:
+            for whole, one in zip(wholes, pieces[box], strict=True):
+                box.of(whole).copy_(one)
         return wholes
 
     def _exchange(self, moves: list[Move], read: Callable[[Box], Matrix], write: Callable[[Box, Matrix], None]) -> None:
-        """Send boxes between ranks in one exchange. moves: the same on every rank. Collective over hidden.comm."""
+        """Send boxes between ranks in one exchange. moves: (source, target, box) of each box to send, the same list on every
+        rank. read: returns the tensors of a box to send. write: stores the tensors of a received box. Collective over
+        hidden.comm."""
         if not moves:
             return
         me, transport, ranks = self._comm.rank, self._transport, range(self._comm.size)

@@ -76,7 +76,8 @@ def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str
                                   formatter_class=argparse.RawDescriptionHelpFormatter) for name, (line, text) in TOPICS.items()}
     of["ranks"].add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs; the first is the run to plan")
     add_ranks(of["ranks"], "powers of two, and the ranks of the given runs", several=True)
-    of["ranks"].add_argument("--loss", type=float, help="target val_loss, which RUN must have reached (default: its last one)")
+    of["ranks"].add_argument("--loss", type=float, help="target val_loss, which RUN must have reached (default: the last loss of "
+                             "RUN)")
     _add_options_of_methods(of["methods"])
     command_line.add_options(of["mesh"])
     for one in of.values():
@@ -92,13 +93,16 @@ def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str
 
 def _add_options_of_methods(parser: Parser) -> None:
     add = parser.add_argument
-    add("--cluster", default="", metavar="FILE", help="cluster.json of mpidp.doctor (default: in run.dir, then in this folder)")
-    add("--link", default="", metavar="MBIT,MS", help="instead of --cluster: bandwidth of a node and one-way delay in ms")
+    add("--cluster", default="", metavar="FILE",
+        help="cluster.json of mpidp.doctor (default: the one in run.dir, else ./cluster.json)")
+    add("--link", default="", metavar="MBIT,MS",
+        help="instead of --cluster: bandwidth of a node in Mbit/s, and one-way delay in ms")
     add_ranks(parser, "the ranks of this launch; if it has one rank, the number in cluster.json")
     add("--step-seconds", type=float, metavar="S", help="compute time of a step on one rank, in seconds (default: measured now)")
     add("--run", type=float, nargs="?", const=30.0, metavar="SECONDS",
         help="train with each method on the ranks of this launch, for SECONDS each (default: %(const)g)")
-    add("--methods", default="", metavar="A,B", help="compare only these methods with synchronous (default: all)")
+    add("--methods", default="", metavar="A,B",
+        help="compare the method synchronous with these methods only (default: with all methods)")
     add("--plot", default="", metavar="FILE.png", help="with --run: plot the loss against time and bytes (needs matplotlib)")
 
 
@@ -113,7 +117,7 @@ def _check_options_of_methods(options: argparse.Namespace, parser: Parser) -> No
 
 
 def print_methods(options: argparse.Namespace, config: Config, world: Any) -> None:
-    """Predict the figures of the methods, or measure them in trials, and print the table on rank 0. Collective over world."""
+    """Predict bytes and step time of each method, or measure them in trials. Print the table on rank 0. Collective over world."""
     from mpidp.plan.methods.trials import TrialOptions, compare_methods
 
     trial_options = TrialOptions(
@@ -128,8 +132,9 @@ def print_methods(options: argparse.Namespace, config: Config, world: Any) -> No
 
 
 def plan(runs: Sequence[Path], columns: Sequence[int] = (), loss: float | None = None) -> dict[str, Any]:
-    """Return the plan as plain values, with times in seconds and sizes in tokens. Raises UsageError if the runs cannot be
-    compared, or if the first run has too few noise measurements. Independent."""
+    """Return the plan as plain values, with times in seconds and sizes in tokens. runs: folders of runs, the first is the run to
+    plan. columns: numbers of ranks (default: see _columns). loss: the target loss (default: the last loss of the run). Raises
+    UsageError if the runs cannot be compared, or if the first run has too few noise measurements. Independent."""
     recorded = [measured.read(run) for run in runs]
     first = recorded[0]
     for other in recorded[1:]:
@@ -145,7 +150,8 @@ def plan(runs: Sequence[Path], columns: Sequence[int] = (), loss: float | None =
     rows = predict.predict(learned, times, columns)
     cells = [cell for row in rows for cell in row.cells]
     if not cells:
-        raise UsageError(f"--ranks: no batch of the table has {columns[0]} lanes, and each rank needs at least one")
+        raise UsageError(f"--ranks: each rank needs at least one lane, and no batch of the table has {columns[0]} lanes or more: "
+                         "use fewer ranks")
     fastest = min(cells, key=lambda cell: (cell.seconds, cell.ranks))
     cheapest = min(cells, key=lambda cell: (cell.rank_seconds, cell.seconds))
     ends = [predict.predict(replace(learned, noise_scale_tokens=end), times, columns) for end in found["bounds_tokens"] or ()]
@@ -173,8 +179,8 @@ def _plain(cell: predict.Cell) -> dict[str, Any]:
 
 
 def _noise(run: measured.MeasuredRun, steps: float) -> dict[str, Any]:
-    """Return the noise scale and its bounds. They are computed from the second half of the steps that the run took to reach the
-    loss. Also return the noise scale in each quarter of these steps."""
+    """Return the noise scale and its bounds, and the noise scale in each quarter of the run up to step `steps`, at which the run
+    reached the loss. The noise scale and its bounds are computed from the second half of these steps."""
     if not run.noises:
         one_lane = "; a batch of one lane has no measurement (train.lanes)" if run.lanes.num_lanes == 1 else ""
         raise UsageError(f"{run.path} has no measurements of gradient noise: train with --train.noise_every=10{one_lane}")

@@ -3,13 +3,13 @@
 | name | sum | bits depend on | use |
 |---|---|---|---|
 | tree | owners of slices add lanes along a fixed binary tree (tree.py) | the lanes only | default |
-| allreduce | MPI_Allreduce (or NCCL's), in pieces | ranks, MPI library, shared cores | sends the fewest bytes if lanes are uneven
-|
+| allreduce | MPI_Allreduce (or NCCL's), in pieces | ranks, MPI library, shared cores | fewest bytes if lanes are uneven |
 | naive | one MPI_Allreduce per parameter | ranks, MPI library, shared cores | reference implementation of allreduce |
 | root | rank 0 gathers, adds, updates, and broadcasts the parameters | ranks | reference implementation |
 
-The reducers of comm.compress send fewer bytes (compression/compressed.py). naive and root are simple, slow reference
-implementations, with which tests compare the other reducers.
+"Shared cores" means: whether several ranks share a core. Lanes are uneven if the lanes of a rank are not a complete subtree. With
+`tree`, the rank then sends several partial sums. The reducers of comm.compress send fewer bytes (compression/compressed.py).
+naive and root are simple, slow reference implementations, with which tests compare the other reducers.
 
 After finish(), `buffer.total` holds the sum over all lanes of the global batch, on every rank. With `root`, only rank 0 holds the
 sum and updates the parameters, and publish() broadcasts the parameters.
@@ -90,13 +90,13 @@ class Reducer:
         self.buffer = buffer
 
     def set_wait(self, wait: Wait | None) -> None:
-        """Set how to wait for requests in a reduction. None: wait as the group does outside reductions. Call set_wait() between
-        steps. Independent."""
+        """Set how to wait for MPI requests in a reduction. None: wait as the group waits outside reductions (group.wait). Call
+        set_wait() between steps. Independent."""
         self.wait = wait or self.group.wait
 
     def set_overlap(self, mode: str, wait: Wait | None, worker: BucketWorker | None) -> None:
-        """Set the worker that reduces buckets during backward. None: no overlap. mode: a key of OVERLAP_WAITS (overlap.py). Call
-        set_overlap() between steps. Independent."""
+        """Set the worker that reduces buckets during backward. worker: None means no overlap. mode: a key of OVERLAP_WAITS
+        (overlap.py). wait: see set_wait(). Call set_overlap() between steps. Independent."""
         self.stop_worker()
         self.overlap_mode, self.worker = mode, worker
         self.set_wait(wait)
@@ -118,8 +118,8 @@ class Reducer:
         """End micro-batch v for this chunk of layers. Independent."""
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
-        """Call each observer with the gradient of every lane in the next step. Raises ValueError if the reducer does not store
-        the gradients of single lanes. Independent."""
+        """During the next step, call each observer with the gradient of every lane. Raises ValueError if the reducer does not
+        store the gradients of single lanes. Independent."""
         if observers:
             raise ValueError(f"{type(self).__name__} adds lanes immediately: single lanes cannot be observed")
 

@@ -1,8 +1,8 @@
 """Flat memory: parameters and gradients are views of flat tensors, cut into buckets. Autograd hooks report complete buckets.
 
 The layout depends only on the model. Parameters are in reverse order of definition, which is roughly the order in which backward
-computes their gradients. The bucket size and the number of ranks change only where the flat tensors are cut into buckets and
-slices.
+computes their gradients. The bucket size and the number of ranks affect only the places at which the flat tensors are cut into
+buckets and slices.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def unit_of(name: str) -> str:
 
 
 class FlatLayout:
-    """The place of each parameter in a flat tensor of num_elements elements, a multiple of NORM_BLOCK. Units begin at multiples
-    of NORM_BLOCK, so each norm block of a pipeline stage is also a norm block of the whole model (see docs/vocabulary.md).
-    Independent."""
+    """The place of each parameter in a flat tensor of num_elements elements. num_elements is a multiple of NORM_BLOCK. Units
+    begin at multiples of NORM_BLOCK, so each norm block of a pipeline stage is also a norm block of the whole model (see
+    docs/vocabulary.md). Independent."""
 
     def __init__(self, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
         self.parameters = list(reversed(named_parameters))

@@ -94,8 +94,9 @@ def use(reducer: Reducer, mode: str) -> None:
 
 
 def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, static: bool) -> str:
-    """Use the overlap mode `wanted`. If it is "auto", measure computation together with reduction in each mode, and use the
-    fastest mode. Return a description of the choice. static: whether lanes are fixed before each step. Collective over comm."""
+    """Use the overlap mode `wanted`. If it is "auto", measure the time of computation and reduction in each mode, and use the
+    fastest mode. On one node, and where overlap is not possible, "auto" means no overlap. Return a description of the choice.
+    static: whether lanes are fixed before each step. Collective over comm."""
     if wanted != "auto":
         use(reducer, wanted)
         return wanted
@@ -116,8 +117,8 @@ def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, static: bool) -> 
 
 
 def measure(reducer: Reducer, comm: MPI.Intracomm, modes: Mapping[str, Wait | None] = OVERLAP_WAITS) -> dict[str, float]:
-    """Measure each overlap mode, and return the seconds that the slowest rank needs in each mode. Each rank computes for every
-    bucket as long as its reduction takes. The gradients are overwritten. Collective over comm."""
+    """Measure each overlap mode, and return the seconds that the slowest rank needs in each mode. For every bucket, each rank
+    computes for as long as the reduction of a bucket takes. The gradients are overwritten. Collective over comm."""
     buckets = [b for b in reducer.buffer.buckets if b.stop * 4 <= PROBE_BYTES] or reducer.buffer.buckets[:1]
     square = torch.randn(256, 256)
 

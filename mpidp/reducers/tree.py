@@ -1,9 +1,9 @@
 """The reducer `tree`: owners of slices add the ranks' gradients in the order of the tree over lanes (tree_order.py).
 
-On a node with shared memory, the owner of a slice adds the buffers of all ranks of its group in place. The sum is stored in slot
-0 of the first rank. Between groups, the owners of the same slice exchange messages. The slice is cut into one piece per group,
-and each owner sums one piece. For this piece, an owner receives the tree nodes that remain in the other groups, adds the nodes of
-all groups, and sends the sum to the other owners.
+A group is the ranks of a node that share memory, or a single rank without shared memory. In a group, the owner of a slice reads
+the buffers of all ranks and adds them in place. The sum is stored in slot 0 of the first rank. Between groups, the owners of the
+same slice exchange messages. The slice is cut into one piece per group, and each owner sums one piece. For this piece, an owner
+receives the tree nodes that remain in the other groups, adds the nodes of all groups, and sends the sum to the other owners.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Tree(Reducer):
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """The elements (start, stop) of each chunk."""
+        """The range (start, stop) of each chunk of the model in the flat gradient."""
         return self.buffer.spans if hasattr(self, "buffer") else [(0, 0)]
 
     def attach(self, buffer: GradientBuffer) -> None:
@@ -148,8 +148,8 @@ class Tree(Reducer):
                 self._add_between_groups(plan, *piece)
 
     def _gather_held(self) -> Held:
-        """Return the tree nodes and slots of all ranks of the group, if ranks took lanes of other ranks. Collective over the
-        group."""
+        """Return the tree nodes that the ranks of the group hold, and their slots. This is needed if ranks may take lanes of
+        other ranks. Collective over the group."""
         table = np.full((self.group.node.size, 2 * self.lanes.num_lanes.bit_length() + 3, 2), -1, dtype=np.int64)
         for node, slot in self._tree_sums[0].nodes.items():
             table[self.group.node.rank, slot] = node
@@ -159,8 +159,9 @@ class Tree(Reducer):
         )
 
     def _make_plan(self, ranges: tuple[range, ...], held: Held | None, share: bool) -> FoldPlan:
-        """Plan the additions. held: the tree nodes in the group, and their slots; None if each rank computed its range in order.
-        Raises ValueError unless every lane occurs once."""
+        """Plan the additions. ranges: the lanes of each rank. held: the tree nodes in the group, and their slots. None: each rank
+        computed its range in order. share: whether sibling lanes share a slot (tree_order.TreeSum). Raises ValueError unless
+        every lane occurs once."""
         count = self.lanes.num_lanes
         if held is None:
             of_ranks = [tree_order.held_after(ranges[r], count, share)[0] for r in self.group.members[self.group.index]]
@@ -173,7 +174,7 @@ class Tree(Reducer):
             everywhere += [(node, (g, j)) for j, node in enumerate(nodes)]
             num_nodes.append(len(nodes))
         if [node for node, _ in left_over] != [node for node, (g, _) in everywhere if g == self.group.index]:
-            raise ValueError(f"the ranks of group {self.group.index} hold {held}, which are not their lanes of {ranges}")
+            raise ValueError(f"group {self.group.index} holds the tree nodes {held}, but the lanes of all ranks are {ranges}")
         return FoldPlan(additions, [place for _, place in left_over], num_nodes, *tree_order.fold_all(everywhere, count))
 
     def _add_in_group(self, plan: FoldPlan, low: int, high: int) -> None:

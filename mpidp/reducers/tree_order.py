@@ -1,4 +1,4 @@
-"""Defines the order in which lanes are added, a fixed binary tree. Therefore the bits of the sum do not depend on the ranks.
+"""Defines the order in which lanes are added: a fixed binary tree. Therefore the bits of the sum do not depend on the ranks.
 Pure.
 
 Node (k, i) is the sum of the existing lanes in [i 2^k, (i+1) 2^k). The node is the sum of its children (k-1, 2i) and (k-1, 2i+1).
@@ -41,8 +41,8 @@ class TreeSum:
         self._slot_of: dict[int, int] = {}  # slots of the lanes that have begun but not ended
 
     def open(self, lane: int) -> tuple[int, bool]:
-        """Begin a lane. Return (slot into which the lane accumulates, whether the slot is fresh). The caller must zero a fresh
-        slot. A slot that is not fresh holds the gradient of the sibling lane."""
+        """Begin a lane. Return the slot in which the lane accumulates, and whether the slot is fresh. The caller must zero a
+        fresh slot. A slot that is not fresh holds the gradient of the sibling lane."""
         sibling = self.nodes.pop((0, lane ^ 1), None) if self.siblings_share else None
         slot = self._free() if sibling is None else sibling
         self._slot_of[lane] = slot
@@ -73,7 +73,7 @@ class TreeSum:
 
 
 def held_after(lanes: Iterable[int], num_lanes: int, siblings_share: bool) -> tuple[dict[Node, int], int]:
-    """Return (nodes and their slots, number of slots used) for a rank that computes these lanes in this order. Independent."""
+    """Return {node: slot} and the number of slots used, after a rank has computed these lanes in this order. Independent."""
     tree_sum = TreeSum(num_lanes, siblings_share)
     for lane in lanes:
         tree_sum.open(lane)

@@ -99,7 +99,7 @@ def write(path: Path, content: str) -> None:
     try:
         write_file(path, content.encode())
     except OSError as error:
-        raise UsageError(f"--out={path} cannot be written ({error}): create its folder, or choose another") from error
+        raise UsageError(f"--out={path} cannot be written ({error}): create its folder, or choose another file") from error
 
 
 if __name__ == "__main__":

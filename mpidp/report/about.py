@@ -77,7 +77,7 @@ def energy(run: RecordedRun, spent: Costs) -> str:
 
 
 def events(run: RecordedRun) -> str:
-    """Return the section about events, without steps. Pure."""
+    """Return the section that lists the events of metrics.jsonl, except the end of the run. Pure."""
     found = [line for line in run.lines if "event" in line and line["event"] not in ("end",)]
     worked = dict_by_line(run.worked())
     rows = []

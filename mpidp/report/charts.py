@@ -156,7 +156,7 @@ def figure(title: str, picture: str, below: str = "") -> str:
 
 def cascade(rows: Sequence[tuple[str, float, float, str]]) -> str:
     """Return a waterfall chart. rows: (name, start of the bar, end of the bar, label), where start and end are shares of the
-    total time. The first bar is the ideal. Pure."""
+    total time. The first bar is the ideal time. Pure."""
     row, left, right, width = 26, 132, 210, 760
     span = width - left - right
     body = []
@@ -177,7 +177,8 @@ def cascade(rows: Sequence[tuple[str, float, float, str]]) -> str:
 
 
 def stacks(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], form: Callable[[float], str] = duration) -> str:
-    """Return a chart with a stacked bar for each row, and a legend. rows: (name, parts). names: the names of the parts. Pure."""
+    """Return a chart with a stacked bar for each row, and a legend. rows: (name, parts). names: the names of the parts. form:
+    formats a value. Pure."""
     row, left, right, width = 22, 120, 90, 760
     longest = max(math.fsum(parts) for _, parts in rows) or 1.0
     span = width - left - right
@@ -199,8 +200,8 @@ def stacks(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], fo
 def heat_map(
     rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[float], form: Callable[[float], str], usual: float
 ) -> str:
-    """Return a heat map with a row of cells for each rank. The colour grows with the time above `usual`, up to twice this time.
-    rows: (name, one value per column). columns: the steps. Pure."""
+    """Return a heat map with a row of cells for each rank. The colour of a cell is weakest at the time `usual`, and strongest at
+    twice this time. rows: (name, one value per column). columns: the steps. form: formats a value. Pure."""
     row, left, width = 18, 120, 760
     wide = (width - left - 12) / len(columns)
     body = []

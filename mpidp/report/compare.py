@@ -37,7 +37,7 @@ OWN = ("run.", "faults.", "metrics.", "energy.")  # sections that are left out o
 
 @dataclass(frozen=True)
 class ScalingPoint:
-    """The result of all runs on one number of ranks."""
+    """The common result of all runs that have the same number of ranks."""
 
     ranks: int
     speed: float  # tokens per second, median of the runs
@@ -54,7 +54,7 @@ class Scaling:
 
 
 def scaling_of(ranks_batches_speeds: Sequence[tuple[int, int, float]]) -> Scaling:
-    """Return the scaling of runs with these (ranks, global batch, tokens per second).
+    """Return the scaling of several runs. The argument has (number of ranks, global batch, tokens per second) for each run.
 
     The scaling is strong if all runs have the same global batch, and weak if the batch is proportional to the number of ranks.
     Otherwise no efficiency is computed. Pure."""
@@ -83,7 +83,8 @@ def scaling_of(ranks_batches_speeds: Sequence[tuple[int, int, float]]) -> Scalin
 
 
 def scaling(runs: Sequence[RecordedRun]) -> Scaling:
-    """Return the scaling of the runs. If their models or methods differ, the result has no points but only the reason. Pure."""
+    """Return the scaling of the runs. If their models or methods differ, the result has no rows, and `why` states the reason.
+    Pure."""
     different = [key for key in differences(runs) if key.startswith(SAME) and key not in FREE]
     if different:
         return Scaling("", f"scaling not computed: the runs differ in {', '.join(different)}", [])

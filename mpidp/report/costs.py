@@ -62,7 +62,7 @@ def _node_hours(run: RecordedRun) -> float | None:
 
 
 def joules_until(run: RecordedRun) -> Iterator[tuple[dict, float]]:
-    """Yield (line, energy in joules up to this line) for all lines. Pure."""
+    """For each line, yield the line and the energy up to this line in joules. Pure."""
     so_far = 0.0
     for line in run.lines:
         so_far += (number(line, "energy_joules") or 0.0) + (number(line, "lost_joules") or 0.0)

@@ -25,7 +25,7 @@ class _Facts(TypedDict):
 
 
 class _Sealed(TypedDict):
-    """The entries that are read from a manifest."""
+    """The entries of a manifest that this module reads."""
 
     body: _Facts
 
@@ -43,7 +43,8 @@ class RecordedRun:
 
     @property
     def starts(self) -> list[dict[str, Any]]:
-        """The `start` lines of the file. There is one for each job, except for jobs whose steps were dropped later."""
+        """The `start` lines of the file. There is one for each job, unless a later job went back to an earlier step and dropped
+        the line."""
         return [line for line in self.lines if line.get("event") == "start"]
 
     @property
@@ -76,8 +77,8 @@ class RecordedRun:
         return sum(number(line, name) or 0.0 for line in self.lines)
 
     def worked(self) -> list[tuple[dict[str, Any], float]]:
-        """Return (line, seconds of all jobs up to this line, lost steps included) for each line, or [] if the lines have no
-        times."""
+        """For each line, return the line and the time that all jobs had run until then, in seconds. The time includes lost steps.
+        Return [] if the lines have no times."""
         if not any("unix_seconds" in line for line in self.lines):
             return []
         each = (a + (number(line, "lost_seconds") or 0.0) for a, line in zip(took(self.lines), self.lines, strict=True))
@@ -103,7 +104,7 @@ def read(path: Path) -> RecordedRun:
     config = read_run_config(path / "config.toml")
     run = RecordedRun(path, path.name or str(path), config, read_lines(path / "metrics.jsonl"))
     if not run.steps:
-        raise UsageError(f"{path / 'metrics.jsonl'} has no line of a step: the run has not completed one yet")
+        raise UsageError(f"{path / 'metrics.jsonl'} has no line of a step: the run has not completed a step yet")
     run.facts = _checkpoint_facts(path) | (run.starts[-1] if run.starts else {})
     with suppress(OSError):
         run.going = run.end is None and abs(time.time() - (path / "lock").stat().st_mtime) < ALIVE_SECONDS

@@ -114,7 +114,7 @@ def tasks(run: RecordedRun) -> str:
 
 
 def of_steps(run: RecordedRun, name: str) -> list[tuple[float, float]]:
-    """Return (step, value of `name`) for all steps that have this value. Pure."""
+    """Return a list of (step, value) for the field `name`. Steps without this field are left out. Pure."""
     return [(line["step"], value) for line in run.steps if (value := number(line, name)) is not None]
 
 
@@ -165,8 +165,9 @@ def time_spent(run: RecordedRun, fall: Waterfall) -> str:
 
 
 def per_rank(run: RecordedRun) -> tuple[list[int], list[tuple[int, list[float], list[float]]]]:
-    """Return (steps, rows) since the number of ranks last changed. Each row is (rank, compute seconds of each step, data seconds
-    of each step). Pure."""
+    """Return the steps since the last start of a job, and a row for each rank. A row is (rank, compute seconds of each step, data
+    seconds of each step). If the last job has recorded no such steps, return those of all jobs with the same number of ranks.
+    Pure."""
     count = run.ranks
     lines = [line for line in run.steps if isinstance(line.get("rank_compute_seconds"), list)
              and len(line["rank_compute_seconds"]) == count == len(line.get("rank_data_seconds") or [])]

@@ -1,11 +1,12 @@
 """Divides the time of a run into parts that add up to the total, to explain the difference between ideal and measured throughput.
 Pure.
 
-The total is the time of all jobs, from the start of the process to the last line. It includes steps that were lost because a
-restart went back to a checkpoint. It excludes the time in which no job worked on the run. A line of a step in metrics.jsonl has
-the phases of rank 0, and the compute time of each rank. The mean compute time of the ranks is divided into two parts. The ideal
-is the compute time in the fastest tenth of all steps. The slowdown is the rest. The time by which the slowest rank exceeds the
-mean counts as waiting for the slowest rank. Any longer wait of rank 0 counts as communication that was not overlapped.
+The total is the time of all jobs, from the start of the process to the last line of metrics.jsonl. It includes steps that were
+lost because a restart went back to a checkpoint. It excludes the time in which no job worked on the run. A line of a step in
+metrics.jsonl has the phases of rank 0, and the compute time of each rank. The mean compute time of the ranks in a step is divided
+into two parts. The part `ideal` is at most the largest compute time among the fastest tenth of all steps. The part `slowdown` is
+the rest. The time by which the slowest rank exceeds the mean counts as waiting for the slowest rank. Any longer wait of rank 0
+counts as communication that was not overlapped.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class Waterfall:
         return {part: seconds / self.whole if self.whole else 0.0 for part, seconds in self.seconds.items()}
 
     def speeds(self) -> dict[str, float]:
-        """Return tokens per second by part. This is the speed that the run would have if only this part and the parts before it
-        took time. The first speed is the ideal speed. The last speed is the measured speed."""
+        """Return tokens per second by part. The value of a part is the speed that the run would have if only this part and the
+        parts before it took time. The first speed is the ideal speed. The last speed is the measured speed."""
         found, so_far = {}, 0.0
         for part, seconds in self.seconds.items():
             so_far += seconds

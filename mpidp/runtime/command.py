@@ -71,8 +71,8 @@ class Parser(argparse.ArgumentParser):
 def begin(read_command_line: Callable[[], T]) -> tuple[T, MPI.Intracomm]:
     """Read the command line, start MPI, and return (options, MPI's world).
 
-    Raises UsageError if the command line is not valid. Without a launcher, this happens before MPI starts. Under a launcher, MPI
-    starts first, so that only rank 0 prints the error and all ranks exit. Collective over COMM_WORLD.
+    Raises UsageError if the command line is not valid. With one rank, the error is raised before MPI starts. With several ranks,
+    MPI starts first, so that only rank 0 prints the error and all ranks exit. Collective over COMM_WORLD.
     """
     options: T | None = None
     wrong: UsageError | None = None

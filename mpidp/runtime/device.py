@@ -12,18 +12,18 @@ from mpidp.runtime.topology import Topology
 
 
 def resolve_threads(wanted: int, mesh: Topology) -> int:
-    """Return the number of CPU threads: `wanted`, or (cores of this node) / (ranks on this node) if `wanted` is 0.
+    """Return the number of CPU threads: `wanted`, or the cores of this node divided by its ranks if `wanted` is 0.
     Independent."""
     return wanted or max(1, mesh.cores // mesh.local_size)
 
 
 def resolve_device(wanted: str, mesh: Topology) -> torch.device:
-    """Return cuda:{local_rank % device_count}, or cpu. Raises UsageError if cuda is wanted but not available.
-    Independent."""
+    """Return the device of this rank: cpu, or the GPU with the number local_rank % device_count. Raises UsageError if cuda is
+    wanted but not available. Independent."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UsageError(
-            f"train.device=cuda, but torch finds no CUDA device on {mesh.host}. Use train.device=cpu, or install a CUDA build of "
-            f"torch (this one is {torch.__version__}) and check that the job requests a GPU"
+            f"train.device=cuda, but torch finds no CUDA device on {mesh.host}. Check that the job requests a GPU, and that "
+            f"torch {torch.__version__} is a CUDA build. Or use train.device=cpu"
         )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")

@@ -32,10 +32,10 @@ def ask_for_reproducible_blas() -> None:
 
 
 def limit_openmp_spinning() -> None:
-    """Let waiting OpenMP threads of libgomp (torch's wheels use it) spin only briefly and then sleep, unless the user has set
-    OMP_WAIT_POLICY or GOMP_SPINCOUNT. By default they spin for milliseconds. With this default, a step took 20 times as long
-    while other processes used the same cores (docs/results/2026-11-29-openmp.md). This must happen before torch is imported.
-    Independent."""
+    """Let waiting OpenMP threads spin only briefly and then sleep, unless the user has set OMP_WAIT_POLICY or GOMP_SPINCOUNT. The
+    setting is for libgomp, which torch's wheels use. By default its threads spin for milliseconds. With this default, a step took
+    20 times as long while other processes used the same cores (docs/results/2026-11-29-openmp.md). This must happen before torch
+    is imported. Independent."""
     if not WAITING & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 

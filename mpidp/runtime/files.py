@@ -20,8 +20,8 @@ MANY_FILES = 1 << 16  # the limit of open files is not raised above this number,
 
 def expand_home(path: str, what: str) -> str:
     """Return the path with a leading ~ or ~USER replaced by the home folder, as a shell does. A shell does not replace the ~ in
-    `--run.dir=~/x` or in a file. what: the name of the setting or option, for errors. Raises UsageError if the home folder is
-    unknown, or if the path names an environment variable. Independent."""
+    `--run.dir=~/x`, and nothing replaces it in a configuration file. what: the name of the setting or option, for errors. Raises
+    UsageError if the home folder is unknown, or if the path contains an environment variable such as $HOME. Independent."""
     full = os.path.expanduser(path)
     if full.startswith("~") and full == path:
         user = path.partition("/")[0]
@@ -50,7 +50,8 @@ def create_file(path: Path) -> IO[bytes]:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a hidden, random name in the same folder. Other users cannot create a link of this name in advance. Independent."""
+    """Return a path for a temporary file in the same folder. The name is hidden and random, so other users cannot create a link
+    with this name in advance. Independent."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
@@ -98,7 +99,7 @@ def writing(what: str | Path, advice: str) -> Iterator[None]:
 
 
 def most_open_files() -> int:
-    """Raise the limit of open files as far as this user may, and return it. Independent."""
+    """Raise the limit of open files to MANY_FILES, or as far as this user may, and return the limit. Independent."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, MANY_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -55,7 +55,7 @@ def parse_json(data: bytes | str, schema: Any = Any) -> Any:
 
 
 def read_json_lines(path: Path, schema: Any = dict) -> tuple[list[Any], int]:
-    """Read a file of JSON lines. Return (the lines that fit the schema, the number of other lines). An incomplete last line is
+    """Read a file of JSON lines. Return the lines that fit the schema, and the number of other lines. An incomplete last line is
     ignored. Raises OSError if the file cannot be read. Independent."""
     with open_regular(path) as file:
         lines = file.read().split(b"\n")
@@ -126,7 +126,7 @@ def _check_object(value: Any, schema: Any, place: str) -> None:
 
 @cache
 def _keys(schema: Any) -> dict[str, tuple[Any, bool]]:
-    """Return (type, whether it is required) of each key of a TypedDict."""
+    """Return, for each key of a TypedDict, its type and whether the key is required."""
     plain, marked = get_type_hints(schema), get_type_hints(schema, include_extras=True)
     required = {Required: True, NotRequired: False}
     return {key: (kind, required.get(get_origin(marked[key]), key in schema.__required_keys__)) for key, kind in plain.items()}

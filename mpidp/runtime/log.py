@@ -19,13 +19,13 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNI
 
 
 def printable(text: str) -> str:
-    """Return the text with control characters, unpaired surrogates and bidirectional controls written as escapes such as \\x1b.
-    Otherwise a name in an untrusted file could change what the terminal shows. Newlines and tabs stay. Pure."""
+    """Replace control characters, unpaired surrogates and bidirectional controls by escapes such as \\x1b. Otherwise a name in an
+    untrusted file could change what the terminal shows. Newlines and tabs stay. Pure."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(text: str) -> str:
-    """Return the text as printable() does, but with newlines and tabs also written as escapes. Pure."""
+    """Replace the same characters as printable(), and also newlines and tabs, by escapes. Pure."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 

@@ -9,7 +9,8 @@ DEBIAN = 'MPICC="mpicc.mpich -shared" pip install --no-cache-dir --no-binary=mpi
 
 
 def missing_mpi(error: BaseException) -> str | None:
-    """Return a message if `error` says that mpi4py found no MPI library that it can load, else None. Independent."""
+    """Return a message if `error` says that mpi4py is not installed, or that mpi4py cannot load an MPI library. Otherwise return
+    None. Independent."""
     if "mpi4py.MPI" in sys.modules:
         return None
     if isinstance(error, ModuleNotFoundError):

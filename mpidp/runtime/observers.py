@@ -23,10 +23,11 @@ class StepObserver:
         """Called when the rank begins to reduce this bucket, possibly from another thread."""
 
     def summed(self, total: Any) -> None:
-        """Called with the sum of the gradients over all lanes, of shape (num_elements,), before it is scaled."""
+        """Called before the sum of all gradients is scaled. total: the sum over all lanes, of shape (num_elements,)."""
 
     def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[Any] | None:
-        """Return a context that is entered during a piece of work, or None. name: the type of work. about: its details."""
+        """Return a context, or None. The rank enters the context for the duration of a piece of work. name: the type of work.
+        about: details of the work."""
         return None
 
 
@@ -55,7 +56,7 @@ class StepObservers:
             observer.reducing(bucket)
 
     def summed(self, total: Any) -> None:
-        """Report the sum of the gradients over all lanes, before it is scaled."""
+        """Report `total`, the sum of the gradients over all lanes, before the sum is scaled."""
         for observer in self._observers:
             observer.summed(total)
 

@@ -58,7 +58,7 @@ def rank_count(text: str) -> int:
 
 
 def add_data(parser: argparse.ArgumentParser, use: str, default: str = "", kind: Any = str) -> None:
-    """Add --data DIR. use: what the command does with the shards. Pure."""
+    """Add --data DIR. use: the words after "folder of shards" in the help text. Pure."""
     shown = f" (default: {default})" if default else ""
     parser.add_argument("--data", metavar="DIR", type=kind, help=f"folder of shards {use}{shown}")
 
@@ -69,20 +69,21 @@ def add_out(parser: argparse.ArgumentParser, about: str, metavar: str = "DIR", d
 
 
 def add_new_out(parser: argparse.ArgumentParser, about: str, metavar: str = "DIR") -> None:
-    """Add --out PATH, which is required, and its old spelling, a second positional PATH (see take_out). Pure."""
+    """Add the option --out PATH. Also accept the old spelling, a second positional argument (see take_out). One of the two is
+    required. Pure."""
     parser.add_argument("old_out", nargs="?", help=argparse.SUPPRESS)
     add_out(parser, about, metavar)
 
 
 def take_out(parser: argparse.ArgumentParser, options: argparse.Namespace, old: str, new: str) -> None:
-    """Set options.out from the new or the old spelling. old, new: the spellings, for the note. Raises UsageError unless exactly
-    one is given. Independent."""
+    """Set options.out from the new or the old spelling. old, new: the two spellings, for the note to the user. Raises UsageError
+    unless the user gave exactly one of them. Independent."""
     if options.old_out is not None and options.out is None:
         note_old_spelling(old, new)
         options.out, options.old_out = options.old_out, None
     if options.out is None or options.old_out is not None:
         metavar = next(action.metavar for action in parser._actions if action.dest == "out")
-        parser.error(f"give what to write once, with --out {metavar}")
+        parser.error(f"name the output once, with --out {metavar}")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -104,12 +105,12 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Add the argument RUN, the folder of a trained model, and the options for opening it. Pure."""
-    parser.add_argument("run", metavar="RUN", help="folder of a run, or of one checkpoint in it")
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or of one of its checkpoints")
     add_opening(parser)
 
 
 def add_opening(parser: argparse.ArgumentParser) -> None:
-    """Add --model.kind, which permits code of a custom model, and --base, the base model of adapters. Pure."""
+    """Add --model.kind and --base. --model.kind permits code of a custom model. --base names the base model of adapters. Pure."""
     parser.add_argument("--base", metavar="DIR", default="", help="path of the base model of a LoRA run, if the model was moved")
     parser.add_argument("--model.kind", dest="model_kind", metavar="KIND", default="",
                         help="MODULE:FACTORY of a run with a custom model. Without this option, code named in RUN is not run")
@@ -118,8 +119,8 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
 def add_texts(parser: argparse.ArgumentParser, default: str) -> None:
     """Add the options for how texts are encoded: --special and --seq-len. default: the default of --special, in words. Pure."""
     parser.add_argument("--special", choices=("text", "tokens"),
-                        help="how the names of special tokens in texts, such as <|im_start|>, are encoded: tokens "
-                        f"(their ids) or text ({default})")
+                        help="how to encode the name of a special token in a text, such as <|im_start|>. tokens: as the id of "
+                        f"the token; text: like any other text ({default})")
     add_seq_len(parser)
 
 
@@ -136,14 +137,14 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.8, help="number by which logits are divided; 0: always choose the likeliest token "
                                                        "(default: %(default)s)")
     add("--top-k", type=int, default=50, help="sample from the K likeliest tokens; 0: from all tokens (default: %(default)s)")
-    add("--top-p", type=float, default=1.0, help="sample from the fewest tokens with this total probability (default: "
+    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that together have this probability (default: "
                                                  "%(default)s)")
     add("--stop", metavar="TEXT", action="append", default=[], help="stop before TEXT; this option may be given several times")
     add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
 
 def add_batch(parser: argparse.ArgumentParser, texts: str) -> None:
-    """Add the options of batches of texts: --batch and --exact. texts: what the texts are called. Pure."""
+    """Add the options for batches of texts: --batch and --exact. texts: what the texts are called. Pure."""
     parser.add_argument("--batch", type=int, default=8, help=f"{texts} per batch on each rank (default: %(default)s)")
     parser.add_argument("--exact", choices=("true", "false"), default="true",
                         help="true: a text does not depend on the other texts of its batch; false: faster, but rounding may "

@@ -46,10 +46,10 @@ class Topology:
 def make_topology(
     world: MPI.Intracomm, before: Topology | None = None, number: int | None = None, keep_order: bool = False
 ) -> Topology:
-    """Return the topology of world. Nodes are identified by host name, which also works in containers.
+    """Return the topology of world. Ranks with the same host name are on one node. This also holds in containers.
 
     In the communicator dp of the result, ranks are numbered node by node, even if the launcher distributed them round-robin. Rank
-    0 keeps its number. before: the topology before ranks failed; world contains the remaining ranks. number: the
+    0 keeps its number. before: the topology before ranks failed, if world contains only the remaining ranks. number: the
     permanent number of this rank, if it replaces a failed rank. keep_order: keep the order of world; a node whose ranks do not
     follow each other then counts as several nodes. Collective over world.
 

@@ -1,8 +1,9 @@
 """Recovery from failed ranks with MPI's User-Level Failure Mitigation (ULFM), as in Open MPI (`mpirun --with-ft ulfm`).
 
-A rank that detects a failure revokes its communicators, so that no other rank waits for it. Some operations must happen on all
-remaining ranks or on none. They end with an agreement (MPI_Comm_agree), whose result is the same on all remaining ranks. No rank
-passes an agreement before all remaining ranks have reached it. After a failure, the result of the next agreement is false.
+A rank that detects a failure revokes its communicators. Then every rank that waits in one of these communicators gets an error,
+too. Some operations must happen on all remaining ranks or on none. They end with an agreement (MPI_Comm_agree), whose result is
+the same on all remaining ranks. No rank passes an agreement before all remaining ranks have reached it. After a failure, the
+result of the next agreement is false.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ def start_mpi() -> MPI.Intracomm:
     if not MPI.Is_initialized():
         raise UsageError(
             "MPI is not initialized in this process. A process that multiprocessing started, e.g. a worker of a DataLoader, is "
-            "not a rank and cannot use MPI: call this in the main process. (Or the program set mpi4py.rc.initialize = False.)"
+            "not a rank and cannot use MPI: call this in the main process. Another "
+            "possible cause: the program set mpi4py.rc.initialize = False"
         )
     world = MPI.COMM_WORLD
     if world.size == 1 and launched_size() > 1:

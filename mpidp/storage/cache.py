@@ -100,7 +100,8 @@ class BlockCache:
 
     @contextmanager
     def locked(self, name: str = "lock") -> Iterator[None]:
-        """Return a context in which no other process or thread holds this lock of the cache. Independent."""
+        """Return a context that holds a lock of the cache. Other processes and threads wait for the lock. name: the file name of
+        the lock. Independent."""
         handle = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)

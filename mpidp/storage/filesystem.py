@@ -15,8 +15,8 @@ PIECE = 8 << 20  # number of bytes that are written at a time
 
 
 def open_filesystem(address: Address, name: str, **options: Any) -> tuple[Any, str]:
-    """Return (fsspec's filesystem, the folder in it). Raises UsageError if the package of the protocol is missing, or if the
-    protocol is not known. Independent."""
+    """Return fsspec's filesystem, and the path of the folder in this filesystem. Raises UsageError if the package of the protocol
+    is missing, or if the protocol is not known. Independent."""
     if address.protocol in PACKAGES:  # gcsfs also logs tracebacks of errors that it raises
         logging.getLogger(PACKAGES[address.protocol]).addHandler(logging.NullHandler())
     try:
@@ -32,8 +32,8 @@ def open_filesystem(address: Address, name: str, **options: Any) -> tuple[Any, s
         ) from None
     except ValueError as error:
         raise UsageError(
-            f"{named(name, address)}: {address.protocol}:// is not a known protocol ({error}); known are s3, gs, az, http and "
-            "https, and others of fsspec"
+            f"{named(name, address)}: {address.protocol}:// is not a known protocol ({error}). Use s3, gs, az, http, https, or "
+            "another protocol of fsspec"
         ) from None
     except Exception as error:
         reason = without_secrets(f"{type(error).__name__}: {error}")

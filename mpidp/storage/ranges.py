@@ -1,4 +1,4 @@
-"""Reads ranges of bytes of a remote file, through the cache. Ranges that will be needed are fetched by other threads."""
+"""Reads ranges of bytes of a remote file, through the cache. Other threads fetch ranges before a reader needs them."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ class RemoteFile:
         return b"".join(piece for piece in found.values() if piece is not None)
 
     def advise(self, start: int, size: int) -> None:
-        """Begin to fetch bytes [start, start + size) in other threads, and return immediately. A later read() raises the
-        errors."""
+        """Begin to fetch bytes [start, start + size) in other threads, and return immediately. advise() does not raise errors of
+        requests. A later read() raises them, or fetches the bytes again."""
         self._request([number for number, *_ in self._places(start, size) if self._cached(number, 0, 0) is None], AHEAD)
 
     def forget(self) -> None:
@@ -84,7 +84,7 @@ class RemoteFile:
         self._cache.forget(self.key)
 
     def _places(self, start: int, size: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (block, first byte, end) for each block of a range."""
+        """For each block of a range, yield its number and the part of the block in the range: (number, first byte, end)."""
         for number in range(start // BLOCK, -(-(start + size) // BLOCK)):
             at = number * BLOCK
             yield number, max(0, start - at), min(start + size - at, BLOCK)
@@ -153,7 +153,7 @@ def _groups(numbers: list[int]) -> Iterator[range]:
 
 
 class RemoteArray:
-    """A part of a remote file as a vector. Slicing it returns a new array. The array of a slice over the whole vector is kept in
+    """A part of a remote file as a vector. A slice of it is a new numpy array. After the slice [:], the whole vector stays in
     memory."""
 
     def __init__(self, file: RemoteFile, dtype: np.dtype[Any], offset: int, count: int) -> None:

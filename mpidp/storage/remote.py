@@ -75,8 +75,8 @@ class RemoteFolder:
         return dict(self._versions)
 
     def expect(self, versions: Mapping[str, Version]) -> None:
-        """Expect these versions when this process opens files later. Other ranks have found these versions. Raises DataError if
-        the ranks found different versions."""
+        """Record the versions that another rank has found. If this process later opens one of these files, the version must be
+        the same. Raises DataError if this rank has found a different version."""
         for name, version in versions.items():
             if self._versions.setdefault(name, version) != version:
                 raise DataError(f"{self.path / name}: it was replaced on the server while this job started; start it again")

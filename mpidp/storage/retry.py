@@ -1,5 +1,5 @@
-"""Repeats failed requests up to a time limit, after pauses that double, with random changes. A warning of one line names the
-server."""
+"""Repeats failed requests up to a time limit. The pauses between tries double, and a random factor changes each pause. A warning
+of one line names the server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Retries:
     """Makes the requests of one store. Thread-safe. Independent."""
 
     def __init__(self, seconds: float, setting: str = "data.retry_seconds") -> None:
-        """seconds: how long a failed request is repeated. setting: the setting of this limit, for errors."""
+        """seconds: how long a failed request is repeated. setting: the name of the setting that has this limit, for errors."""
         self.seconds, self._setting = seconds, setting
         self.failures = 0  # number of failed tries
         self._answered = False

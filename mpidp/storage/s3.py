@@ -108,7 +108,7 @@ class S3Store(FilesystemStore):
 
 
 def _of_code(response: dict[str, Any]) -> Exception:
-    """Return the exception for an answer of the server."""
+    """Return the exception for an error answer of the server."""
     code, status = str(response.get("Error", {}).get("Code", "")), response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     said = str(response.get("Error", {}).get("Message", "")).strip().rstrip(".")
     if code in PASSING or status >= 500 or status in (408, 429):

@@ -53,7 +53,7 @@ class WebStore:
                 raise Changed(f"its version is {_tag(answer)}, but was {version.tag}")
             if answer.status == 200 and (start, stop) != (0, version.size):
                 raise Refused("the server ignores the header Range and sends the whole file. Use a server that supports ranges "
-                              "(nginx, Apache, object storage); Python's http.server does not")
+                              "(nginx, Apache, object storage). Python's http.server does not support them")
             said = answer.headers.get("Content-Range", "")
             if answer.status == 206 and said != f"bytes {start}-{stop - 1}/{version.size}":
                 raise Unreachable(f"the server sent the range {said!r} instead of bytes {start}-{stop - 1}/{version.size}")

@@ -46,8 +46,8 @@ def _check_pushes(log: str, found: Order, workers: int, servers: int) -> None:
         raise UsageError(f"strategy.replay={log}: that run had {of}, but this run has {workers} workers and {servers} servers")
     for step, order in found.items():
         if len({one.count(worker) for one in order for worker in range(workers)}) > 1 or any(min(one) < 0 for one in order):
-            raise UsageError(f"strategy.replay={log}, step {step}: each of the {workers} workers must push each batch to each "
-                             "server once: the order of arrivals is damaged")
+            raise UsageError(f"strategy.replay={log}, step {step}: the order of arrivals is damaged. Each of the {workers} "
+                             "workers must push each batch to each server once")
 
 
 def _check_rounds(log: str, found: Order, ranks: int, staleness: int) -> None:

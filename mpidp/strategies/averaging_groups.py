@@ -6,10 +6,11 @@
 | node | the ranks of each node | hierarchical averaging |
 | rotating | groups of `group_size` neighbours on a ring; the groups shift by one rank each round | |
 | pairs | random pairs, seeded by t; if the number of ranks is odd, one rank does not average | Lian 2018 (AD-PSGD), section 3 |
-| exponential | rank r receives from rank r - 2^(t mod log2 P) | Assran 2019 (SGP), appendix A |
+| exponential | rank r receives from rank r - 2^(t mod ceil(log2 P)) | Assran 2019 (SGP), appendix A |
 
-No round changes the mean of the models over all ranks: over all averages of a round, the weights of one rank's model add up to
-one. With `exponential`, after log2 P rounds each rank has received, directly or indirectly, from every other rank.
+P is the number of ranks. In each round, the weights that one rank's model has in all averages add up to one. Therefore no round
+changes the mean of the models over all ranks. With `exponential`, after ceil(log2 P) rounds each rank has received, directly or
+indirectly, from every other rank.
 """
 
 from __future__ import annotations

@@ -4,11 +4,12 @@ A rank updates its own parameters with the gradients of its own lanes (inner ste
 their models:
 
 - With group=all, every rank stores the parameters after the last average. They are the same on all ranks and are called the
-  anchor. The outer gradient (anchor - theta_r) is averaged over the ranks, weighted by target tokens. Then SGD with Nesterov
-  momentum makes an outer step from the anchor (Douillard 2023, DiLoCo, algorithm 1). outer_lr=1 with outer_momentum=0 is local
-  SGD (Stich 2019), which averages parameters. With `fragments`, the model is divided into fragments, which are averaged at
-  different steps (Douillard 2025, Streaming DiLoCo, section 2.2). With `overlap`, an average is started in one round and applied
-  in the next round, to the parameters of the rank at that time (Kale 2025).
+  anchor. The outer gradient of rank r is anchor - theta_r, where theta_r are its parameters. Outer gradients are averaged over
+  the ranks, weighted by target tokens. Then SGD with Nesterov momentum makes an outer step from the anchor (Douillard 2023,
+  DiLoCo, algorithm 1). outer_lr=1 with outer_momentum=0 is local SGD (Stich 2019), which averages parameters. With `fragments`,
+  the model is divided into fragments, which are averaged at different steps (Douillard 2025, Streaming DiLoCo, section 2.2). With
+  `overlap`, an average is started in one round and applied in the next round, to the parameters of the rank at that time (Kale
+  2025).
 - With any other group, the parameters are averaged within the group of the round (averaging_groups.py).
 
 At a meeting all ranks average the whole model without delay, so that all have one common model. With group=all, the anchor and
@@ -43,8 +44,8 @@ SUM, OWN = 1, 2  # slots of the gradient buffer for an average in flight: the su
 
 
 class Local(Synchronous):
-    """Updates each rank's parameters locally and averages them periodically. Slot 0 of the gradient buffer holds the gradient
-    during a step, and afterwards the values of an average without overlap."""
+    """Updates each rank's parameters locally and averages them periodically. During a step, slot 0 of the gradient buffer holds
+    the gradient. After the step, averages without overlap are computed in slot 0."""
 
     survives_failures = False
     synchronizes_always = False
@@ -84,9 +85,9 @@ class Local(Synchronous):
             self._anchor.copy_(self.flat)
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Make an inner step and the averages that are due. If this rank's gradient is not finite, the rank makes no update, but
-        the step is counted. tokens: number of target tokens in this rank's lanes. Collective over compute_comm if an average is
-        due, else independent."""
+        """Make an inner step and the averages that are due. If this rank has no target tokens, or its gradient is not finite or
+        exceeds `limit`, the rank makes no update, but the step is counted. tokens: number of target tokens in this rank's lanes.
+        Collective over compute_comm if an average is due, else independent."""
         stats = self._inner(lr, tokens, limit)
         self._steps += 1
         self.reducer.observers.enter("reduce")
@@ -138,8 +139,8 @@ class Local(Synchronous):
             self._outer_step(part, target[part], None)
 
     def _weight(self, i: int) -> float:
-        """Return this rank's weight in the average of fragment i: its fraction of the target tokens. Raises MpidpError if no rank
-        has target tokens. Collective over compute_comm."""
+        """Return this rank's weight in the average of fragment i: its fraction of the target tokens of all updates since the last
+        average. Raises MpidpError if no rank has made an update since then. Collective over compute_comm."""
         total = self._tokens[i : i + 1].clone()
         with self.reducer.transport.timed():
             self.group.wait(self.compute_comm.Iallreduce(MPI.IN_PLACE, buf(total)))
@@ -147,8 +148,8 @@ class Local(Synchronous):
         if not total:
             raise MpidpError.on_every_rank(
                 f"step {self._steps}: no rank has made an update for strategy.sync_every={self.options.sync_every} steps, "
-                "because gradients were not finite or batches had no target tokens: lower optim.lr, or check the data of these "
-                "steps; the last checkpoint is kept"
+                "because gradients were not finite or batches had no target tokens. Lower optim.lr, or check the data of these "
+                "steps. The last checkpoint is kept"
             )
         return mine / float(total)
 
@@ -158,9 +159,9 @@ class Local(Synchronous):
         self._flat_reducer.end_round(applied=True)
 
     def _outer_step(self, part: slice, mean: Tensor, own: Tensor | None) -> None:
-        """Update the anchor with `mean`, the averaged outer gradient, and set the parameters to the anchor. own: None, or this
-        rank's contribution if the average was started in the previous round. In that case the parameters keep the inner steps
-        that were made since then."""
+        """Update the anchor with `mean`, the averaged outer gradient, and set the parameters to the anchor. own: this rank's
+        contribution, if the average was started in the previous round. Then the parameters keep the inner steps that were made
+        since then. None: the average was started in this step."""
         anchor, momentum, mu = self._anchor[part], self._momentum[part], self.options.outer_momentum
         momentum.mul_(mu).add_(mean)
         moved = (mean + mu * momentum).mul_(-self.options.outer_lr)

@@ -1,14 +1,15 @@
 """Muon (Jordan 2024) and NorMuon (Li 2025, arXiv 2510.05491) for matrices, or boxes of matrices, on one or several ranks.
 
-A rank computes momentum, weight decay and the update element by element, on the boxes that it holds. Only the update direction of
-a matrix is gathered on one rank, which makes the whole matrix orthogonal (parallel/whole_matrices.py). Therefore optimizer state
-and checkpoints are the same on every mesh.
+A rank computes momentum, weight decay and the update element by element, on the elements that it holds. Only the update direction
+of a matrix is gathered on one rank. This rank makes the whole matrix orthogonal (parallel/whole_matrices.py). Therefore optimizer
+state and checkpoints are the same on every mesh.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,42 +23,67 @@ FIRST_MOMENTUM = 0.85  # momentum in the first step if optim.momentum_warmup is 
 BETA2, EPS = 0.95, 1e-8  # decay and epsilon of NorMuon
 
 
+@dataclass(frozen=True)
+class HeldElements:
+    """The elements of a hidden matrix that a rank updates: the whole matrix, or consecutive elements of it, which are at most
+    three boxes."""
+
+    parameter: torch.nn.Parameter  # with the gradient in .grad
+    state: dict[str, Tensor]  # named as in MATRIX_STATE, with the shape of the parameter
+    boxes: Sequence[Box]  # the boxes of the elements, in order
+
+    def cut(self, tensor: Tensor) -> dict[Box, Tensor]:
+        """Return views of a tensor of the parameter's shape, one for each box. Pure."""
+        views = tensor.view(-1).split([box.size[0] * box.size[1] for box in self.boxes])
+        return {box: view.view(box.size) for box, view in zip(self.boxes, views, strict=True)}
+
+    def joined(self, of_boxes: Sequence[Tensor]) -> Tensor:
+        """Return a tensor of the parameter's shape from the tensors of the boxes. Pure."""
+        if len(of_boxes) == 1 and of_boxes[0].shape == self.parameter.shape:
+            return of_boxes[0]
+        return torch.cat([one.reshape(-1) for one in of_boxes]).view_as(self.parameter)
+
+
 class Muon:
-    """Updates this rank's boxes of hidden matrices."""
+    """Updates this rank's elements of hidden matrices."""
 
     def __init__(
-        self, name: str, hidden: Hidden, held: Sequence[tuple[Box, torch.nn.Parameter, dict[str, Tensor]]],
-        weight_decay: float, cautious: bool = False, warmup: int = 0,
+        self, name: str, hidden: Hidden, held: Sequence[HeldElements], weight_decay: float, cautious: bool = False,
+        warmup: int = 0,
     ) -> None:
-        """name: muon or normuon. held: the boxes of this rank. Each has a parameter, with the gradient in .grad, and state
-        tensors, which are named as in MATRIX_STATE and have the shape of the box. The second state of NorMuon has one value per
-        row, which is repeated along the row. cautious: decay only elements that the update moves towards 0. warmup: number of
-        updates over which the momentum rises to its final value. Collective over hidden.comm."""
+        """name: muon or normuon. hidden: all hidden matrices, and the ranks that update them. held: the elements of this rank.
+        The second state tensor of NorMuon has one value per row, which is repeated along the row. cautious: decay only elements
+        that the update moves towards 0. warmup: number of updates over which the momentum rises to its final value. Collective
+        over hidden.comm."""
         self._name, self._decay, self._cautious, self._warmup = name, weight_decay, cautious, warmup
         self._momentum = MOMENTUM
-        self._held = {box.name: (p, state) for box, p, state in held}
-        self._matrices = WholeMatrices(hidden, [box for box, _, _ in held], len(MATRIX_STATE[name]))
-        self._shapes = {box.name: box.shape for box, _, _ in held}
+        self._held = {one.boxes[0].name: one for one in held}
+        self._matrices = WholeMatrices(hidden, [box for one in held for box in one.boxes], len(MATRIX_STATE[name]))
 
     @torch.no_grad()
     def step(self, lr: float, updates: int) -> None:
-        """Update the boxes. updates: number of earlier updates. Collective over hidden.comm.
+        """Update the elements. updates: number of earlier updates. Collective over hidden.comm.
 
         The update is 0.2 sqrt(max(m, n)) times the orthogonal matrix, so its elements are about as large as AdamW's (Liu 2025,
         "Muon is Scalable for LLM Training")."""
         warm = min(1.0, updates / self._warmup) if self._warmup else 1.0
         self._momentum = FIRST_MOMENTUM + (MOMENTUM - FIRST_MOMENTUM) * warm if warm < 1.0 else MOMENTUM
         for now in self._matrices.rounds:
-            pieces = {box.name: self._direction(box.name) for box in now.held}
+            held = [self._held[name] for name in dict.fromkeys(box.name for box in now.held)]
+            pieces = {box: matrix for one in held for box, matrix in self._direction(one).items()}
             found = self._matrices.compute(now, pieces, self._orthogonal)
-            for name, result in found.items():
-                self._apply(name, result, lr)
+            for one in held:
+                self._apply(one, [found[box] for box in one.boxes], lr)
 
-    def _direction(self, name: str) -> Matrix:
-        p, state = self._held[name]
-        assert p.grad is not None
-        state["momentum_buffer"].lerp_(p.grad, 1 - self._momentum)
-        return [p.grad.lerp(state["momentum_buffer"], self._momentum), *(second[:, :1] for second in list(state.values())[1:])]
+    def _direction(self, held: HeldElements) -> dict[Box, Matrix]:
+        momentum, *seconds = held.state.values()
+        assert held.parameter.grad is not None
+        momentum.lerp_(held.parameter.grad, 1 - self._momentum)
+        found = {box: [one] for box, one in held.cut(held.parameter.grad.lerp(momentum, self._momentum)).items()}
+        for second in seconds:
+            for box, one in held.cut(second).items():
+                found[box].append(one[:, :1])
+        return found
 
     def _orthogonal(self, matrices: list[tuple[str, Matrix]]) -> list[Matrix]:
         """Return the updates of whole matrices, and with NorMuon also the new second moments (m, 1)."""
@@ -66,20 +92,21 @@ class Muon:
             return [[one] for one in found]
         return [normalized(one, matrix[1]) for one, (_, matrix) in zip(found, matrices, strict=True)]
 
-    def _apply(self, name: str, result: Matrix, lr: float) -> None:
-        p, state = self._held[name]
+    def _apply(self, held: HeldElements, results: Sequence[Matrix], lr: float) -> None:
+        p, update = held.parameter, held.joined([result[0] for result in results])
         if self._cautious:
-            decay_towards_zero(p, result[0], lr * self._decay)
+            decay_towards_zero(p, update, lr * self._decay)
         else:
             p.mul_(1 - lr * self._decay)
-        p.add_(result[0], alpha=-lr * 0.2 * math.sqrt(max(self._shapes[name])))
-        if len(result) > 1:
-            state["second_momentum_buffer"].copy_(result[1].expand_as(p))
+        p.add_(update, alpha=-lr * 0.2 * math.sqrt(max(held.boxes[0].shape)))
+        for second in list(held.state.values())[1:]:
+            for (box, view), result in zip(held.cut(second).items(), results, strict=True):
+                view.copy_(result[1].expand(box.size))
 
 
 def decay_towards_zero(p: Tensor, update: Tensor, rate: float) -> None:
-    """Subtract rate p from the elements of p that have the sign of the update, which will be subtracted (cautious weight decay,
-    Chen 2025, arXiv 2510.12402). Pure, except for p."""
+    """Make cautious weight decay (Chen 2025, arXiv 2510.12402). The caller will subtract the update from p. Elements of p that
+    the update moves towards 0 are multiplied by 1 - rate. Other elements stay the same. Pure, except for p."""
     p.sub_(p * (p * update >= 0), alpha=rate)
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpidp.checkpoint.entry import Entry
+from mpidp.checkpoint.boxes import boxes_of_run
 from mpidp.comm.slices import ALIGN, round_up, slice_bounds
-from mpidp.parallel.whole_matrices import Box, Hidden
+from mpidp.parallel.whole_matrices import Hidden
 from mpidp.reducers.buckets import FlatLayout
-from mpidp.strategies.muon import MATRIX_STATE, Muon
+from mpidp.strategies.muon import MATRIX_STATE, HeldElements, Muon
 
 
 def without_compiler(kind: type[torch.optim.Optimizer]) -> Any:
@@ -77,14 +78,15 @@ class Optimizer:
     ) -> None:
         """Weight decay applies to tensors with two or more dimensions. name: adamw, adam, sgd (with momentum beta1), muon or
         normuon. muon and normuon use Muon (muon.py) for the hidden matrices and AdamW for the other parameters. parameters,
-        gradients: (num_elements,). share: (index, count) of the share that this rank updates. bounds: the count + 1 bounds of the
-        shares, none of which is inside a hidden matrix. Without `bounds`, shares are cut at multiples of ALIGN, and the hidden
-        matrices are distributed in the order of their cost. holds: the indices of the shares whose state this rank stores
-        (default: all). With `holds`, the caller saves the state. hidden: the hidden matrices and the ranks that update them
-        together (default: none). cautious, momentum_warmup: the settings of section optim. padded: whether the zeros after a
-        parameter are updated with it; they stay 0. Then torch computes every element in a whole vector; AdamW rounds elements
-        outside of whole vectors otherwise. So the bits do not depend on how tensor parallelism cuts a parameter. Collective over
-        hidden.comm."""
+        gradients: (num_elements,). share: (index, count). This rank updates share number `index` of `count` shares. bounds: the
+        count + 1 bounds of the shares, none of which is inside a hidden matrix. Without `bounds`, shares are cut at multiples of
+        ALIGN, and the hidden matrices are distributed in the order of their cost. holds: the indices of the shares whose state
+        this rank stores (default: all). With `holds`, state_dict() must not be used, and the caller saves the state. hidden: the
+        hidden matrices and the ranks that update them together (default: none). cautious, momentum_warmup: the settings of
+        section optim. padded: whether the zeros that fill the buffer after a parameter are updated with the parameter. They stay
+        0. With them, torch computes every element of the parameter with SIMD instructions. Without them, torch computes the last
+        elements one by one, and AdamW rounds such elements differently. Therefore, with `padded`, the bits do not depend on how
+        tensor parallelism cuts a parameter. Collective over hidden.comm."""
         if name not in (*MOMENTS, *MATRIX_STATE):
             raise ValueError(f"unknown optimizer {name!r}")
         self._layout, self._name = layout, name
@@ -99,7 +101,7 @@ class Optimizer:
         self.keys = MOMENTS.get(name, MOMENTS["adamw"])
         self._moments = [make(len(self.held)) for _ in self.keys]
         groups: dict[bool, list[torch.nn.Parameter]] = {}
-        whole: list[tuple[Box, torch.nn.Parameter, dict[str, Tensor]]] = []
+        whole: list[HeldElements] = []
         for offset, what, p in layout.placed():
             end = offset + (round_up(p.numel(), ALIGN) if padded else p.numel())
             low, high = max(offset, self.mine.start), min(end, self.mine.stop)
@@ -110,7 +112,7 @@ class Optimizer:
                 piece = torch.nn.Parameter(parameters[low:high].view(shape))
                 piece.grad = gradients[low:high].view(shape)
                 if what in self._matrices:
-                    whole.append((hidden.box(what, (0, 0), p.shape), piece, self._state(what, low, piece)))
+                    whole.append(HeldElements(piece, self._state(what, low, piece), [hidden.box(what, (0, 0), p.shape)]))
                 else:
                     groups.setdefault(p.dim() >= 2, []).append(piece)
         kind = "adamw" if name in MATRIX_STATE else name
@@ -160,7 +162,7 @@ class Optimizer:
         return {f"/moment_{i}": flat for i, flat in enumerate(self._moments, 1)}
 
     def _views(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield (parameter name, key, state tensor of the whole parameter)."""
+        """Yield the parameter name, the key and the whole state tensor, for each state tensor of each parameter."""
         whole = [self._layout.views(flat) for flat in self._moments]
         for i, (_, what, _) in enumerate(self._layout.placed()):
             for key, views in zip(self.names(what), whole, strict=False):
@@ -183,54 +185,68 @@ class Optimizer:
                 views[entry].copy_(value.view_as(views[entry]))
 
 
+@dataclass(frozen=True)
+class RunOfElements:
+    """Consecutive elements [low, high) of a parameter, which one rank updates (mesh.shard=2|3)."""
+
+    name: str
+    shape: tuple[int, ...]  # shape of the parameter
+    low: int
+    high: int
+    elements: Tensor  # (high - low,), a part of the parameter
+    gradient: Tensor  # (high - low,)
+
+
 class ShardedOptimizer:
-    """An optimizer over shards of parameters. Each shard is a separate tensor (strategies/sharded.py)."""
+    """An optimizer over runs of elements (strategies/sharded.py)."""
 
     def __init__(
-        self, name: str, pieces: list[tuple[str, Entry, bool]], weight_decay: float, beta1: float, beta2: float,
+        self, name: str, runs: Sequence[RunOfElements], weight_decay: float, beta1: float, beta2: float,
         hidden: Hidden | None = None, cautious: bool = False, momentum_warmup: int = 0,
     ) -> None:
-        """pieces: (parameter name, this rank's shard, whether weight decay applies) of each parameter. The other arguments are
-        those of Optimizer. Collective over hidden.comm."""
-        self.updates = 0
+        """Arguments as for Optimizer, but runs: this rank's elements, at most one run of each parameter. Collective over
+        hidden.comm."""
+        self.updates, self.runs = 0, runs
         hidden = hidden or Hidden()
-        matrices = hidden.names if name in MATRIX_STATE else frozenset()
-        self._pieces = [torch.nn.Parameter(entry.tensor) for _, entry, _ in pieces]
-        keys = [MATRIX_STATE[name] if what in matrices else MOMENTS.get(name, MOMENTS["adamw"]) for what, _, _ in pieces]
-        self.state = [{key: torch.zeros_like(p) for key in mine} for p, mine in zip(self._pieces, keys, strict=True)]
+        self._matrices, self._name = hidden.names if name in MATRIX_STATE else frozenset(), name
+        self.state = [{key: torch.zeros_like(run.elements) for key in self.keys(run.name)} for run in runs]
         self._steps: list[Tensor] = []
-        self._parts = []
-        for decays in (True, False):
-            mine = [i for i, (what, entry, does) in enumerate(pieces)
-                    if does == decays and entry.tensor.numel() and what not in matrices]
-            if mine:
-                members, kind = [self._pieces[i] for i in mine], "adamw" if name in MATRIX_STATE else name
-                self._parts.append(make_torch_optimizer(kind, members, weight_decay if decays else 0.0, beta1, beta2, cautious))
-                for i in mine:
-                    self._parts[-1].state[self._pieces[i]].update(self.state[i])
-                    if "exp_avg" in self.state[i]:
-                        self._steps.append(torch.zeros((), device=self._pieces[i].device))
-                        self._parts[-1].state[self._pieces[i]]["step"] = self._steps[-1]
-        boxes = [
-            (hidden.box(what, entry.place, entry.tensor.shape, entry.shape), p, state)
-            for (what, entry, _), p, state in zip(pieces, self._pieces, self.state, strict=True)
-            if what in matrices and entry.tensor.numel()
+        groups: dict[bool, list[torch.nn.Parameter]] = {}
+        states, held = dict[torch.nn.Parameter, dict[str, Tensor]](), list[HeldElements]()
+        for run, state in zip(runs, self.state, strict=True):
+            piece = torch.nn.Parameter(run.elements)
+            piece.grad = run.gradient
+            if run.name in self._matrices:
+                boxes = [hidden.box(run.name, at, size, run.shape) for at, size in boxes_of_run(run.shape, run.low, run.high)]
+                held.append(HeldElements(piece, state, boxes))
+            else:
+                groups.setdefault(len(run.shape) >= 2, []).append(piece)
+                states[piece] = state
+        kind = "adamw" if name in MATRIX_STATE else name
+        self._parts = [
+            make_torch_optimizer(kind, members, weight_decay if decays else 0.0, beta1, beta2, cautious)
+            for decays, members in groups.items()
         ]
-        muon = (name, hidden, boxes, weight_decay, cautious, momentum_warmup)
-        self._muon = Muon(*muon) if name in MATRIX_STATE else None
+        for part, members in zip(self._parts, groups.values(), strict=True):
+            for piece in members:
+                part.state[piece].update(states[piece])
+                if "exp_avg" in states[piece]:
+                    self._steps.append(torch.zeros((), device=piece.device))
+                    part.state[piece]["step"] = self._steps[-1]
+        self._muon = Muon(name, hidden, held, weight_decay, cautious, momentum_warmup) if name in MATRIX_STATE else None
 
-    def step(self, gradients: list[Tensor], lr: float) -> None:
-        """Update the shards with these gradients. Collective over hidden.comm."""
-        for piece, gradient in zip(self._pieces, gradients, strict=True):
-            piece.grad = gradient
+    def keys(self, what: str) -> tuple[str, ...]:
+        """Return the names of the state tensors of a parameter."""
+        return MATRIX_STATE[self._name] if what in self._matrices else MOMENTS.get(self._name, MOMENTS["adamw"])
+
+    def step(self, lr: float) -> None:
+        """Update the runs. Collective over hidden.comm."""
         for part in self._parts:
             for group in part.param_groups:
                 group["lr"] = lr
             part.step()
         if self._muon is not None:
             self._muon.step(lr, self.updates)
-        for piece in self._pieces:
-            piece.grad = None
         self.updates += 1
 
     def set_updates(self, updates: int) -> None:
@@ -241,8 +257,8 @@ class ShardedOptimizer:
 
 
 def _order(layout: FlatLayout, hidden: Hidden) -> dict[str, int]:
-    """Return the names of the hidden matrices, with their positions in the order of decreasing cost. If the matrices are assigned
-    to the shares in turn in this order, all shares cost about the same."""
+    """Return {name: position} of the hidden matrices, in the order of decreasing cost. The matrix at position i belongs to share
+    number i mod (number of shares). Therefore all shares cost about the same."""
     found = [(p.numel() * min(p.shape), name) for _, name, p in layout.placed() if name in hidden.names]
     return {name: i for i, (_, name) in enumerate(sorted(found, reverse=True))}
 

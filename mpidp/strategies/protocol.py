@@ -79,9 +79,9 @@ class Strategy(GradientSink, Protocol):
         """Return whether this step (counted from 1) is a meeting. Evaluations, checkpoints and the end of the run are possible
         only at meetings. The result is the same on every rank. Independent."""
 
-    def fill(self, forwards: int) -> None:
-        """Run `forwards` dummy forward passes, if this strategy requires the same number of passes on all ranks. Otherwise do
-        nothing. Collective over compute_comm in the first case."""
+    def fill(self, forwards: int, chunk: int | None = None) -> None:
+        """If forward passes of this strategy are collective, take part in `forwards` passes of other ranks through a chunk of
+        layers (default: all chunks). Otherwise do nothing. Collective over compute_comm in the first case, else independent."""
 
     def start(self) -> None:
         """Prepare for the first step. Call start() once, after a checkpoint (if any) is loaded. Collective over compute_comm."""
@@ -120,7 +120,8 @@ class Strategy(GradientSink, Protocol):
         over compute_comm."""
 
     def flats(self) -> dict[str, Tensor]:
-        """Return the flat tensors that must be equal on all replicas, by the suffix of their names. Independent."""
+        """Return {suffix: flat tensor} for the tensors that must be equal on all replicas. The parameters have the suffix "", and
+        a state tensor has its name as suffix. Independent."""
 
     def close(self) -> None:
         """Free the shared memory with parameters and state. Collective over compute_comm."""

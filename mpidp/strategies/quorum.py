@@ -58,8 +58,8 @@ class Round:
 
 
 class Quorum(Synchronous):
-    """Slot 0 of the gradient buffer holds the gradient of the update. One other slot accumulates the current batch. The remaining
-    `staleness` slots hold gradients that wait for a sum, are being summed, or wait for their update."""
+    """Slot 0 of the gradient buffer holds the gradient of the update. One other slot accumulates the gradient of the current
+    batch. The remaining `staleness` slots hold gradients that wait for a sum, are being summed, or wait for their update."""
 
     survives_failures = False
     synchronizes_always = False
@@ -283,8 +283,8 @@ class Quorum(Synchronous):
         self._closing = True
 
     def close(self) -> None:
-        """Stop the thread, and receive the remaining notices on rank 0. If a round is in progress, all ranks must end at the same
-        batch. Collective over compute_comm."""
+        """Stop the thread, and receive the remaining notices on rank 0. If a round is in progress, all ranks must have
+        contributed the same number of batches. Collective over compute_comm."""
         self._closing = True
         self._background.close()
         sent = self.compute_comm.allgather(self._notices)

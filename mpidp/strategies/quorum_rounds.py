@@ -25,8 +25,8 @@ class RoundTracker:
     def __init__(
         self, lanes: Sequence[int], needed: int, staleness: int, order: Sequence[Sequence[int]] | None = None
     ) -> None:
-        """lanes: number of lanes of each rank. order: None, or in a replay the ranks in each round, once for each
-        contribution."""
+        """lanes: number of lanes of each rank. order: None, or in a replay a list of ranks for each round. A list has a rank once
+        for each of its contributions to the round."""
         self.lanes, self.needed, self.staleness = lanes, needed, staleness
         self.round = 0  # the round that closes next, and also the number of its batch
         self.given = [0] * len(lanes)  # number of contributions received from each rank
@@ -43,9 +43,9 @@ class RoundTracker:
             self._synchronizes = synchronizes
 
     def close_round(self) -> tuple[list[int], float, bool] | None:
-        """Close the next round if possible. Return (number of contributions of each rank in the round, their target tokens,
-        whether all ranks synchronize at this round), or None if the round cannot close yet. Raises MpidpError if the replayed run
-        synchronized at another step."""
+        """If the next round can close, close it. Return the number of contributions of each rank in the round, the number of
+        target tokens in the round, and whether all ranks synchronize at this round. If the round cannot close yet, return None.
+        Raises MpidpError if the replayed run synchronized at another step."""
         joining = [len(waiting) for waiting in self._waiting]
         if self._order is not None:
             joining = self._repeated()

@@ -8,7 +8,7 @@ servers, which compute no gradients. The other ranks are workers, which store no
 |---|---|---|
 | sync | the sum of all workers' gradients of a batch, added in order of workers | after the update |
 | async | every push when it arrives | immediately |
-| ssp | every push when it arrives | when the worker is at most `staleness` batches ahead of the slowest (Ho 2013) |
+| ssp | every push when it arrives | when the worker is at most `staleness` batches ahead of the slowest worker (Ho 2013) |
 
 In modes async and ssp, a push with n of the B target tokens of its batch is applied with learning rate lr n / B. So the rates of
 all pushes of a batch add up to lr. The rate is then divided by 1 + floor(u / N), where u is the number of updates since the
@@ -43,8 +43,8 @@ ANSWERED, NORM, SKIPPED = range(3)  # fields of an answer: version of the slice;
 
 
 class Server(Synchronous):
-    """Implements the parameter server. Workers push slot 0 of their gradient buffer. Servers receive into slot 1 and sum in slot
-    0 of theirs."""
+    """Implements the parameter server. A worker pushes slot 0 of its gradient buffer. A server receives into slot 1 of its own
+    gradient buffer, and sums in slot 0."""
 
     survives_failures = False
     synchronizes_always = False

@@ -1,69 +1,54 @@
-"""Synchronous data parallelism with sharded gradients and optimizer state (mesh.shard=2), or also sharded parameters
-(mesh.shard=3). It uses torch's FSDP2 (Zhao 2023; ZeRO-2 and ZeRO-3, Rajbhandari 2020), with mpidp.c10d for communication.
+"""Synchronous data parallelism with sharded gradients and optimizer state (mesh.shard=2; ZeRO-2, Rajbhandari 2020), or also with
+sharded parameters (mesh.shard=3; ZeRO-3).
 
-Every rank stores some rows of each parameter. The parameters of a Transformer block are gathered before the block is computed.
-For each micro-batch, the block's gradient is summed over the ranks, and each rank keeps its rows of the sum. At level 2, the
-gathered parameters are kept until the last backward pass of the step. At level 3, they are freed when the block has been
-computed.
+The gradient of each micro-batch is sent to its owners during backward, one unit of the model at a time, and freed. Owners add
+lanes along the tree, so the weights equal those of level 0 bit for bit. At level 3, the parameters of a Transformer block are
+gathered before its forward pass and before its backward pass (gathered.py).
 
-Forward and backward passes are therefore collective. A rank with fewer micro-batches than others, or with empty ones, runs dummy
-passes. MPI chooses the order of addition, so weights equal the weights of level 0 only up to rounding.
+Exchanges are collective, so all ranks make them in the same order. The micro-batches are dealt to the ranks in turn. A rank
+without a micro-batch in the last round, or with an empty one, makes the exchanges without computing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from mpi4py import MPI
 from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry
-from mpidp.checkpoint.local_parameters import bytes_by_use, load_boxes, reshard_all, shard_of
+from mpidp.checkpoint.local_parameters import bytes_by_use, load_boxes
+from mpidp.comm.buffers import buf
 from mpidp.comm.group import Group
-from mpidp.comm.slices import sum_in_order
-from mpidp.errors import UsageError
+from mpidp.comm.slices import NORM_BLOCK, norm_of_squares, squares_of_blocks
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.reducers.base import LaneObserver, Reducer
-from mpidp.strategies.optimizer import Optimizer, ShardedOptimizer
+from mpidp.reducers.buckets import FlatLayout, unit_of
+from mpidp.reducers.sharded_sum import ShardedSum
+from mpidp.reducers.units import Channel, Unit, units_of
+from mpidp.strategies.gathered import UnitParameters
+from mpidp.strategies.optimizer import Optimizer, RunOfElements, ShardedOptimizer
 from mpidp.strategies.protocol import StepStats, StrategyOptions
 
 
-def shard(model: Any, comm: MPI.Intracomm, level: int, device: torch.device) -> None:
-    """Shard the model, so that each rank keeps its rows of every parameter. Raises UsageError if torch.distributed is already
-    initialized. Collective over comm."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import fully_shard
+@dataclass
+class UnitExchange:
+    """An exchange of a backward pass: gather a block, then reduce the gradients of a unit."""
 
-    import mpidp.c10d
+    name: str
+    unit: Unit | None  # None: the block has only frozen parameters
+    waits_for: set[str]  # names of parameters without a gradient so far; of a frozen block, its own name
 
-    if dist.is_initialized():
-        raise UsageError.on_every_rank(f"mesh.shard={level} needs torch.distributed, which this process has initialized already")
-    mpidp.c10d.use(comm)
-    dist.init_process_group("mpi4py", init_method="mpi://")
-    world: Any = dist.group.WORLD
-    mesh = DeviceMesh.from_group(world, device.type)
-    for module in [*model.blocks.children(), model]:
-        stays = module is model and model.defers_head  # the loss uses the matrix of the output layer after forward
-        fully_shard(module, mesh=mesh, reshard_after_forward=level == 3 and not stays)
-        module.set_gradient_divide_factor(1.0)  # sum gradients, because losses are divided by the tokens of all ranks
-        module.set_force_sum_reduction_for_comms(True)
-
-
-def unshard_for_good() -> None:
-    """End torch.distributed after shard(). Sharded models cannot be used afterwards. Collective over the comm of shard()."""
-    import torch.distributed as dist
-
-    import mpidp.c10d
-
-    dist.destroy_process_group()
-    mpidp.c10d.use(MPI.COMM_WORLD)
+    @classmethod
+    def of(cls, name: str, unit: Unit | None) -> UnitExchange:
+        """Return the exchange at the beginning of a backward pass. Pure."""
+        return cls(name, unit, {name} if unit is None else {member.name for member in unit.members})
 
 
 class Sharded:
@@ -71,73 +56,123 @@ class Sharded:
 
     survives_failures = False  # a shard is lost with the rank that holds it
     synchronizes_always = True
-    buffer: Any = None  # this strategy has no flat gradient buffer
+    buffer: Any = None  # there is no flat gradient buffer
 
     def __init__(
         self, comm: MPI.Intracomm, group: Group, named_parameters: list[tuple[str, torch.nn.Parameter]], reducer: Reducer,
         make_optimizer: partial[Optimizer], clip: float, nominal_tokens: int, bucket_bytes: int, one_copy: bool,
         spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None, *,
-        model: torch.nn.Module, level: int,
+        model: Any, level: int,
     ) -> None:
-        """Takes the arguments of Synchronous. Only the attributes lanes, shares and transport of the reducer are used. model: the
-        model, which this constructor shards. level: 2 or 3. Collective over comm."""
-        self.compute_comm, self.group, self.reducer, self.one_copy, self.level = comm, group, reducer, False, level
-        self.model: Any = model
-        self.clip, self.nominal_tokens = clip, nominal_tokens
-        self._parts = parts
-        lanes, shares = reducer.lanes, reducer.shares
-        # The number of forward passes of every rank in a step, which is the largest number of micro-batches of any rank.
-        self._most = max(sum(len(lanes.micro_batches(lane)) for lane in mine) for mine in shares.ranges)
-        self._made = self._open = 0  # forward passes of this step before, and in, the current micro-batch
-        shard(model, comm, level, reducer.transport.device)
-        self.named = list(model.named_parameters())
-        self._sent_bytes = sum(shard_of(p).tensor.nbytes for _, p in self.named) * (comm.size - 1)  # for one gather of all shards
-        pieces = [(name, shard_of(p), p.dim() >= 2) for name, p in self.named]
-        self.optimizer = ShardedOptimizer(make_optimizer.args[0], pieces, **make_optimizer.keywords)
-        model.register_forward_hook(self._count)
+        """Takes the arguments of Synchronous. Only the attributes lanes and transport of the reducer are used. model: the model,
+        which this constructor moves to the device. level: 2 or 3; level 3 divides the blocks of a Transformer. Collective over
+        hidden.comm of make_optimizer."""
+        self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, False
+        self.clip, self.nominal_tokens, self._parts = clip, nominal_tokens, parts
+        device, channel = reducer.transport.device, Channel(comm, reducer.transport, group.wait)
+        chunk_of = parts.part.chunk_of if parts is not None else lambda name: 0
+        blocks = {f"blocks.{layer}": block for layer, block in model.blocks.items()} if level == 3 else {}
+        trained, named = {name for name, _ in named_parameters}, list(model.named_parameters())
+        frozen = [(name, p) for name, p in named if name not in trained and unit_of(name) in blocks]
+        self._channel, self._layout = channel, FlatLayout(named_parameters)
+        self.units = units_of(self._layout, comm.size, chunk_of)
+        more = units_of(FlatLayout(frozen), comm.size, chunk_of, len(self.units)) if frozen else []
+        self.parameters = UnitParameters([*self.units, *more], blocks, channel, device)
+        model.to(device)  # the buffers and the other frozen parameters
+        self.sum = ShardedSum(self.units, reducer.lanes, channel, device)
+        how = {key: value for key, value in make_optimizer.keywords.items() if key != "padded"}
+        self.optimizer = ShardedOptimizer(make_optimizer.args[0], self._runs(), **how)
+        self._blocks = [(name, chunk_of(f"{name}.")) for name in blocks]
+        self._plans = self._plan(dict.fromkeys(unit_of(name) for name, _ in reversed(named)))
+        self._queue: list[UnitExchange] = []  # what this micro-batch's backward must still do, in order
+        self._hooks = [
+            member.parameter.register_post_accumulate_grad_hook(partial(self._complete, unit, member.name))
+            for unit in self.units for member in unit.members
+        ]
+        for name, block in blocks.items():
+            self._hooks.append(block.register_forward_pre_hook(lambda *_, name=name: self.parameters.gather(name)))
+            self._hooks.append(block.register_forward_hook(partial(self._computed, name)))
 
-    def _count(self, *_: Any) -> None:
-        if torch.is_grad_enabled():
-            self._open += 1
+    def _plan(self, names: Iterable[str]) -> dict[int, list[tuple[str, Unit | None]]]:
+        """Return the exchanges of a backward pass, by chunk: for each name of a unit, in the order of backward, gather the block
+        of this name (if it is divided), and reduce the unit (if it has trained parameters). Blocks before the first trained
+        parameter need no backward pass."""
+        chunks, found = dict(self._blocks), dict[int, list[tuple[str, Unit | None]]]()
+        for name in names:
+            units = [unit for unit in self.units if unit.name == name]
+            for unit in units:
+                found.setdefault(unit.chunk, []).append((name, unit))
+            if name in chunks and not units:
+                found.setdefault(chunks[name], []).append((name, None))
+        for plan in found.values():
+            while plan and plan[-1][1] is None:
+                plan.pop()
+        return found
+
+    def _runs(self) -> list[RunOfElements]:
+        rank, found = self.compute_comm.rank, []
+        for unit, gradient in zip(self.units, self.sum.totals, strict=True):
+            owned = self.parameters.owned[unit.index]
+            for member in unit.members:
+                run, shape = unit.run(member, rank), tuple(member.parameter.shape)
+                if run:
+                    ends = (run.start - member.offset, run.stop - member.offset)
+                    tensors = (unit.owned(member, one, rank) for one in (owned, gradient))
+                    found.append(RunOfElements(member.name, shape, *ends, *tensors))
+        return found
+
+    def _complete(self, unit: Unit, name: str, _: Tensor) -> None:
+        """Backward has computed the gradient of a parameter: reduce all units that are complete and next in order."""
+        for one in self._queue:
+            if one.unit is unit:
+                one.waits_for.discard(name)
+        while self._queue and not self._queue[0].waits_for:
+            self._exchange_next()
+
+    def _computed(self, name: str, block: torch.nn.Module, inputs: Any, output: Tensor) -> None:
+        """Forward has computed a block: gather it again before its backward pass."""
+        if output.requires_grad and torch.is_grad_enabled():
+            output.register_hook(lambda gradient: self._backward_reaches(name))
+
+    def _backward_reaches(self, name: str) -> None:
+        while self._queue and self._queue[0].name != name:
+            self._exchange_next()
+        self.parameters.gather(name)
+
+    def _exchange_next(self) -> None:
+        now = self._queue.pop(0)
+        self.parameters.gather(now.name)  # on a rank that computes, it is gathered already
+        if now.unit is not None:
+            self.sum.reduce(now.unit)
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Return a context in which micro-batch v must be computed. At the end of the rank's last micro-batch, the context runs
-        dummy passes until this rank has run as many as the other ranks. Ranks may pass different v. Collective over
-        compute_comm."""
-        self._keep(last and self._made + 1 >= self._most)
+        """Return a context in which the backward pass of micro-batch v must run. Ranks may pass different v. Raises RuntimeError
+        if a parameter gets a gradient after its unit was reduced. Collective over compute_comm."""
+        self._queue = [UnitExchange.of(name, unit) for name, unit in self._plans.get(chunk, ())]
         yield
-        if not self._open:  # the micro-batch was empty
-            self._idle()
-        self._open, self._made = 0, self._made + 1
-        while last and self._made < self._most:
-            self._keep(self._made + 1 == self._most)
-            self._idle()
-            self._open, self._made = 0, self._made + 1
+        while self._queue:
+            self._exchange_next()
+        for unit in self.units:
+            for member in unit.members:
+                if unit.chunk == chunk and member.parameter.grad is not None:
+                    raise RuntimeError(f"mesh.shard=2|3: backward has computed the gradient of {member.name} twice")
 
-    def _keep(self, last: bool) -> None:
-        """At level 2, keep the gathered parameters until the last backward pass of the step."""
-        if self.level == 2:
-            self.model.set_reshard_after_backward(last)
-
-    def _idle(self) -> None:
-        """Run a dummy forward and backward pass that adds zero to every gradient."""
-        tokens = torch.zeros(1, 1, dtype=torch.int64, device=self.named[0][1].device)
-        (self.model(tokens).float().sum() * 0.0).backward()
-
-    @torch.no_grad()
-    def fill(self, forwards: int) -> None:
-        """Run `forwards` dummy forward passes, because other ranks run this number of additional passes. Collective over
-        compute_comm."""
+    def fill(self, forwards: int, chunk: int | None = None) -> None:
+        """Make the exchanges of `forwards` forward passes through a chunk (default: all chunks), which other ranks compute.
+        Collective over compute_comm."""
         for _ in range(forwards):
-            self.model(torch.zeros(1, 1, dtype=torch.int64, device=self.named[0][1].device))
+            for name, its_chunk in self._blocks:
+                if chunk in (None, its_chunk):
+                    self.parameters.gather(name)
 
     def synchronizes_at(self, step: int) -> bool:
         """Return True: all ranks synchronize at every step. Independent."""
         return True
 
     def start(self) -> None:
-        """Do nothing, because all replicas have drawn equal weights from the same seed. Independent."""
+        """Do nothing, because all replicas have equal weights: drawn from the same seed, or read from the same files.
+        Independent."""
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
         """Raise ValueError if there are observers, because no rank has the gradient of a single lane. Independent."""
@@ -146,77 +181,100 @@ class Sharded:
 
     def discard(self) -> None:
         """Discard the gradients of the current step. Independent."""
-        self._made = 0
-        for _, p in self.named:
-            p.grad = None
+        self.sum.discard()
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Scale, clip and update like Synchronous.step, but on shards. The squared norms of the ranks' shards are added in order
-        of ranks, so every rank gets the same bits. Collective over compute_comm."""
-        self.reducer.observers.enter("reduce")
-        reshard_all(self.model)
-        gradients = [shard_of(grad).tensor for _, p in self.named if (grad := p.grad) is not None]  # dummy passes included
-        scale = self.nominal_tokens / max(1, tokens)
-        norm = self._norm(gradients) * scale if tokens else 0.0
-        if self.clip and norm > self.clip:
-            scale *= self.clip / norm
+        """Scale, clip and update like Synchronous.step, but on shards. Collective over compute_comm."""
+        observers = self.reducer.observers
+        observers.enter("reduce")
+        self._tie()
+        scale, norm = self.nominal_tokens / max(1, tokens), 0.0
+        if tokens:
+            norm = self._norm() * scale
+            if self.clip and norm > self.clip:
+                scale *= self.clip / norm
         skipped = not (tokens and math.isfinite(norm) and norm <= limit)
-        if not skipped:
-            self.reducer.observers.enter("apply")
-            for gradient in gradients:
-                gradient.mul_(scale)
-            self.optimizer.step(gradients, lr)
         self.discard()
-        # level 3: one gather before each forward and each backward pass; level 2: one per step. Both: one sum per backward pass
-        gathers = 2 * self._most if self.level == 3 else 1
-        self.reducer.transport.sent_bytes += self._sent_bytes * (self._most + gathers)
-        self.reducer.observers.enter("publish")
-        return StepStats(grad_norm=norm, skipped=skipped)
+        if skipped:
+            return StepStats(grad_norm=norm, skipped=True)
+        observers.enter("apply")
+        if scale != 1.0:
+            for total in self.sum.totals:
+                total.mul_(scale)
+        self.optimizer.step(lr)
+        observers.enter("publish")
+        self.parameters.publish(self.units)
+        return StepStats(grad_norm=norm, skipped=False)
 
-    def _norm(self, gradients: list[Tensor]) -> float:
-        here = self._parts.counts if self._parts else lambda name: True
-        known = [one for (name, _), one in zip(self.named, gradients, strict=True) if one.numel() and here(name)]
-        mine = sum_in_order(float(torch.linalg.vector_norm(one, dtype=torch.float64)) ** 2 for one in known)
-        rows = np.zeros(self.compute_comm.size)
-        rows[self.compute_comm.rank] = mine
-        self.group.wait(self.compute_comm.Iallgather(MPI.IN_PLACE, rows))
-        squares = sum_in_order(rows.tolist())
-        return self._parts.grid.norm([torch.tensor([squares], dtype=torch.float64)]) if self._parts else math.sqrt(squares)
+    def _tie(self) -> None:
+        """Add the gradients of an embedding and a head that are one parameter but in different stages. In both stages, it is a
+        unit by itself, so a rank of each stage owns the same elements."""
+        name = self._parts.tied_name if self._parts is not None else ""
+        for unit, total in zip(self.units, self.sum.totals, strict=True):
+            if name and any(member.name == name for member in unit.members):
+                assert self._parts is not None
+                total.add_(self._parts.tied_gradient(total).to(total.device))
+
+    def _norm(self) -> float:
+        """Return the norm with the bits of level 0: blocks have one owner each, and their squares are added in flat order."""
+        rank, squares = self.compute_comm.rank, torch.zeros(self._layout.num_elements // NORM_BLOCK, dtype=torch.float64)
+        for unit, total in zip(self.units, self.sum.totals, strict=True):
+            if total.numel():
+                first = (unit.start + unit.parts[rank].start) // NORM_BLOCK
+                squares[first : first + total.numel() // NORM_BLOCK] = squares_of_blocks(total).cpu()
+        with self.reducer.transport.timed():
+            self.group.wait(self.compute_comm.Iallreduce(MPI.IN_PLACE, buf(squares)))
+        if self._parts is None:
+            return norm_of_squares(squares)
+        spans: dict[int, tuple[int, int]] = {}
+        for unit in self.units:  # in flat order, the units of a chunk are consecutive
+            spans[unit.chunk] = (spans.get(unit.chunk, (unit.start, 0))[0], unit.start + unit.length)
+        uncounted = [
+            unit.whole(member, total, self._channel)
+            for unit, total in zip(self.units, self.sum.totals, strict=True)
+            for member in unit.members if not self._parts.counts(member.name)
+        ]
+        return self._parts.norm_of([spans[chunk] for chunk in sorted(spans)], squares, uncounted)
 
     def drain(self) -> None:
         """Do nothing: no update is in flight between steps. Independent."""
 
     def flats(self) -> dict[str, Tensor]:
-        """Return {}, because no tensor is replicated. Independent."""
+        """Return {}, because the state is not replicated. Independent."""
         return {}
 
     def held(self) -> dict[str, int]:
         """Return the bytes of memory in use for each purpose: parameters, gradients, optimizer. Independent."""
-        local = [shard_of(p).tensor for _, p in self.named]
-        gradients = [shard_of(p.grad).tensor for _, p in self.named if p.grad is not None]
         moments = [one for row in self.optimizer.state for one in row.values()]
-        return bytes_by_use(parameters=local, gradients=gradients, optimizer=moments)
+        return bytes_by_use(
+            parameters=[*self.parameters.whole, *self.parameters.owned], gradients=self.sum.slots, optimizer=moments
+        )
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return this rank's rows of the optimizer state. Independent."""
-        found: dict[str, Entry] = {}
-        for (name, p), state in zip(self.named, self.optimizer.state, strict=True):
-            part = shard_of(p)
-            found |= {f"{name}/{key}": Entry(value, "sharded", part.at, tuple(p.shape)) for key, value in state.items()}
-            if "exp_avg" in state:
-                found[f"{name}/step"] = Entry(torch.tensor(float(self.optimizer.updates)))
+        """Return the optimizer state of this rank's slices, as boxes of the parameters' tensors. Independent."""
+        rank, found = self.compute_comm.rank, dict[str, Entry]()
+        states = {run.name: state for run, state in zip(self.optimizer.runs, self.optimizer.state, strict=True)}
+        for unit in self.units:
+            for member in unit.members:
+                for key in self.optimizer.keys(member.name):
+                    state = states[member.name][key] if member.name in states else torch.empty(0)
+                    found |= unit.entries_of_run(member, state, rank, f"{member.name}/{key}")
+                if "exp_avg" in self.optimizer.keys(member.name):
+                    found[f"{member.name}/step"] = Entry(torch.tensor(float(self.optimizer.updates)))
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the boxes that state_dict returns. Independent."""
+        """Load the boxes that state_dict returns. Raises ValueError for any other entry. Independent."""
         own = {name: value for name, value in state.items() if not name.startswith("reducer/")}
         self.reducer.load_state_dict({name.removeprefix("reducer/"): state[name] for name in state if name not in own})
         load_boxes(own, self.state_dict(), self.optimizer)
 
     def release(self) -> None:
-        """Do nothing. Independent."""
+        """Remove the hooks. Independent."""
+        for hook in self._hooks:
+            hook.remove()
 
     def close(self) -> None:
-        """Free parameters and state. Collective over compute_comm."""
-        unshard_for_good()
+        """Free the communicators. Collective over compute_comm."""
+        self.release()
         self.group.close()

@@ -19,7 +19,7 @@ from mpidp.checkpoint.boxes import boxes_of_run
 from mpidp.checkpoint.entry import Entry
 from mpidp.checkpoint.local_parameters import load_boxes
 from mpidp.comm.slices import ALIGN, slice_bounds
-from mpidp.comm.transport import PIECE_BYTES
+from mpidp.comm.transport import allgather_ranges
 from mpidp.strategies.synchronous import Synchronous
 
 
@@ -60,20 +60,7 @@ class Sliced(Synchronous):
 
     def _exchange(self, comm: MPI.Intracomm, parts: list[range]) -> None:
         """Allgather the parameters in place. parts: the range that each rank of comm has written. Collective over comm."""
-        transport, step = self.reducer.transport, max(1, PIECE_BYTES // 4 // comm.size)
-        for low in range(0, max(map(len, parts)), step):
-            now = [part[low : low + step] for part in parts]
-            lengths, starts = [len(part) for part in now], [part.start for part in now]
-            if transport.mode == "staged":  # MPI uses a copy in pinned memory
-                places = [comm_rank * step for comm_rank in range(comm.size)]
-                wire = transport.scratch("slices", step * comm.size)
-                wire[places[comm.rank] :][: lengths[comm.rank]] = self.flat[now[comm.rank].start : now[comm.rank].stop].cpu()
-                transport.allgatherv(comm, self.group.wait, (wire, lengths, places))
-                for part, at in zip(now, places, strict=True):
-                    self.flat[part.start : part.stop] = wire[at : at + len(part)].to(self.flat.device)
-            else:
-                transport.ready()
-                transport.allgatherv(comm, self.group.wait, (self.flat, lengths, starts))
+        allgather_ranges(self.reducer.transport, comm, self.group.wait, self.flat, parts)
 
     def flats(self) -> dict[str, Tensor]:
         """Return the parameters only, because the optimizer state is not replicated."""

@@ -233,11 +233,11 @@ class Synchronous:
         for one, other in zip(source, target, strict=False):
             other[mine] = one[mine]
 
-    def fill(self, forwards: int) -> None:
+    def fill(self, forwards: int, chunk: int | None = None) -> None:
         """Do nothing: ranks may run different numbers of forward passes. Independent."""
 
     def flats(self) -> dict[str, Tensor]:
-        """Return the flat tensors that must be equal on all replicas, by the suffix of their names. Independent."""
+        """Return {suffix: flat tensor} for the tensors that must be equal on all replicas (see Strategy). Independent."""
         return {"": self.flat} | (self.optimizer.moments() if self.optimizer is not None else {})
 
     def held(self) -> dict[str, int]:

@@ -39,15 +39,19 @@ def skip(job: Job, batch: int, tokens: int, grad_norm: float) -> None:
     if job.saver.step > job.state.skipped_from:
         progress.print(f"{what}: returning to the last checkpoint, to continue with batch {batch + 1}")
         raise Damaged.at_batch(what, batch + 1)
+    returned = job.state.skipped_from >= 0
+    reason = "The run has no checkpoint to return to"
+    if returned:
+        reason = "The run already returned to its last checkpoint, and has made no new checkpoint since"
     raise MpidpError.on_every_rank(
-        f"{what}, and no checkpoint was made {'since the last return' if job.state.skipped_from >= 0 else 'yet'}: lower "
-        "optim.lr, lengthen optim.warmup_steps, or check the data of these batches; the last checkpoint is kept"
+        f"{what}. {reason}: lower optim.lr, lengthen optim.warmup_steps, or check the data of these batches"
+        + ". The last checkpoint is kept" * returned
     )
 
 
 def rebalance(job: Job, report: StepReport, loader: Loader) -> None:
-    """If it makes steps faster, distribute the lanes again by the measured speed of the ranks. All ranks make the same decision.
-    Independent."""
+    """Distribute the lanes again by the measured speed of the ranks, if this makes steps faster. All ranks make the same
+    decision. Independent."""
     change = job.balance.observe(report.seconds.tolist(), [int(n) for n in report.counts])
     if change:
         loader.expect(job.micro_batches())

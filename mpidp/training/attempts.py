@@ -44,8 +44,8 @@ class RunAttempts:
     """Makes the attempts of one rank. All ranks make the same calls."""
 
     def __init__(self, config: Config, plan: RunPlan | None, world: MPI.Intracomm, crew: Crew | None) -> None:
-        """plan: the plan of the run, on the ranks that start it; None on a replacement rank. crew: the facts that a replacement
-        rank receives when it joins; None on other ranks. Collective over world."""
+        """plan: the plan of the run. None: this is a replacement rank. crew: the facts that a replacement rank receives when it
+        joins. None: this is not a replacement rank. Collective over world."""
         self.config, self.plan, self.world = config, plan, world
         self.growing = crew is not None  # whether more replacement ranks may follow
         self.replicas = Replicas(list(range(world.size)), [])  # which of the world's ranks train; the others are spare ranks
@@ -212,7 +212,7 @@ class RunAttempts:
 
     def go_back(self, damage: Damaged) -> None:
         """Drop the damaged state, so that the next attempt starts from the last checkpoint. After MAX_RETURNS returns, raise
-        `damage` instead. Independent."""
+        `damage` instead. Returns because of skipped batches do not count. Independent."""
         self._next_batch, self.job, self.stop = damage.next_batch, None, None
         if not self._can_return(damage):
             raise damage

@@ -32,7 +32,7 @@ def by_speed(num_lanes: int, seconds_per_lane: Sequence[float], max_lanes: int |
     size = len(seconds_per_lane)
     most = num_lanes if max_lanes is None else max_lanes
     if not size <= num_lanes <= size * most:
-        raise ValueError(f"{num_lanes} lanes cannot be distributed among {size} ranks, 1 to {most} each")
+        raise ValueError(f"{num_lanes} lanes cannot be distributed among {size} ranks with 1 to {most} lanes each")
     counts = [1] * size
     seconds = [max(SHORTEST_SECONDS, one) for one in seconds_per_lane]
     done = [(2 * one, place) for place, one in enumerate(seconds) if most > 1]  # (time with one more lane, place)
@@ -143,13 +143,13 @@ class Steal:
 
     def __init__(self, terms: Terms) -> None:
         if terms.tickets is None:
-            raise ValueError("work stealing needs the tickets of the node")
+            raise ValueError("train.balance=steal needs Terms.tickets, but it is None")
         self.ranges = even_ranges(terms.num_lanes, terms.size)
         self._tickets, self._may_steal = terms.tickets, terms.may_steal
         self._of_node = self.ranges[terms.first_place : terms.first_place + terms.tickets.size]
 
     def lanes(self, batch: int) -> Iterator[int]:
-        """Yield the lanes of this rank that no other rank has taken, then lanes of other ranks."""
+        """Yield the lanes of this rank that no other rank has taken. Then yield lanes that this rank takes from others."""
         self._tickets.begin(self._of_node)  # set before this rank takes its first lane, because other ranks may steal earlier
         return self._take()
 

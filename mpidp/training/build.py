@@ -88,9 +88,11 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
     nominal_tokens = train.global_batch * config.model.seq_len
     make_optimizer = partial(
         Optimizer, optim.name, weight_decay=optim.weight_decay, beta1=optim.beta1, beta2=optim.beta2,
-        cautious=optim.cautious_decay, momentum_warmup=optim.momentum_warmup, padded=config.model.slices > 1,
+        cautious=optim.cautious_decay, momentum_warmup=optim.momentum_warmup,
         hidden=make_hidden(plan, model, memory) if optim.name in MATRIX_STATE else Hidden(),
     )
+    if config.model.slices > 1:
+        make_optimizer = partial(make_optimizer, padded=True)
     options = StrategyOptions.of(asdict(config.strategy), train.steps, plan.mesh.node_sizes, arrivals=plan.arrivals)
     strategy: Strategy = strategy_of(config.strategy.name, config.strategy.quorum, memory.level, model.module)(
         dp, memory.group, model.named, reducer, make_optimizer, optim.clip, nominal_tokens, int(config.comm.bucket_mb * 2**20),
@@ -110,15 +112,15 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
 def make_hidden(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory) -> Hidden:
     """Find the hidden matrices, and the ranks that update them together. Collective over plan.world.
 
-    If the model is divided by mesh.tp or FSDP2, these are the ranks that hold boxes of the same matrices. Otherwise, if there are
-    several copies of the parameters on CPUs, each copy computes the updates of some matrices and sends them to the other copies.
-    Every copy computes all updates if copies are independent (local, quorum, audits), or if an update must not need other ranks
-    (ULFM)."""
+    With mesh.tp or mesh.shard=2|3, the ranks that hold boxes of the same matrices update them together. Otherwise,
+    if there are several copies of the parameters on CPUs, each copy computes the updates of some matrices and sends them to the
+    other copies. Every copy computes all updates if copies are independent (local, quorum, audits), or if an update must not need
+    other ranks (ULFM)."""
     config, grid, shape, dp = plan.config, plan.grid, plan.shape, plan.mesh.dp
     method, tp = kind(config.strategy.name, config.strategy.quorum), grid.tp.size > 1
     independent = method == "local" or config.train.audit_every > 0 or launched_with_ulfm()
-    if memory.level >= 2:
-        comm = grid.world if tp else dp
+    if memory.level >= 2 and not tp:
+        comm = dp
     elif tp and not independent:
         comm = grid.world if grid.pp.size == 1 else cast(MPI.Intracomm, grid.world.Split(grid.pp.rank, grid.world.rank))
     elif tp:

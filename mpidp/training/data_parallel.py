@@ -18,6 +18,7 @@ from mpidp.errors import UsageError
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.reducers.base import Reducer
 from mpidp.reducers.compression.compressed import Compressed, method_of
+from mpidp.reducers.rounds import plan_rounds, slots_of
 from mpidp.reducers.tree import REDUCERS, slots_needed
 from mpidp.runtime.environment import launched_with_ulfm
 from mpidp.runtime.log import log
@@ -54,8 +55,9 @@ class MemoryRequest(Protocol):
         """The model's shape. Each of the num_layers layers begins a new norm block."""
 
 
-HELD = (  # for messages: how parameters and optimizer state are held, by mesh.shard
-    "{}", "{}, each with a slice of the state", "one shard per rank, and whole parameters in a step", "one shard per rank",
+HELD = (  # messages by mesh.shard: what a rank holds of parameters and optimizer state
+    "{}", "{}, each with a slice of the state", "one copy of the parameters and a slice of the state per rank",
+    "a slice per rank",
 )
 
 
@@ -70,16 +72,26 @@ class DataParallelMemory:
     replicas: list[range]  # the ranks that hold each copy
     level: int  # mesh.shard, or 0 if there is only one copy: it need not be sharded
 
+    def micro_batches(self, rank: int) -> list[int]:
+        """Return the micro-batches that a rank computes, in order, if they are known before the step. At levels 2 and 3, they are
+        dealt to the ranks in turn. Independent."""
+        lanes = self.reducer.lanes
+        if self.level >= 2:
+            return list(range(rank, lanes.num_micro_batches, len(self.balance.ranges)))
+        return [v for lane in self.balance.ranges[rank] for v in lanes.micro_batches(lane)]
+
 
 def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at: bool = False) -> tuple[int, int]:
-    """Return (number of gradient buffers that a rank needs, largest number of lanes that it may get). The second number is 0 if
-    the rank's lanes never change. looked_at: as in share_memory(). Independent."""
+    """Return the number of gradient buffers that a rank needs, and the largest number of lanes that it may get. The second number
+    is 0 if the rank's lanes never change. looked_at: as in share_memory(). Independent."""
     mine = lanes.of_rank(rank, size)
     kind, most = config.train.balance if size > 1 else "even", 0
     if kind == "measured":  # at most three times as many as with even ranges; memory grows with the logarithm of `most`
         most = min(lanes.num_lanes - size + 1, 3 * -(-lanes.num_lanes // size))
     if config.comm.reducer != "tree":
         return 1, most
+    if config.mesh.shard >= 2 and size > 1:
+        return slots_of(plan_rounds(lanes, size)), 0
     kept_apart = looked_at or config.train.audit_every > 0 or config.train.noise_every > 0
     return slots_needed(lanes, mine, most, kind != "steal", kept_apart), most
 
@@ -91,9 +103,9 @@ def held_buffers(config: Config) -> int:
 
 
 def held_floats(config: Config, slots: int, size: int) -> float:
-    """Return the number of float32 values that a rank holds between steps for each parameter. These are the parameter, two
-    moments and the gradient buffers. slots: number of gradient buffers. size: number of replicas. Pure."""
-    return (3 + slots, 1 + 2 / size + slots, 4 / size, 4 / size)[config.mesh.shard]
+    """Return the number of float32 values that a rank holds between steps for each parameter: the parameter, two moments and the
+    gradient buffers. slots: number of gradient buffers. size: number of replicas. Pure."""
+    return (3 + slots, 1 + 2 / size + slots, 1 + (2 + slots) / size, (3 + slots) / size)[config.mesh.shard]
 
 
 def _can_steal(mesh: Topology) -> bool:
@@ -111,8 +123,8 @@ def share_memory(
     """Make the group, the balance and the reducer of this rank as configured. Rank 0 logs what was chosen.
 
     parts: the part of the model on this rank. looked_at: whether injected faults need the gradients of single lanes. before:
-    None, or after a failure (the group whose memory the surviving ranks keep, whether its ranks shared one copy). Raises
-    UsageError if the configuration is not possible with this launch. Collective over plan.mesh.dp."""
+    None, or after a failure the group whose memory the surviving ranks keep, and whether the ranks of this group shared one copy.
+    Raises UsageError if the configuration is not possible with this launch. Collective over plan.mesh.dp."""
     mesh, c, lanes = plan.mesh, plan.config, plan.lanes
     world = mesh.dp
     if c.comm.compress == "powersgd" and world.size == 1 and before is None:
@@ -128,7 +140,7 @@ def share_memory(
     by_node = c.comm.copies == "node" or (c.comm.copies == "auto" and not (audited and mesh.num_nodes == 1))
     copies = 3 if by_node and mesh.local_rank == 0 else 0  # parameters and two moments
     elements = num_parameters + (plan.shape.num_layers + 4) * (NORM_BLOCK + 16 * ALIGN)  # with padding
-    wanted = c.comm.transport if tree else "messages"
+    wanted = c.comm.transport if tree and c.mesh.shard < 2 else "messages"
     if before is not None:
         group, how, by_node = regroup(mesh, before[0]), "as before", before[1]
     else:
@@ -163,5 +175,5 @@ def share_memory(
         held = HELD[c.mesh.shard].format(f"one copy per {'node' if one_copy else 'rank'}")
         log.info(f"transport {how}; parameters and optimizer state: {held}")
     replicas = group.members if one_copy else [range(rank, rank + 1) for rank in range(world.size)]
-    level = c.mesh.shard if c.mesh.shard > 1 or len(replicas) > 1 else 0
+    level = c.mesh.shard if len(replicas) > 1 else 0
     return DataParallelMemory(group, balance, reducer, one_copy, replicas, level)

@@ -130,7 +130,7 @@ class Origin:
         return replace(self, weights_sha256=found)
 
     def keep(self, run_dir: Path) -> None:
-        """Write RUN/init.json, and copy the files that belong to the model to RUN/hf. Independent."""
+        """Write RUN/init.json. Copy the companion files of the source (hf/companions.py) into the folder RUN/hf. Independent."""
         if self.come_along:
             shutil.rmtree(run_dir / "hf", ignore_errors=True)
             (run_dir / "hf").mkdir()

@@ -83,8 +83,8 @@ class Job:
         return self.plan.run_dir
 
     def micro_batches(self) -> list[int]:
-        """Return the micro-batches of this rank's lanes, in order. Independent."""
-        return [v for lane in self.balance.ranges[self.mesh.dp.rank] for v in self.lanes.micro_batches(lane)]
+        """Return the micro-batches of this rank, in order, as known before the step. Independent."""
+        return self.memory.micro_batches(self.mesh.dp.rank)
 
     def open_loader(self, batch: int) -> Loader:
         """Return a loader of this rank's micro-batches that begins with this batch. Independent."""
@@ -96,8 +96,8 @@ class Job:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Callable[[], float]]:
-        """Return a context for a phase of the step, whose time is measured. The context yields a function that returns the
-        seconds since its start. Independent."""
+        """Return a context for a phase of the step. The time of the phase is measured. The context yields a function that returns
+        the seconds since its start. Independent."""
         self.services.observers.enter(name)
         with self.services.clock.timed(name) as seconds:
             yield seconds

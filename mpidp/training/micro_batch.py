@@ -41,8 +41,9 @@ STATE_BYTES = 24  # bytes per parameter for several gradient buffers and the mom
 
 
 def with_micro_batch(config: Config, grid: Grid) -> Config:
-    """Return the config with a number of sequences instead of train.micro_batch=auto (0). If the run resumes, it is the number
-    with which the run began. Raises the errors of run_plan.plan(). Collective over grid.world."""
+    """Return the config, in which a number of sequences replaces train.micro_batch=auto (0). If the run resumes, it is the number
+    that the run had before. Otherwise it is measured, and the errors of run_plan.plan() may be raised. Collective over
+    grid.world."""
     if config.train.micro_batch:
         return config
     size, found = 0, ""
@@ -59,16 +60,17 @@ def with_micro_batch(config: Config, grid: Grid) -> Config:
 
 
 def recorded(run_dir: Path, mirror: str = "") -> int:
-    """Return the micro-batch that is recorded in the checkpoints of the run in this folder. If the folder has no checkpoint,
-    return the value from the mirror's checkpoints. If neither has a checkpoint, return 0. Raises DataError if the mirror's server
-    fails. Independent."""
+    """Return train.micro_batch from the config.toml of the run in this folder, if the run has a checkpoint. Otherwise return the
+    value from the config.toml on the mirror, if the mirror has a checkpoint. If neither has a checkpoint, return 0. Raises
+    DataError if the mirror's server fails. Independent."""
     if any((run_dir / "checkpoints").glob("*/manifest.json")) and (run_dir / "config.toml").is_file():
         return int(read_run_config(run_dir / "config.toml").get("train.micro_batch", 0))
     return int(settings_on(mirror).get("train", {}).get("micro_batch", 0)) if mirror else 0
 
 
 def candidates(global_batch: int, lanes: int) -> list[int]:
-    """Return the divisors of the global batch to measure, in ascending order. lanes: the fewest micro-batches of a step. Pure."""
+    """Return the divisors of the global batch to measure, in ascending order. lanes: the smallest allowed number of micro-batches
+    per step. Pure."""
     found: list[int] = []
     for size in range(1, global_batch // lanes + 1):
         if global_batch % size == 0 and (not found or size >= GROWTH * found[-1]):

@@ -49,7 +49,7 @@ def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> Traine
     positions, dtype = config.train.micro_batch * config.model.seq_len, getattr(torch, config.train.dtype)
     rows = chunk_rows(config.train.loss, plan.shape, positions)
     if (slices := config.model.slices) > 1:
-        tree = TreeComm(grid, transport)
+        tree = TreeComm(grid, transport, config.mesh.sequence)
         token_losses = sliced_loss(module, slices, rows or positions, dtype, tree)
         slice_layers(module, slices, tree)
         return TrainedModel(module, trained(module), parts, token_losses, origin)
@@ -69,7 +69,7 @@ def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> Traine
 
 
 def _new(plan: RunPlan, parts: ModelPartition) -> tuple[Any, Origin | None]:
-    """Return (a new model with initial weights that are equal on all replicas, the origin of the weights)."""
+    """Make a new model, with initial weights that are equal on all replicas. Return the model and the origin of the weights."""
     config, shape, world, origin = plan.config, plan.shape, plan.world, plan.origin
     settings = config.flat()
     base = base_weights(settings, shape, parts.part)
@@ -77,7 +77,7 @@ def _new(plan: RunPlan, parts: ModelPartition) -> tuple[Any, Origin | None]:
         origin = origin.load(parts, base)
     with raise_together(world):
         module: Any = prepared(base, settings, shape, parts.part)
-    if config.mesh.shard < 2:  # FSDP2 moves one block at a time, so no device holds the whole model at any time
+    if config.mesh.shard < 3:  # else the strategy moves one block at a time, so no device ever holds the whole model
         module.to(plan.device)
     module.recompute = config.train.recompute
     check_agreement(plan.mesh.dp, parameter_facts(trained(module)) | (module.facts() if isinstance(shape, CustomShape) else {}))

@@ -142,9 +142,9 @@ def _planned(plan: RunPlan | None, grid: Grid, crew: Crew) -> RunPlan:
 
 
 def rebuild(build: Build, plan: RunPlan, before: Job, found: Replicas, failed_at: float) -> tuple[Job, dict[str, Any]]:
-    """Return (job of the surviving ranks at the position of `before`, line for metrics.jsonl). Raises Damaged if the surviving
-    ranks do not have the whole state, or are at different steps. failed_at: time.monotonic() of the failure. Collective over
-    plan.world."""
+    """Make a job of the surviving ranks, which continues at the position of `before`. Return the job, and a line for
+    metrics.jsonl. Raises Damaged if the surviving ranks do not have the whole state, or are at different steps. failed_at:
+    time.monotonic() of the failure. Collective over plan.world."""
     before.saver.close()
     with commit(plan.world):  # all ranks continue with the new job, or all ranks try again from the old job
         job = build(plan, before)
@@ -168,8 +168,9 @@ def abandon(job: Job, stop: StopRequest | None) -> None:
 def hand_over(
     build: Build, plan: RunPlan, before: Job | None, found: Replicas, failed_at: float
 ) -> tuple[Job, dict[str, Any]]:
-    """Return (job of all training ranks, line for metrics.jsonl). The first replica sends its state to the others. before: the
-    previous job; None on ranks without a state. failed_at: as in rebuild(). Collective over plan.world."""
+    """Make a job of all training ranks. The first replica sends its state to the others. Return the job, and a line for
+    metrics.jsonl. before: the previous job, or None on ranks without a state. failed_at: as in rebuild(). Collective over
+    plan.world."""
     if before is not None:
         before.saver.close()
         before.strategy.release()

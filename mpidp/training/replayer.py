@@ -204,8 +204,8 @@ class Replay:
         close(job)
 
     def _inside(self, batch: Any) -> list[dict[str, Any]]:
-        """Compute each micro-batch of the batch separately, in a spare slot. Return its mean loss and gradient norm for each
-        micro-batch. Collective over job.comm."""
+        """Compute each micro-batch of the batch separately, in a spare slot. Return a row for each micro-batch, with its mean
+        loss and its gradient norm. Collective over job.comm."""
         from mpidp.comm.slices import global_norm
         from mpidp.faults.audit import SpareSlot
         from mpidp.parallel.schedule import one_f_one_b
@@ -221,8 +221,8 @@ class Replay:
         return [row for part in job.comm.allgather(rows) for row in part]
 
     def tensors(self) -> dict[str, Any]:
-        """Return parameters in model order, then optimizer state, by their names in a checkpoint. Tensors of which every rank
-        holds a summand are added in rank order, as a checkpoint's reader adds them. Collective over job.comm."""
+        """Return parameters in model order, then optimizer state, by their names in a checkpoint. If every rank holds a summand
+        of a tensor, the summands are added in rank order, as in a checkpoint. Collective over job.comm."""
         from mpidp.checkpoint.local_parameters import parameters_of
 
         found = {f"model/{name}": entry.tensor for name, entry in parameters_of(self.job.engine.model).items()}
@@ -232,7 +232,7 @@ class Replay:
         return found
 
     def compare(self, seen: Seen) -> list[tuple[bool, str]]:
-        """Compare a batch with its record. Return (whether equal, message) for each recorded value. Collective over job.comm."""
+        """Compare a batch with its record. Return (equal or close, message) for each recorded value. Collective over job.comm."""
         line, recorded, found = self.record.lines.get(seen.step, {}), seen.batch in self.record.skipped, []
         if not seen.figures or seen.skipped or recorded:
             words = f"batch {seen.batch} skipped: {recorded} recorded, {seen.skipped} now"
@@ -277,13 +277,13 @@ def check_method(
         return
     said = f"{record.path} was trained with comm.compress={compress}"
     if settings.get("mesh.tp", 1) * settings.get("mesh.pp", 1) > 1:
-        raise UsageError(f"{said} and mesh.tp or mesh.pp above 1: replay supports compression with data parallelism only")
+        raise UsageError(f"{said} and mesh.tp or mesh.pp above 1: replay supports compression only without them")
     ranks = record.ranks_in(start, last) or {saved_ranks or size}
     if len(ranks) > 1:
         numbers = ", then ".join(map(str, (record.ranks[at] for at in sorted(record.ranks) if record.ranks[at] in ranks)))
         raise UsageError(
             f"{said} on {numbers} ranks between step {start} and step {last}: compression errors of the lost ranks were not "
-            f"recorded. Replay steps up to {min(at for at in record.ranks if at > start)}, or after the next checkpoint"
+            f"recorded. Replay steps up to {min(at for at in record.ranks if at > start)}, or steps after the next checkpoint"
         )
     if ranks != {size}:
         (number,) = ranks

@@ -188,7 +188,7 @@ def plan(config: Config, grid: Grid) -> RunPlan:
                 stream.check(own, contents=verify == "true" or verify == "auto" and stream.is_cheap(own))
         if validation is None and (stops := stops_by_loss(config)):
             raise UsageError(
-                f"{' and '.join(stops)} without a validation split: {config.data.path} has none. Prepare the data with "
+                f"{' and '.join(stops)}: {config.data.path} has no validation split. Prepare the data with "
                 "--val-fraction above 0, or set train.target_loss and train.patience to 0"
             )
         if world.rank == 0:
@@ -205,7 +205,7 @@ def plan(config: Config, grid: Grid) -> RunPlan:
         if workers > lanes.num_lanes:
             raise UsageError(
                 f"{workers} {'ranks' if grid.parts == 1 else 'replicas'}, but the global batch has {lanes.num_lanes} lanes, and "
-                f"each computes whole lanes: start at most {lanes.num_lanes * grid.parts} ranks, or raise train.lanes or "
+                f"a lane cannot be divided: start at most {lanes.num_lanes * grid.parts} ranks, raise train.lanes or "
                 "train.global_batch, or lower train.micro_batch"
             )
         if training.num_tokens <= config.model.seq_len:
@@ -235,8 +235,8 @@ def plan(config: Config, grid: Grid) -> RunPlan:
         check_slices(shape, config.model.slices, grid.tp.size)
         if training.apart and not isinstance(shape, TransformerShape):
             raise UsageError(
-                f"model.kind={config.model.kind} with data.documents=apart ({config.data.path}): only the Transformer supports "
-                "document boundaries. Use model.kind=transformer, or data.documents=joined"
+                f"{config.data.path}, data.documents=apart: model.kind={config.model.kind} does not support document "
+                "boundaries. Use model.kind=transformer, or data.documents=joined"
             )
     settings = {key: value for key, _, value in fields_of(resolved) if key != "train.threads"}
     with raise_together(world):

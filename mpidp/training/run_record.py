@@ -40,7 +40,7 @@ class RunRecord:
     file: MetricsFile | None = None  # open while the job runs
 
     def open(self) -> None:
-        """Open the files, and remove lines of later steps. Independent."""
+        """Open the files. Remove the lines of steps after the current step. Independent."""
         at = self.state.position
         if self.writes:
             latest = self.state.lines if self.state.recovered else None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from mpidp.comm.slices import squares_of_blocks
-from mpidp.data.loader import Batch
+from mpidp.data.loader import Batch, MicroBatch
 from mpidp.errors import MpidpError
 from mpidp.faults.audit import AuditFinding, SpareSlot
 from mpidp.parallel.engine import Computed
@@ -50,14 +52,28 @@ def compute(job: Job, batch: Batch) -> Computed:
 
 def _run(job: Job, batch: Batch, squares: dict[int, float], lanes: Iterator[int]) -> Computed:
     if job.balance.static:
-        mine = [v for lane in lanes for v in job.lanes.micro_batches(lane)]
+        mine = _with_empty(job, batch, job.micro_batches())
         place, chunks = (job.grid.pp.rank, job.grid.pp.size), len(job.parts.part.chunks)
         schedule = one_f_one_b(mine, *place) if chunks == 1 else interleaved(mine, *place, chunks)
     else:
         schedule = one_by_one(v for lane in lanes for v in job.lanes.micro_batches(lane))
     done = job.engine.run(schedule, batch, job.strategy)
+    if job.lanes.num_micro_batches in done.micro_batches:
+        for numbers in (done.micro_batches, done.losses, done.num_tokens):
+            numbers.pop()
     done.lane_squares = squares
     return done
+
+
+def _with_empty(job: Job, batch: Batch, mine: list[int]) -> list[int]:
+    """With mesh.shard=2|3, all ranks must run the same number of passes. If this rank has one micro-batch less than other ranks,
+    add an empty one at the end. Its number is the number of micro-batches in the batch."""
+    most = -(-job.lanes.num_micro_batches // job.mesh.dp.size)
+    if job.memory.level < 2 or len(mine) == most:
+        return mine
+    number, nothing = job.lanes.num_micro_batches, torch.empty((0, job.config.model.seq_len), dtype=torch.int64)
+    batch.micro_batches[number] = MicroBatch(number, nothing, nothing, 0)
+    return [*mine, number]
 
 
 def _compute_again(job: Job, batch: Batch, lane: int, spoils: Sequence[LaneObserver]) -> AuditFinding | None:

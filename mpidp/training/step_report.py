@@ -45,8 +45,9 @@ class StepReport:
 
 def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> StepReport:
     """Exchange the reports of this step with all ranks. If this step is not a meeting of the strategy, keep this rank's report
-    for the next exchange. When this call returns, no rank is still copying the state for a checkpoint, so an update may change
-    the state. Collective over job.comm if this step is a meeting, else independent."""
+    for the next exchange. The call first waits until this rank has copied its state for a checkpoint, because the next update
+    changes the state. At a meeting, all ranks have copied their state when the call returns. Collective over job.comm if this
+    step is a meeting, else independent."""
     clock, step = job.services.clock, job.position.step + 1
     with clock.timed("stall"):  # the part of comm_wait without communication
         job.saver.wait_for_recent_save(step)
@@ -80,8 +81,8 @@ def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> St
 
 
 def noise_of(job: Job, report: StepReport, grad_norm: float) -> Noise | None:
-    """Return the gradient noise of a step in which the norms of lanes were measured. Return None in other steps, and if the noise
-    cannot be estimated. Independent."""
+    """Return the gradient noise of this step. Return None if the norms of lanes were not measured in this step, or if the noise
+    cannot be estimated from them. Independent."""
     if not report.lane_squares.any():
         return None
     tokens = [int(report.num_tokens[list(job.lanes.micro_batches(lane))].sum()) for lane in range(job.lanes.num_lanes)]

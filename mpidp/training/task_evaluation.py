@@ -29,8 +29,8 @@ class TaskEvaluation:
         self._requests: SharedRequests | None = None
 
     def run(self) -> tuple[dict[str, float | None], str]:
-        """Return ({TASK/METRIC: value}, ""), or ({}, the reason) if the tasks cannot be evaluated. The result is the same on
-        every rank. Collective over plan.world."""
+        """Return {TASK/METRIC: value} and "". If the tasks cannot be evaluated, return {} and the reason. The result is the same
+        on every rank. Collective over plan.world."""
         plan, training = self._plan, self._model.training
         self._model.eval()
         try:
@@ -64,14 +64,14 @@ class TaskEvaluation:
 
 
 def options_of(config: Config) -> TaskOptions:
-    """Return the tasks of train.eval_tasks. Pure."""
+    """Return the names of the tasks in train.eval_tasks, and the options for evaluating them. Pure."""
     names = [name.strip() for name in config.train.eval_tasks.split(",")]
     return TaskOptions(names, config.train.eval_tasks_dir, limit=config.train.eval_tasks_limit)
 
 
 def tasks_of(plan: RunPlan, before: TaskEvaluation | None) -> dict[str, Any] | None:
-    """Load the tasks of train.eval_tasks on rank 0. Return None on other ranks, and if there are none. before: the tasks of the
-    job that this job continues.
+    """Load the tasks of train.eval_tasks on rank 0. Return None on other ranks, and if there are none. before: the TaskEvaluation
+    of the job that this job continues, or None.
 
     Raises UsageError if lm-eval is not installed or a task is unknown, and DataError if a task cannot be read. Collective over
     plan.world.

@@ -118,7 +118,7 @@ USES: dict[str, tuple[tuple[str, ...], int, str]] = {
     "generate": (("mpidp.generate", "run"), 4, EMPTY),
     "export": (("mpidp.export", "run", "--out", "out"), 4, EMPTY),
     "init_from": (("mpidp.train", "tiny.toml", "--run.dir=out", "--train.init_from=run"), 4, EMPTY),
-    "report": (("mpidp.report", "run", "--out", "out"), 2, "no line of a step: the run has not completed one yet"),
+    "report": (("mpidp.report", "run", "--out", "out"), 2, "no line of a step: the run has not completed a step yet"),
 }
 
 

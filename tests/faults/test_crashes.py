@@ -113,6 +113,22 @@ def test_a_rank_of_a_mesh_is_killed(either: Shell, forks: Forks) -> None:
     expect(forks.run(either.folder, "mpidp.train", *words[:2], "--run.dir=alone"), 0)
     assert end_record(either.folder / "run")["weights_sha256"] == end_record(either.folder / "alone")["weights_sha256"]
 
+@pytest.mark.long
+def test_a_rank_of_a_mesh_with_slices_is_killed(either: Shell, forks: Forks) -> None:
+    """The run goes on with tensor parallelism on another mesh, and then on one rank; replay finds the same bits."""
+    place, slices = either.folder, ("--model.slices=2", "--model.num_layers=2", "--optim.schedule=constant")
+    expect(either.train(*slices, "--run.dir=whole"), 0)
+    started = either.start("-c", SLOWLY, "tiny.toml", *slices, "--mesh.tp=2", ranks=2)
+    started.until_exists(place / "run" / "checkpoints" / "step_00000002")
+    os.kill(started.ranks()[-1], signal.SIGKILL)
+    assert end_of(started).code != 0
+    expect(either.train(*slices, "--mesh.tp=2", "--mesh.pp=2", "--train.steps=5", ranks=4), 0)
+    expect(forks.run(place, "mpidp.train", "tiny.toml", *slices), 0)
+    assert end_record(place / "run")["weights_sha256"] == end_record(place / "whole")["weights_sha256"]
+    replayed = forks.run(place, "mpidp.replay", "run", "--step", 4)
+    expect(replayed, 0)
+    assert "train_loss same  grad_norm same  lr same  checkpoint same" in replayed.out
+
 
 def test_a_crash_loop(place: Path, forks: Forks, whole_hash: str) -> None:
     """After three starts from the checkpoint of step 2 the next is rejected, so that a user looks at the cause."""

@@ -61,13 +61,13 @@ def test_every_mesh_begins_with_the_same_weights(shared_folder: Path, shared_tmp
         ran = train_at(mesh[0] * mesh[1] * mesh[2], begun(data, run, source, mesh, rows))
         assert told(run) == told(shared_tmp / "alone"), mesh
         assert ran.losses == pytest.approx(alone.losses, rel=1e-5), mesh
-        if mesh[1:] == (1, 1, 0):
+        if mesh[1:3] == (1, 1):
             assert ran.sha256 == alone.sha256
 
 
 @pytest.mark.parametrize("family", BY_MODEL_TYPE)
 def test_every_mesh_trains_every_family_the_same(shared_folder: Path, shared_tmp: Path, family: str) -> None:
-    """Fused and transposed tensors, biases, norms, learned positions and windows: each rank reads its part. Stages and level 1 of
+    """Fused and transposed tensors, biases, norms, learned positions and windows: each rank reads its part. Stages and
     sharding change no bit, except that stages round the gradient of a tied embedding differently."""
     data, source = corpus(shared_folder), shared_tmp / "source"
     if WORLD.rank == 0:
@@ -84,7 +84,7 @@ def test_every_mesh_trains_every_family_the_same(shared_folder: Path, shared_tmp
         ran = train_at(mesh[0] * mesh[1] * mesh[2], begun(data, run, source, mesh))
         assert told(run) == told(shared_tmp / "alone"), mesh
         assert ran.losses == pytest.approx(alone.losses, rel=1e-5), mesh
-        if mesh == (2, 1, 1, 1) or (mesh == (1, 2, 1, 0) and not tied):
+        if mesh[:3] == (2, 1, 1) or (mesh == (1, 2, 1, 0) and not tied):
             assert ran.sha256 == alone.sha256, mesh
 
 

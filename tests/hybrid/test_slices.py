@@ -29,6 +29,10 @@ WAYS: list[dict[str, dict[str, Any]]] = [
     {"model": {"parallel": True, "activation": "relu2", "gated": False, "norm_plus_one": True}, "train": {"recompute": True}},
     {"model": ODD, "train": {"dtype": "bfloat16"}, "optim": {"cautious_decay": True}},
     {"train": {"audit_every": 2, "global_batch": 16}},
+    {"model": ODD | {"seq_len": 15, "norm": "layer", "mlp_bias": True, "attention_bias": "q,o"}, "mesh": {"sequence": True}},
+    {"model": {"positions": "learned", "input_mix": True}, "data": {"documents": "apart"}, "train": {"recompute": True},
+     "mesh": {"sequence": True}},
+    {"train": {"dtype": "bfloat16"}, "mesh": {"sequence": True}},
 ]
 ALONE: dict[str, Ran] = {}  # the runs on one rank; all ranks have the same
 
@@ -40,7 +44,8 @@ def sections(how: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def alone(data: Path, folder: Path, how: dict[str, dict[str, Any]]) -> Ran:
     if str(how) not in ALONE:
-        ALONE[str(how)] = on((1, 1, 1), with_mesh(data, folder / "alone", (1, 1, 1), **sections(how)))
+        plain = {"sequence": False, "shard": 0}
+        ALONE[str(how)] = on((1, 1, 1), with_mesh(data, folder / "alone", (1, 1, 1), **sections(how | {"mesh": plain})))
     return ALONE[str(how)]
 
 
@@ -64,7 +69,7 @@ def test_every_way_of_training_keeps_the_bits(shared_folder: Path, shared_tmp: P
     if not fits((1, 1, 2)):
         pytest.skip("needs two ranks")
     data, meshes = corpus(shared_folder), [(1, 1, 4), (2, 1, 2)] if fits((1, 1, 4)) else [(1, 1, 2)]
-    if fits((1, 2, 2)) and not how.get("model", {}).get("tie_embeddings"):
+    if fits((1, 2, 2)) and not {"tie_embeddings", "input_mix"} & {*how.get("model", {})}:
         meshes.append((1, 2, 2))
     for mesh in meshes:
         run = on(mesh, with_mesh(data, shared_tmp / "x".join(map(str, mesh)), mesh, **sections(how)))

@@ -79,7 +79,10 @@ def test_the_next_batch_is_learned_from_as_if_the_bad_one_had_not_been(shared_fo
     assert len(hashes) == 1
 
 
-@pytest.mark.parametrize(("save_every", "last", "words"), [(2, 12, "was made since the last return"), (0, 9, "was made yet")])
+@pytest.mark.parametrize(
+    ("save_every", "last", "words"),
+    [(2, 12, "has made no new checkpoint since"), (0, 9, "has no checkpoint to return to")],
+)
 def test_too_many_in_a_row_end_the_run_on_all_ranks(
     shared_folder: Path, shared_tmp: Path, save_every: int, last: int, words: str
 ) -> None:

@@ -92,11 +92,11 @@ def test_a_mirror_belongs_to_one_run(place: tuple[Path, str]) -> None:
     folder, address = place
     train_at(1, config(folder, "first", address))
     train_at(1, config(folder, "other", ""))
-    for name, changes, says in [("other", {}, "another run"), ("first", {"resume": "never"}, "the one before run.resume=never")]:
+    for name, changes, says in [("other", {}, "another run"), ("first", {"resume": "never"}, "the run before run.resume=never")]:
         with pytest.raises(UsageError, match=says):
             train_at(WORLD.size, config(folder, name, address, **changes))
     alone(lambda: shutil.rmtree(committed(folder / "first/checkpoints")[0]))
-    with pytest.raises(UsageError, match="has a checkpoint of step 6, newer than step 4"):
+    with pytest.raises(UsageError, match="has a checkpoint of step 6, but step 4 is the newest"):
         train_at(WORLD.size, config(folder, "first", address))
     with pytest.raises(UsageError, match="nothing can be written to a web server"):
         MirrorFolder("http://localhost/x").write("a", io.BytesIO(b"a"), 1)

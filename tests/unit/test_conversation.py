@@ -59,7 +59,7 @@ def test_a_message_that_does_not_fit_is_not_added() -> None:
     chat = conversation(40)
     chat.ask("one")
     chat.answered("1")
-    with pytest.raises(DataError, match="the chat has 55 tokens, and the context of 40 tokens must have room for an answer of 8"):
+    with pytest.raises(DataError, match="the chat has 55 tokens. The context has 40 tokens, of which 8 are for the answer"):
         chat.ask("x" * 50)
     assert said(chat.ask("two")) == "u:one;a:1;u:two;a:"
 

@@ -209,7 +209,7 @@ def test_olmo_without_and_with_a_table_of_documents(tmp_path: Path) -> None:
     take("olmo", tmp_path, tmp_path / "out")
     ends = [[1, 2, EOD], [3, 4, 5, EOD], [6, EOD]]
     assert documents_of(tmp_path / "out", "train") == [*ends, ends[0], ends[1] + ends[2]]
-    for table_of, why in (("0,3\n4,9\n", "does not begin"), ("0,300\n", "does not begin"), ("a,b\n", "cannot be read as lines")):
+    for table_of, why in (("0,3\n4,9\n", "must begin at"), ("0,300\n", "must begin at"), ("a,b\n", "cannot be read as lines")):
         (tmp_path / "part-1.csv.gz").write_bytes(gzip.compress(table_of.encode()))
         with pytest.raises(DataError, match=why):
             take("olmo", tmp_path, tmp_path / "new")
@@ -378,12 +378,12 @@ def test_a_folder_with_files_of_several_kinds_is_refused(tmp_path: Path) -> None
     ({"input_ids": [[1, 2]], "cu_seqlens": [[[0, 1, 2]]]}, "`cu_seqlens` holds"),
     ({"input_ids": [[1, 2]], "segment_ids": [[1.0, 2.0]]}, "`segment_ids` holds float64"),
     ({"input_ids": [[1, 2]], "inputs_segmentation": [[1, 2]]}, "`inputs_segmentation` may hold the documents of packed rows"),
-    ({"input_ids": [[1, 2]], "segment_ids": [[1]]}, "each token needs"),
+    ({"input_ids": [[1, 2]], "segment_ids": [[1]]}, "one value per token"),
     ({"input_ids": [[1, 2], [1, 2]], "position_ids": [[0, 1], [0, 2]]}, "row 1 has the position 2 after 0"),
     ({"text": ["a"]}, r"no column of token ids \(input_ids\), only text"), ({"input_ids": ["a b"]}, "not a list of integers"),
     ({"input_ids": [[1.0]]}, "`input_ids` holds float64"), ({"input_ids": [[1, None]]}, "null among the values"),
-    ({"input_ids": [[1, 2]], "labels": [[2, 3]]}, "row 0 has the label 2 at the id 1"),
-    ({"input_ids": [[1, 2]], "labels": [[1]]}, "each token needs"),
+    ({"input_ids": [[1, 2]], "labels": [[2, 3]]}, "row 0 has the label 2 for the id 1"),
+    ({"input_ids": [[1, 2]], "labels": [[1]]}, "one value per token"),
     ({"input_ids": [[1, 300]]}, "token 1 has the id 300"), ({"input_ids": [[1, -1]]}, "token 1 has the id -1"),
 ])
 def test_rows_that_are_no_tokens_are_refused(tmp_path: Path, columns: dict[str, object], why: str) -> None:
@@ -445,7 +445,7 @@ def test_mds_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     one = {"tokens": np.array([1, 2, 3, 4], "<u2").tobytes()}
     wrong = [
         (mds(tmp_path / "a", {"tokens": "pkl"}, [one]), "holds pickles, which are never read"),
-        (mds(tmp_path / "b", {"tokens": "bytes"}, [one] * 2), "bytes that are not int64 ids: give their type, --dtype"),
+        (mds(tmp_path / "b", {"tokens": "bytes"}, [one] * 2), "bytes that are not int64 ids: give their type .--dtype"),
         (mds(tmp_path / "c", {"tokens": "bytes"}, [one], packed="snappy"), "compressed with 'snappy', which mpidp cannot read"),
         (mds(tmp_path / "d", {"tokens": "str"}, [one]), "ids must be ndarray or bytes"),
         (mds(tmp_path / "e", {"tokens": "ndarray"}, [{"tokens": b"\x21\x04\x09\0\0\0\0"}]), "has 1 values, but the shape"),

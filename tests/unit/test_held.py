@@ -1,4 +1,4 @@
-"""Laws of divided tensors: boxes of a range of elements, rows of shards, and the predicted memory."""
+"""Laws of divided tensors: boxes of a range of elements, and the predicted memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from mpidp.checkpoint.boxes import boxes_of_run, tensor_of
 from mpidp.checkpoint.entry import Entry
-from mpidp.checkpoint.local_parameters import boxes_held, bytes_by_use, load_boxes, shard_rows
+from mpidp.checkpoint.local_parameters import boxes_held, bytes_by_use, load_boxes
 from mpidp.config import resolve
 from mpidp.errors import UsageError
 from tests.memory_formulas import of_replicas, of_shards
@@ -30,25 +30,19 @@ def test_the_boxes_of_a_matrix_are_at_most_three() -> None:
     assert boxes_of_run((4, 3), 4, 5) == [((1, 1), (1, 1))] and boxes_of_run((4, 3), 7, 7) == []
 
 
-@pytest.mark.parametrize(("rows", "size"), [(7, 3), (2, 4), (8, 4), (1, 1), (5, 4)])
-def test_rows_are_cut_as_torch_cuts_them(rows: int, size: int) -> None:
-    chunks = [len(chunk) for chunk in torch.arange(rows).chunk(size)]
-    assert [len(shard_rows(rows, rank, size)) for rank in range(size)] == chunks + [0] * (size - len(chunks))
-    assert [row for rank in range(size) for row in shard_rows(rows, rank, size)] == list(range(rows))
-
-
 def test_what_is_held_is_counted_once() -> None:
     flat = torch.zeros(10)
     assert bytes_by_use(a=[flat[:3], flat[3:]], b=[], c=[torch.zeros(0)]) == {"a": 40, "b": 0, "c": 0}
 
 
 def test_sharding_holds_less() -> None:
-    shapes = [(10, 3), (5,)]
     assert of_replicas(640, 2, 2) == {"parameters": 2560, "gradients": 5120, "optimizer": 5120}
     assert sum(of_replicas(640, 1, 2, rank, 3)["optimizer"] for rank in range(3)) == 5120
-    assert of_shards(shapes, 0, 1, 2) == {"parameters": 140, "gradients": 140, "optimizer": 280}
-    assert of_shards(shapes, 3, 4, 1) == {"parameters": 44, "gradients": 44, "optimizer": 12}  # padded; has 1 row and 0
-    assert sum(of_shards(shapes, rank, 4, 2)["optimizer"] for rank in range(4)) == 280
+    units = {"embedding": 256, "blocks.0": 640}
+    assert of_shards(units, 0, 1, 1, 2, 64, 3) == {"parameters": 3584, "gradients": 3584, "optimizer": 7168}
+    assert of_shards(units, 3, 4, 2, 1, 64, 2) == {"parameters": 3584, "gradients": 2048, "optimizer": 1024}
+    assert of_shards(units, 3, 4, 2, 1, 64, 3) == {"parameters": 1792, "gradients": 2048, "optimizer": 1024}
+    assert sum(of_shards(units, rank, 4, 1, 2, 64, 2)["optimizer"] for rank in range(4)) == 7168
 
 
 def test_boxes_find_their_places_and_nothing_else_is_taken() -> None:

@@ -49,7 +49,7 @@ def test_shapes_say_what_the_model_is(i: int) -> None:
     assert saved_shape(kind, dataclasses.asdict(shape), kind) == shape  # as stored in a checkpoint
     again = make_model(shape, seed=3)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
-    with pytest.raises(UsageError, match="leave them at 1"):
+    with pytest.raises(UsageError, match="use tp=1 and pp=1"):
         check_split(shape, 2, 1)
     check_split(shape, 1, 1)
 

@@ -12,7 +12,7 @@ from mpidp.errors import UsageError
 from mpidp.model.hidden import hidden_of_own
 from mpidp.parallel.whole_matrices import Hidden
 from mpidp.reducers.buckets import FlatLayout
-from mpidp.strategies.muon import Muon, normalized
+from mpidp.strategies.muon import HeldElements, Muon, normalized
 from mpidp.strategies.newton_schulz import orthogonalized
 from mpidp.strategies.optimizer import bounds_outside, make_torch_optimizer
 
@@ -32,7 +32,7 @@ def test_hidden_matrices_of_an_own_model() -> None:
     model.head.weight = model.table.weight  # tied: then there is no head besides the table
     assert hidden_of_own(model, 9) == {"inner.weight"}
     model.hidden_matrices = ["inner.weight", "head.weight"]  # type: ignore[assignment]
-    with pytest.raises(UsageError, match="names 'head.weight', which is not a parameter with two dimensions"):
+    with pytest.raises(UsageError, match="hidden_matrices has 'head.weight', which is not a parameter with two dimensions"):
         hidden_of_own(model, 8)
 
 
@@ -86,7 +86,7 @@ def test_cautious_decay_is_of_elements_that_move_towards_zero(cautious: bool) ->
                 part.step()
             else:
                 hidden = Hidden(frozenset({"w"}))
-                held = [(hidden.box("w", (0, 0), p.shape), p, {"momentum_buffer": torch.zeros_like(p)})]
+                held = [HeldElements(p, {"momentum_buffer": torch.zeros_like(p)}, [hidden.box("w", (0, 0), p.shape)])]
                 Muon(name, hidden, held, rate, cautious).step(lr, 0)
             found.append(p.detach())
         towards = (start - found[0]) * start >= 0
@@ -97,7 +97,7 @@ def test_cautious_decay_is_of_elements_that_move_towards_zero(cautious: bool) ->
 def test_momentum_rises_to_that_of_torch() -> None:
     hidden, p = Hidden(frozenset({"w"})), nn.Parameter(torch.zeros(2, 2))
     state = {"momentum_buffer": torch.zeros(2, 2)}
-    muon = Muon("muon", hidden, [(hidden.box("w", (0, 0), (2, 2)), p, state)], 0.0, warmup=4)
+    muon = Muon("muon", hidden, [HeldElements(p, state, [hidden.box("w", (0, 0), (2, 2))])], 0.0, warmup=4)
     seen = []
     for updates in range(6):
         p.grad = torch.eye(2)

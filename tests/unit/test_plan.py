@@ -184,7 +184,7 @@ def test_folders_that_are_no_runs(tmp_path: Path) -> None:
         plan([tmp_path])
     with pytest.raises(UsageError, match="invalid global_batch"):
         plan([write(tmp_path / "a", steps(1, 9), "[train]\nsteps = 3\n")])
-    with pytest.raises(UsageError, match="no batch of the table has 4096 lanes"):
+    with pytest.raises(UsageError, match="no batch of the table has 4096 lanes or more"):
         plan([write(tmp_path / "b", [start(2), *steps(1, 100)])], [4096])
 
 

@@ -109,7 +109,7 @@ def test_what_a_config_cannot_take_is_listed_with_the_reason() -> None:
     assert "no rank remains" in alone["server-async"].refused and "nothing is sent" in alone["powersgd"].refused
     assert alone["topk"].sent_bytes == 0 and recommend(list(alone.values()), tried=False)[0] == "synchronous"
     assert [row.method for row in predict(CONFIG, 1024, SLOW, 0.1, ["topk"])] == ["synchronous", "topk"]
-    with pytest.raises(UsageError, match="unknown: top; known are synchronous, bf16"):
+    with pytest.raises(UsageError, match="--methods: top: no such method; the methods are synchronous, bf16"):
         predict(CONFIG, 1024, SLOW, 0.1, ["top"])
 
 
@@ -151,7 +151,7 @@ def test_the_doctors_file_says_how_ranks_lie() -> None:
 
 @pytest.mark.parametrize("words", ["100", "100,", "0,1", "-1,1", "100,-1", "nan,1", "inf,1", "a,b", "1,2,3"])
 def test_a_link_that_is_none(words: str) -> None:
-    with pytest.raises(UsageError, match=r"--link=.*: give Mbit/s and one-way ms"):
+    with pytest.raises(UsageError, match=r"--link=.*: give the bandwidth in Mbit/s"):
         link_of(words, 2)
 
 

@@ -229,7 +229,7 @@ def test_long_rows_may_be_cut(tmp_path: Path) -> None:
     ({"bos": "x"}, UsageError, "--bos x must"), ({"special": "x"}, UsageError, "--special x must"),
     ({"form": "prompt_completion", "seq_len": 8, "split": "text"}, UsageError, "would cut rows in two"),
     ({"seq_len": 8}, UsageError, "--seq-len and --truncate"), ({"chat_template": "x"}, UsageError, "applies to --format chat"),
-    ({"repeat": True}, UsageError, "--repeat needs it"),
+    ({"repeat": True}, UsageError, "above 0 with --repeat"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], error: type, words: str
@@ -311,7 +311,7 @@ def test_rows_packed_for_other_windows_are_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", pair("a", "b"))
     prepare(source, out=tmp_path / "out", form="prompt_completion", seq_len=8, val_fraction=0)
     stream = TokenStream(tmp_path / "out")
-    with pytest.raises(UsageError, match=r"model.seq_len=12, but .*windows of 8 tokens.*model.seq_len=8.*--seq-len 12"):
+    with pytest.raises(UsageError, match=r"model.seq_len=12 would split .*windows of 8 tokens.*model.seq_len=8.*--seq-len 12"):
         stream.keep_apart("auto", 12)
     for documents, apart in (("auto", True), ("joined", False), ("apart", True)):
         stream.keep_apart(documents, 16)

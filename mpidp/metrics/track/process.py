@@ -38,7 +38,7 @@ class Warnings:
     """Prints each warning once, on the standard error of the run."""
 
     def __init__(self, name: str, stream: Any, seconds: float) -> None:
-        """seconds: a call that takes longer causes a warning."""
+        """seconds: time limit of a call. A longer call causes a warning."""
         self._name, self._stream, self._seconds, self._said = name, stream, seconds, set[str]()
 
     def say(self, kind: str, text: str) -> None:
@@ -103,8 +103,8 @@ class Inbox:
 
 
 class State:
-    """The content of RUN/track/NAME.json: the id of the run, and the last step that was written of each kind of line. A lock
-    makes a job wait for an earlier job's process, which may still be writing."""
+    """The content of RUN/track/NAME.json: the id of the run and, for each kind of line, the last step that was written. The
+    process of an earlier job may still be writing. A lock makes this job wait for it."""
 
     def __init__(self, path: Path, seconds: float) -> None:
         """seconds: how long to wait for the lock."""
@@ -128,15 +128,15 @@ class State:
         self.last: dict[str, int] = {k: v for k, v in last.items() if isinstance(v, int)} if isinstance(last, dict) else {}
 
     def wrote(self, batch: list[dict[str, Any]]) -> None:
-        """Record the steps of a batch that was written. Save the state if the last time was more than SAVE_SECONDS ago."""
+        """Record the steps of a batch that was written. Save the state if it was last saved more than SAVE_SECONDS ago."""
         for line in batch:
             self.last[kind_of(line)] = max(self.last.get(kind_of(line), -1), line["step"])
         if time.monotonic() > self._saved + SAVE_SECONDS:
             self.save()
 
     def save(self) -> None:
-        """Save the state. Errors such as a full disk are ignored, because the lines were written and must not be written
-        again."""
+        """Save the state. Errors such as a full disk are ignored. If they were raised, serve() would write the same lines to the
+        tracker again."""
         self._saved = time.monotonic()
         with suppress(OSError):
             write_file(self.path, json.dumps(self.values | {"last": self.last}).encode())

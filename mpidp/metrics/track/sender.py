@@ -1,4 +1,4 @@
-"""Send the lines of metrics.jsonl to the processes of the trackers, on rank 0, without waiting for them."""
+"""Sends the lines of metrics.jsonl from rank 0 to the processes of the trackers. Training does not wait for these processes."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class _Process:
         self._push()
 
     def _push(self) -> None:
-        """Write the waiting lines, as far as the pipe accepts them."""
+        """Write the waiting lines until the pipe is full."""
         assert self._child is not None and self._child.stdin is not None
         try:
             while self._waiting:
@@ -108,7 +108,7 @@ class _Process:
         return None
 
     def _lost(self, why: str) -> None:
-        """Stop sending. why: the text of a warning, or "" if the process has printed a warning."""
+        """Stop sending. why: the text of the warning to print, or "" if the process itself has printed a warning."""
         if why:
             log.warning("warning: metrics.track=%s: %s; training continues; metrics.jsonl has all numbers", self.name, why)
         self._child = None

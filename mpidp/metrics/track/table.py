@@ -15,9 +15,10 @@ PACKAGES = {  # tracker -> the packages that it needs; without the last two, mlf
 
 
 def trackers_of(track: str, tensorboard: bool = False) -> list[str]:
-    """Return the names of the trackers in metrics.track, a comma-separated list, without repetitions. Pure.
+    """Return the names of the trackers, each name once. Pure.
 
-    tensorboard: metrics.tensorboard, the earlier setting for one tracker. Raises UsageError if a name is not in the table.
+    track: metrics.track, a comma-separated list of names. tensorboard: metrics.tensorboard, the earlier setting, which adds the
+    tracker tensorboard. Raises UsageError if a name is not in the table.
     """
     names = [name.strip() for name in track.split(",") if name.strip()]
     for name in names:

@@ -41,12 +41,12 @@ class Tracker(Protocol):
         """Store the scalars of these lines. After an exception, the same lines are given again, together with later lines."""
 
     def close(self, ended: bool) -> None:
-        """Store what is left, and close the run. ended: whether the run has reached its end; if not, it may be resumed."""
+        """Store what is left, and close the run. ended: whether the run has reached its end. If not, the run may be resumed."""
 
 
 def compact(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a line of metrics.jsonl that trackers use. These are scalars and short texts. A `start` line also has
-    facts, which are returned as section.name. Pure."""
+    """Return the fields of a line of metrics.jsonl that trackers use. These are numbers and some short texts. For a `start` line,
+    the fields of its objects are also returned, as OBJECT.FIELD. Pure."""
     found = {key: value for key, value in line.items() if key in TEXTS or _is_number(value)}
     if line.get("event") == "start":
         for key, value in line.items():
@@ -56,8 +56,8 @@ def compact(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scalars_of(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the scalars of a line: steps/NAME, or val/NAME in the line of an evaluation. The line of an event has no scalars.
-    Pure."""
+    """Return the numbers of a line by name. The names are val/KEY for the line of an evaluation, else steps/KEY. The line of an
+    event has no numbers. Pure."""
     if "event" in line:
         return {}
     return {f"{kind_of(line)}/{key}": value for key, value in line.items() if key not in LEFT_OUT and _is_number(value)}

@@ -12,7 +12,7 @@ from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
 
 
 def _norm(model: ModelSizes) -> tuple[int, int]:
-    """Return the bytes per channel and per position that a norm keeps, without its output.
+    """Return (bytes per channel of a position, bytes per position) that a norm keeps for backward. Its output is not counted.
 
     RMSNorm keeps its input, the normalized input and a factor. LayerNorm also keeps a mean (on a GPU, not the normalized input).
     """
@@ -20,7 +20,8 @@ def _norm(model: ModelSizes) -> tuple[int, int]:
 
 
 def _between_branches(model: ModelSizes, work: Work) -> int:
-    """Return the bytes per token of norms and of the inputs of products, which mesh.sequence divides by tp."""
+    """Return the bytes per token that norms keep, and that products keep as copies of their inputs. mesh.sequence divides these
+    bytes by tp."""
     o, d = model.options, model.model_dim
     channel, position = _norm(model)
     norms = len(o.norms()) * (channel * d + position)
@@ -43,7 +44,7 @@ def _copied(model: ModelSizes) -> float:
 
 
 def _inside_branches(model: ModelSizes, work: Work) -> float:
-    """Return the bytes per token of heads and hidden channels, which tp divides."""
+    """Return the bytes per token that are kept for heads and hidden channels. Tensor parallelism divides these bytes by tp."""
     o, w, heads, kv, e = model.options, work.number_bytes, model.num_heads, model.num_kv_heads, model.shape.head_dim
     attention: float = w * 4 * heads * e  # queries, repeated keys and values, and the result
     if not o.attention_cap:  # with a cap, backward computes the scores again

@@ -56,17 +56,19 @@ WHOLE = ("vocab", "seq-len", "global-batch", "micro-batch", "ranks-per-node", "g
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `plan mesh`, without --json. Pure."""
-    parser.add_argument("--config", metavar="FILE", help="CONFIG.toml of a run, or config.json of a "
-                        "Hugging Face model: use its model and batch, not --params")
+    parser.add_argument("--config", metavar="FILE", help="instead of --params: take the model from "
+                        "CONFIG.toml of a run, which also gives the batch, or from config.json of a Hugging Face model")
     add_ranks(parser, "the number in cluster.json")
     for name, about, _ in NUMBERS:
         parser.add_argument(f"--{name}", metavar="N", help=about)
     parser.add_argument("--cluster", metavar="FILE", help="cluster.json of mpidp.doctor (default: ./cluster.json, if it exists)")
-    parser.add_argument("--calibrate", metavar="RUN", help="take the compute speed from this run on one rank of such a device")
+    parser.add_argument("--calibrate", metavar="RUN", help="compute the speed of a device from RUN, a run on one rank that used "
+                        "the same type of device")
     parser.add_argument("--dtype", choices=list(BYTES), help="type of matrix products (default: bfloat16)")
-    parser.add_argument("--recompute", choices=["true", "false"], help="recompute activations (default: the better choice)")
-    parser.add_argument("--sequence", choices=["true", "false"], help="value of mesh.sequence (default: the better choice)")
-    parser.add_argument("--overlap", type=float, help="achieved fraction of the possible overlap of dp traffic (default: 0.8)")
+    parser.add_argument("--recompute", choices=["true", "false"], help="whether activations are recomputed (default: try both)")
+    parser.add_argument("--sequence", choices=["true", "false"], help="value of mesh.sequence (default: try both)")
+    parser.add_argument("--overlap", type=float, help="of the compute time that could hide data-parallel traffic, the fraction "
+                        "that does hide it (0 to 1, default: 0.8)")
     parser.add_argument("--top", type=int, default=5, help="number of meshes to show (default: %(default)s)")
 
 

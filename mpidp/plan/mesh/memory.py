@@ -2,26 +2,26 @@
 
 p is the number of parameters of a rank: those of the layers of its stage, with matrices divided by tp. w is the number of bytes
 per number in matrix products. n = micro_batch x seq_len is the number of tokens of a micro-batch. M is the number of
-micro-batches per replica. f = min(M, pp - stage) micro-batches have finished forward and not backward (1F1B, Narayanan 2021,
+micro-batches per replica. f = min(M, pp - stage) micro-batches have finished forward, but not backward (1F1B, Narayanan 2021,
 section 2.2.1).
 
-| use | bytes | divided by dp from |
+| use | bytes | divided by dp with |
 |---|---|---|
-| parameters | 4 p, float32 master weights | shard 3 |
-| gradients | 4 p per slot | shard 2 |
-| optimizer | 8 p, the moments of AdamW | shard 1 |
+| parameters | 4 p, float32 master weights | mesh.shard=3 |
+| gradients | 4 p per slot | mesh.shard=2 or 3 |
+| optimizer | 8 p, the moments of AdamW | mesh.shard=1, 2 or 3 |
 | working | 16 bits: a copy of the weights, 2 p; shard 2 and 3: gathered gradients and weights of two blocks | |
 | activations | f n layers (W + S / tp), by default W = 24 D + 8 (16 bits: 26 D + 8), S = w (4 D + 4 F) + 4 H | |
 | with recompute | f n layers 4 D, and the activations of one block as above | |
 | logits | on the last stage 12 n V / tp, for log-probabilities and two gradients | |
-| in chunks of r tokens | instead g + max(g, 4 r V / tp), 16 bits: 6 r V / tp, where g = 4 n D + 4 V D / tp | |
+| logits, if in chunks | g + max(g, 4 r V / tp), 16 bits: g + max(g, 6 r V / tp), where g = 4 n D + 4 V D / tp | |
 
 W counts the activations of norms and residuals, which every tensor-parallel rank holds in full. S counts the activations between
 matrices that are divided by tp. With mesh.sequence, W and the activations that recompute keeps are divided by tp. In 16 bits W is
 then 20 D + 8, because an input that several products share is saved once. activations.py computes W and S for all options of the
-Transformer. model/loss_chunks.py determines r. With train.loss=auto, the loss is computed in chunks if the logits are large.
-Embedding and head are divided by tp along the vocabulary. Layers are assigned to stages such that the slowest stage is as fast as
-possible. The last stage also computes the head.
+Transformer. With train.loss=auto, the loss is computed in chunks of r tokens if the logits are large. model/loss_chunks.py
+determines r. Embedding and head are divided by tp along the vocabulary. Layers are assigned to stages such that the slowest stage
+is as fast as possible. The last stage also computes the head.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Finds the meshes of N ranks that have enough memory for a model, and predicts the step time of each mesh.
 
-memory.py computes the memory. time.py computes the time and the bytes sent. The input figures are given, measured in a RUN, read
-from cluster.json, or assumed, and each is listed with its source. This module imports neither torch nor MPI.
+memory.py computes the memory. time.py computes the time and the bytes sent. Each input value is given on the command line,
+measured in a RUN, read from cluster.json, or assumed. The output lists the values with their sources. This module imports neither
+torch nor MPI.
 """
 
 from __future__ import annotations
@@ -160,7 +161,8 @@ def machine_of_run(run: Path, vocab_size: int) -> tuple[float, float]:
     found = measured.read(run)
     times = [one for one in measured.seconds([found]) if one.ranks == 1]
     if not times or not times[0].update or "model.num_layers" not in found.config:
-        raise UsageError(f"--calibrate={run}: give a run on one rank, so that no time is spent waiting for other ranks")
+        raise UsageError(f"--calibrate={run}: the step times of a run on one rank are needed, because they contain no waiting "
+                         "for other ranks: give such a run")
     model = model_of_config(found.config, vocab_size or vocab_size_of(found.config))
     count, size = found.lanes.num_micro_batches, 4 if found.config.get("train.dtype") == "float32" else 2
     return measured_machine(model, found.lanes.micro_batch, count * times[0].micro_batch, times[0].update, count, size)
@@ -204,8 +206,8 @@ def rows_of(
     """Return a row for each mesh, with the fastest settings that fit in memory. If no settings fit, the row has the settings that
     need the least memory. Rows that fit come first and are sorted by time.
 
-    limit: bytes of memory per rank. micro: the micro-batch sizes to try. again, parts: the values of recompute and of
-    mesh.sequence to try. Pure."""
+    base: the global batch and the dtypes. limit: bytes of memory per rank. micro: the micro-batch sizes to try. again: the values
+    of recompute to try. parts: the values of mesh.sequence to try. Pure."""
     best: dict[tuple[int, int, int], tuple[tuple[bool, float, int, bool, bool], MeshRow]] = {}
     for shape in shapes(model, ranks, base.global_batch // min(micro)):
         for size in micro:
@@ -225,8 +227,8 @@ def rows_of(
 def three_ways(
     rows: Sequence[MeshRow], ranks: int, parameters: float, samples: float | None, limit: float
 ) -> list[dict[str, Any]]:
-    """Return the best data-parallel, the best model-parallel and the best hybrid mesh, with parameters and samples per rank.
-    Pure."""
+    """Return the best data-parallel, the best model-parallel and the best hybrid mesh, with the parameters and samples per rank.
+    parameters, samples: the numbers for the whole model and the whole data. limit: bytes of memory per rank. Pure."""
     kinds = {
         "data": [row for row in rows if row.shape.dp == ranks], "model": [row for row in rows if row.shape.dp == 1],
         "hybrid": [row for row in rows if 1 < row.shape.dp < ranks],
@@ -250,7 +252,8 @@ def plan_mesh(
     parts: Sequence[bool] = (False, True), samples: float | None = None, top: int = 5,
 ) -> dict[str, Any]:
     """Return the results of `plan mesh` as plain values. taken: source of the model. parameters: the requested number of
-    parameters. limit: bytes of memory per rank. Raises UsageError if no mesh is possible. Pure."""
+    parameters. sources: source of each figure of the machine. samples: number of samples in the data. top: number of meshes to
+    return. For the other arguments see rows_of(). Raises UsageError if no mesh is possible. Pure."""
     micro = [size for size in micro if size <= base.global_batch]
     if not micro:
         raise UsageError(f"the micro-batch exceeds the global batch of {base.global_batch} sequences: raise --global-batch")

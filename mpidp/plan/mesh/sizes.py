@@ -58,7 +58,8 @@ class ModelSizes:
 
     @cached_property
     def attended(self) -> float:
-        """The number of positions that a position attends to (seq_len, or at most the window), as a mean over the layers."""
+        """The number of positions that a position attends to, as a mean over the layers. In a layer this is seq_len, or the
+        window if it is shorter."""
         return sum(map(self.shape.attended, range(self.num_layers))) / self.num_layers
 
     @property
@@ -106,7 +107,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """How the work of a step is divided, and the sizes of the numbers in it."""
+    """How a step is computed: the batch sizes, the bytes per number, and options such as recomputation."""
 
     global_batch: int  # sequences
     micro_batch: int  # sequences

@@ -7,12 +7,12 @@ the number of bytes per number in matrix products. M is the number of micro-batc
 | what | seconds |
 |---|---|
 | compute | operations / flops + bytes read and written / memory bandwidth; c is this time for one micro-batch on one stage |
-| tp | float32 allreduces of (B, T, D): 2 in forward and 2 in backward of a block, 2 more with recompute, 2 for embedding and head
-|
-| tp, sequence | as many float32 reduce_scatters; 6 allgathers per block and 2 for the head, w bytes per number; the gradients of
-parameters that are not divided |
-| pp | m: a float32 message of (B, T, D), or with sequence 1 / tp of it; a micro-batch takes max c + 2 m (pp - 1) / pp |
-| pipeline | M - 1 micro-batches + sum of c over stages + 2 m (pp - 1); with equal stages the bubble is (pp - 1) / (M + pp - 1) |
+| tp | float32 allreduces of (B, T, D): 4 per block (half of them in forward), 2 more with recompute, 2 for embedding and head |
+| tp, sequence | as many float32 reduce_scatters; 6 allgathers per block and 2 for the head, w bytes per number |
+| tp, sequence | also float32 allreduces of the gradients of the parameters that are not divided |
+| pp | m is the time of a float32 message of (B, T, D), or with mesh.sequence of 1 / tp of it |
+| micro-batch | max c over the stages + 2 m (pp - 1) / pp |
+| pipeline | M - 1 micro-batches + sum of c over stages + 2 m (pp - 1); equal stages have a bubble of (pp - 1) / (M + pp - 1) |
 | dp, shard 0 | an allreduce of 4 p, which overlaps with 2/3 of a micro-batch (its backward) |
 | dp, shard 1 | a reduce_scatter of 4 p and an allgather of 4 p, which overlap with a micro-batch |
 | dp, shard 2 | a reduce_scatter of 4 p per micro-batch and an allgather of 4 p, which overlap with all micro-batches |
@@ -23,7 +23,7 @@ parameters that are not divided |
 An allgather or reduce_scatter takes (g - 1)/g n / B + ceil(log2 g) a, for bandwidth B and latency a. An allreduce takes twice as
 long. If a group extends over several nodes, (ranks per node) / (members of the group in a node) groups share the network of a
 node. `overlap` is the fraction of the possible overlap that is achieved. If ranks share devices, other ranks use a device during
-a rank's bubble. Then a step takes at least as long as the devices of a node need for all the work of its ranks.
+a rank's bubble. The devices of a node then compute the work of all ranks of the node. A step takes at least as long as this.
 """
 
 from __future__ import annotations
@@ -180,7 +180,8 @@ class Step:
 
 
 def data_parallel(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tuple[Traffic, float]:
-    """Return (dp traffic, host time of gathers and scatters) of a step on the stage with the most parameters. Pure."""
+    """Predict the data-parallel exchanges of one step, for the stage with the most parameters. Return (their Traffic per rank,
+    the host seconds for their gathers and scatters). Pure."""
     p, stage = max((parameters_of(model, shape, stage), stage) for stage in stages_of(model, shape))
     m, units = work.micro_batches(shape), layers_of(model, shape, stage) + 1
 

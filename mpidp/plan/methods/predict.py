@@ -7,9 +7,10 @@ reduction of all gradients over all ranks, which traffic.py computes.
 |---|---|
 | synchronous | compute + sum, minus the time that comm.overlap hides: at most 2/3 of the last micro-batch (its backward) |
 | delayed | the longer of compute and sum |
-| local | compute + sum / sync_every; with overlap, only the time of a sum beyond the compute time of sync_every steps counts |
+| local | compute + sum / sync_every |
+| local with overlap | compute + max(0, sum - sync_every x compute) / sync_every |
 | local, group=pairs | compute + (k n / B + a) / sync_every |
-| server | the longer of compute + 2 n k / B + 2 a (on a worker) and n / B per worker (on the link of its server) |
+| server | the longer of compute + 2 n k / B + 2 a (on a worker) and w n / B (on a server that has w workers) |
 
 Local methods need a full sum at each meeting (strategy.meet_every), when all ranks average their models.
 """
@@ -128,10 +129,10 @@ class MethodRow:
 
 
 def predict(config: Config, vocab_size: int, cluster: Cluster, compute: float, wanted: Sequence[str] = ()) -> list[MethodRow]:
-    """Predict the figures of all methods, or of synchronous and the `wanted` methods, in the order of METHODS. Raises UsageError
-    if a wanted method is unknown. compute: compute time of a step, in seconds. Pure."""
+    """Predict bytes and step time of the method synchronous and the `wanted` methods (default: all methods), in the order of
+    METHODS. Raises UsageError if a wanted method is unknown. compute: compute time of a step, in seconds. Pure."""
     if unknown := sorted(set(wanted) - set(METHODS)):
-        raise UsageError(f"--methods: unknown: {', '.join(unknown)}; known are {', '.join(METHODS)}")
+        raise UsageError(f"--methods: {', '.join(unknown)}: no such method; the methods are {', '.join(METHODS)}")
     sizes, rows = sizes_of(config, vocab_size), list[MethodRow]()
     for name in [name for name in METHODS if not wanted or name in ("synchronous", *wanted)]:
         settings: list[str] = []
@@ -141,7 +142,7 @@ def predict(config: Config, vocab_size: int, cluster: Cluster, compute: float, w
             if (working := workers(chosen, cluster.ranks)) > (count := lanes_of(config).num_lanes):
                 raise UsageError(f"{working} ranks, but the global batch has {count} lanes: raise train.global_batch")
             if chosen.comm.compress == "powersgd" and cluster.ranks == 1:
-                raise UsageError("comm.compress=powersgd on one rank: nothing is sent")
+                raise UsageError("comm.compress=powersgd needs at least two ranks, because with one rank nothing is sent")
             steps = _sync_intervals(chosen, LONG)[1]
             sent = sent_bytes(chosen, sizes, cluster, steps) / steps
             rows.append(MethodRow(name, settings, "", sent, step_seconds(chosen, sizes, cluster, compute)))

@@ -5,7 +5,8 @@ There are P ranks, n bytes of gradients, a link of latency a and bandwidth B per
 | what | seconds |
 |---|---|
 | reducer allreduce | 2 (P-1)/P n / B + 2 (P-1) a per piece, for a ring that leaves each node once (Patarasuk & Yuan 2009) |
-| reducer tree | the same with P nodes if ranks share memory, else with P ranks; on one node (P-1)/P n / B, read from memory |
+| reducer tree | as allreduce; if ranks share memory, P is the number of nodes |
+| reducer tree on one node | (P-1)/P n / B, because ranks read gradients from memory |
 | comm.compress | (bytes from a node to other nodes) / B + 2 (P-1) a per exchange; powersgd has two exchanges per bucket |
 | allgather of a few numbers | 2 ceil(log2 P) a |
 
@@ -78,7 +79,8 @@ def link_of(given: str, ranks: int) -> Cluster:
         if not (0 < mbit < math.inf and 0 <= ms < math.inf):
             raise ValueError
     except ValueError as error:
-        raise UsageError(f"--link={given}: give Mbit/s and one-way ms, separated by a comma, like --link=1000,0.1") from error
+        raise UsageError(f"--link={given}: give the bandwidth in Mbit/s and the one-way delay in ms, separated by a comma, for "
+                         "example --link=1000,0.1") from error
     return Cluster(ranks, ranks, ms / 1e3, mbit * 1e6 / 8)
 
 
@@ -171,7 +173,7 @@ def _by_tree(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
 
 
 def _outgoing_share(cluster: Cluster) -> float:
-    """Return how many bytes leave a node when each of its ranks sends one byte in total, divided equally among all other
+    """Return how many bytes leave a node if each rank sends one byte in total. The byte is divided equally among all other
     ranks."""
     k = cluster.ranks_a_node
     return k * (cluster.ranks - k) / (cluster.ranks - 1) if cluster.nodes > 1 else 1.0

@@ -141,8 +141,8 @@ def find_cluster(config: Config, options: TrialOptions, world: MPI.Intracomm) ->
         return cluster, found[0]
     if world.size == 1:
         raise UsageError(
-            "the link speed is not known (no cluster.json): run `mpirun -np N python -m mpidp.doctor` on the nodes of the job "
-            "and give its file with --cluster, give --link=MBIT,MS, or start this command with mpirun"
+            "the link speed is not known, because there is no cluster.json. Do one of these: write cluster.json with `mpirun -np "
+            "N python -m mpidp.doctor` on the nodes of the job, give --link=MBIT,MS, or start this command with mpirun"
         )
     mesh = make_topology(world)
     hosts = [host for host, size in zip(mesh.hosts, mesh.node_sizes, strict=True) for _ in range(size)]
@@ -182,7 +182,7 @@ def folder_beside(run_dir: Path, world: MPI.Intracomm) -> Iterator[Path]:
                 run_dir.parent.mkdir(parents=True, exist_ok=True)
                 made = tempfile.mkdtemp(prefix=".methods-", dir=run_dir.parent)
             except OSError as error:
-                raise UsageError(f"run.dir={run_dir}: cannot write beside it ({error})") from error
+                raise UsageError(f"run.dir={run_dir}: the folder that contains it cannot be written ({error})") from error
     made = world.bcast(made, root=0)
     try:
         yield Path(made)

@@ -40,7 +40,7 @@ class MeasuredRun:
 def read(run: Path) -> MeasuredRun:
     """Read a run. Raises UsageError if RUN is not a run with at least one step. Independent."""
     if not (run / "metrics.jsonl").is_file() or not (run / "config.toml").is_file():
-        raise UsageError(f"{run}: no metrics.jsonl and config.toml there; give the folder of a run (its run.dir)")
+        raise UsageError(f"{run}: no metrics.jsonl or no config.toml there; give the folder of a run (its run.dir)")
     config = read_run_config(run / "config.toml")
     try:
         cut = [int(config[f"train.{name}"]) for name in ("global_batch", "micro_batch", "lanes")]

@@ -4,7 +4,7 @@
 |---|---|---|
 | plain | 4 | the value |
 | bf16 | 2 | 8 bits of significand |
-| fp16 | 2 | 11 bits of significand, in units of a power of two per block |
+| fp16 | 2 | a float16 multiple of a power of two, which the block stores once (11 bits of significand) |
 | int8, int4 | 1, 1/2 | a multiple of 1/127 (1/7) of the block's largest value, stochastically rounded (QSGD, Alistarh 2017) |
 | int2 | 1/4 | 0, or the sign times the mean absolute value of the block's large values (ternary weight networks, Li 2016) |
 | onebit | 1/8 | the sign times the block's mean absolute value (Seide 2014; Karimireddy 2019, section 5) |
@@ -12,9 +12,9 @@
 The codes with a scale take 4 more bytes per block. In the following, the error of a code is the sum of squares of x - decoded,
 relative to the sum of squares of x. The expected error must be below 1, because otherwise error feedback would make residuals
 grow without bound (Karimireddy 2019, assumption A). If n values are rounded stochastically to k levels up to the largest value,
-the error is at most (1 + sqrt(n)) / 2k - 1. This bound is 0.21 for int4. It would be 7.5 for int2, which therefore does not round
-stochastically. For normally distributed values the error of int2 is 0.19, and the error of onebit is 0.36. For any values the
-error of int2 is 1 - m s^2 / sum(x^2), where s is the mean absolute value of the m large values. These statements hold for all
+the error is at most (1 + sqrt(n)) / (2 k) - 1. This bound is 0.21 for int4. It would be 7.5 for int2, which therefore does not
+round stochastically. For normally distributed values the error of int2 is 0.19, and the error of onebit is 0.36. For any values
+the error of int2 is 1 - m s^2 / sum(x^2), where s is the mean absolute value of the m large values. These statements hold for all
 values from the smallest normal float32 to the largest one. Every decoded value is finite.
 """
 
@@ -42,7 +42,8 @@ def uniform(shape: torch.Size, seed: int, device: torch.device) -> Tensor:
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """Pack uint8 values (n,) below 2^bits into bytes, 8 // bits values per byte. Return uint8 (ceil(n bits / 8),). Pure."""
+    """Pack uint8 values (n,) below 2^bits into bytes, 8 // bits values per byte. Return uint8 (ceil(n * bits / 8),). bits: 1, 2,
+    4 or 8. Pure."""
     rows = F.pad(values, (0, -values.numel() % (8 // bits))).view(8 // bits, -1)  # values of one byte are far apart
     packed = rows[0].clone()
     for i, row in enumerate(rows[1:], 1):

@@ -2,8 +2,8 @@
 
 Every rank encodes its vector slice by slice and sends each slice to its owner. The owner decodes the slices, adds them in rank
 order in float32, encodes the sum and sends it to all ranks. Each rank keeps the errors of its own encodings, so no part of the
-sum is lost (DoubleSqueeze, Tang 2019). The sum of x over all ranks is `total` plus the sums of `unsent` and `late` over all ranks
-(see Summed).
+sum is lost (DoubleSqueeze, Tang 2019). Let x be the vector of a rank. The sum of x over all ranks equals `total` plus the sums of
+`unsent` and `late` over all ranks (see Summed).
 
 The wire format of a slice begins with a 4-byte integer, which is 1 if all values are finite, else 0. The encoded values follow,
 padded to a multiple of 4 bytes.
@@ -53,7 +53,7 @@ def all_finite(x: Tensor) -> bool:
 
 @dataclass
 class Summed:
-    """The results, on one rank, of a sum over all ranks of vectors of n values."""
+    """What one rank has after a sum. Every rank contributed a vector of n values."""
 
     total: Tensor  # (n,), the same bits on all ranks
     unsent: Tensor  # (n,), the encoding error of this rank's values
@@ -70,8 +70,8 @@ class Exchange:
         self.comm, self.transport, self.wait, self.seed = comm, transport, wait, seed
 
     def sum(self, x: Tensor, code: Code, key: tuple[int, ...], finite: bool = True) -> Summed:
-        """Sum x, float32 (n,), n > 0, over the ranks. key: unique to this sum, for random seeds. finite: whether the values from
-        which x was computed are finite. Collective over comm."""
+        """Sum x, float32 (n,), n > 0, over the ranks. key: integers that no other sum uses, from which random seeds are made.
+        finite: False if x was computed from values that were not finite. Collective over comm."""
         comm, transport = self.comm, self.transport
         rank, size = comm.rank, comm.size
         bounds = slice_bounds(x.numel(), size)
@@ -130,8 +130,8 @@ def write(code: Code, x: Tensor, wire: Tensor, seed: int, finite: bool) -> None:
 
 
 def read(code: Code, wire: Tensor, n: int) -> tuple[Tensor, bool]:
-    """Decode a slice of n values from the wire format. Return (values (n,), whether all encoded values were finite). If they were
-    not, return zeros. Independent."""
+    """Decode a slice of n values from the wire format. Return the values, of shape (n,), and whether the values were finite
+    before they were encoded. If not, the returned values are zeros. Independent."""
     if n and bool(wire[:HEADER].view(torch.int32)):
         return code.decode(wire[HEADER : HEADER + code.num_bytes(n)], n), True
     return torch.zeros(n, device=wire.device), not n
@@ -165,7 +165,8 @@ class CompressionMethod:
         Independent."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state, which is the same on all ranks. The method must not modify these tensors later. Independent."""
+        """Return the state, as tensors that are the same on all ranks. Later rounds must not modify the returned tensors.
+        Independent."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -33,15 +33,15 @@ class PowerSGD(CompressionMethod):
         self._round_q: dict[str, Tensor] = {}  # Q' of each parameter in this round
 
     def thin(self, shape: torch.Size) -> tuple[int, int, int]:
-        """Return (rows, cols, r): the size of the parameter as a matrix, and the number of columns of its thin matrices. r = 0
-        means that the parameter is sent uncompressed. Pure."""
+        """Return rows and cols, the size of the parameter as a matrix, and r, the number of columns of its thin matrices. If r is
+        0, the parameter is sent uncompressed. shape: the shape of the parameter. Pure."""
         rows = shape[0] if len(shape) > 1 else 1
         cols = shape.numel() // rows if rows else 0
         r = min(self.rank, rows, cols)
         return rows, cols, r if r * (rows + cols) < rows * cols else 0
 
     def _matrices(self, bucket: Bucket) -> Iterator[tuple[str, slice, int, int, int]]:
-        """Yield (name, place in the bucket, rows, cols, r) of the compressed matrices."""
+        """For each compressed matrix, yield its name, its place in the bucket, and the result of thin()."""
         for name, shape, offset in zip(bucket.names, bucket.shapes, bucket.offsets, strict=True):
             rows, cols, r = self.thin(shape)
             if r:

@@ -34,15 +34,16 @@ def count(ratio: float, n: int) -> int:
 
 
 class TopK(Code):
-    """Stores the k largest values of each chunk as float32, and their places in the chunk in 2 bytes each (DeMo, Peng 2024,
-    section 3; SparseLoCo, Sarfi 2025, section 3). In a comparison, the largest values of a whole slice gave no lower loss
-    (docs/results/2026-11-25-per-token.md)."""
+    """Divides the values into groups of CHUNK or LARGE_CHUNK. Stores the k largest values of each group as float32, and their
+    places in the group in 2 bytes each (DeMo, Peng 2024, section 3; SparseLoCo, Sarfi 2025, section 3). In a comparison, the
+    largest values of a whole slice gave no lower loss (docs/results/2026-11-25-per-token.md)."""
 
     def __init__(self, ratio: float) -> None:
         self.ratio, self.chunk = ratio, CHUNK if ratio * CHUNK >= 16 else LARGE_CHUNK
 
     def _rows(self, n: int) -> list[tuple[int, int, int]]:
-        """Return (number of rows, values per row, values sent per row), first for the whole chunks, then for the rest. Pure."""
+        """Return two entries, one for the full groups and one for the rest. An entry is (number of groups, values per group,
+        values sent per group). An entry without values is left out. Pure."""
         whole, rest = divmod(n, self.chunk)
         return [(rows, width, count(self.ratio, width)) for rows, width in ((whole, self.chunk), (1, rest)) if rows and width]
 
@@ -50,7 +51,8 @@ class TopK(Code):
         return 6 * sum(rows * k for rows, _, k in self._rows(n))
 
     def _parts(self, wire: Tensor, n: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Yield views of wire: (index of the first value, width, values float32 (rows, k), places int16 (rows, k)). Pure."""
+        """For each entry of _rows(), yield the index of its first value, the number of values per group, and two views of wire:
+        the sent values, float32 (groups, k), and their places, int16 (groups, k). Pure."""
         at, start = 0, 0
         cut = 4 * sum(rows * k for rows, _, k in self._rows(n))
         values, places = wire[:cut].view(torch.float32), wire[cut:].view(torch.int16)
@@ -85,9 +87,8 @@ class TopKMethod(CompressionMethod):
 
 
 class RandomKMethod(CompressionMethod):
-    """Implements comm.compress=randomk. Of each range of 1 / ratio values, one value is sent. Its place within the range is drawn
-    again in each round, with the same seed on all ranks. Therefore places need not be sent, and the sum of the sent values is
-    exact up to rounding."""
+    """Implements comm.compress=randomk. Of each range of 1 / ratio values, one value is sent. Each round draws new places, with
+    the same seed on all ranks. Therefore places need not be sent, and the sum of the sent values is exact up to rounding."""
 
     def __init__(self, ratio: float, warmup: int) -> None:
         super().__init__(PLAIN)
