@@ -22,8 +22,8 @@ from mpidp.hf.names import settings_of
 class Facts:
     """The contents of config.json, tokenizer.json and tokenizer_config.json of an exported folder, and the options of its model.
 
-    The options of two models are equal even if their families use different fields of config.json. For example, one family
-    describes the layers with sliding windows in layer_types, and another family describes them by a period.
+    Families describe the same option by different fields of config.json. For example, one family lists the layers with sliding
+    windows in layer_types, and another family has a period. A restriction that reads the options works for both families.
     """
 
     config: Mapping[str, Any]

@@ -160,7 +160,7 @@ def test_options_of_from_are_refused_with_to() -> None:
              ["--rows", "part"], ["--add-eod"], ["--column", "ids"], ["--dtype", "uint16"], ["--seq-len", "8"], ["--eod", "x"])
     for words in wrong:
         named = ", ".join(word for word in words if word.startswith("--"))
-        with pytest.raises(UsageError, match=f"^{named}: only --from has th.*, but --to mds is given"):
+        with pytest.raises(UsageError, match=f"^{named}: only --from takes th.*, but --to mds is given"):
             read_options(["--to", "mds", "shards", "--out", "out", *words])
     found = read_options(["shards", "--out", "out", "--tokenizer", "byte", "--shards", "9"])
     assert (found.tokenizer, found.shards, found.source) == ("byte", 9, "auto")

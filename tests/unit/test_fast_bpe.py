@@ -103,7 +103,7 @@ def test_a_special_token_that_is_a_word_is_rejected_with_ignore_merges() -> None
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
         assert (made.encode("pad", add_special_tokens=False).ids == [made.token_to_id("pad")]) is ignores
         if ignores:
-            with pytest.raises(NotEqual, match="the special token 'pad' is a word"):
+            with pytest.raises(NotEqual, match="word of the text as the special token 'pad'"):
                 fast(made)
         else:
             assert fast(made).encode_batch(["a pad pad"])[0].tolist() == made.encode("a pad pad", add_special_tokens=False).ids
@@ -168,7 +168,7 @@ def test_several_merges_to_one_token() -> None:
     made, text = library(**vocabulary(("b", "c"), ("a", "b"), ("ab", "c"), ("a", "bc"))), "abcab bcabcc"
     assert fast(made).encode_batch([text])[0].tolist() == made.encode(text).ids
     assert made.encode("abc").tokens == ["abc"]
-    with pytest.raises(NotEqual, match="different ranks"):
+    with pytest.raises(NotEqual, match="do not follow each other"):
         fast(library(**vocabulary(("b", "c"), ("a", "b"), ("ab", "c"), ("c", "c"), ("a", "bc"))))
 
 
