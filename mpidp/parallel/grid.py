@@ -86,8 +86,13 @@ def make_grid(world: MPI.Intracomm, tp: int = 1, pp: int = 1, dp: int = 0) -> Gr
             f"{wanted} does not fit the {ordered.size} rank{'s' * (ordered.size > 1)} of this job: start "
             f"{' or '.join(map(str, near))} ranks, or change mesh.*"
         )
-    if parts == 1:
-        return whole(everyone)
+    return whole(everyone) if parts == 1 else divide(everyone, tp, pp)
+
+
+def divide(everyone: Topology, tp: int, pp: int, before: Topology | None = None) -> Grid:
+    """Return the mesh of the ranks of everyone.dp, in their order. before: the placement of this rank among the ranks with the
+    same part of the model, before ranks failed. Collective over everyone.dp."""
+    ordered, parts = everyone.dp, tp * pp
     rank = ordered.rank
     replica, part = divmod(rank, parts)
     stage, number = divmod(part, tp)
@@ -96,7 +101,7 @@ def make_grid(world: MPI.Intracomm, tp: int = 1, pp: int = 1, dp: int = 0) -> Gr
         return revocable(cast(MPI.Intracomm, ordered.Split(color, rank)))
 
     model, column, row = split(replica), split(replica * tp + number), split(replica * pp + stage)
-    mesh = make_topology(split(part))
+    mesh = make_topology(split(part), before, keep_order=True)  # all parts need the same order of replicas
     # Ranks with other parts of the model use the other cores of the node.
     mesh = replace(mesh, cores=max(1, everyone.cores * mesh.local_size // everyone.local_size))
     return Grid(ordered, everyone, mesh, model, column, row, how_to_wait(everyone.local_size, everyone.cores))

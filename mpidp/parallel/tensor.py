@@ -181,7 +181,7 @@ def _share_attention(attention: Any, shape: TransformerShape, tp: TensorComm) ->
 
 def share_layers(model: Any, tp: TensorComm) -> None:
     """Change a part of a Transformer so that it computes every layer together with the other ranks of its stage. Independent."""
-    keep = not tp.sequence
+    keep, model.tensor_comm = not tp.sequence, tp
 
     def enter(block: nn.Module, args: tuple[Any, ...]) -> None:
         tp.length = args[1].shape[-2]  # from the rotary table, because x may have only this rank's positions

@@ -22,8 +22,13 @@ class TensorComm:
 
     def __init__(self, grid: Grid, transport: Messages, sequence: bool = False) -> None:
         """sequence: whether positions are split between branches (sequence parallelism)."""
-        self.comm, self._wait, self._transport, self.sequence = grid.tp, grid.wait, transport, sequence
+        self.sequence = sequence
         self.length = 0  # number of positions of the current sequences
+        self.use(grid, transport)
+
+    def use(self, grid: Grid, transport: Messages) -> None:
+        """Communicate in this mesh from now on, for example after ranks have failed. Independent."""
+        self.comm, self._wait, self._transport = grid.tp, grid.wait, transport
 
     def sum(self, x: Tensor, op: MPI.Op = MPI.SUM) -> Tensor:
         """Return the sum of x over the ranks, as a new tensor with the shape and dtype of x. op: the MPI reduction to use instead

@@ -179,7 +179,7 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
     except MpidpError as error:
         world = _started_world()
         everywhere = error.everywhere or world is None or world.size == 1
-        rank = launcher_rank() if world is None or world.size == 1 else world.rank
+        rank = launcher_rank() if world is None or (world.size == 1 and not _survivors) else world.rank
         if rank == 0 or not everywhere:
             place = "" if everywhere else f"rank {rank}: "
             log.error("mpidp: %s%s", place, error)

@@ -43,12 +43,15 @@ class Topology:
         return len(self.hosts)
 
 
-def make_topology(world: MPI.Intracomm, before: Topology | None = None, number: int | None = None) -> Topology:
+def make_topology(
+    world: MPI.Intracomm, before: Topology | None = None, number: int | None = None, keep_order: bool = False
+) -> Topology:
     """Return the topology of world. Ranks with the same host name are on one node. This also holds in containers.
 
     In the communicator dp of the result, ranks are numbered node by node, even if the launcher distributed them round-robin. Rank
     0 keeps its number. before: the topology before ranks failed, if world contains only the remaining ranks. number: the
-    permanent number of this rank, if it replaces a failed rank. Collective over world.
+    permanent number of this rank, if it replaces a failed rank. keep_order: keep the order of world; a node whose ranks do not
+    follow each other then counts as several nodes. Collective over world.
 
     MPIDP_PRETEND_NODES=k divides the ranks of one node into k virtual nodes, for tests and benchmarks on one machine."""
     pretended = int(os.environ.get("MPIDP_PRETEND_NODES", "1"))
@@ -58,6 +61,9 @@ def make_topology(world: MPI.Intracomm, before: Topology | None = None, number: 
         host, number = before.host, before.numbers[before.dp.rank]
     rows = world.allgather((host, sorted(os.sched_getaffinity(0)), number))
     named = [name for name, _, _ in rows]
+    if keep_order:
+        named = _in_runs(named)
+        host = named[world.rank]
     hosts = list(dict.fromkeys(named))
     in_order = sorted(range(world.size), key=lambda rank: (hosts.index(named[rank]), rank))
     dp = world if in_order == list(range(world.size)) else cast(MPI.Intracomm, world.Split(0, in_order.index(world.rank)))
@@ -67,3 +73,17 @@ def make_topology(world: MPI.Intracomm, before: Topology | None = None, number: 
         // max(1, pretended),
         [rows[rank][2] for rank in in_order],
     )
+
+
+def _in_runs(names: list[str]) -> list[str]:
+    """Return the names with a suffix where an earlier name occurs again after other names. Pure."""
+    found: list[str] = []
+    for i, name in enumerate(names):
+        label = name
+        if i and names[i - 1] == name:
+            label = found[-1]
+        else:
+            while label in found:
+                label += "#"
+        found.append(label)
+    return found

@@ -8,10 +8,12 @@ result of the next agreement is false.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import cast
 
+import numpy as np
 from mpi4py import MPI
 
 from mpidp.errors import MpidpError
@@ -51,6 +53,18 @@ def agree(comm: MPI.Intracomm, ok: bool) -> bool:
         return bool(comm.Agree(int(ok)))
     except MPI.Exception:  # a rank failed
         return False
+
+
+def agree_on_flags(comm: MPI.Intracomm, flags: int) -> int:
+    """Return the bitwise AND of the flags of all remaining ranks, also if ranks have failed. All remaining ranks get the same
+    result. Waiting ranks sleep. Collective over comm."""
+    common, pause = np.array([flags], dtype=np.intc), 1e-5
+    request = comm.Iagree(common)
+    with suppress(MPI.Exception):  # a rank has failed; the result is valid
+        while not request.Test():
+            time.sleep(pause)
+            pause = min(0.01, 2 * pause)
+    return int(common[0])
 
 
 @contextmanager

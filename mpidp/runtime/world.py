@@ -67,4 +67,9 @@ def raise_together(comm: MPI.Intracomm) -> Iterator[None]:
         return
     rank, (code, known, text) = failed[0]
     place = f"rank {rank}: " if comm.size > 1 and len(failed) < comm.size else ""
-    raise _BY_CODE.get(code, MpidpError).on_every_rank(place + text) from own_error
+    raise error_of(code, place + text) from own_error
+
+
+def error_of(code: int, message: str) -> MpidpError:
+    """Return the error with this exit code that every rank raises. Pure."""
+    return _BY_CODE.get(code, MpidpError).on_every_rank(message)

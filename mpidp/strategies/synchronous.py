@@ -49,7 +49,7 @@ class Synchronous:
         share one copy of parameters and optimizer state. Each rank then updates a share of this copy. spare_slots: number of
         gradient buffers in addition to those of the reducer. most_slots: number of gradient buffers that this rank may need after
         failures of other ranks. parts: this rank's part of the model, if the model is divided by mesh.tp or mesh.pp. Collective
-        over comm."""
+        over comm, and over parts.grid.world if there are parts."""
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, one_copy
         self.options = options or StrategyOptions.of()
         spare_slots += self.more_slots(self.options)
@@ -67,17 +67,23 @@ class Synchronous:
             group.node.rank,
         )
         self._parts = parts
+        # An update begins on all ranks or on none. So the ranks with other parts of the model agree, too.
+        self._everyone = comm if parts is None else parts.grid.world
         if parts is not None:
             self.buffer.cut_chunks(parts.part.chunk_of, len(parts.part.chunks))
         reducer.attach(self.buffer)
-        self._whole = make_optimizer.keywords["hidden"].names if make_optimizer.args[0] in MATRIX_STATE else frozenset()
+        hidden, self._whole = make_optimizer.keywords["hidden"], frozenset[str]()
+        if make_optimizer.args[0] in MATRIX_STATE:
+            self._whole = hidden.names
+            self.survives_failures &= hidden.comm.size == 1  # otherwise a failure can interrupt an update
         self.flat = memory(self.buffer.num_elements)
         self.buffer.layout.adopt(self.flat)
         self.optimizer: Optimizer | None = None  # with comm.reducer=root only rank 0 has an optimizer
         if (share := self.optimizer_share()) is not None:
             self.optimizer = make_optimizer(self.buffer.layout, self.flat, self.buffer.total, memory=memory, **share)
         self._spare: list[Tensor] = []  # a copy of the shared tensors as they were before the update
-        if one_copy and launched_with_ulfm():
+        # If the ranks of some part share a copy, all parts keep one, because all restore the state after an incomplete update.
+        if launched_with_ulfm() and self._everyone.allreduce(one_copy, op=MPI.LOR):
             self._spare = [memory(flat.numel()) for flat in self.flats().values()]
         self.torn = False  # whether the last update of shared tensors is incomplete because a rank failed
         self._late: MPI.Exception | None = None  # a failure that the next micro_batch() raises
@@ -130,9 +136,10 @@ class Synchronous:
         """Broadcast rank 0's state. Collective over compute_comm."""
         updates = 0
         if before is not None and self.compute_comm.rank == 0:
-            for mine, theirs in zip(self.flats().values(), before.flats().values(), strict=True):
+            held = before._spare if before.torn else list(before.flats().values())
+            for mine, theirs in zip(self.flats().values(), held, strict=True):
                 mine.copy_(theirs)
-            updates = before.optimizer.updates if before.optimizer is not None else 0
+            updates = before.optimizer.updates - before.torn if before.optimizer is not None else 0
         updates = self.compute_comm.bcast(updates)
         if self.optimizer is not None:
             self.optimizer.set_updates(updates)
@@ -175,7 +182,7 @@ class Synchronous:
         compute the same norm. Collective over compute_comm."""
         self.reducer.observers.enter("reduce")
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
-        with commit(self.compute_comm):  # no rank updates before the end of this block; then all remaining ranks update
+        with commit(self._everyone):  # no rank updates before the end of this block; then all remaining ranks update
             with self.reducer.observers.span("reduction"):
                 self.reducer.finish()
             if self._parts is not None:
@@ -206,7 +213,7 @@ class Synchronous:
         still read. Collective over compute_comm."""
         if self._spare:
             self.torn = True
-            with commit(self.compute_comm):
+            with commit(self._everyone):
                 self.reducer.publish(self.parameters)
             self.torn = False
             return

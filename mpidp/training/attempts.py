@@ -17,14 +17,16 @@ from mpidp.checkpoint.mirror import Mirror, open_mirror
 from mpidp.checkpoint.resume import find_checkpoint
 from mpidp.config.rules import method_setting
 from mpidp.config.schema import Config
-from mpidp.errors import Damaged, Stopped
+from mpidp.errors import Damaged, MpidpError, Stopped
 from mpidp.faults.inject import InjectedFaults, faults_from_environment
 from mpidp.faults.restarts import RestartLog
 from mpidp.faults.run_lock import RunLock
 from mpidp.faults.stop import StopRequest, job_end, stop_time
+from mpidp.parallel.replicas import Replicas
 from mpidp.runtime.ulfm import RankFailure, commit
 from mpidp.runtime.world import raise_together
-from mpidp.training import loop, recovery
+from mpidp.strategies.muon import MATRIX_STATE
+from mpidp.training import loop, recovery, spares
 from mpidp.training.build import build
 from mpidp.training.checkpoints import restore
 from mpidp.training.job import Job
@@ -46,10 +48,14 @@ class RunAttempts:
         joins. None: this is not a replacement rank. Collective over world."""
         self.config, self.plan, self.world = config, plan, world
         self.growing = crew is not None  # whether more replacement ranks may follow
+        self.replicas = Replicas(list(range(world.size)), [])  # which of the world's ranks train; the others are spare ranks
+        self.regrouped = crew is None  # whether `replicas` and `plan` fit the world
+        self._joins = crew is not None  # whether this rank is about to join the others
         self.tries = RestartLog(Path(config.run.dir), begun=self.growing)
         self.lock: RunLock | None = None
         self.mirror: Mirror | None = None  # on rank 0, if run.mirror is set
-        self.job: Job | None = None  # the job whose state the surviving ranks hold
+        self.job: Job | None = None  # the job whose state this rank holds; None on spare ranks
+        self.survives = True  # whether the last job can continue from memory after a failure
         self.stop: StopRequest | None = None  # the requests to stop this job
         self._next_batch = 0  # the batch to resume with after a return to a checkpoint; 0: not set
         self._events: list[dict[str, Any]] = []  # events before this job, which are not recorded yet
@@ -72,49 +78,104 @@ class RunAttempts:
         """Gather the ranks, restore the state, and train. Return the content of the `end` line, or None if the job first needs
         more ranks. Raises Damaged if the state is found to be damaged, and RankFailure if a rank fails. Collective over world."""
         self._gather()
+        order = self.replicas.order
+        if len(order) == self.world.size:
+            end = self._train()
+            self.growing = end is None
+            return end
+        ended = spares.attempt(self.world, order[0], self._train if self.world.rank in order else None, self._can_return)
+        self.growing = ended.grow
+        return ended.record if ended.over else None
+
+    def _train(self) -> dict[str, Any] | None:
+        """Restore the state and train. Return the end record, or None if the job first needs more ranks."""
         assert self.plan is not None
-        with commit(self.world):
+        world = self.plan.world
+        with commit(world):
             if (ended := self._take_state(self.plan)) is not None:
                 return ended
         assert self.job is not None
-        if recovery.must_grow(self.crew, self.job):
-            self.growing = True
+        if recovery.must_grow(self.crew, self.world.size, self.job):
             return None
         events, self._events, self._failed_at = self._events, [], 0.0
-        with commit(self.world):
+        with commit(world):
             self.stop = listen(self.job, self.stop)
             end = loop.run_to_end(self.job, self.stop, events)
-        self.tries.ended(None, self.world.rank)
+        self.tries.ended(None, world.rank)
         return end
 
     def _gather(self) -> None:
-        """Add replacement ranks until the world has its full size, and make the plan for this world."""
-        while self.growing and self.crew.lacks(self.world.size):
-            self.world = recovery.one_more(self.world, self.crew, self.job)
-        self.growing = False
-        with commit(self.world):
-            if self.plan is None or self.world is not self.plan.world:
-                self.plan = recovery.regroup(self.plan, self.world, self.crew, self.number)
-        self.world = self.plan.world
+        """Add replacement ranks until the world has its full size, make the plan for this world, and find out which ranks
+        train."""
+        mesh = self.crew.config.mesh
+        joins, self._joins = self._joins, False
+        if mesh.tp * mesh.pp > 1 and not joins:
+            with commit(self.world):
+                self.crew = recovery.newest(self.world, self.crew)
+        while True:
+            while self.growing and self.crew.lacks(self.world.size):
+                before, self.world = self.world, recovery.one_more(self.world, self.crew, self.job)
+                self.regrouped &= self.world is before
+            self.growing = False
+            with commit(self.world):
+                if not self.regrouped:
+                    self.plan, self.replicas = recovery.regroup(self.plan, self.world, self.crew, self.number, self.job)
+            if self.replicas.order or not recovery.must_grow(self.crew, self.world.size, None):
+                break
+            self.growing = True
+        if not self.replicas.order:
+            raise MpidpError.on_every_rank(
+                f"{self.world.size} of {self.crew.full} ranks are left, and mesh.tp={mesh.tp} x mesh.pp={mesh.pp} needs "
+                f"{mesh.tp * mesh.pp} ranks: the job ends. The same command resumes from the last checkpoint, also with other "
+                "values of mesh.* and with another number of ranks"
+            )
+        if mesh.tp * mesh.pp == 1 and self.plan is not None:
+            self.world = self.plan.world
+        if not self.regrouped:
+            self.regrouped = True
+            self._leave_seat()
+
+    def _leave_seat(self) -> None:
+        """Drop the state if it is not whole, or if this rank does not train. The first rank that trains takes over the lock and
+        the mirror. Independent."""
+        if self.world.rank != self.replicas.order[0]:
+            if self.mirror is not None:
+                self.mirror.finish(0.0)
+            self.lock = self.mirror = None
+        if self.replicas.lost:
+            self._drop_state("all ranks that held one part of the model have failed")
+        elif self.job is not None and self.world.rank not in self.replicas.order:
+            recovery.abandon(self.job, None)
+            self.job.record.finish()
+            self.job = None
+
+    def _drop_state(self, why: str) -> None:
+        """Drop the state of the failed job, so that the next attempt starts from the last checkpoint. Independent."""
+        if self.job is not None:
+            recovery.abandon(self.job, self.stop)
+            self.job, self.stop = None, None
+        self._failed_at = 0.0
+        self.crew.events.append({"event": "went_back", "why": why})
 
     def _take_state(self, plan: RunPlan) -> dict[str, Any] | None:
         """Make the job of all ranks, with the state from the memory of surviving ranks or from a checkpoint. Return the content
         of the `end` line if the run is over, else None."""
-        with raise_together(self.world):
-            if self.world.rank == 0 and self.lock is None:
+        world = plan.world
+        with raise_together(world):
+            if world.rank == 0 and self.lock is None:
                 self.lock = RunLock(plan.run_dir, ours=True)
-            if self.world.rank == 0 and self.mirror is None and plan.config.run.mirror:
+            if world.rank == 0 and self.mirror is None and plan.config.run.mirror:
                 run, failed = plan.config.run, bool(self.crew.events) or self.job is not None
                 self.mirror = open_mirror(plan.run_dir, run.mirror, "auto" if failed else run.resume, run.keep)
-        held = self.world.allgather(self.job is not None)
-        if self.job is not None and self.job.comm is self.world:
+        held = world.allgather(self.job is not None)
+        if self.job is not None and self.job.comm is world:
             return None  # no rank joined
         if not any(held):
             return self._from_disk(plan)
-        if self.job is not None and all(held):
-            self.job, event = recovery.rebuild(self._build, plan, self.job, self._failed_at)
+        if self.job is not None and all(held) and self.replicas.as_before:
+            self.job, event = recovery.rebuild(self._build, plan, self.job, self.replicas, self._failed_at)
         else:
-            self.job, event = recovery.hand_over(self._build, plan, self.job, self._failed_at)
+            self.job, event = recovery.hand_over(self._build, plan, self.job, self.replicas, self._failed_at)
         self._events = [*self._events, event]
         return None
 
@@ -125,32 +186,37 @@ class RunAttempts:
         """Make the job from the last checkpoint, or from the initial weights if there is no checkpoint. Return the content of the
         `end` line if the run is over, else None."""
         run, events = plan.config.run, self.crew.events
-        reader, notes = find_checkpoint(plan.run_dir, "auto" if events else run.resume, self.world)
+        reader, notes = find_checkpoint(plan.run_dir, "auto" if events else run.resume, plan.world)
         self.plan = plan = plan.adopt(reader, notes)
         self.crew.config = plan.config
         if reader is not None and (end := plan.has_ended(reader)) is not None:
             plan.print_end(end)
             return end
-        with raise_together(self.world):
+        with raise_together(plan.world):
             if not events:
-                self.tries.begin(reader.meta["step"] if reader is not None else -1, run.tries, self.world.rank)
-        with commit(self.world):
+                self.tries.begin(reader.meta["step"] if reader is not None else -1, run.tries, plan.world.rank)
+        with commit(plan.world):
             job = self._build(plan)
             if reader is not None:
                 restore(job, reader)
         if reader is not None and self._next_batch:
             job.position.skip_to(self._next_batch)
             job.state.skipped_from = job.position.step
+        self.survives = job.strategy.survives_failures
+        self._next_batch = 0
         self.job, self._events = job, [*([{"event": "resume"}] if reader is not None else []), *events[-1:]]
         return None
+
+    def _can_return(self, damage: Damaged) -> bool:
+        return self.crew.returns + (not damage.next_batch) <= MAX_RETURNS
 
     def go_back(self, damage: Damaged) -> None:
         """Drop the damaged state, so that the next attempt starts from the last checkpoint. After MAX_RETURNS returns, raise
         `damage` instead. Returns because of skipped batches do not count. Independent."""
         self._next_batch, self.job, self.stop = damage.next_batch, None, None
-        self.crew.returns += not self._next_batch
-        if self.crew.returns > MAX_RETURNS:
+        if not self._can_return(damage):
             raise damage
+        self.crew.returns += not self._next_batch
         past = {"event": "rolled_back", "batch": damage.next_batch - 1} if damage.next_batch else {"event": "went_back"}
         self.crew.events.append(past | {"why": str(damage)})
 
@@ -158,13 +224,13 @@ class RunAttempts:
         """Continue with the surviving ranks only. If the strategy cannot resume from memory, drop the state. Collective over the
         surviving ranks."""
         self._failed_at, self.growing = self._failed_at or time.monotonic(), False
-        self.world = recovery.survivors(self.world, str(failure))
-        if self.job is not None and not self.job.strategy.survives_failures:
-            recovery.abandon(self.job, self.stop)
-            self.job, self.stop, self._failed_at = None, None, 0.0
-            method = method_setting(self.config.strategy.name, self.config.strategy.quorum)
-            why = f"ranks failed, and {method} cannot continue in the middle of a step"
-            self.crew.events.append({"event": "went_back", "why": why})
+        self.world, self.regrouped = recovery.survivors(self.world, str(failure)), False
+        if not self.survives:
+            config, self.survives = self.config, True
+            method = method_setting(config.strategy.name, config.strategy.quorum)
+            if config.optim.name in MATRIX_STATE and config.strategy.name == "synchronous":
+                method = f"optim.name={config.optim.name} with mesh.tp"
+            self._drop_state(f"ranks failed, and {method} cannot continue in the middle of a step")
 
     def close(self, error: BaseException | None) -> None:
         """Record the error with which the run ended, unless another job has taken over the folder. Wait until the last checkpoint

@@ -53,12 +53,17 @@ def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> Traine
         token_losses = sliced_loss(module, slices, rows or positions, dtype, tree)
         slice_layers(module, slices, tree)
         return TrainedModel(module, trained(module), parts, token_losses, origin)
-    ring = TensorComm(grid, transport, config.mesh.sequence) if grid.tp.size > 1 else None
+    ring: TensorComm | None = getattr(module, "tensor_comm", None)  # an existing model already uses it
+    shared = ring is not None
+    if ring is not None:
+        ring.use(grid, transport)
+    elif grid.tp.size > 1:
+        ring = TensorComm(grid, transport, config.mesh.sequence)
     if rows:
         token_losses = defer_head(module, plan.shape, rows, dtype, first, ring)
     elif ring is not None:
         token_losses = loss_over(ring, first)
-    if ring is not None:
+    if ring is not None and not shared:
         share_layers(module, ring)
     return TrainedModel(module, trained(module), parts, token_losses, origin)
 

@@ -7,6 +7,9 @@ same state.
 
 With faults.respawn, new processes then join until the job has its full number of ranks. All ranks build a new job, and rank 0
 sends its state to the new ranks in MPI messages. During this time the old ranks have two jobs in memory.
+
+On a mesh, the living ranks form as many replicas as they can (parallel/replicas.py); the others wait (spares.py). If ranks of
+different replicas form one, all ranks build a new job, too, and the first replica sends its state.
 """
 
 from __future__ import annotations
@@ -14,13 +17,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
+
+from mpi4py import MPI
 
 from mpidp.checkpoint.manifest import committed
 from mpidp.errors import Damaged, MpidpError
 from mpidp.faults.respawn import add_rank
 from mpidp.faults.stop import StopRequest
-from mpidp.parallel.grid import whole
+from mpidp.parallel.grid import Grid, divide, whole
+from mpidp.parallel.replicas import Replicas, form_replicas
 from mpidp.runtime import command
 from mpidp.runtime.log import log
 from mpidp.runtime.topology import make_topology
@@ -28,10 +34,6 @@ from mpidp.runtime.ulfm import commit, shrink
 from mpidp.training.job import Job
 from mpidp.training.run_plan import RunPlan
 from mpidp.training.run_plan import plan as make_plan
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
-
 
 ATTEMPTS = 3  # number of attempts to start replacement ranks at the same step
 Build = Callable[[RunPlan, Job | None], Job]
@@ -66,14 +68,15 @@ def survivors(world: MPI.Intracomm, why: str) -> MPI.Intracomm:
     return left
 
 
-def must_grow(crew: Crew, job: Job) -> bool:
-    """Return whether the job needs replacement ranks before it continues. After ATTEMPTS attempts at one step, return False. The
-    result is the same on every rank. Independent."""
-    if not crew.lacks(job.comm.size):
+def must_grow(crew: Crew, size: int, job: Job | None) -> bool:
+    """Return whether a job of `size` living ranks needs replacement ranks before it continues. After ATTEMPTS attempts at one
+    step, return False. job: None if no rank has a state. The result is the same on every rank. Independent."""
+    if not crew.lacks(size):
         return False
-    crew.step, crew.attempts = job.position.step, 1 + crew.attempts * (crew.step == job.position.step)
+    step = job.position.step if job is not None else -1
+    crew.step, crew.attempts = step, 1 + crew.attempts * (crew.step == step)
     crew.respawn = crew.attempts <= ATTEMPTS
-    if not crew.respawn:
+    if not crew.respawn and job is not None:
         failed = f"new ranks failed {ATTEMPTS} times at step {crew.step}"
         job.services.progress.print(f"{failed}: continuing with {job.comm.size} ranks")
     return crew.respawn
@@ -99,39 +102,62 @@ def one_more(world: MPI.Intracomm, crew: Crew, before: Job | None) -> MPI.Intrac
     return world
 
 
-def regroup(plan: RunPlan | None, world: MPI.Intracomm, crew: Crew, number: int) -> RunPlan:
-    """Return the plan for the ranks of a new world. If there are replacement ranks, which have no plan, all ranks make a new
-    plan. number: this rank's number, which does not change when the world changes. Collective over world."""
+def newest(world: MPI.Intracomm, crew: Crew) -> Crew:
+    """Return the newest of the ranks' facts. Spare ranks do not follow the changes of the training ranks. Collective over
+    world."""
+    ages = world.allgather((len(crew.events), crew.number, crew.step, crew.attempts, not crew.respawn))
+    return world.bcast(crew, root=ages.index(max(ages)))  # type: ignore[no-any-return]
+
+
+def regroup(
+    plan: RunPlan | None, world: MPI.Intracomm, crew: Crew, number: int, job: Job | None
+) -> tuple[RunPlan | None, Replicas]:
+    """Return (the plan for the ranks of a new world, which of them train). If there are replacement ranks, which have no plan,
+    the training ranks make a new plan. Other ranks keep theirs. number: this rank's number, which does not change when the world
+    changes. job: the job whose state this rank holds. Collective over world."""
     command.continue_in(world)
-    known = all(world.allgather(plan is not None))
-    mesh = make_topology(world, plan.mesh if plan is not None else None, number)
+    tp, pp = crew.config.mesh.tp, crew.config.mesh.pp
+    if tp * pp == 1:
+        mesh = make_topology(world, plan.mesh if plan is not None else None, number)
+        return _planned(plan, whole(mesh), crew), Replicas(list(range(world.size)), mesh.numbers)
+    seat = None if job is None else (job.comm.rank // job.grid.parts, job.grid.model.rank)
+    rows = world.allgather((seat, number))
+    found = form_replicas([row[0] for row in rows], [row[1] for row in rows], tp * pp)
+    trains = world.rank in found.order
+    place = found.order.index(world.rank) if trains else 0
+    ranks = cast(MPI.Intracomm, world.Split(0 if trains else MPI.UNDEFINED, place))
+    if not trains:
+        return plan, found
+    before, same_part = (None, None) if plan is None else (plan.grid.everyone, plan.grid.replicas)
+    everyone = make_topology(ranks, before, number, keep_order=True)
+    return _planned(plan, divide(everyone, tp, pp, same_part), crew), found
+
+
+def _planned(plan: RunPlan | None, grid: Grid, crew: Crew) -> RunPlan:
+    """Return the plan for a grid of ranks. Collective over grid.world."""
+    known = all(grid.world.allgather(plan is not None))
     if plan is not None and known:
-        return replace(plan, grid=whole(mesh))
-    return replace(make_plan(crew.config, whole(mesh)), automatic=crew.automatic)
+        return replace(plan, grid=grid)
+    return replace(make_plan(crew.config, grid), automatic=crew.automatic)
 
 
-def rebuild(build: Build, plan: RunPlan, before: Job, failed_at: float) -> tuple[Job, dict[str, Any]]:
+def rebuild(build: Build, plan: RunPlan, before: Job, found: Replicas, failed_at: float) -> tuple[Job, dict[str, Any]]:
     """Make a job of the surviving ranks, which continues at the position of `before`. Return the job, and a line for
     metrics.jsonl. Raises Damaged if the surviving ranks do not have the whole state, or are at different steps. failed_at:
     time.monotonic() of the failure. Collective over plan.world."""
     before.saver.close()
     with commit(plan.world):  # all ranks continue with the new job, or all ranks try again from the old job
         job = build(plan, before)
-        _take_over(job, before)
+        if not job.comm.allreduce(len(before.strategy.state_dict())):
+            raise Damaged.on_every_rank("the only rank that held the optimizer state has failed")
+        old = _take_over(job, before)
+        job.strategy.resume_after_failure(before.strategy)
     before.services.watchdog.close()
-    hosts = [host for host, size in zip(before.mesh.hosts, before.mesh.node_sizes, strict=True) for _ in range(size)]
-    ranks = zip(before.mesh.numbers, hosts, strict=True)
-    lost = [{"rank": number, "host": host} for number, host in ranks if number not in plan.mesh.numbers]
-    seconds = time.monotonic() - failed_at
-    names = ", ".join(f"{one['rank']} ({one['host']})" for one in lost)
-    job.services.progress.print(
-        f"step {job.position.step}  lost ranks {names}: continuing with {job.comm.size} ranks after {seconds:.2f} s"
-    )
-    return job, {"event": "recovered", "lost": lost, "ranks": job.comm.size, "seconds": seconds}
+    return job, _event(job, old, found, failed_at)
 
 
 def abandon(job: Job, stop: StopRequest | None) -> None:
-    """Release a job whose state is not needed, because the next job starts from the last checkpoint. Independent."""
+    """Release a job that this rank does not continue. Independent."""
     job.saver.close()
     job.strategy.release()
     job.services.watchdog.close()
@@ -139,39 +165,56 @@ def abandon(job: Job, stop: StopRequest | None) -> None:
         stop.close()
 
 
-def _take_over(job: Job, before: Job) -> None:
-    """Give `job` the state of `before`. Both jobs use the same memory."""
-    reached = [(one.step, one.skipped, one.evaluated_step) for one in job.comm.allgather(before.position)]
-    if len({batches[:2] for batches in reached}) > 1:
-        raise Damaged.on_every_rank(f"the surviving ranks are at different steps: {sorted(set(reached))}")
-    if not job.comm.allreduce(len(before.strategy.state_dict())):
-        raise Damaged.on_every_rank("the only rank that held the optimizer state has failed")
-    first = reached.index(max(reached))  # the rank that did the most work after the step, for example an evaluation
-    job.state.adopt(job.comm.bcast(before.state.portable(), root=first))
-    job.state.recovered = True
-    job.strategy.resume_after_failure(before.strategy)
-    names = [path.name for path in committed(job.run_dir / "checkpoints")] if job.comm.rank == 0 else []
-    job.saver.resumed_at(job.comm.bcast(int(names[0].rpartition("_")[2]) if names else -1))
-
-
-def hand_over(build: Build, plan: RunPlan, before: Job | None, failed_at: float) -> tuple[Job, dict[str, Any]]:
-    """Make a job of all ranks. Rank 0 sends its state to the replacement ranks. Return the job, and a line for metrics.jsonl.
-    before: the previous job, or None on replacement ranks. failed_at: as in rebuild(). Collective over plan.world."""
-    world = plan.world
+def hand_over(
+    build: Build, plan: RunPlan, before: Job | None, found: Replicas, failed_at: float
+) -> tuple[Job, dict[str, Any]]:
+    """Make a job of all training ranks. The first replica sends its state to the others. Return the job, and a line for
+    metrics.jsonl. before: the previous job, or None on ranks without a state. failed_at: as in rebuild(). Collective over
+    plan.world."""
     if before is not None:
         before.saver.close()
         before.strategy.release()
-    with commit(world):
+    with commit(plan.world):
         job = build(plan, None)
-        job.strategy.resume_with_new_ranks(before.strategy if before is not None else None)
-        held = None if before is None else (before.state.portable(), before.saver.step, before.mesh.numbers)
-        state, saved_step, old = world.bcast(held)
-        job.state.adopt(state)
-        job.saver.resumed_at(saved_step)
+        holds = before is not None and before.grid.label == job.grid.label
+        job.strategy.resume_with_new_ranks(before.strategy if before is not None and holds else None)
+        old = _take_over(job, before)
     if before is not None:
         before.services.watchdog.close()
-    came = [number for number in plan.mesh.numbers if number not in old]
-    seconds = time.monotonic() - failed_at
-    words = f"new ranks {', '.join(map(str, came))}: continuing with {world.size} ranks after {seconds:.2f} s"
-    job.services.progress.print(f"step {job.position.step}  {words}")
-    return job, {"event": "respawned", "came": came, "ranks": world.size, "seconds": seconds}
+    return job, _event(job, old, found, failed_at)
+
+
+def _take_over(job: Job, before: Job | None) -> list[tuple[int, str]]:
+    """Give `job` the state of the previous jobs besides parameters and optimizer state. Return (number, host) of their ranks."""
+    reached: list[tuple[int, int, int]] = job.comm.allgather(
+        (-1, -1, -1) if before is None else (before.position.step, before.position.skipped, before.position.evaluated_step)
+    )
+    known = {one for one in reached if one[0] >= 0}
+    if len({batches[:2] for batches in known}) > 1:
+        raise Damaged.on_every_rank(f"the surviving ranks are at different steps: {sorted(known)}")
+    first = reached.index(max(known))  # a rank that did the most work after the step, for example an evaluation
+    mesh = before.grid.everyone if before is not None else job.grid.everyone
+    hosts = [host for host, size in zip(mesh.hosts, mesh.node_sizes, strict=True) for _ in range(size)]
+    held = None if before is None else (before.state.portable(), list(zip(mesh.numbers, hosts, strict=True)))
+    state, old = job.comm.bcast(held, root=first)
+    job.state.adopt(state)
+    job.state.recovered = True
+    names = [path.name for path in committed(job.run_dir / "checkpoints")] if job.comm.rank == 0 else []
+    job.saver.resumed_at(job.comm.bcast(int(names[0].rpartition("_")[2]) if names else -1))
+    return old  # type: ignore[no-any-return]
+
+
+def _event(job: Job, old: list[tuple[int, str]], found: Replicas, failed_at: float) -> dict[str, Any]:
+    """Print which ranks failed or joined, and return the line for metrics.jsonl. old: (number, host) of the ranks before."""
+    lost = [{"rank": number, "host": host.rstrip("#")} for number, host in old if number not in found.numbers]
+    known = {number for number, _ in old}
+    came = [number for number in job.grid.everyone.numbers if number not in known]
+    spares, size, seconds = found.spares(), job.comm.size, time.monotonic() - failed_at
+    names = ", ".join(f"{one['rank']} ({one['host']})" for one in lost)
+    words = [f"lost ranks {names}"] if lost else []
+    words += [f"ranks {', '.join(map(str, came))} joined"] if came else []
+    spare = f", spare ranks {', '.join(map(str, spares))}" if spares else ""
+    what = ", ".join(words) or "no rank lost"
+    job.services.progress.print(f"step {job.position.step}  {what}: continuing with {size} ranks{spare} after {seconds:.2f} s")
+    event = {"event": "recovered", "lost": lost} if lost or not came else {"event": "respawned"}
+    return event | ({"came": came} if came else {}) | ({"spares": spares} if spares else {}) | {"ranks": size, "seconds": seconds}

@@ -31,7 +31,6 @@ from mpidp.parallel.grid import Grid
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.runtime.agreement import check_agreement, versions
 from mpidp.runtime.device import check_compiler, resolve_device, resolve_dtype, resolve_threads, set_determinism
-from mpidp.runtime.environment import launched_with_ulfm
 from mpidp.runtime.log import log
 from mpidp.runtime.topology import Topology
 from mpidp.runtime.world import raise_together
@@ -238,12 +237,6 @@ def plan(config: Config, grid: Grid) -> RunPlan:
             raise UsageError(
                 f"{config.data.path}, data.documents=apart: model.kind={config.model.kind} does not support document "
                 "boundaries. Use model.kind=transformer, or data.documents=joined"
-            )
-        if grid.parts > 1 and launched_with_ulfm():
-            raise UsageError(
-                "mesh.tp or mesh.pp above 1 under mpirun --with-ft is not supported: a failed rank loses a part of the model "
-                "that no other rank of its replica holds. Start without --with-ft. Then a failed rank ends the job, and the same "
-                "command resumes from the last checkpoint"
             )
     settings = {key: value for key, _, value in fields_of(resolved) if key != "train.threads"}
     with raise_together(world):

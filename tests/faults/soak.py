@@ -2,10 +2,12 @@
 divided by seconds from the first command to the end.
 
     python -m tests.faults.soak [--short] [--ranks 8] [--kills 6] [--every 30] [--seed 1] [--way ulfm|restart]
+                                [--mesh tp|pp]
 
 ulfm: one Open MPI job, whose remaining ranks continue. restart: MPICH's job ends when a rank fails, and mpirun is started again
 from the last checkpoint. The seed determines which rank is killed and when; a kill may hit a rank that is just starting. If the
-machine trains faster than when the steps were counted, kills come earlier: each after its share of the steps.
+machine trains faster than when the steps were counted, kills come earlier: each after its share of the steps. --mesh: replicas of
+two ranks, with mesh.tp=2 or mesh.pp=2.
 """
 
 from __future__ import annotations
@@ -60,17 +62,18 @@ def ended(run: Path) -> dict[str, Any] | None:
     return found[-1] if found and found[-1].get("event") == "end" else None
 
 
-def start(shell: Shell, ranks: int, run: str, steps: int, ulfm: bool = False) -> Started:
+def start(shell: Shell, ranks: int, run: str, steps: int, mesh: str, ulfm: bool = False) -> Started:
     train = ["python", "-m", "mpidp.train", "soak.toml", f"--run.dir={run}", f"--train.steps={steps}"]
+    train += [f"--mesh.{mesh}=2"] if mesh else []
     return shell.start_command(["mpirun", *(ULFM if ulfm else []), "-n", str(ranks), *train])
 
 
-def without_faults(shell: Shell, ranks: int, seconds: float) -> tuple[int, str]:
+def without_faults(shell: Shell, ranks: int, seconds: float, mesh: str) -> tuple[int, str]:
     """Return (number of steps that take about `seconds` on so many ranks, hash of their weights)."""
-    start(shell, ranks, "probe", 12).wait(300)
+    start(shell, ranks, "probe", 12, mesh).wait(300)
     step = statistics.median(line["step_seconds"] for line in lines(shell.folder / "probe") if "train_loss" in line)
     steps = max(20, int(seconds / step))
-    start(shell, 2, "whole", steps).wait(60 + 4 * seconds)
+    start(shell, 2, "whole", steps, mesh).wait(60 + 4 * seconds)
     end = ended(shell.folder / "whole")
     assert end is not None, "the run without faults did not end"
     return steps, str(end["weights_sha256"])
@@ -80,7 +83,7 @@ def soak(shell: Shell, way: str, options: argparse.Namespace, steps: int, right:
     """Train with kills. Print the result, and return whether the weights are correct."""
     chance, run = random.Random(options.seed), shell.folder / way
     began, starts, killed = time.monotonic(), 1, 0
-    job = start(shell, options.ranks, way, steps, way == "ulfm")
+    job = start(shell, options.ranks, way, steps, options.mesh, way == "ulfm")
     due = 0.0  # time of the next kill; the first is counted from the first step
     while time.monotonic() - began < 600 + 5 * options.every * options.kills:
         time.sleep(0.02)
@@ -88,13 +91,13 @@ def soak(shell: Shell, way: str, options: argparse.Namespace, steps: int, right:
             if ended(run) or way == "ulfm":
                 break
             starts += 1
-            job = start(shell, options.ranks, way, steps)
+            job = start(shell, options.ranks, way, steps, options.mesh)
         done = max((line["step"] for line in lines(run) if "train_loss" in line), default=0)
         if not due and done:
             due = time.monotonic() + options.every
         hurry = done >= steps * (killed + 1) / (options.kills + 1)
         alive = job.ranks() if due and killed < options.kills and (hurry or time.monotonic() > due) else []
-        if len(alive) > 1:
+        if len(alive) > (2 if options.mesh else 1):
             victim = chance.randrange(len(alive))
             with suppress(ProcessLookupError):
                 os.kill(alive[victim], signal.SIGKILL)
@@ -122,6 +125,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=30.0, help="seconds between kills, on average")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--way", choices=MPI, action="append", help="default: both")
+    parser.add_argument("--mesh", choices=["tp", "pp"], default="", help="default: no mesh")
     options = parser.parse_args()
     if options.short:
         options.ranks, options.kills, options.every = 4, 2, 3.0
@@ -132,7 +136,7 @@ def main() -> None:
         text = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
         (first.folder / "text.txt").write_text(text)
         first.run("-m", "data_tools.prepare", "--source", "text.txt", "--out", "shards", "--tokenizer", "byte")
-        steps, whole = without_faults(first, options.ranks, options.every * (options.kills + 0.5))
+        steps, whole = without_faults(first, options.ranks, options.every * (options.kills + 0.5), options.mesh)
         right = [soak(shell, way, options, steps, whole) for way, shell in shells.items()]
     sys.exit(not all(right))
 

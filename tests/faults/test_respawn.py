@@ -167,7 +167,7 @@ def test_no_process_can_be_started(shell: Shell, undisturbed: Learned) -> None: 
 
 def test_a_request_to_stop_with_newcomers(shell: Shell, undisturbed: Learned) -> None:  # noqa: F811
     started = start(shell, 3, "kill:0:2:reduce", program=("-c", SLOWLY))
-    started.until("new ranks 3: continuing with 3 ranks")
+    started.until("ranks 3 joined: continuing with 3 ranks")
     (shell.folder / "run" / "STOP").touch()
     members = family(started.process.pid)
     ended = started.wait()

@@ -5,6 +5,7 @@
 | a rank raises, sys.exit, os._exit, SIGSEGV, SIGKILL | not 0, at once; resumes | code, processes, hash | test_crashes |
 | the same in each phase, of rank 0, two at once | same | same | test_a_death |
 | failures under ULFM: in each phase, two in a row, too many | the survivors continue | hash, lines | test_recovery |
+| the same on meshes | the other replicas continue, ranks wait as spares | hash, lines | test_mesh_recovery |
 | SIGSTOP, sleeping, the GIL held | 6, the rank and phase named | code, output, stacks | test_hangs |
 | USR1, TERM, Ctrl-C, a STOP file, the time limit | 75, a checkpoint; resumes | code, output, hash | test_stopping |
 | USR1, TERM to a rank in each phase | same | same | test_a_word_to_a_rank |

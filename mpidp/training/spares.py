@@ -1,0 +1,62 @@
+"""Spare ranks, which live but fill no replica of the mesh. They wait until an attempt of the training ranks has ended.
+
+Each attempt ends with an agreement of all living ranks on its outcome. So the spare ranks continue as the training ranks do, also
+if a training rank fails at the end of an attempt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from mpi4py import MPI
+
+from mpidp.errors import Damaged, MpidpError
+from mpidp.runtime.ulfm import RankFailure, agree_on_flags
+from mpidp.runtime.world import error_of
+
+FAILED, OVER, GROW, RETURN, ERROR = 0, 1, 2, 3, 16  # outcomes; ERROR + exit code: the error that all training ranks raise
+SPARE = -1  # all bits are set, so the outcome is that of the training ranks
+
+
+@dataclass(frozen=True)
+class Ended:
+    """An attempt without an error. All living ranks have equal results, except that only training ranks have the end record."""
+
+    over: bool  # whether the run is over
+    grow: bool  # whether the job first needs more ranks
+    record: dict[str, Any]
+
+
+def attempt(
+    world: MPI.Intracomm, first: int, train: Callable[[], dict[str, Any] | None] | None, can_return: Callable[[Damaged], bool]
+) -> Ended:
+    """Call `train` on the training ranks, and wait for its end on the spare ranks, where it is None. Return the outcome, or raise
+    the error of the training ranks. A spare rank does not raise Damaged. first: the first training rank. can_return: whether the
+    run can return to its last checkpoint after this error. Raises RankFailure if training ranks fail. Collective over world."""
+    code, end = SPARE, None
+    error: Exception | None = None
+    if train is not None:
+        try:
+            end = train()
+            code = GROW if end is None else OVER
+        except RankFailure as failure:
+            code, error = FAILED, failure
+        except MpidpError as known:
+            if not known.everywhere:
+                raise
+            code = RETURN if isinstance(known, Damaged) and can_return(known) else ERROR + known.exit_code
+            error = known
+    code = agree_on_flags(world, code)
+    if code in (FAILED, SPARE):  # SPARE: no training rank is left
+        raise RankFailure(str(error or "a rank failed")) from error
+    if code >= ERROR:
+        text = str(error or "the run has ended with an error")
+        with suppress(MPI.Exception):  # a rank may fail at the end
+            text = world.bcast(text, root=first)
+        error = error or error_of(code - ERROR, text)
+    if error is not None:
+        raise error
+    return Ended(code == OVER, code == GROW, end or {})
