@@ -135,7 +135,6 @@ RULES = [
     Rule(_SLICES, "model.tie_embeddings with mesh.pp above 1", _slices,
          lambda s: s["model.tie_embeddings"] and s["mesh.pp"] > 1,
          "the two gradients of the shared matrix would be added in another order than on one stage"),
-    Rule(_SLICES, "model.qk_norm=layer", _slices, _is("model.qk_norm", "layer"), "these norms are over all slices together"),
     Rule(_SLICES, "model.lora_rank", _slices, _lora, "adapters are not split"),
     Rule(_SLICES, "train.compile", _slices, _is("train.compile", True), "tensor parallelism cannot be compiled"),
     Rule(_SLICES, "train.eval_tasks", _slices, _tasks, "slices have no key-value cache; use mpidp evaluate --tasks"),

@@ -23,10 +23,12 @@ from torch.nn.utils.stateless import _functional_call
 
 from mpidp.model.attention import Attention
 from mpidp.model.feed_forward import FeedForward
+from mpidp.model.products import linear
 from mpidp.model.shape import shapes_of
 from mpidp.parallel.chunked_loss import defer_head
 from mpidp.parallel.sliced_positions import PositionRanges, slice_bias, slice_mix, slice_norm, slice_table
 from mpidp.parallel.tensor import Regather, VocabEmbedding
+from mpidp.parallel.tensor_comm import SumInForward
 from mpidp.parallel.tree_comm import TreeComm, aligned, tree_sum
 
 
@@ -110,7 +112,7 @@ class SlicedBranch:
         for p in template.parameters():
             p.data = torch.empty(0)
         self._branch, self._template, self._cuts, self._count, self._tp = branch, template, cuts, count, tp
-        self._regathers = regathers
+        self._regathers, self._slices_in_all = regathers, count * tp.comm.size
 
     def _slices_of(self, p: Tensor, cut: tuple[int, list[int]] | None) -> Sequence[Tensor]:
         return _Copies.apply(p, self._count, self._tp) if cut is None else pieces(p, cut)  # type: ignore[no-any-return, no-untyped-call]
@@ -127,12 +129,56 @@ class SlicedBranch:
         held = dict(self._branch.named_parameters())
         slices = {name: self._slices_of(held[name], cut) for name, cut in self._cuts.items()}
         with hooks:
-            parts = [
-                _functional_call(self._template, {name: of[s] for name, of in slices.items()}, (inputs[s], *args))
-                for s in range(count)
-            ]
+            parts = self._compute(slices, inputs, args)
         joined: Tensor = _Joined.apply(tp, *parts)  # type: ignore[no-untyped-call]
         return joined
+
+
+    def _compute(self, slices: Mapping[str, Sequence[Tensor]], inputs: Sequence[Tensor], args: tuple[Any, ...]) -> list[Tensor]:
+        """Return the partial result of each slice. slices: the slices of each parameter, by name."""
+        return [self._of_slice(s, slices, inputs, args) for s in range(self._count)]
+
+    def _of_slice(
+        self, s: int, slices: Mapping[str, Sequence[Tensor]], inputs: Sequence[Tensor], args: tuple[Any, ...]
+    ) -> Tensor:
+        found: Tensor = _functional_call(self._template, {name: of[s] for name, of in slices.items()}, (inputs[s], *args))
+        return found
+
+
+class SlicedNormAttention(SlicedBranch):
+    """Attention with norms of queries and keys over all heads together (model.qk_norm=layer). The sums of squares of all slices
+    are added before the first slice is normalized."""
+
+    def _compute(self, slices: Mapping[str, Sequence[Tensor]], inputs: Sequence[Tensor], args: tuple[Any, ...]) -> list[Tensor]:
+        known = {name: self._projected(name, slices, inputs) for name in ("q", "k")}
+        parts = []
+        for s in range(self._count):
+            for name, (projected, totals) in known.items():
+                layer, norm = getattr(self._template, name), getattr(self._template, f"{name}_norm")
+                width = self._slices_in_all * projected[s].shape[-1]
+                layer.forward = partial(_given, projected[s])
+                norm.forward = partial(_normalized, norm, totals[s], width)
+            parts.append(self._of_slice(s, slices, inputs, args))
+        return parts
+
+    def _projected(
+        self, name: str, slices: Mapping[str, Sequence[Tensor]], inputs: Sequence[Tensor]
+    ) -> tuple[list[Tensor], Sequence[Tensor]]:
+        """Return the queries or keys of each slice, and for each slice a copy of their sum of squares over all slices."""
+        weights, biases = slices[f"{name}.weight"], slices.get(f"{name}.bias", [None] * self._count)  # type: ignore[list-item]
+        found = [linear(x, weight, bias) for x, weight, bias in zip(inputs, weights, biases, strict=True)]
+        squares = [one.float().square().sum(-1, keepdim=True) for one in found]
+        total = SumInForward.apply(tree_sum(squares), self._tp)  # type: ignore[no-untyped-call]
+        return found, _Copies.apply(total, self._count, self._tp)  # type: ignore[no-untyped-call]
+
+
+def _given(found: Tensor, x: Tensor) -> Tensor:
+    return found
+
+
+def _normalized(norm: Any, total: Tensor, width: int, x: Tensor) -> Tensor:
+    """Return x times its gain, divided by the root mean square of all heads. total: sum of squares. width: number of channels."""
+    return x.to(norm.weight.dtype) * torch.rsqrt(total / width + norm.eps) * norm.gain(norm.weight)  # type: ignore[no-any-return]
 
 
 def slice_layers(model: Any, slices: int, tp: TreeComm) -> None:
@@ -150,7 +196,9 @@ def slice_layers(model: Any, slices: int, tp: TreeComm) -> None:
             branch, prefix = getattr(block, name), f"blocks.{layer}.{name}."
             inside = [key for key, _ in branch.named_parameters() if key not in ("o.bias", "down.bias")]  # added after the sum
             cuts = {key: part.slices(prefix + key, sizes[prefix + key], slices) for key in inside}
-            branch.forward = SlicedBranch(branch, template, cuts, count, tp, tp.sequence and not model.recompute)
+            over_heads = name == "attention" and shape.qk_norm == "layer"
+            kind = SlicedNormAttention if over_heads else SlicedBranch
+            branch.forward = kind(branch, template, cuts, count, tp, tp.sequence and not model.recompute)
         for norm in block.children():
             slice_norm(norm, ranges)
         slice_bias(block.attention.o, ranges)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mpidp.errors import UsageError
-from tests.hybrid.test_meshes import Mesh, fits, on, with_mesh
+from tests.hybrid.test_meshes import CLOSE, Mesh, assert_close, fits, on, with_mesh
 from tests.laws.test_resume import crashed_in
 from tests.tiny import Ran, corpus
 
@@ -33,6 +33,7 @@ WAYS: list[dict[str, dict[str, Any]]] = [
     {"model": {"positions": "learned", "input_mix": True}, "data": {"documents": "apart"}, "train": {"recompute": True},
      "mesh": {"sequence": True}},
     {"train": {"dtype": "bfloat16"}, "mesh": {"sequence": True}},
+    {"model": ODD | {"qk_norm": "layer", "attention_bias": "q,k"}, "mesh": {"sequence": True}},
 ]
 ALONE: dict[str, Ran] = {}  # the runs on one rank; all ranks have the same
 
@@ -74,6 +75,15 @@ def test_every_way_of_training_keeps_the_bits(shared_folder: Path, shared_tmp: P
     for mesh in meshes:
         run = on(mesh, with_mesh(data, shared_tmp / "x".join(map(str, mesh)), mesh, **sections(how)))
         assert_same(run, alone(data, shared_tmp, how))
+
+
+@pytest.mark.parametrize("how", [how for how in WAYS if how.get("train", {}).get("dtype") != "bfloat16"], ids=str)
+def test_slices_learn_what_whole_layers_learn(shared_folder: Path, shared_tmp: Path, how: dict[str, dict[str, Any]]) -> None:
+    """Only the rounding of sums changes."""
+    data, model = corpus(shared_folder), how.get("model", {}) | {"slices": 1}
+    plain = sections(how | {"model": model, "mesh": {}})
+    whole = on((1, 1, 1), with_mesh(data, shared_tmp / "plain", (1, 1, 1), **plain))
+    assert_close(alone(data, shared_tmp, how), whole, str(how), 2e-3 if "muon" in str(how) else CLOSE)
 
 
 @pytest.mark.check
