@@ -72,8 +72,8 @@ class Counts:
     def no_text(self) -> str:
         """Return an error message for a source without any document.
 
-        The message has the number of files, the numbers of empty, binary and malformed inputs, and a line for each kind of problem
-        with the first places where it occurred.
+        The message has the number of files, the numbers of empty, binary and malformed inputs, and a line for each kind of
+        problem with the first places where it occurred.
         """
         kinds = f"{self.empty} empty, {self.binary} binary, {self.malformed} malformed lines or rows"
         files = f"{counted(self.files, 'file')}: {kinds}"

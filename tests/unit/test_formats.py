@@ -244,7 +244,7 @@ def test_datatrove(tmp_path: Path) -> None:
     assert mask is not None and mask.tolist() == [bool(i) for i in [0, 1] * 4 + [1]]
     wrong = [({"ends": [2, 8]}, "must end at the 9 tokens"), ({"ends": [5, 2, 9]}, "must not decrease"),
              ({"ends": [9], "about": "x|4\n9\n9 T"}, "states 9 tokens of 4 bytes"),
-             ({"ends": [9], "about": "x"}, "names no number"),
+             ({"ends": [9], "about": "x"}, "states no number"),
              ({"ends": [9], "loss": b"\1"}, "has 1 bytes, but there are 9 tokens")]
     for changes, why in wrong:
         files(**changes)  # type: ignore[arg-type]
