@@ -103,7 +103,7 @@ class Optimizer:
         groups: dict[bool, list[torch.nn.Parameter]] = {}
         whole: list[HeldElements] = []
         for offset, what, p in layout.placed():
-            end = offset + (round_up(p.numel(), ALIGN) if padded else p.numel())
+            end = offset + (round_up(p.numel(), ALIGN) if padded and what not in self._matrices else p.numel())
             low, high = max(offset, self.mine.start), min(end, self.mine.stop)
             if what in self._matrices and bounds is None:
                 low, high = offset, offset + (p.numel() if self._matrices[what] % share[1] == share[0] else 0)

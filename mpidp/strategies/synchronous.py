@@ -72,8 +72,9 @@ class Synchronous:
         if parts is not None:
             self.buffer.cut_chunks(parts.part.chunk_of, len(parts.part.chunks))
         reducer.attach(self.buffer)
-        hidden, self._whole = make_optimizer.keywords["hidden"], frozenset[str]()
+        self._whole = frozenset[str]()
         if make_optimizer.args[0] in MATRIX_STATE:
+            hidden = make_optimizer.keywords["hidden"]
             self._whole = hidden.names
             self.survives_failures &= hidden.comm.size == 1  # otherwise a failure can interrupt an update
         self.flat = memory(self.buffer.num_elements)

@@ -24,6 +24,7 @@ WAYS: list[dict[str, dict[str, Any]]] = [
     {"model": ODD, "optim": {"name": "muon"}},
     {"model": ODD, "optim": {"name": "normuon", "cautious_decay": True, "weight_decay": 0.3, "momentum_warmup": 6}},
     {"model": ODD, "optim": {"name": "sgd"}, "comm": {"transport": "messages"}, "mesh": {"shard": 1}},
+    {"model": ODD, "optim": {"name": "muon"}, "comm": {"transport": "messages"}, "mesh": {"shard": 1}},
     {"model": {"tie_embeddings": True, "logit_cap": 20.0}, "train": {"loss": "chunked"}},
     {"model": {"positions": "learned", "attention_cap": 30.0, "window": 8}, "data": {"documents": "apart"}},
     {"model": {"parallel": True, "activation": "relu2", "gated": False, "norm_plus_one": True}, "train": {"recompute": True}},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,14 @@ def test_meshes_are_all_and_only_those_that_can_be() -> None:
     assert all(one.ranks == 12 and one.tp in (1, 2) and one.pp <= 3 for one in found)
     assert {(one.dp, one.pp, one.tp) for one in found} == {(12, 1, 1), (6, 2, 1), (4, 3, 1), (6, 1, 2), (3, 2, 2), (2, 3, 2)}
     assert not [one for one in shapes(SMALL, 12, 3) if one.dp > 3]
+
+
+def test_meshes_of_a_model_of_slices() -> None:
+    heads = replace(SMALL, num_kv_heads=SMALL.num_heads)
+    assert {one.tp for one in shapes(heads, 16, 99)} > {1, 2}
+    found = list(shapes(heads, 16, 99, slices=2))
+    assert {one.tp for one in found} == {1, 2} and {one.shard for one in found} == {0, 1} and max(one.pp for one in found) > 1
+    assert {one.pp for one in shapes(replace(heads, tie_embeddings=True), 16, 99, slices=2)} == {1}
 
 
 @pytest.mark.parametrize("asked", [1e7, 1.3e8, 3.5e8, 2e9, 3e10, 1.75e11, 1e12])

@@ -187,16 +187,18 @@ class MeshRow:
         }  # fmt: skip
 
 
-def shapes(model: ModelSizes, ranks: int, most_dp: int) -> Iterator[Shape]:
+def shapes(model: ModelSizes, ranks: int, most_dp: int, slices: int = 1) -> Iterator[Shape]:
     """Yield all possible meshes. tp must divide the number of key-value heads, each stage must have at least one layer, and dp
-    must be at most most_dp. Pure."""
+    must be at most most_dp. With slices (model.slices) above 1, tp must divide slices, mesh.shard is at most 1, and a model with
+    tied embeddings has one stage. Pure."""
+    sliced = slices > 1
     for tp in range(1, min(ranks, model.num_kv_heads) + 1):
-        if ranks % tp or model.num_kv_heads % tp:
+        if ranks % tp or model.num_kv_heads % tp or (sliced and slices % tp):
             continue
-        for pp in range(1, min(ranks // tp, model.num_layers) + 1):
+        for pp in range(1, min(ranks // tp, 1 if sliced and model.tie_embeddings else model.num_layers) + 1):
             dp, rest = divmod(ranks // tp, pp)
             if rest == 0 and dp <= most_dp:
-                yield from (Shape(dp, pp, tp, shard) for shard in range(1 if dp == 1 else 2 if pp > 1 else 4))
+                yield from (Shape(dp, pp, tp, shard) for shard in range(1 if dp == 1 else 2 if pp > 1 or sliced else 4))
 
 
 def rows_of(
@@ -209,7 +211,7 @@ def rows_of(
     base: the global batch and the dtypes. limit: bytes of memory per rank. micro: the micro-batch sizes to try. again: the values
     of recompute to try. parts: the values of mesh.sequence to try. Pure."""
     best: dict[tuple[int, int, int], tuple[tuple[bool, float, int, bool, bool], MeshRow]] = {}
-    for shape in shapes(model, ranks, base.global_batch // min(micro)):
+    for shape in shapes(model, ranks, base.global_batch // min(micro), base.slices):
         for size in micro:
             if size * shape.dp > base.global_batch:
                 continue
@@ -259,10 +261,11 @@ def plan_mesh(
         raise UsageError(f"the micro-batch exceeds the global batch of {base.global_batch} sequences: raise --global-batch")
     rows = rows_of(model, ranks, machine, base, limit, micro, again, parts)
     if not rows:
+        sliced = f" and {base.slices} slices" if base.slices > 1 else ""
         raise UsageError(
-            f"--ranks={ranks}: no mesh uses this number of ranks: tp must divide {model.num_kv_heads} key-value heads, pp is at "
-            f"most {model.num_layers} layers, dp at most {base.global_batch // min(micro)} micro-batches. Choose another "
-            "number, or a larger --global-batch"
+            f"--ranks={ranks}: no mesh uses this number of ranks: tp must divide {model.num_kv_heads} key-value heads{sliced}, "
+            f"pp is at most {model.num_layers} layers, dp at most {base.global_batch // min(micro)} micro-batches. Choose "
+            "another number, or a larger --global-batch"
         )
     fits = [row for row in rows if row.memory.total <= ROOM * limit]
     return {

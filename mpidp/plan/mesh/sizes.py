@@ -118,6 +118,7 @@ class Work:
     wire_bytes: int = 4  # bytes per number in messages within tp and pp; mpidp.train sends float32
     sequence: bool = False  # mesh.sequence: whether norms and residuals are divided by tp
     loss: str = "auto"  # train.loss: whether the loss is computed in chunks
+    slices: int = 1  # model.slices
 
     def micro_batches(self, shape: Shape) -> int:
         """Return M, the number of micro-batches per replica."""
