@@ -188,11 +188,11 @@ class Save:
         while missing := [rank for rank in self.writers if rank not in self._records]:
             try:
                 there = set(os.listdir(self.folder))
-            except FileNotFoundError as error:
+                for rank in missing:
+                    if f"rank_{rank:05d}.json" in there:
+                        self._records[rank] = json.loads((self.folder / f"rank_{rank:05d}.json").read_bytes())
+            except FileNotFoundError as error:  # a rank that dropped the save has removed the folder
                 raise PeerFilesError(f"{self.folder} has disappeared") from error
-            for rank in missing:
-                if f"rank_{rank:05d}.json" in there:
-                    self._records[rank] = json.loads((self.folder / f"rank_{rank:05d}.json").read_bytes())
             if time.monotonic() > until:
                 raise PeerFilesError(f"{self.folder}: the files of ranks {missing} are missing")
             if self.dropping.wait(pause):

@@ -89,10 +89,8 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
     make_optimizer = partial(
         Optimizer, optim.name, weight_decay=optim.weight_decay, beta1=optim.beta1, beta2=optim.beta2,
         cautious=optim.cautious_decay, momentum_warmup=optim.momentum_warmup,
-        hidden=make_hidden(plan, model, memory) if optim.name in MATRIX_STATE else Hidden(),
+        hidden=make_hidden(plan, model, memory) if optim.name in MATRIX_STATE else Hidden(), padded=config.model.slices > 1,
     )
-    if config.model.slices > 1:
-        make_optimizer = partial(make_optimizer, padded=True)
     options = StrategyOptions.of(asdict(config.strategy), train.steps, plan.mesh.node_sizes, arrivals=plan.arrivals)
     strategy: Strategy = strategy_of(config.strategy.name, config.strategy.quorum, memory.level, model.module)(
         dp, memory.group, model.named, reducer, make_optimizer, optim.clip, nominal_tokens, int(config.comm.bucket_mb * 2**20),

@@ -136,7 +136,10 @@ def test_resume_never_and_an_empty_folder(shared_tmp: Path) -> None:
     assert not (shared_tmp / "checkpoints").exists()
 
 
-def test_a_rank_that_cannot_write_stops_all_and_nothing_is_committed(shared_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("removed", ["before the folder is listed", "after the folder is listed"])
+def test_a_rank_that_cannot_write_stops_all_and_nothing_is_committed(
+    shared_tmp: Path, monkeypatch: pytest.MonkeyPatch, removed: str
+) -> None:
     two_checkpoints(shared_tmp)
 
     def full(path: Path, *content: object) -> tuple[int, int]:
@@ -153,6 +156,9 @@ def test_a_rank_that_cannot_write_stops_all_and_nothing_is_committed(shared_tmp:
         monkeypatch.setattr(writer, "write_pieces", full)
     elif WORLD.rank == 0:
         monkeypatch.setattr(Saver, "_drop", drop_late)
+        if removed.startswith("after"):
+            names = [f"rank_{rank:05d}.json" for rank in range(WORLD.size)]
+            monkeypatch.setattr(writer.os, "listdir", lambda folder: names)
     with pytest.raises(MpidpError, match="no space left"):
         saves.save(shared_tmp, 3, entries(WORLD), {}, WORLD, 3)
     monkeypatch.undo()

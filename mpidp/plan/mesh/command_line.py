@@ -109,10 +109,8 @@ def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> d
         taken = f"assumed, {taken}"
     default = values.get("train.global_batch") or max(1, TOKENS[model.parameters >= 1e9] // model.seq_len)
     number_bytes = BYTES[options.dtype or ("float32" if values.get("train.dtype") == "float32" else "bfloat16")]
-    base = Work(
-        whole["global-batch"] or default, 1, number_bytes=number_bytes, loss=values.get("train.loss", "auto"),
-        slices=values.get("model.slices", 1),
-    )
+    loss, slices = values.get("train.loss", "auto"), values.get("model.slices", 1)
+    base = Work(whole["global-batch"] or default, 1, number_bytes=number_bytes, loss=loss, slices=slices)
     figures = GivenFigures(
         given.get("flops"), given.get("memory-gbyte"), given.get("link-gbit"), given.get("node-gbit"), given.get("latency-us"),
         whole["ranks-per-node"] or None, whole["gpus-per-node"] or None, options.overlap,

@@ -191,14 +191,13 @@ def shapes(model: ModelSizes, ranks: int, most_dp: int, slices: int = 1) -> Iter
     """Yield all possible meshes. tp must divide the number of key-value heads, each stage must have at least one layer, and dp
     must be at most most_dp. With slices (model.slices) above 1, tp must divide slices, mesh.shard is at most 1, and a model with
     tied embeddings has one stage. Pure."""
-    sliced = slices > 1
     for tp in range(1, min(ranks, model.num_kv_heads) + 1):
-        if ranks % tp or model.num_kv_heads % tp or (sliced and slices % tp):
+        if ranks % tp or model.num_kv_heads % tp or (slices > 1 and slices % tp):
             continue
-        for pp in range(1, min(ranks // tp, 1 if sliced and model.tie_embeddings else model.num_layers) + 1):
+        for pp in range(1, min(ranks // tp, 1 if slices > 1 and model.tie_embeddings else model.num_layers) + 1):
             dp, rest = divmod(ranks // tp, pp)
             if rest == 0 and dp <= most_dp:
-                yield from (Shape(dp, pp, tp, shard) for shard in range(1 if dp == 1 else 2 if pp > 1 or sliced else 4))
+                yield from (Shape(dp, pp, tp, shard) for shard in range(1 if dp == 1 else 2 if pp > 1 or slices > 1 else 4))
 
 
 def rows_of(
