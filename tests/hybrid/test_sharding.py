@@ -58,7 +58,7 @@ FROZEN: dict[str, dict[str, Any]] = {"optim": {"freeze": "embedding.*,blocks.0.*
 SOME_FROZEN: dict[str, dict[str, Any]] = {"optim": {"freeze": "embedding.*,blocks.0.attention.*,blocks.1.feed_forward.*"}}
 MIDDLE = {"model": {"num_layers": 3}, "optim": {"freeze": "blocks.0.*,blocks.1.*"}}  # backward passes through frozen blocks
 LORA = {"model": {"lora_rank": 2, "lora_targets": "q,down"}}
-RECOMPUTE = {"train": {"recompute": True, "loss": "chunked", "lanes": 3}}
+RECOMPUTE = {"train": {"recompute": True, "loss": "chunked", "lanes": 4}}
 FOUR_LAYERS = {"model": {"num_layers": 4}}
 OWN = {"model": KINDS["own"]}
 
