@@ -27,8 +27,7 @@ class ShardedSum:
         rank, slots = channel.comm.rank, slots_of(self.rounds)
         self.slots = [torch.zeros(slots, len(unit.parts[rank]), device=device) for unit in units]
         self.totals = [slots[0] for slots in self.slots]  # the sum of each unit's slice, after the last round
-        self._round = [0 for _ in units]
-        self.discard()
+        self._round, self._packed = [0 for _ in units], torch.empty(0, device=device)
 
     def discard(self) -> None:
         """Discard the gradients of the current step. Independent."""
@@ -76,8 +75,8 @@ class ShardedSum:
 
     def _scratch(self, elements: int) -> Tensor:
         """Return memory on the gradients' device, which later calls reuse."""
-        if getattr(self, "_packed", torch.empty(0)).numel() < elements:
-            self._packed = torch.empty(elements, device=self.slots[0].device)
+        if self._packed.numel() < elements:
+            self._packed = torch.empty(elements, device=self._packed.device)
         return self._packed[:elements]
 
 

@@ -63,7 +63,53 @@ MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq")
 Memory = Callable[[int], Tensor]  # from a number of elements to a zeroed float32 tensor of this size
 
 
-class Optimizer:
+class PieceOptimizer:
+    """Updates pieces of parameters in place: hidden matrices with Muon, other pieces with an optimizer of torch."""
+
+    def __init__(
+        self, name: str, pieces: Sequence[tuple[torch.nn.Parameter, bool, dict[str, Tensor]]], matrices: list[HeldElements],
+        hidden: Hidden, weight_decay: float, beta1: float, beta2: float, cautious: bool, momentum_warmup: int,
+    ) -> None:
+        """name and the settings after hidden: as for Optimizer. pieces: (piece with its gradient, whether weight decay applies,
+        its state tensors by key). matrices: this rank's elements of the hidden matrices. Collective over hidden.comm."""
+        self.updates = 0
+        self._steps: list[Tensor] = []  # torch has one step counter per parameter
+        groups: dict[bool, list[torch.nn.Parameter]] = {}
+        states = {piece: state for piece, _, state in pieces}
+        for piece, decays, _ in pieces:
+            groups.setdefault(decays, []).append(piece)
+        kind = "adamw" if name in MATRIX_STATE else name
+        self._parts = [
+            make_torch_optimizer(kind, members, weight_decay if decays else 0.0, beta1, beta2, cautious)
+            for decays, members in groups.items()
+        ]
+        for part, members in zip(self._parts, groups.values(), strict=True):
+            for piece in members:
+                part.state[piece].update(states[piece])
+                if "exp_avg" in states[piece]:
+                    self._steps.append(torch.zeros((), device=piece.device))
+                    part.state[piece]["step"] = self._steps[-1]
+        muon = (name, hidden, matrices, weight_decay, cautious, momentum_warmup)
+        self._muon = Muon(*muon) if name in MATRIX_STATE else None
+
+    def step(self, lr: float) -> None:
+        """Update the pieces. Collective over hidden.comm."""
+        for part in self._parts:
+            for group in part.param_groups:
+                group["lr"] = lr
+            part.step()
+        if self._muon is not None:
+            self._muon.step(lr, self.updates)
+        self.updates += 1
+
+    def set_updates(self, updates: int) -> None:
+        """Set the number of updates made so far. Independent."""
+        self.updates = updates
+        for step in self._steps:
+            step.fill_(updates)
+
+
+class Optimizer(PieceOptimizer):
     """An optimizer over flat parameters, gradients and state tensors. This rank updates its share of the parameters.
 
     Ranks that share memory update one share of the parameters each. The result does not depend on the shares. adamw, adam and sgd
@@ -91,8 +137,6 @@ class Optimizer:
             raise ValueError(f"unknown optimizer {name!r}")
         self._layout, self._name = layout, name
         make = memory or (lambda elements: torch.zeros(elements, device=layout.device))
-        self.updates = 0
-        self._steps: list[Tensor] = []  # torch has one step counter per parameter
         hidden = hidden or Hidden()
         self._matrices = _order(layout, hidden) if name in MATRIX_STATE else {}
         cuts = bounds or slice_bounds(layout.num_elements, share[1])
@@ -100,7 +144,7 @@ class Optimizer:
         self.mine = range(cuts[share[0]], cuts[share[0] + 1])
         self.keys = MOMENTS.get(name, MOMENTS["adamw"])
         self._moments = [make(len(self.held)) for _ in self.keys]
-        groups: dict[bool, list[torch.nn.Parameter]] = {}
+        pieces: list[tuple[torch.nn.Parameter, bool, dict[str, Tensor]]] = []
         whole: list[HeldElements] = []
         for offset, what, p in layout.placed():
             end = offset + (round_up(p.numel(), ALIGN) if padded and what not in self._matrices else p.numel())
@@ -111,24 +155,12 @@ class Optimizer:
                 shape = p.shape if what in self._matrices else (high - low,)
                 piece = torch.nn.Parameter(parameters[low:high].view(shape))
                 piece.grad = gradients[low:high].view(shape)
+                state = self._state(what, low, piece)
                 if what in self._matrices:
-                    whole.append(HeldElements(piece, self._state(what, low, piece), [hidden.box(what, (0, 0), p.shape)]))
+                    whole.append(HeldElements(piece, state, [hidden.box(what, (0, 0), p.shape)]))
                 else:
-                    groups.setdefault(p.dim() >= 2, []).append(piece)
-        kind = "adamw" if name in MATRIX_STATE else name
-        self._parts = [
-            make_torch_optimizer(kind, members, weight_decay if decays else 0.0, beta1, beta2, cautious)
-            for decays, members in groups.items()
-        ]
-        for part, members in zip(self._parts, groups.values(), strict=True):
-            for piece in members:
-                low = (piece.data_ptr() - parameters.data_ptr()) // 4
-                part.state[piece].update(self._state("", low, piece))
-                if "exp_avg" in part.state[piece]:
-                    self._steps.append(torch.zeros((), device=piece.device))
-                    part.state[piece]["step"] = self._steps[-1]
-        muon = (name, hidden, whole, weight_decay, cautious, momentum_warmup)
-        self._muon = Muon(*muon) if name in MATRIX_STATE else None
+                    pieces.append((piece, p.dim() >= 2, state))
+        super().__init__(name, pieces, whole, hidden, weight_decay, beta1, beta2, cautious, momentum_warmup)
 
     def names(self, what: str) -> tuple[str, ...]:
         """Return the names of the state tensors of a parameter."""
@@ -140,22 +172,6 @@ class Optimizer:
         low -= self.held.start
         flats = zip(self.names(what), self._moments, strict=False)
         return {key: flat[low : low + piece.numel()].view(piece.shape) for key, flat in flats}
-
-    def step(self, lr: float) -> None:
-        """Update this rank's share of the parameters. Collective over hidden.comm."""
-        for part in self._parts:
-            for group in part.param_groups:
-                group["lr"] = lr
-            part.step()
-        if self._muon is not None:
-            self._muon.step(lr, self.updates)
-        self.updates += 1
-
-    def set_updates(self, updates: int) -> None:
-        """Set the number of updates made so far."""
-        self.updates = updates
-        for step in self._steps:
-            step.fill_(updates)
 
     def moments(self) -> dict[str, Tensor]:
         """Return the flat state tensors (num_elements,) by name."""
@@ -197,7 +213,7 @@ class RunOfElements:
     gradient: Tensor  # (high - low,)
 
 
-class ShardedOptimizer:
+class ShardedOptimizer(PieceOptimizer):
     """An optimizer over runs of elements (strategies/sharded.py)."""
 
     def __init__(
@@ -206,13 +222,11 @@ class ShardedOptimizer:
     ) -> None:
         """Arguments as for Optimizer, but runs: this rank's elements, at most one run of each parameter. Collective over
         hidden.comm."""
-        self.updates, self.runs = 0, runs
+        self.runs = runs
         hidden = hidden or Hidden()
         self._matrices, self._name = hidden.names if name in MATRIX_STATE else frozenset(), name
         self.state = [{key: torch.zeros_like(run.elements) for key in self.keys(run.name)} for run in runs]
-        self._steps: list[Tensor] = []
-        groups: dict[bool, list[torch.nn.Parameter]] = {}
-        states, held = dict[torch.nn.Parameter, dict[str, Tensor]](), list[HeldElements]()
+        pieces, held = list[tuple[torch.nn.Parameter, bool, dict[str, Tensor]]](), list[HeldElements]()
         for run, state in zip(runs, self.state, strict=True):
             piece = torch.nn.Parameter(run.elements)
             piece.grad = run.gradient
@@ -220,40 +234,12 @@ class ShardedOptimizer:
                 boxes = [hidden.box(run.name, at, size, run.shape) for at, size in boxes_of_run(run.shape, run.low, run.high)]
                 held.append(HeldElements(piece, state, boxes))
             else:
-                groups.setdefault(len(run.shape) >= 2, []).append(piece)
-                states[piece] = state
-        kind = "adamw" if name in MATRIX_STATE else name
-        self._parts = [
-            make_torch_optimizer(kind, members, weight_decay if decays else 0.0, beta1, beta2, cautious)
-            for decays, members in groups.items()
-        ]
-        for part, members in zip(self._parts, groups.values(), strict=True):
-            for piece in members:
-                part.state[piece].update(states[piece])
-                if "exp_avg" in states[piece]:
-                    self._steps.append(torch.zeros((), device=piece.device))
-                    part.state[piece]["step"] = self._steps[-1]
-        self._muon = Muon(name, hidden, held, weight_decay, cautious, momentum_warmup) if name in MATRIX_STATE else None
+                pieces.append((piece, len(run.shape) >= 2, state))
+        super().__init__(name, pieces, held, hidden, weight_decay, beta1, beta2, cautious, momentum_warmup)
 
     def keys(self, what: str) -> tuple[str, ...]:
         """Return the names of the state tensors of a parameter."""
         return MATRIX_STATE[self._name] if what in self._matrices else MOMENTS.get(self._name, MOMENTS["adamw"])
-
-    def step(self, lr: float) -> None:
-        """Update the runs. Collective over hidden.comm."""
-        for part in self._parts:
-            for group in part.param_groups:
-                group["lr"] = lr
-            part.step()
-        if self._muon is not None:
-            self._muon.step(lr, self.updates)
-        self.updates += 1
-
-    def set_updates(self, updates: int) -> None:
-        """Set the number of updates made so far."""
-        self.updates = updates
-        for step in self._steps:
-            step.fill_(updates)
 
 
 def _order(layout: FlatLayout, hidden: Hidden) -> dict[str, int]:
