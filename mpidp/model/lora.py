@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpidp.errors import UsageError
+from mpidp.model.part import TABLES, Part
 
 A, B = ".lora_a", ".lora_b"
 ALL = {"q", "k", "v", "o", "gate", "up", "down"}  # the default of model.lora_targets
@@ -57,35 +58,81 @@ def adapters_of(layers: Mapping[str, Sequence[int]], rank: int, targets: str) ->
     return found
 
 
-def attach(model: nn.Module, rank: int, alpha: float, targets: str, seed: int) -> None:
-    """Add adapters to the target layers and freeze all other parameters. Independent.
+def adapter_sizes(sizes: Mapping[str, Sequence[int]], rank: int, targets: str) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter of the adapters, by name. sizes: the shapes of the base model's parameters. Raises
+    UsageError in the same cases as adapters_of(). Pure."""
+    layers = _layers_of(sizes)
+    names = adapters_of(layers, rank, targets)
+    return {name + A: (rank, layers[name][1]) for name in names} | {name + B: (layers[name][0], rank) for name in names}
+
+
+def _layers_of(sizes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    layers = {name.removesuffix(".weight"): size for name, size in sizes.items() if len(size) == 2}
+    return {name: size for name, size in layers.items() if name not in TABLES}
+
+
+def attach(
+    model: nn.Module, rank: int, alpha: float, targets: str, seed: int, part: Part | None = None,
+    sizes: Mapping[str, Sequence[int]] | None = None,
+) -> None:
+    """Add adapters to the target layers and freeze all other parameters. part, sizes: if `model` is a part of a model, the part
+    and the shapes of the whole model's parameters. Independent.
 
     Raises UsageError if a target matches no layer, or if the rank exceeds a layer's smaller dimension.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    names = adapters_of({name: layer.weight.shape for name, layer in layers.items()}, rank, targets)
+    whole = {name: layer.weight.shape for name, layer in layers.items()} if sizes is None else _layers_of(sizes)
+    names = [name for name in adapters_of(whole, rank, targets) if name in layers]
     model.requires_grad_(False)
     for name in names:
-        layer = layers[name]
-        outputs, inputs = layer.weight.shape
+        layer, (outputs, inputs) = layers[name], whole[name]
         a = torch.empty(rank, inputs)
         if not layer.weight.is_meta:
             key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
             nn.init.uniform_(a, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs), generator=generator)
-        where = layer.weight.device
-        layer.lora_a, layer.lora_b = nn.Parameter(a.to(where)), nn.Parameter(torch.zeros(outputs, rank, device=where))
-        layer.register_forward_hook(_Add(alpha / rank))
+        found = {A: a, B: torch.zeros(outputs, rank)}
+        if part is not None:
+            found = {key: one[part.box(name + key, tuple(one.shape))].clone() for key, one in found.items()}
+        _add(layer, *(one.to(layer.weight.device) for one in found.values()), alpha / rank)
 
 
-class _Add:
-    """Forward hook that adds an adapter's output to its layer's output."""
+class Adapter:
+    """Forward hook that adds an adapter's output to its layer's output. It is the attribute `adapter` of the layer."""
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
+        self.deferred = False  # whether the loss applies the layer instead (Transformer.defer_head), with the weight weight_of()
+        self.factors: Callable[[Any], tuple[Tensor, Tensor]] = _factors  # returns the matrices A and B of a layer
 
     def __call__(self, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output + F.linear(F.linear(inputs[0], layer.lora_a), layer.lora_b) * self.scale
+        if self.deferred:
+            return output
+        a, b = self.factors(layer)
+        return output + F.linear(F.linear(inputs[0], a), b) * self.scale
+
+
+def _factors(layer: Any) -> tuple[Tensor, Tensor]:
+    return layer.lora_a, layer.lora_b
+
+
+def weight_of(layer: Any) -> Tensor:
+    """Return the weight of a layer. If the layer has an adapter, return W + (alpha / rank) B A, which has gradients. Pure."""
+    if not hasattr(layer, "adapter"):
+        return layer.weight  # type: ignore[no-any-return]
+    return layer.weight + layer.lora_b @ layer.lora_a * layer.adapter.scale  # type: ignore[no-any-return]
+
+
+def _add(layer: Any, a: Tensor, b: Tensor, scale: float) -> None:
+    layer.lora_a, layer.lora_b, layer.adapter = nn.Parameter(a), nn.Parameter(b), Adapter(scale)
+    layer.register_forward_hook(layer.adapter)
+
+
+def attach_like(template: nn.Module, model: nn.Module) -> None:
+    """Add an adapter with empty matrices to each layer of `template` whose namesake in `model` has an adapter. Independent."""
+    for name, layer in model.named_modules():
+        if isinstance(adapter := getattr(layer, "adapter", None), Adapter):
+            _add(template.get_submodule(name), torch.empty(0), torch.empty(0), adapter.scale)
 
 
 @torch.no_grad()

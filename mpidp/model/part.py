@@ -3,7 +3,8 @@
 With pipeline parallelism, a rank has some of the layers. With tensor parallelism (Shoeybi 2019, Megatron-LM, section 3), it has
 some heads and hidden channels of each layer, and some rows of the vocabulary. The weights and biases of query, key, value, gate
 and up are split by rows. The weights of the output layers o and down are split by columns. Therefore each residual branch needs
-only one sum over the ranks. The biases of o and down are replicated and added after this sum. Embedding and head are split by
+only one sum over the ranks. An adapter B A (lora.py) of a layer that is split by rows has its B split by rows, and the adapter of
+a layer that is split by columns has its A split by columns. The other factor is replicated. The biases of o and down are replicated and added after this sum. Embedding and head are split by
 vocabulary. Learned positions and norms are replicated, except norms over all heads together (model.qk_norm=layer), which are
 split by heads. Between branches, a rank has the hidden states of all positions. With sequence parallelism, it has only those of
 its own positions (Korthikanti 2022, section 4.2.2).
@@ -18,7 +19,7 @@ from mpidp.model.shape import Shape, TransformerShape
 
 TABLES = ("embedding", "positions")  # parameters of the first stage
 ROWS = ("embedding", "head", "q", "k", "v", "gate", "up")  # layers whose weight and bias are split by rows
-COLUMNS = ("attention.o.weight", "feed_forward.down.weight")  # parameters that are split by columns
+COLUMNS = tuple(f"{layer}.{part}" for layer in ("attention.o", "feed_forward.down") for part in ("weight", "lora_a"))
 HEAD_NORMS = ("q_norm", "k_norm")
 
 
@@ -82,7 +83,8 @@ class Part:
         layer = name.rpartition(".")[0].rpartition(".")[2]
         if name.endswith(COLUMNS):
             return 1
-        return 0 if layer in ROWS or (self.norms_all_heads and layer in HEAD_NORMS) else None
+        rows = layer in ROWS and not name.endswith(".lora_a")
+        return 0 if rows or (self.norms_all_heads and layer in HEAD_NORMS) else None
 
     def has(self, name: str) -> bool:
         """Return whether this rank has a section of a parameter, or the whole parameter. name: the name in the whole model.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +35,14 @@ class ModelPartition:
     """This rank's part of the model, and its place in the whole model. Methods are independent unless their docstrings say
     otherwise."""
 
-    def __init__(self, grid: Grid, shape: Shape, sequence: bool = False, chunks: int = 1, slices: int = 1) -> None:
-        """sequence: whether sequence parallelism is used. chunks: number of chunks per pipeline stage. slices: model.slices."""
-        self.grid, self.shape, self.sizes, self.sequence, self.chunks = grid, shape, shapes_of(shape), sequence, chunks
+    def __init__(
+        self, grid: Grid, shape: Shape, sequence: bool = False, chunks: int = 1, slices: int = 1,
+        adapters: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    ) -> None:
+        """sequence: whether sequence parallelism is used. chunks: number of chunks per pipeline stage. slices: model.slices.
+        adapters: the shapes of the parameters of the adapters, by name."""
+        self.grid, self.shape, self.sequence, self.chunks = grid, shape, sequence, chunks
+        self.sizes = shapes_of(shape) | dict(adapters)
         self.part = self._part_of(grid.model.rank)
         self._norm_by_slices = NormBySlices(grid, self.part, self.sizes, slices, self.counts) if slices > 1 else None
 

@@ -5,6 +5,8 @@ rows of the vocabulary. One rank of T computes S / T slices, one after the other
 has the shape of one slice, and its operands are contiguous and aligned, so a library computes the same bits on every mesh. Sums
 over slices are added in the order of a fixed tree (tree_comm.py). These are the outputs of o and down, the gradients of the
 inputs of q, k, v, gate, up and the head, the gradients of norms of single heads, and the sums of exponentials of the loss.
+An adapter B A belongs to slices like its layer. A slice has some rows of B if the layer is split by rows, and otherwise some
+columns of A. Every slice uses the whole other factor, whose gradients are also added over the slices.
 
 Between branches, all ranks of a stage compute the same values from these sums. With sequence parallelism, each rank computes only
 the values of its own positions (sliced_positions.py). With one rank, the same code computes all slices."""
@@ -23,8 +25,7 @@ from torch.nn.utils.stateless import _functional_call
 
 from mpidp.model.attention import Attention
 from mpidp.model.feed_forward import FeedForward
-from mpidp.model.products import linear
-from mpidp.model.shape import shapes_of
+from mpidp.model.lora import attach_like
 from mpidp.parallel.chunked_loss import defer_head
 from mpidp.parallel.sliced_positions import PositionRanges, slice_bias, slice_mix, slice_norm, slice_table
 from mpidp.parallel.tensor import Regather, VocabEmbedding
@@ -109,13 +110,14 @@ class SlicedBranch:
     ) -> None:
         """template: the module of one slice, whose parameters are not used. cuts: how each parameter is cut (Part.slices()).
         count: number of slices of this rank. regathers: whether backward gathers the positions again (Regather)."""
+        attach_like(template, branch)
         for p in template.parameters():
             p.data = torch.empty(0)
         self._branch, self._template, self._cuts, self._count, self._tp = branch, template, cuts, count, tp
         self._regathers, self._slices_in_all = regathers, count * tp.comm.size
 
     def _slices_of(self, p: Tensor, cut: tuple[int, list[int]] | None) -> Sequence[Tensor]:
-        return _Copies.apply(p, self._count, self._tp) if cut is None else pieces(p, cut)  # type: ignore[no-any-return, no-untyped-call]
+        return _Copies.apply(aligned(p), self._count, self._tp) if cut is None else pieces(p, cut)  # type: ignore[no-any-return, no-untyped-call]
 
     def __call__(self, x: Tensor, *args: Any) -> Tensor:
         """Return the output of the branch, (B, T, D), for x (B, T, D). With sequence parallelism, x and the output have only this
@@ -149,31 +151,44 @@ class SlicedNormAttention(SlicedBranch):
     """Attention with norms of queries and keys over all heads together (model.qk_norm=layer). The sums of squares of all slices
     are added before the first slice is normalized."""
 
+    def __init__(self, branch: nn.Module, template: Any, *args: Any) -> None:
+        super().__init__(branch, template, *args)
+        self._layers = {name: getattr(template, name) for name in ("q", "k")}
+        template.q, template.k = _Given(), _Given()
+
     def _compute(self, slices: Mapping[str, Sequence[Tensor]], inputs: Sequence[Tensor], args: tuple[Any, ...]) -> list[Tensor]:
-        known = {name: self._projected(name, slices, inputs) for name in ("q", "k")}
+        known = {name: self._projected(name, slices, inputs) for name in self._layers}
+        rest = {key: of for key, of in slices.items() if key.partition(".")[0] not in self._layers}
         parts = []
         for s in range(self._count):
             for name, (projected, totals) in known.items():
                 layer, norm = getattr(self._template, name), getattr(self._template, f"{name}_norm")
                 width = self._slices_in_all * projected[s].shape[-1]
-                layer.forward = partial(_given, projected[s])
+                layer.found = projected[s]
                 norm.forward = partial(_normalized, norm, totals[s], width)
-            parts.append(self._of_slice(s, slices, inputs, args))
+            parts.append(self._of_slice(s, rest, inputs, args))
         return parts
 
     def _projected(
         self, name: str, slices: Mapping[str, Sequence[Tensor]], inputs: Sequence[Tensor]
     ) -> tuple[list[Tensor], Sequence[Tensor]]:
         """Return the queries or keys of each slice, and for each slice a copy of their sum of squares over all slices."""
-        weights, biases = slices[f"{name}.weight"], slices.get(f"{name}.bias", [None] * self._count)  # type: ignore[list-item]
-        found = [linear(x, weight, bias) for x, weight, bias in zip(inputs, weights, biases, strict=True)]
+        held = {key.partition(".")[2]: of for key, of in slices.items() if key.partition(".")[0] == name}
+        found: list[Tensor] = [
+            _functional_call(self._layers[name], {key: of[s] for key, of in held.items()}, (x,)) for s, x in enumerate(inputs)
+        ]
         squares = [one.float().square().sum(-1, keepdim=True) for one in found]
         total = SumInForward.apply(tree_sum(squares), self._tp)  # type: ignore[no-untyped-call]
         return found, _Copies.apply(total, self._count, self._tp)  # type: ignore[no-untyped-call]
 
 
-def _given(found: Tensor, x: Tensor) -> Tensor:
-    return found
+class _Given(nn.Module):
+    """A layer whose output was already computed."""
+
+    found: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.found
 
 
 def _normalized(norm: Any, total: Tensor, width: int, x: Tensor) -> Tensor:
@@ -181,10 +196,10 @@ def _normalized(norm: Any, total: Tensor, width: int, x: Tensor) -> Tensor:
     return x.to(norm.weight.dtype) * torch.rsqrt(total / width + norm.eps) * norm.gain(norm.weight)  # type: ignore[no-any-return]
 
 
-def slice_layers(model: Any, slices: int, tp: TreeComm) -> None:
+def slice_layers(model: Any, slices: int, tp: TreeComm, sizes: Mapping[str, tuple[int, ...]]) -> None:
     """Change a part of a Transformer so that it computes every layer slice by slice, together with the other ranks of its stage.
-    Independent."""
-    shape, part, count, sizes = model.shape, model.part, slices // tp.comm.size, shapes_of(model.shape)
+    sizes: the shapes of the whole model's parameters. Independent."""
+    shape, part, count = model.shape, model.part, slices // tp.comm.size
     one, ranges = replace(part, index=0, size=slices), PositionRanges(slices, tp)
 
     def enter(model: nn.Module, args: tuple[Any, ...]) -> None:

@@ -16,7 +16,8 @@ again.
 Each rank may apply a replicated parameter to only some of the positions or heads. The rank then computes only one term of the
 parameter's gradient. The terms are summed over the ranks for each micro-batch, so all ranks of a stage get the same gradient.
 With sequence parallelism, this sum is needed for all replicated parameters: those of norms, the biases of o and down, and the
-learned positions. Without sequence parallelism, it is needed only for the norms of single heads (model.qk_norm=head)."""
+learned positions. Without sequence parallelism, it is needed only for the norms of single heads (model.qk_norm=head) and for the
+factors of adapters that are not divided among the ranks (lora.py)."""
 
 from __future__ import annotations
 
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from mpidp.model.input_mix import mixed
 from mpidp.model.norms import Norm
+from mpidp.model.part import Part
 from mpidp.model.shape import TransformerShape
 from mpidp.parallel.tensor_comm import SumInBackward, TensorComm, enter_branch, leave_branch, sum_both_ways
 
@@ -180,6 +182,16 @@ def _share_attention(attention: Any, shape: TransformerShape, tp: TensorComm) ->
             _normalize_all_heads(norm, heads * shape.head_dim, tp)
 
 
+def _sum_factors(name: str, layer: Any, part: Part, tp: TensorComm) -> None:
+    """Sum the gradient of the factor of an adapter that is not divided among the ranks. A layer without adapter is not
+    changed."""
+    if hasattr(layer, "adapter"):
+        a, b = (part.is_cut(f"{name}.{factor}") for factor in ("lora_a", "lora_b"))
+        layer.adapter.factors = lambda layer: (
+            layer.lora_a if a else _summed(layer.lora_a, tp), layer.lora_b if b else _summed(layer.lora_b, tp)
+        )
+
+
 def share_layers(model: Any, tp: TensorComm) -> None:
     """Change a part of a Transformer so that it computes every layer together with the other ranks of its stage. Independent."""
     keep, model.tensor_comm = not tp.sequence, tp
@@ -199,6 +211,8 @@ def share_layers(model: Any, tp: TensorComm) -> None:
                 _sum_mix(block.input_mix, tp)
             _sum_bias(block.attention.o, tp)
             _sum_bias(block.feed_forward.down, tp)
+    for name, layer in model.named_modules():
+        _sum_factors(name, layer, model.part, tp)
     if model.embedding is not None:
         model.embedding = VocabEmbedding(model.embedding, model.part.own_range(model.shape.vocab_size).start, tp)
     if model.positions is not None and tp.sequence:

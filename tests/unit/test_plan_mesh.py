@@ -112,7 +112,7 @@ def test_the_model_is_that_of_the_weights_which_the_run_begins_with(tmp_path: Pa
     (tmp_path / "run/config.toml").write_text(to_toml(Config().with_values(model={"kind": "lstm"})))
     for words, why in [("--train.init_from=run", "model.kind=lstm: only data"), ("--model.kind=lstm", "only data parallelism"),
                        ("--model.kind=a:b", "model.kind=a:b: only data"), ("--train.init_from=none", "none/config.toml"),
-                       ("--model.lora_rank=4", "model.lora_rank=4: adapters: only data parallelism is supported")]:
+                       ("--model.lora_rank=4", "model.lora_rank=4: adapters: the predictions are for runs that train all")]:
         with pytest.raises(UsageError, match=why):
             ask("--config", "my.toml", "--ranks", "2", "--vocab", "256", words)
     (tmp_path / "hf/config.json").write_text("{")

@@ -124,12 +124,14 @@ def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> d
 
 
 def _reject_uncut(values: Mapping[str, Any]) -> None:
-    """Raise UsageError for models that support data parallelism only. Pure."""
+    """Raise UsageError for models whose time and memory the predictions do not describe. Pure."""
     kind, rank = values["model.kind"], values["model.lora_rank"]
     if kind != "transformer" or rank:
+        why = "the predictions are for runs that train all parameters"
+        if kind != "transformer":
+            why = "only data parallelism is supported, so each rank holds a whole replica"
         what = f"model.lora_rank={rank}: adapters" if kind == "transformer" else f"model.kind={kind}"
-        raise UsageError(f"{what}: only data parallelism is supported, so each rank holds a whole replica; use "
-                         "`python -m mpidp.plan methods`")
+        raise UsageError(f"{what}: {why}; use `python -m mpidp.plan methods`")
 
 
 def _initial_model(path: str) -> dict[str, Any]:
