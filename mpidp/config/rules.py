@@ -53,16 +53,11 @@ _shards, _two = _is_not("mesh.shard", 0), _is("mesh.shard", 2, 3)
 _THREE, _three = "mesh.shard=3", _is("mesh.shard", 3)
 _lora = _is_not("model.lora_rank", 0)
 _HEAD = "model.lora_rank with head in model.lora_targets"
+_head: Callable[[Settings], bool] = lambda s: _lora(s) and "head" in s["model.lora_targets"].replace(" ", "").split(",")  # noqa: E731
 _TIMES, _times = "mesh.interleave above 1", _is_not("mesh.interleave", 1)
 _partial = _is_not("strategy.group", "all")
 _tasks = _is_not("train.eval_tasks", "")
 _auto = _is("train.micro_batch", 0)
-
-
-def _head(settings: Settings) -> bool:
-    return bool(settings["model.lora_rank"]) and "head" in settings["model.lora_targets"].replace(" ", "").split(",")
-
-
 _momentum = _is_not("optim.momentum_warmup", 0)
 _UPDATES = "checkpoints store the number of updates with AdamW's parameters, and there may be no such parameters"
 _SLICES, _slices = "model.slices above 1", _is_not("model.slices", 1)

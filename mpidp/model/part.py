@@ -3,11 +3,11 @@
 With pipeline parallelism, a rank has some of the layers. With tensor parallelism (Shoeybi 2019, Megatron-LM, section 3), it has
 some heads and hidden channels of each layer, and some rows of the vocabulary. The weights and biases of query, key, value, gate
 and up are split by rows. The weights of the output layers o and down are split by columns. Therefore each residual branch needs
-only one sum over the ranks. An adapter B A (lora.py) of a layer that is split by rows has its B split by rows, and the adapter of
-a layer that is split by columns has its A split by columns. The other factor is replicated. The biases of o and down are replicated and added after this sum. Embedding and head are split by
-vocabulary. Learned positions and norms are replicated, except norms over all heads together (model.qk_norm=layer), which are
-split by heads. Between branches, a rank has the hidden states of all positions. With sequence parallelism, it has only those of
-its own positions (Korthikanti 2022, section 4.2.2).
+only one sum over the ranks. An adapter adds B A to a weight (lora.py). If the weight is split by rows, B is split by rows, too.
+If the weight is split by columns, A is split by columns. The other factor is replicated. The biases of o and down are replicated
+and added after this sum. Embedding and head are split by vocabulary. Learned positions and norms are replicated, except norms
+over all heads together (model.qk_norm=layer), which are split by heads. Between branches, a rank has the hidden states of all
+positions. With sequence parallelism, it has only those of its own positions (Korthikanti 2022, section 4.2.2).
 """
 
 from __future__ import annotations

@@ -46,14 +46,13 @@ def prepared(model: Any, settings: Settings, shape: Shape, part: Part) -> Any:
 
     Raises UsageError if model.lora_targets or optim.freeze matches nothing, or if model.lora_rank is too large.
     """
-    added = adapters(settings, shape)
-    if added:
-        rank, alpha, targets = (settings[f"model.lora_{key}"] for key in ("rank", "alpha", "targets"))
-        attach(model, rank, alpha, targets, settings["train.seed"], part, shapes_of(shape))
+    if rank := settings.get("model.lora_rank", 0):
+        attach(model, rank, settings["model.lora_alpha"], settings["model.lora_targets"], settings["train.seed"])
     if patterns := settings.get("optim.freeze", ""):
         parameters = {part.global_name(name): p for name, p in model.named_parameters()}
         is_whole = part.has_embedding and part.has_head and len(part.layers) == shape.num_layers
-        for name in frozen(list(parameters if is_whole else shapes_of(shape) | added), patterns) & set(parameters):
+        names = parameters if is_whole else shapes_of(shape) | adapters(settings, shape)
+        for name in frozen(list(names), patterns) & set(parameters):
             parameters[name].requires_grad_(False)
     return model
 

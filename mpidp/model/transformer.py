@@ -166,8 +166,7 @@ class Transformer(nn.Module):
         self.defers_head = True
         if self.head is not None:
             self.head.forward = _unchanged  # type: ignore[method-assign]
-            if adapter := getattr(self.head, "adapter", None):
-                adapter.deferred = True
+            self.head._forward_hooks.clear()  # the loss applies the adapter of the head, too (lora.weight_of)
 
     def new_cache(self, positions: int) -> Cache | None:
         """Return an empty cache for a sequence of this many positions, at most seq_len."""

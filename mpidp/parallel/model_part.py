@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +36,12 @@ class ModelPartition:
 
     def __init__(
         self, grid: Grid, shape: Shape, sequence: bool = False, chunks: int = 1, slices: int = 1,
-        adapters: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+        adapters: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         """sequence: whether sequence parallelism is used. chunks: number of chunks per pipeline stage. slices: model.slices.
         adapters: the shapes of the parameters of the adapters, by name."""
-        self.grid, self.shape, self.sequence, self.chunks = grid, shape, sequence, chunks
-        self.sizes = shapes_of(shape) | dict(adapters)
+        self.grid, self.shape, self.sequence, self.chunks, self.sizes = grid, shape, sequence, chunks, shapes_of(shape)
+        self.sizes.update(adapters or {})
         self.part = self._part_of(grid.model.rank)
         self._norm_by_slices = NormBySlices(grid, self.part, self.sizes, slices, self.counts) if slices > 1 else None
 

@@ -39,30 +39,18 @@ def pieces(p: Tensor, cut: tuple[int, list[int]]) -> list[Tensor]:
 
 
 class _Copies(torch.autograd.Function):
-    """Returns one copy of a tensor for each slice of this rank. Backward adds the gradients of the copies over all slices."""
+    """Returns one copy of a tensor for each slice of this rank. Backward adds the gradients of the copies over all slices.
+    gathers: whether x has this rank's positions and the copies have all positions."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, count: int, tp: TreeComm) -> tuple[Tensor, ...]:
-        ctx.tp = tp
-        return tuple(x.view_as(x) for _ in range(count))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _sum(grads, ctx.tp), None, None
-
-
-class _Entered(torch.autograd.Function):
-    """Returns a copy of x with all positions for each slice. Backward adds the gradients of the copies over all slices."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, count: int, tp: TreeComm) -> tuple[Tensor, ...]:
-        ctx.tp = tp
-        whole = tp.gather(x, tp.length) if tp.sequence else x
+    def forward(ctx: Any, x: Tensor, count: int, tp: TreeComm, gathers: bool = False) -> tuple[Tensor, ...]:
+        ctx.tp, ctx.gathers = tp, gathers
+        whole = tp.gather(x, tp.length) if gathers else x
         return tuple(whole.view_as(whole) for _ in range(count))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _sum(grads, ctx.tp, ctx.tp.sequence), None, None
+        return _sum(grads, ctx.tp, ctx.gathers), None, None, None
 
 
 class _Joined(torch.autograd.Function):
@@ -123,7 +111,7 @@ class SlicedBranch:
         """Return the output of the branch, (B, T, D), for x (B, T, D). With sequence parallelism, x and the output have only this
         rank's positions. Collective over tp.comm, also in backward."""
         tp, count = self._tp, self._count
-        inputs = _Entered.apply(x, count, tp)  # type: ignore[no-untyped-call]
+        inputs = _Copies.apply(x, count, tp, tp.sequence)  # type: ignore[no-untyped-call]
         hooks: AbstractContextManager[Any] = nullcontext()
         if self._regathers:
             regather = Regather(x, inputs[0], tp)

@@ -9,13 +9,10 @@ import pytest
 
 from mpidp.checkpoint.reader import Reader
 from mpidp.checkpoint.resume import find_checkpoint
-from mpidp.evaluate import evaluate
-from mpidp.generate import generate, read_options
-from mpidp.replay import inspect_step
 from tests.hybrid.test_meshes import CLOSE, Mesh, assert_close, fits, on, with_mesh
 from tests.hybrid.test_slices import ODD, assert_same, sections
 from tests.laws.test_resume import crashed_in
-from tests.tiny import DEVICE, WORLD, Ran, at, corpus
+from tests.tiny import WORLD, Ran, corpus
 
 pytestmark = pytest.mark.mpi
 LORA = {"lora_rank": 3, "lora_alpha": 9.0}
@@ -23,7 +20,7 @@ MLP: dict[str, Any] = {"norm": "layer", "mlp_bias": True, "attention_bias": "q,o
 WAYS: list[dict[str, dict[str, Any]]] = [
     {"model": ODD | LORA | MLP | {"seq_len": 15}, "mesh": {"sequence": True}},
     {"model": ODD | LORA | {"qk_norm": "layer", "attention_bias": "q,k"}, "optim": {"name": "muon"}},
-    {"model": LORA | {"lora_targets": "k,down"}, "train": {"recompute": True, "audit_every": 2}, "optim": {"name": "sgd", "lr": 0.5}},
+    {"model": LORA | {"lora_targets": "k,down"}, "train": {"recompute": True, "audit_every": 2}, "optim": {"name": "sgd"}},
     {"model": LORA | {"tie_embeddings": True}, "train": {"dtype": "bfloat16"}, "optim": {"freeze": "*.lora_a"}},
     {"model": LORA | {"qk_norm": "layer"}, "mesh": {"sequence": True, "shard": 1}, "comm": {"transport": "messages"}},
 ]

@@ -127,11 +127,9 @@ def _reject_uncut(values: Mapping[str, Any]) -> None:
     """Raise UsageError for models whose time and memory the predictions do not describe. Pure."""
     kind, rank = values["model.kind"], values["model.lora_rank"]
     if kind != "transformer" or rank:
-        why = "the predictions are for runs that train all parameters"
-        if kind != "transformer":
-            why = "only data parallelism is supported, so each rank holds a whole replica"
-        what = f"model.lora_rank={rank}: adapters" if kind == "transformer" else f"model.kind={kind}"
-        raise UsageError(f"{what}: {why}; use `python -m mpidp.plan methods`")
+        what = f"model.lora_rank={rank}" if kind == "transformer" else f"model.kind={kind}"
+        raise UsageError(f"{what}: the predictions are only for Transformers that train all parameters; use "
+                         "`python -m mpidp.plan methods`")
 
 
 def _initial_model(path: str) -> dict[str, Any]:
