@@ -52,7 +52,8 @@ def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
 
 
 def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | None = None) -> dict[str, Any] | None:
-    """Plan the run, and repeat attempts until one reaches the end of the run. Return the content of the `end` line.
+    """Plan the run, and repeat attempts until one reaches the end of the run. Return the content of the `end` line of
+    metrics.jsonl.
 
     This function also resumes runs. `dry`: only plan the run, and return None. `crew`: the facts about the run that a replacement
     rank has received, or None on other ranks. Collective over world.
@@ -104,8 +105,8 @@ def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> RunPlan:
 
 
 def prepare_default_corpus(config: Config, world: MPI.Intracomm, corpus: Mapping[str, Any]) -> None:
-    """Prepare shards of the default corpus if data.path has its default value and contains no shards. `corpus`: the arguments of
-    prepare(). Rank 0 prepares the shards while the other ranks sleep. Collective over world."""
+    """Prepare shards of the default corpus if data.path has its default value and contains no shards. `corpus`: arguments of
+    data_tools.prepare.prepare(). Rank 0 prepares the shards while the other ranks sleep. Collective over world."""
     from mpidp.runtime.world import raise_together
 
     path = Path(config.data.path)

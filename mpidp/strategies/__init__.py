@@ -1,4 +1,4 @@
-"""The table of strategies by name. A new strategy is added here."""
+"""The table of strategies by name. To add a strategy, add it to this table."""
 
 from functools import partial
 from typing import Any

@@ -1,4 +1,4 @@
-"""Reads the order in which gradients arrived from metrics.jsonl, to replay an asynchronous run."""
+"""Reads metrics.jsonl to replay an asynchronous run. The file contains the order in which gradients arrived."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class _Line(TypedDict, total=False):
 
 
 def read_arrivals(log: str, workers: int, servers: int, staleness: int) -> Order:
-    """Return the arrivals of a run. `log`: the run's metrics.jsonl. If `log` is "", return {}. `servers`: number of parameter
-    servers, or 0 for a quorum. Raises UsageError if the file cannot be read, if its arrivals are damaged, or if it is from a run
-    with other numbers of workers and servers. With a quorum, `workers` is the number of ranks. In this case also raises
-    UsageError if a contribution was more than `staleness` rounds late. Independent."""
+    """Return {step of a meeting: the arrivals since the previous meeting}. `log`: the run's metrics.jsonl, or "" to return {}.
+    `workers`, `servers`: numbers of workers and of parameter servers. With a quorum, `servers` is 0 and `workers` is the number
+    of ranks. Raises UsageError if the file cannot be read, or if the arrivals are not possible with these numbers and with
+    `staleness`. Independent."""
     if not log:
         return {}
     try:
@@ -53,8 +53,8 @@ def _check_pushes(log: str, found: Order, workers: int, servers: int) -> None:
 
 def _check_rounds(log: str, found: Order, ranks: int, staleness: int) -> None:
     """Raise UsageError if the rounds are not possible. When round i closes, at least one rank must have contributed batch i, and
-    no rank may have contributed a later batch. Every rank must have contributed all batches up to i - staleness. After the last
-    round, every rank must have contributed all batches."""
+    no rank may have contributed a later batch. At this time every rank must have contributed all batches up to i - staleness.
+    After the last round, every rank must have contributed all batches."""
     for step, rounds in found.items():
         had = [0] * ranks
         for i, joined in enumerate(rounds, 1):

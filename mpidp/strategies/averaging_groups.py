@@ -22,8 +22,8 @@ GROUPS = ("all", *PARTITIONS, "exponential")
 
 
 def partition(kind: str, t: int, size: int, nodes: Sequence[Sequence[int]], group_size: int) -> list[tuple[int, ...]]:
-    """Return the groups of round t. A group is a sorted tuple of ranks, and every rank is in exactly one group. `kind`: node,
-    rotating or pairs. `size`: number of ranks. `nodes`: the ranks of each node. Raises ValueError for any other `kind`.
+    """Return the groups of round number t. A group is a sorted tuple of ranks, and every rank is in exactly one group. `kind`:
+    node, rotating or pairs. `size`: number of ranks. `nodes`: the ranks of each node. Raises ValueError for any other `kind`.
     Independent."""
     if kind == "node":
         return [tuple(ranks) for ranks in nodes]

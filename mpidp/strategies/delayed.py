@@ -73,7 +73,7 @@ class Delayed(Synchronous):
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Return a context in which the backward pass of micro-batch v must run. Independent."""
+        """Return a context manager. The backward pass of micro-batch v must run in it. Independent."""
         if self._fresh:
             self.buffer.flat[self._slot].zero_()
             self._fresh = False
@@ -85,7 +85,7 @@ class Delayed(Synchronous):
         self._fresh = True
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Start to sum the gradient of this batch. Then apply the sum of the batch k steps ago, and return this sum's norm in the
+        """Start to sum the gradient of this batch. Then apply the sum of the batch k steps ago, and return its norm in the
         StepStats. `tokens`: number of target tokens in this rank's lanes. Collective over compute_comm."""
         self.reducer.observers.enter("reduce")
         if self._fresh:  # this rank computed no lane
@@ -129,7 +129,7 @@ class Delayed(Synchronous):
             self._apply(self._lr, self._in_flight.popleft())
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the state. It includes the sums in flight, so that a resumed run applies them. Wait until these sums are
+        """Return the state, including the sums in flight, so that a resumed run applies them. First wait until these sums are
         complete. Therefore all ranks must call state_dict() at the same step. Independent."""
         for pending in self._in_flight:
             pending.wait()

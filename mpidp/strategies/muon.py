@@ -1,4 +1,4 @@
-"""Muon (Jordan 2024) and NorMuon (Li 2025, arXiv 2510.05491) for hidden matrices, on one or several ranks.
+"""Muon (Jordan 2024) and NorMuon (Li 2025, arXiv 2510.05491) for hidden matrices: all matrices except embeddings and the head.
 
 A rank computes momentum, weight decay and the update for the elements that it holds. Only the orthogonal update direction needs
 the whole matrix, so one rank gathers the matrix and computes the direction (parallel/whole_matrices.py). Therefore optimizer
@@ -86,8 +86,8 @@ class Muon:
         return found
 
     def _orthogonal(self, matrices: list[tuple[str, Matrix]]) -> list[Matrix]:
-        """Return, for each whole matrix, [orthogonal update (m, n)]. With NorMuon, return [update (m, n), new second moment (m,
-        1)]."""
+        """Return [orthogonal update (m, n)] for each whole matrix. With NorMuon, a result is [update (m, n), new second moment
+        (m, 1)]."""
         found = orthogonalized([matrix[0] for _, matrix in matrices])
         if self._name == "muon":
             return [[one] for one in found]
@@ -106,8 +106,8 @@ class Muon:
 
 
 def decay_towards_zero(p: Tensor, update: Tensor, rate: float) -> None:
-    """Apply cautious weight decay to `p` (Chen 2025, arXiv 2510.12402). `update`: the tensor that the caller will subtract from
-    `p`. Multiply the elements that it moves towards 0 by 1 - rate. Pure, except for p."""
+    """Apply cautious weight decay to `p` (Chen 2025, arXiv 2510.12402): multiply some elements by 1 - rate. These are the
+    elements that move towards 0 when the caller subtracts `update` from `p`. Pure, except for p."""
     p.sub_(p * (p * update >= 0), alpha=rate)
 
 

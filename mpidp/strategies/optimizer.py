@@ -73,8 +73,8 @@ class PieceOptimizer:
         self, name: str, pieces: Sequence[tuple[torch.nn.Parameter, bool, dict[str, Tensor]]], matrices: list[HeldElements],
         hidden: Hidden, weight_decay: float, beta1: float, beta2: float, cautious: bool, momentum_warmup: int,
     ) -> None:
-        """`pieces`: (piece with its gradient, whether weight decay applies, its state tensors by key). `matrices`: this rank's
-        elements of the hidden matrices. For the other arguments see Optimizer. Collective over hidden.comm."""
+        """`pieces`: a (piece with its gradient, whether weight decay applies, {key: state tensor}) for each piece. `matrices`:
+        this rank's elements of the hidden matrices. For the other arguments see Optimizer. Collective over hidden.comm."""
         self.updates = 0
         self._steps: list[Tensor] = []  # torch has one step counter per parameter
         groups: dict[bool, list[torch.nn.Parameter]] = {}
@@ -253,8 +253,8 @@ def _order(layout: FlatLayout, hidden: Hidden) -> dict[str, int]:
 
 
 def bounds_outside(layout: FlatLayout, count: int, multiple: int, matrices: Collection[str]) -> list[int]:
-    """Return the count + 1 bounds of `count` slices of a flat tensor. The bounds are multiples of `multiple`. No bound is inside
-    one of the parameters named in `matrices`: such a bound is moved to the nearest multiple outside. Pure."""
+    """Return the count + 1 bounds of `count` slices of a flat tensor. The bounds are multiples of `multiple`. A bound that would
+    be inside a parameter named in `matrices` is moved to the nearest multiple outside. Pure."""
     inside = [(offset, offset + p.numel()) for offset, name, p in layout.placed() if name in matrices]
 
     def moved(bound: int, down: bool) -> int:

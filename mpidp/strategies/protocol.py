@@ -58,7 +58,7 @@ class StrategyOptions:
         cls, settings: Mapping[str, Any] = DEFAULTS, total_steps: int = 0, node_sizes: Sequence[int] = (), **more: Any
     ) -> StrategyOptions:
         """Return the options. `settings`: the settings of section strategy. `node_sizes`: number of ranks on each node. `more`:
-        the value of `arrivals`. Pure."""
+        other fields, such as `arrivals`. Pure."""
         first = list(accumulate(node_sizes, initial=0))
         nodes = [range(at, at + size) for at, size in zip(first, node_sizes, strict=False)]
         known = {key: value for key, value in settings.items() if key in {one.name for one in fields(cls)}}
@@ -86,8 +86,8 @@ class Strategy(GradientSink, Protocol):
         independent."""
 
     def start(self) -> None:
-        """Prepare for the first step. If there is a checkpoint, it must be loaded before. Call start() once. Collective over
-        compute_comm."""
+        """Prepare for the first step. Call start() once. If the run resumes from a checkpoint, load the checkpoint before this
+        call. Collective over compute_comm."""
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
         """In the next step, call each observer with the gradient of every lane that this rank computes. Independent."""
@@ -118,9 +118,9 @@ class Strategy(GradientSink, Protocol):
         the remaining ranks. If another rank fails during this call, `before` is unchanged. Collective over compute_comm."""
 
     def resume_with_new_ranks(self, before: Any) -> None:
-        """Take over the state of rank 0's `before`, after new ranks have joined. `before`: the previous strategy, or None on new
-        ranks. State that differs between ranks stays on its ranks. If a rank fails during this call, `before` is unchanged.
-        Collective over compute_comm."""
+        """After new ranks have joined, take over the state that rank 0 has in `before`. `before`: the previous strategy, or None
+        on new ranks. State that differs between ranks is not sent: each old rank keeps its own. If a rank fails during this call,
+        `before` is unchanged. Collective over compute_comm."""
 
     def flats(self) -> dict[str, Tensor]:
         """Return {suffix: flat tensor} of the tensors that must be equal on all replicas. The suffix of the parameters is "", and

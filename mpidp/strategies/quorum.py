@@ -111,7 +111,7 @@ class Quorum(Synchronous):
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Return a context in which the backward pass of micro-batch v must run. Independent."""
+        """Return a context manager. The backward pass of micro-batch v must run in it. Independent."""
         self._begin()
         self.buffer.point(self._slot)
         yield
@@ -204,8 +204,8 @@ class Quorum(Synchronous):
             self._summed.put(error)
 
     def _turn(self, tracker: RoundTracker) -> bool | None:
-        """Send and receive notices of contributions. If the next round has closed, sum it, and return whether it is a meeting. If
-        not, return None."""
+        """Send and receive notices of contributions. If the next round has closed, sum it, and return whether it is a meeting.
+        Return None if the round has not closed."""
         if (row := self._closed(tracker)) is None:
             return None
         self._sum(row[0], [int(count) for count in row[2:]])

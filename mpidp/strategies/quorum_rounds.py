@@ -25,8 +25,8 @@ class RoundTracker:
     def __init__(
         self, lanes: Sequence[int], needed: int, staleness: int, order: Sequence[Sequence[int]] | None = None
     ) -> None:
-        """`lanes`: number of lanes of each rank. `needed`, `staleness`: see above. `order`: None, or in a replay a list for each
-        round. The list names a rank once for each contribution of the rank to the round."""
+        """`lanes`: number of lanes of each rank. `needed`, `staleness`: as at the top of this file. `order`: None, or in a replay
+        a list for each round. The list names a rank once for each contribution of the rank to the round."""
         self.lanes, self.needed, self.staleness = lanes, needed, staleness
         self.round = 0  # the round that closes next, and also the number of its batch
         self.given = [0] * len(lanes)  # number of contributions received from each rank

@@ -47,7 +47,7 @@ class UnitExchange:
 
     @classmethod
     def of(cls, name: str, unit: Unit | None) -> UnitExchange:
-        """Return the exchange of a unit at the beginning of a backward pass. `name`: the name of the unit. Pure."""
+        """Return a UnitExchange for a new backward pass. `name`: the name of the unit. Pure."""
         return cls(name, unit, {name} if unit is None else {member.name for member in unit.members})
 
 
@@ -95,9 +95,9 @@ class Sharded:
             self._hooks.append(block.register_forward_hook(partial(self._computed, name)))
 
     def _plan(self, names: Iterable[str]) -> dict[int, list[tuple[str, Unit | None]]]:
-        """Return {chunk: exchanges of its backward pass}. An exchange is (name of a unit, the unit, or None if its parameters are
-        frozen). Blocks before the first trained parameter have no exchange, because they need no backward pass. `names`: the
-        names of units, in the order of backward."""
+        """Return {chunk: exchanges of its backward pass}. An exchange is (name of a unit, unit). The unit is None if its
+        parameters are frozen. Blocks before the first trained parameter have no exchange, because they need no backward pass.
+        `names`: the names of units, in the order of backward."""
         chunks, found = dict(self._blocks), dict[int, list[tuple[str, Unit | None]]]()
         for name in names:
             units = [unit for unit in self.units if unit.name == name]
@@ -149,8 +149,8 @@ class Sharded:
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Return a context in which the backward pass of micro-batch v must run. Ranks may pass different v. Raises RuntimeError
-        if a parameter gets a gradient after its unit was reduced. Collective over compute_comm."""
+        """Return a context manager. The backward pass of micro-batch v must run in it. Ranks may pass different v. Raises
+        RuntimeError if a parameter gets a gradient after its unit was reduced. Collective over compute_comm."""
         self._queue = [UnitExchange.of(name, unit) for name, unit in self._plans.get(chunk, ())]
         yield
         while self._queue:

@@ -50,7 +50,7 @@ class Sliced(Synchronous):
             self.group.fence()
 
     def _of_nodes(self) -> list[range]:
-        """Return the range of elements that this rank's rail sends from each node."""
+        """Return, for each node, the range of elements that the node sends in this rank's rail."""
         bounds, rail, found = self._bounds, self.group.node.rank, []
         for members in self.group.members:
             start, stop = bounds[members.start], bounds[members.stop]

@@ -44,13 +44,13 @@ class Synchronous:
         make_optimizer: partial[Optimizer], clip: float, nominal_tokens: int, bucket_bytes: int, one_copy: bool,
         spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None,
     ) -> None:
-        """`comm`: the ranks of the replicas. `make_optimizer`: called with layout, parameters, gradients, memory and the result
-        of optimizer_share(). `clip`: largest gradient norm, or 0 for no clipping. `nominal_tokens`: global_batch x seq_len. The
-        loss is a sum over tokens divided by this number. `one_copy`: whether the ranks of a group share one copy of parameters
-        and optimizer state. If so, each rank updates a share of the copy. `spare_slots`: number of gradient buffers in addition
-        to those of the reducer. `most_slots`: number of gradient buffers that this rank may need after other ranks have failed.
-        `parts`: this rank's part of the model, if mesh.tp or mesh.pp divides the model. Collective over comm. With `parts`,
-        collective over parts.grid.world."""
+        """`comm`: the ranks that hold the same part of the model. `make_optimizer`: called with layout, parameters, gradients,
+        memory and the result of optimizer_share(). `clip`: largest gradient norm, or 0 for no clipping. `nominal_tokens`:
+        global_batch x seq_len. The loss is a sum over tokens divided by this number. `one_copy`: whether the ranks of a group
+        share one copy of parameters and optimizer state. If so, each rank updates a share of the copy. `spare_slots`: number of
+        gradient buffers in addition to those of the reducer. `most_slots`: number of gradient buffers that this rank may need
+        after other ranks have failed. `parts`: this rank's part of the model, if mesh.tp or mesh.pp divides the model. Collective
+        over comm. With `parts`, collective over parts.grid.world."""
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, one_copy
         self.options = options or StrategyOptions.of()
         spare_slots += self.more_slots(self.options)
@@ -160,7 +160,7 @@ class Synchronous:
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Return a context in which the backward pass of micro-batch v must run. Independent."""
+        """Return a context manager. The backward pass of micro-batch v must run in it. Independent."""
         if self._late is not None:
             raise self._late
         self._last = last

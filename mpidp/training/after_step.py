@@ -18,7 +18,7 @@ from mpidp.training.step_report import StepReport, noise_of
 
 
 def log_update(job: Job, lr: float, stats: StepStats, report: StepReport, epoch: int) -> None:
-    """Write the line of a step that made an update. Independent."""
+    """Write the line of a step that made an update to metrics.jsonl. Independent."""
     learned = {"train_loss": report.loss, "lr": lr, "grad_norm": stats.grad_norm, **stats.extra}
     log_step(job, learned | noise(job, noise_of(job, report, stats.grad_norm)), report, epoch)
 

@@ -75,9 +75,9 @@ class RunAttempts:
             self.faults = faults_from_environment(self.number)
 
     def attempt(self) -> dict[str, Any] | None:
-        """Gather the ranks, restore the state, and train. Return the content of the `end` line. Return None if the job needs more
-        ranks before it trains. Raises Damaged if the state is found to be damaged, and RankFailure if a rank fails. Collective
-        over world."""
+        """Gather the ranks, restore the state, and train. Return the content of the `end` line of metrics.jsonl. Return None if
+        the job needs more ranks before it trains. Raises Damaged if the state is found to be damaged, and RankFailure if a rank
+        fails. Collective over world."""
         self._gather()
         order = self.replicas.order
         if len(order) == self.world.size:

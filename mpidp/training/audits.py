@@ -9,7 +9,8 @@ from mpidp.training.job import Job
 
 def audit_weights(job: Job, now: bool = False) -> None:
     """If an audit is due, check that all replicas hold the same parameters and optimizer state, and repair those that differ from
-    the majority. `now`: if audits are on, one is due. Raises Damaged if a repair is not possible. Collective over job.comm."""
+    the majority. `now`: if audits are on, check at this step. Raises Damaged if a repair is not possible. Collective over
+    job.comm."""
     step = job.position.step
     if not now:
         job.services.faults.flip(step, list(job.engine.model.parameters()))

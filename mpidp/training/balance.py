@@ -165,7 +165,7 @@ class Steal:
         return None
 
     def close(self) -> None:
-        """Release the tickets. Collective over the node."""
+        """Release the tickets. Collective over the ranks of a node."""
         self._tickets.close()
 
 

@@ -87,7 +87,7 @@ class Job:
         return self.memory.micro_batches(self.mesh.dp.rank)
 
     def open_loader(self, batch: int) -> Loader:
-        """Return a loader of this rank's micro-batches. `batch`: the first global batch. Independent."""
+        """Return a loader of this rank's micro-batches. `batch`: the number of the first global batch. Independent."""
         plan = self.plan
         for stream in filter(None, (plan.training, plan.validation)):  # waiting for a server does not count as a hang
             stream.storage.report_waits(self.services.observers.progressed)
@@ -96,8 +96,8 @@ class Job:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Callable[[], float]]:
-        """Run the body as phase `name` of the step, and measure its time. Yield a function that returns the seconds since the
-        start of the phase. Independent."""
+        """Run the body of a `with` statement as phase `name` of the step, and measure its time. Yield a function that returns the
+        seconds since the start of the phase. Independent."""
         self.services.observers.enter(name)
         with self.services.clock.timed(name) as seconds:
             yield seconds

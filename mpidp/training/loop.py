@@ -23,8 +23,8 @@ from mpidp.training.step_report import exchange_reports
 
 
 def fit(job: Job, loader: Loader, stop: StopRequest) -> dict[str, Any]:
-    """Train until all steps are done or a stopping rule holds, and return the content of the `end` line. If a stop is requested,
-    write a checkpoint and raise Stopped. Collective over job.comm."""
+    """Train until all steps are done or a stopping rule holds. Return the content of the `end` line of metrics.jsonl. If a stop
+    is requested, write a checkpoint and raise Stopped. Collective over job.comm."""
     at, clock = job.position, job.services.clock
     if job.state.recovered:
         audit_weights(job)

@@ -22,9 +22,9 @@ class Schedule:
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of step number `step`, counted from 1. In the first warmup_steps steps, the rate rises
-        linearly to lr. Then it stays constant (constant), or decays to min_lr (cosine, linear). With wsd (warmup-stable-decay, Hu
-        2024), it stays constant and decays linearly in the last fifth of the remaining steps. The decay would reach min_lr one
-        step after the last step, as in PyTorch. Therefore the rate of the last step is above min_lr. Pure."""
+        linearly to lr. After that, constant stays at lr, and cosine and linear decay to min_lr. wsd (warmup-stable-decay, Hu
+        2024) stays at lr, and decays linearly in the last fifth of the remaining steps. The decay would reach min_lr one step
+        after the last step, as in PyTorch. Therefore the rate of the last step is above min_lr. Pure."""
         if step <= self.warmup_steps:
             return self.lr * step / self.warmup_steps
         fraction = (step - 1 - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)

@@ -1,4 +1,4 @@
-"""Implements train.micro_batch=auto: chooses the number of sequences per forward pass. It is measured when a run starts.
+"""Implements train.micro_batch=auto: measures, when a run starts, how many sequences per forward pass are fastest.
 
 Candidates are divisors of the global batch. All ranks measure a candidate at the same time. They run a forward and a backward
 pass on the first tokens of the data. The time of the slowest rank counts, so all ranks choose the same value. The value is stored
@@ -40,8 +40,8 @@ STATE_BYTES = 24  # bytes per parameter for several gradient buffers and the mom
 
 
 def with_micro_batch(config: Config, grid: Grid) -> Config:
-    """Return the config with a number in place of train.micro_batch=auto (0). If the run resumes, it is the earlier number of the
-    run. Otherwise it is measured. Raises the errors of run_plan.plan(). Collective over grid.world."""
+    """Return the config with a number in place of train.micro_batch=auto (0). If the run resumes, it keeps its earlier number.
+    Otherwise the number is measured. Raises the errors of run_plan.plan(). Collective over grid.world."""
     if config.train.micro_batch:
         return config
     size, found = 0, ""
@@ -58,9 +58,9 @@ def with_micro_batch(config: Config, grid: Grid) -> Config:
 
 
 def recorded(run_dir: Path, mirror: str = "") -> int:
-    """Return train.micro_batch of an earlier start of the run, or 0. It is read from config.toml in `run_dir`, if there is a
-    checkpoint. Otherwise it is read from config.toml on `mirror`, if there is a checkpoint. Raises DataError if the mirror's
-    server fails. Independent."""
+    """Return train.micro_batch of an earlier start of the run, or 0 if there is no checkpoint. The value is read from config.toml
+    in `run_dir` if there is a checkpoint, else from config.toml on `mirror`. Raises DataError if the mirror's server fails.
+    Independent."""
     if any((run_dir / "checkpoints").glob("*/manifest.json")) and (run_dir / "config.toml").is_file():
         return int(read_run_config(run_dir / "config.toml").get("train.micro_batch", 0))
     return int(settings_on(mirror).get("train", {}).get("micro_batch", 0)) if mirror else 0
@@ -127,8 +127,7 @@ class Measurement:
         self._before, self._last = _peak_bytes(device), (0, 0)  # _last: the last micro-batch, and the bytes that it needed
 
     def fits(self, size: int) -> bool:
-        """Return whether there is enough memory for `size` sequences. This is estimated from the largest micro-batch that was
-        measured."""
+        """Return whether there is enough memory for `size` sequences. The estimate is based on the last measured micro-batch."""
         last, needed = self._last
         return not last or needed * size / last < self._free
 

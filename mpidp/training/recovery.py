@@ -69,7 +69,7 @@ def survivors(world: MPI.Intracomm, why: str) -> MPI.Intracomm:
 
 
 def must_grow(crew: Crew, size: int, job: Job | None) -> bool:
-    """Return whether a job of `size` living ranks must get replacement ranks before it continues. A true result counts as an
+    """Return whether a job of `size` living ranks must get replacement ranks before it continues. If so, this call counts as an
     attempt. After ATTEMPTS attempts at one step, return False. `job`: the job, or None if no rank has a state. The result is the
     same on every rank. Independent."""
     if not crew.lacks(size):
@@ -104,7 +104,7 @@ def one_more(world: MPI.Intracomm, crew: Crew, before: Job | None) -> MPI.Intrac
 
 
 def newest(world: MPI.Intracomm, crew: Crew) -> Crew:
-    """Return the newest facts that any rank has. The facts of spare ranks may be old. Collective over world."""
+    """Return the newest of the ranks' facts, because the facts of spare ranks may be old. Collective over world."""
     ages = world.allgather((len(crew.events), crew.number, crew.step, crew.attempts, not crew.respawn))
     return world.bcast(crew, root=ages.index(max(ages)))  # type: ignore[no-any-return]
 
@@ -112,9 +112,9 @@ def newest(world: MPI.Intracomm, crew: Crew) -> Crew:
 def regroup(
     plan: RunPlan | None, world: MPI.Intracomm, crew: Crew, number: int, job: Job | None
 ) -> tuple[RunPlan | None, Replicas]:
-    """Return the plan for a new world, and which of its ranks train. If replacement ranks, which have no plan, train, all
-    training ranks make a new plan. Otherwise ranks keep their plan. `number`: this rank's number, which is the same in every
-    world. `job`: the job whose state this rank holds, or None. Collective over world."""
+    """Return the plan for a new world, and which of its ranks train. A replacement rank has no plan. If one trains, all training
+    ranks make a new plan, else ranks keep their plan. `number`: this rank's number, which is the same in every world. `job`: the
+    job whose state this rank holds, or None. Collective over world."""
     command.continue_in(world)
     tp, pp = crew.config.mesh.tp, crew.config.mesh.pp
     if tp * pp == 1:

@@ -54,7 +54,7 @@ class Record:
     ranks: dict[int, int] = field(default_factory=dict)  # step after which the number of ranks was set -> number of ranks
 
     def ranks_in(self, start: int, last: int) -> set[int]:
-        """Return how many ranks computed the steps start + 1 to last, as a set of numbers. It is empty if unknown. Pure."""
+        """Return the numbers of ranks with which the run computed steps start + 1 to last, or an empty set if unknown. Pure."""
         begun = max((at for at in self.ranks if at <= start), default=0)
         return {ranks for at, ranks in self.ranks.items() if at == begun or start < at < last}
 
@@ -94,7 +94,7 @@ class Seen:
 
 
 class SumObserver(StepObserver):
-    """Stores the sum of each step's gradients over the lanes, before it is scaled, and computes checksums of the sum."""
+    """Stores the sum of each step's gradients over the lanes, before it is scaled. Computes checksums of the sum."""
 
     def __init__(self) -> None:
         self._total: Any = None
@@ -103,7 +103,7 @@ class SumObserver(StepObserver):
         self._total = total.clone()
 
     def checksums(self, layout: Any) -> dict[str, int]:
-        """Return {gradient/parameter: checksum} of the last sum, in the order of the model. Independent."""
+        """Return {"gradient/" + name of a parameter: checksum} of the last sum, in the order of the model. Independent."""
         from mpidp.faults.audit import checksum
 
         sums = list(zip(layout.placed(), layout.views(self._total), strict=True))

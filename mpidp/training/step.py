@@ -67,7 +67,7 @@ def _run(job: Job, batch: Batch, squares: dict[int, float], lanes: Iterator[int]
 
 def _with_empty(job: Job, batch: Batch, mine: list[int]) -> list[int]:
     """Return the micro-batches `mine`. With mesh.shard=2|3, all ranks must run the same number of passes. If this rank has one
-    micro-batch less than other ranks, add an empty one to `batch` and at the end of the result. Its number is V."""
+    micro-batch less than other ranks, add an empty one to `batch`, and its number V to the result."""
     most = -(-job.lanes.num_micro_batches // job.mesh.dp.size)
     if job.memory.level < 2 or len(mine) == most:
         return mine

@@ -23,7 +23,7 @@ class TaskEvaluation:
     """Evaluates the model on tasks during training. All replicas must have the same model at that time."""
 
     def __init__(self, plan: RunPlan, model: Any, observers: StepObservers, tasks: dict[str, Any] | None) -> None:
-        """`tasks`: the result of tasks_of(). `observers`: are notified of the progress."""
+        """`tasks`: the result of tasks_of(). `observers`: objects that are notified of the progress."""
         self._plan, self._model, self._observers, self.tasks = plan, model, observers, tasks
         self._requests: SharedRequests | None = None
 
