@@ -1,4 +1,4 @@
-"""Runs the forward and backward passes of a schedule, and evaluations. The engine has no optimizer."""
+"""Runs the forward and backward passes of a schedule, and evaluations. The optimizer is not part of the engine."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ Fill = Callable[[int, int | None], None]  # (number of forward passes, chunk): S
 
 
 def dropout_key(seed: int, batch: int, v: int) -> int:
-    """Return the 32-bit dropout key of micro-batch `v` of a global batch. The key, and therefore dropout, does not depend on the
-    rank. Pure."""
+    """Return the 32-bit dropout key of micro-batch `v` of global batch `batch`. Dropout does not depend on the rank, because the
+    key does not. Pure."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{batch}/{v}".encode(), digest_size=4).digest(), "little")
 
 
@@ -63,16 +63,16 @@ class Engine:
     ) -> None:
         """dtype: dtype of matrix products under autocast. The weights stay float32. nominal_tokens: every loss is divided by this
         number before backward, so that gradients do not overflow 16-bit formats. stages: this rank's pipeline stage, or None
-        without a pipeline. token_losses: a function (logits, targets) that returns the sum of the token losses. reports_loss:
-        False if another rank reports the same losses. observers: notified of every micro-batch and phase. fill: Strategy.fill,
-        which takes part in forward passes of other ranks."""
+        without a pipeline. token_losses: a function (logits, targets) that returns the sum of the token losses (default:
+        plain_losses). reports_loss: False if another rank reports the same losses. observers: notified of every micro-batch and
+        phase. fill: Strategy.fill, which takes part in forward passes of other ranks."""
         self.model, self.device, self.dtype = model, device, dtype
         self.seed, self.dropout, self.nominal_tokens = seed, dropout, nominal_tokens
         self.stages, self.token_losses, self.reports_loss = stages, token_losses or plain_losses, reports_loss
         self.observers, self.fill = observers, fill
 
     def peak_bytes(self) -> int | None:
-        """Return the peak of the memory that torch has allocated on this CUDA device, in bytes. Return None on the CPU.
+        """Return the largest number of bytes that torch has had allocated on this CUDA device. Return None on the CPU.
         Independent."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
@@ -94,9 +94,9 @@ class Engine:
         return self.token_losses(self.hidden(mb, key, received, chunk).float().flatten(0, 1), mb.targets.flatten())
 
     def run(self, schedule: Iterable[Instruction], batch: Batch, strategy: GradientSink) -> Computed:
-        """Run the passes of `schedule` on micro-batches of the global batch `batch`, and return their losses. strategy:
-        accumulates the gradients. With mesh.tp or mesh.pp, collective over the ranks of a replica. With mesh.shard=2 or 3,
-        collective over all ranks. Otherwise independent."""
+        """Run the passes of `schedule` on micro-batches of the global batch `batch`. Return the losses. strategy: provides the
+        memory in which gradients accumulate. With mesh.tp or mesh.pp, collective over the ranks of a replica. With mesh.shard=2
+        or 3, collective over all ranks. Otherwise independent."""
         self.model.train()
         done, losses, num_tokens = [], [], []
         loss_of: dict[int, Tensor] = {}
@@ -131,7 +131,8 @@ class Engine:
         return self._forward_stage(mb, key, chunk)
 
     def _forward_stage(self, mb: MicroBatch, key: Tensor | None, chunk: int = 0) -> PendingBackward:
-        """Receive hidden states from the previous stage, run chunk `chunk` on them, and send the result to the next stage."""
+        """Receive hidden states from the previous stage, run chunk `chunk` on them, and send the result to the next stage. The
+        model's first chunk starts from tokens. Its last chunk computes the loss."""
         received = None
         if self.stages is not None and not self.stages.is_first(chunk):
             b, t = mb.tokens.shape
@@ -169,11 +170,11 @@ class Engine:
         unless the loss mask excludes it.
 
         seq_len: number of inputs per window. Windows are computed independently, and the last window may be shorter. max_tokens:
-        if above 0, evaluate this many tokens, rounded down to whole windows (at least one). sequences: number of windows per
-        batch. The losses of batches are added in order, so the bits do not depend on the number of ranks. replicas: the
-        communicator over whose ranks the batches are distributed (default: comm). It differs from `comm` if several ranks compute
-        a batch together. Raises DataError if a token id is outside the vocabulary, or if the loss mask excludes all targets.
-        Collective over comm.
+        if above 0, evaluate only the first windows with this many tokens, but at least one window. sequences: number of windows
+        per batch. The losses of batches are added in order, so the bits do not depend on the number of ranks. replicas: the
+        batches are distributed over the ranks of this communicator (default: comm). It differs from `comm` if several ranks
+        compute a batch together. Raises DataError if a token id is outside the vocabulary, or if the loss mask excludes all
+        targets. Collective over comm.
         """
         self.model.eval()
         targets = stream.num_tokens - 1
@@ -223,7 +224,7 @@ def plain_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class GradientSink(Protocol):
-    """The part of a strategy that the engine uses."""
+    """The part of a strategy that the engine uses. It provides the memory in which gradients accumulate."""
 
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> AbstractContextManager[None]:
         """Return a context manager. The backward pass of micro-batch `v` through chunk `chunk` must run inside it. last: whether

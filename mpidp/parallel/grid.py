@@ -39,8 +39,8 @@ class Grid:
 
     @property
     def label(self) -> str:
-        """The name of this rank's part of the model. It is in the names of checkpoint entries that each part stores
-        separately."""
+        """The name of this rank's part of the model. If each part stores a checkpoint entry separately, the entry's name contains
+        it."""
         return f"part_{self.pp.rank}of{self.pp.size}_{self.tp.rank}of{self.tp.size}"
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
@@ -48,9 +48,9 @@ class Grid:
         return rank // self.model.size, rank // self.tp.size % self.pp.size, rank % self.tp.size
 
     def norm(self, squares: list[Tensor], twice: float = 0.0) -> float:
-        """Return the L2 norm over the whole model. squares: one float64 tensor (blocks,) for each chunk of this rank's part. It
-        has the sum of squares of each norm block. twice: the sum of squares of parameters that another rank of the replica counts
-        as well. It is subtracted. The bits of the norm do not depend on pp. Collective over model."""
+        """Return the L2 norm over the whole model. squares: one float64 tensor (blocks,) for each chunk of this rank's part, with
+        the sum of squares of each norm block. twice: the sum of squares of those parameters that another rank of the replica
+        counts. It is subtracted. The bits of the norm do not depend on pp. Collective over model."""
         if self.model.size == 1:
             return norm_of_squares(torch.cat(squares[::-1]))
         row = torch.cat([torch.tensor([-twice], dtype=torch.float64), *squares])
@@ -89,8 +89,8 @@ def make_grid(world: MPI.Intracomm, tp: int = 1, pp: int = 1, dp: int = 0) -> Gr
 
 
 def divide(everyone: Topology, tp: int, pp: int, before: Topology | None = None) -> Grid:
-    """Return a mesh of the ranks of everyone.dp, in their order. before: Grid.replicas before ranks failed, or None if no rank
-    failed. Collective over everyone.dp."""
+    """Return the mesh of dp x pp x tp ranks, made of the ranks of everyone.dp in their order. before: Grid.replicas before ranks
+    failed, or None if no rank failed. Collective over everyone.dp."""
     ordered, parts = everyone.dp, tp * pp
     rank = ordered.rank
     replica, part = divmod(rank, parts)

@@ -1,8 +1,8 @@
 """Saves, loads and hashes this rank's part of the model. Every parameter is saved and hashed once, even if several ranks hold it.
 
 A checkpoint stores tensors under their names in the whole model, so a run can resume on any mesh. The flat tensors of some
-strategies are an exception. Each part of the model stores its own flat tensors, with the part's label in their names. They can be
-loaded only if the model is divided in the same way.
+strategies are an exception. Each part of the model stores its own flat tensors, under names that contain the part's label. They
+can be loaded only if the model is divided in the same way.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from mpidp.reducers.buckets import GradientBuffer
 
 
 class ModelPartition:
-    """This rank's part of the model, and its place in the whole model. Methods are independent unless their docstrings say
-    otherwise."""
+    """The part of the model that this rank holds. Methods are independent unless their docstrings say otherwise."""
 
     def __init__(self, grid: Grid, shape: Shape, sequence: bool = False, chunks: int = 1, slices: int = 1) -> None:
         """sequence: whether sequence parallelism is used. chunks: number of chunks per pipeline stage. slices: model.slices.
@@ -47,8 +46,7 @@ class ModelPartition:
 
     @property
     def plain_norm(self) -> bool:
-        """Whether norm() needs no communication, because it only adds the squares of the norm blocks of this rank's flat
-        gradient."""
+        """Whether norm() needs no communication, because this rank's flat gradient is that of the whole model."""
         return self.grid.parts == 1 and self._norm_by_slices is None
 
     def counts(self, name: str) -> bool:
@@ -59,9 +57,9 @@ class ModelPartition:
         return not elsewhere and (part.index == 0 or part.is_cut(name))
 
     def _placed(self, name: str, entry: Entry) -> tuple[str, Entry]:
-        """Convert a tensor's name and entry in this part of the model to its name and entry in a checkpoint. name: PARAMETER, or
-        PARAMETER/KEY for state of the parameter. If a tensor consists of several boxes, #NUMBER follows. The returned entry has
-        the box of this tensor in the whole model. If no parameter has this name, the returned name begins with this part's
+        """Return the name and the entry that a tensor of this part has in a checkpoint. name: PARAMETER, or PARAMETER/KEY for
+        state of the parameter. If a tensor consists of several boxes, #NUMBER follows. The returned entry has the tensor's box in
+        the whole model. If `name` belongs to no parameter, the entry is unchanged and the returned name begins with this part's
         label."""
         number = name.removeprefix(tensor_of(name))
         what, slash, key = tensor_of(name).partition("/")
@@ -76,7 +74,7 @@ class ModelPartition:
         return f"{whole}{slash}{key}{number}", Entry(entry.tensor, entry.layout, at, size)
 
     def _saves(self, name: str, entry: Entry) -> bool:
-        """Return whether this rank saves the entry. If not, another rank saves the same entry."""
+        """Return whether this rank saves the entry. Return False if another rank saves the same entry."""
         what = tensor_of(name).partition("/")[0]
         if self.part.global_name(what) not in self.sizes:
             return True
@@ -111,7 +109,7 @@ class ModelPartition:
 
     @torch.no_grad()
     def load(self, reader: BoxReader, model: nn.Module) -> None:
-        """Load the parameters of this part from a checkpoint of any mesh, or from a model folder."""
+        """Set the parameters of this part to those in `reader`, a checkpoint of any mesh or a model folder."""
         for name, entry in parameters_of(model).items():
             whole, placed = (name, entry) if self.grid.parts == 1 else self._placed(name, entry)
             entry.tensor.copy_(reader.box(f"model/{tensor_of(whole)}", placed))
@@ -148,8 +146,8 @@ class ModelPartition:
         )
 
     def norm(self, buffer: GradientBuffer, squares: Tensor, flat: Tensor) -> float:
-        """Return the L2 norm of a gradient over the whole model. flat: the gradient of this rank's part. buffer: has the layout
-        of `flat`. squares: the sum of squares of each norm block of `flat`. Collective over grid.model."""
+        """Return the L2 norm of a gradient over the whole model. flat: the gradient of this rank's part, with the layout of
+        `buffer`. squares: the sum of squares of each norm block of `flat`. Collective over grid.model."""
         if self._norm_by_slices is not None:
             return self._norm_by_slices(buffer.layout, flat)
         placed = zip(buffer.layout.placed(), buffer.layout.views(flat), strict=True)
@@ -157,8 +155,8 @@ class ModelPartition:
 
     def norm_of(self, spans: Sequence[tuple[int, int]], squares: Tensor, uncounted: Iterable[Tensor]) -> float:
         """Return the L2 norm of a gradient over the whole model. spans: (start, stop) of each chunk in the flat gradient.
-        squares: the sum of squares of each norm block of this rank's part. uncounted: the gradients of the parameters that
-        another rank counts (see counts()), in flat order. Collective over grid.model."""
+        squares: the sum of squares of each norm block of this rank's part. uncounted: the gradients of the parameters for which
+        counts() returns False, in flat order. Collective over grid.model."""
         twice = 0.0
         for gradient in uncounted:
             twice += float(torch.linalg.vector_norm(gradient.double()).square())

@@ -16,7 +16,7 @@ FORWARD, BACKWARD = 0, 1
 
 
 class Stages:
-    """This rank's stage in the pipeline of its replica. With one stage nothing is sent."""
+    """This rank's stage in the pipeline of its replica. A pipeline of one stage sends nothing."""
 
     def __init__(self, grid: Grid, transport: Messages, device: torch.device, chunks: int = 1) -> None:
         """chunks: number of chunks per stage. The last stage sends the output of its chunk c to chunk c + 1 of the first
@@ -45,8 +45,9 @@ class Stages:
         return wire.to(self._device)
 
     def send(self, kind: int, v: int, x: Tensor, chunk: int = 0) -> None:
-        """Send `x` without waiting for its receipt. If `kind` is FORWARD, `x` is the output of chunk `chunk` for the next stage.
-        If `kind` is BACKWARD, `x` is the gradient of the chunk's input for the previous stage. Independent."""
+        """Send `x` without waiting until it is received. If `kind` is FORWARD, `x` is the output of chunk `chunk`, and goes to
+        the next stage. If `kind` is BACKWARD, `x` is the gradient of the chunk's input, and goes to the previous stage. v: the
+        micro-batch. Independent."""
         target, to = (self.index + 1, chunk + self.last) if kind == FORWARD else (self.index - 1, chunk - self.first)
         wire = x.detach().float().contiguous().cpu()
         self._sent = [(request, held) for request, held in self._sent if not request.Test()]
@@ -59,7 +60,7 @@ class Stages:
         return 2 * (v * self.chunks + chunk) + kind
 
     def drain(self, losses: list[float]) -> list[float]:
-        """Wait until all sends are complete. Return the losses of the last stage, on every stage. losses: this stage's losses.
+        """Wait until all sends are complete. On every stage, return the losses of the last stage. losses: this stage's losses.
         Collective over comm."""
         last_losses = np.array(losses)
         for request, _ in self._sent:

@@ -18,7 +18,7 @@ class Replicas:
     lost: bool = False  # whether no living rank holds some part, so that the state must come from a checkpoint
 
     def spares(self) -> list[int]:
-        """Return the permanent numbers of the ranks that wait. Independent."""
+        """Return the permanent numbers of the spare ranks. Independent."""
         return [number for rank, number in enumerate(self.numbers) if rank not in self.order]
 
 

@@ -69,8 +69,8 @@ def interleaved(micro_batches: Sequence[int], stage: int, stages: int, chunks: i
 
 
 def one_by_one(micro_batches: Iterable[int]) -> Iterator[Instruction]:
-    """Yield the schedule of a pipeline with one stage, if the micro-batches are not known in advance. No backward pass is marked
-    as the last. Pure."""
+    """Yield the schedule of a pipeline with one stage. Use it if the micro-batches are not known in advance. No backward pass is
+    marked as the last. Pure."""
     for v in micro_batches:
         yield Forward(v)
         yield Backward(v, last=False)

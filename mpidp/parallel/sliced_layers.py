@@ -3,12 +3,12 @@
 A model of S slices divides each layer as S tensor-parallel ranks would (tensor.py). A slice of a layer has some of its heads,
 hidden channels or rows of the vocabulary. With T ranks, each rank computes S / T slices, one after the other. Each matrix
 product, attention and activation has the shape of one slice, and its operands are contiguous and aligned. A library therefore
-computes the same bits on every mesh. Sums over slices are added in the order of a fixed tree (tree_comm.py). Such sums are the
+computes the same bits on every mesh. Sums over slices are added in the order of a fixed tree (tree_comm.py). These sums are the
 outputs of o (attention) and down (feed-forward), the gradients of the inputs of q, k, v, gate, up and the head, the gradients of
 norms of single heads, and the sums of exponentials in the loss.
 
-All other values are computed from these sums, on every rank of a stage. With sequence parallelism, each rank computes them only
-for its own positions (sliced_positions.py)."""
+Between these layers, every rank of a stage computes the same values. With sequence parallelism, each rank computes only the
+values of its own positions (sliced_positions.py)."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def pieces(p: Tensor, cut: tuple[int, list[int]]) -> list[Tensor]:
 
 
 class _Copies(torch.autograd.Function):
-    """Returns one copy of a tensor for each slice of this rank. Backward returns the sum of the copies' gradients over the slices
-    of all ranks."""
+    """Returns one copy of a tensor for each slice of this rank. Backward adds the gradients of all copies, over the slices of all
+    ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int, tp: TreeComm) -> tuple[Tensor, ...]:
@@ -54,8 +54,8 @@ class _Copies(torch.autograd.Function):
 
 
 class _Entered(torch.autograd.Function):
-    """Returns one copy of x for each slice of this rank. A copy has the positions of all ranks. Backward returns the sum of the
-    copies' gradients over the slices of all ranks."""
+    """Returns one copy of x for each slice of this rank. A copy has the positions of all ranks. Backward adds the gradients of
+    all copies, over the slices of all ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int, tp: TreeComm) -> tuple[Tensor, ...]:
@@ -84,8 +84,8 @@ class _Joined(torch.autograd.Function):
 
 
 class _Gathered(torch.autograd.Function):
-    """Returns x with the positions of all ranks. Backward returns this rank's positions of the gradient. It adds nothing, because
-    sliced_loss() has already summed the gradient over all slices."""
+    """Returns x with the positions of all ranks. Backward returns the gradient of this rank's positions. It does not add
+    gradients over ranks, because sliced_loss() has already done so."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, own: range, tp: TreeComm) -> Tensor:
@@ -172,8 +172,8 @@ class SlicedNormAttention(SlicedBranch):
     def _projected(
         self, name: str, slices: Mapping[str, Sequence[Tensor]], inputs: Sequence[Tensor]
     ) -> tuple[list[Tensor], Sequence[Tensor]]:
-        """Return two lists with one element per slice: the queries (`name` is "q") or keys ("k"), and a copy of their sum of
-        squares over the slices of all ranks."""
+        """Return (queries or keys, sums of squares). Both have one element per slice of this rank. name: "q" for queries, "k" for
+        keys. Each sum of squares is a copy of the sum over the slices of all ranks."""
         weights, biases = slices[f"{name}.weight"], slices.get(f"{name}.bias", [None] * self._count)  # type: ignore[list-item]
         found = [linear(x, weight, bias) for x, weight, bias in zip(inputs, weights, biases, strict=True)]
         squares = [one.float().square().sum(-1, keepdim=True) for one in found]

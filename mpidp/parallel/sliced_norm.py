@@ -52,8 +52,8 @@ class NormBySlices:
         return norm_of_squares(everything[self._order])
 
     def _plan(self, keys: list[list[tuple[int, int, int]]]) -> None:
-        """Set the order of the blocks. keys: for each rank, a list of (index of the parameter, slice, number of blocks) with one
-        entry per slice."""
+        """Set the order of the blocks. keys: a list for each rank, with (index of the parameter, slice, number of blocks) of each
+        slice that the rank counts."""
         blocks = [(name, number, at) for rank in keys for name, number, length in rank for at in range(length)]
         self._order = torch.tensor(sorted(range(len(blocks)), key=blocks.__getitem__))
         self._lengths = [sum(length for _, _, length in rank) for rank in keys]

@@ -27,15 +27,15 @@ class PositionRanges:
         self.count = slices // tp.comm.size if tp.sequence else slices  # number of ranges of this rank
 
     def cut(self, x: Tensor, dim: int = 1) -> Sequence[Tensor]:
-        """Return the pieces of `x` in this rank's ranges, in order. x: has all positions of this rank. dim: its dimension of
-        positions. Independent."""
+        """Return the pieces of `x` in this rank's ranges, in order. x: has all positions of this rank, in dimension `dim`.
+        Independent."""
         length, first = (self._tp.length, self._tp.comm.rank * self.count) if self._tp.sequence else (x.shape[dim], 0)
         bounds = [i * length // self._slices for i in range(first, first + self.count + 1)]
         return x.split([b - a for a, b in zip(bounds, bounds[1:], strict=False)], dim)
 
     def add(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the sum over all ranges. parts: one tensor for each range of this rank. Collective over tp.comm with sequence
-        parallelism, else independent."""
+        """Return the sum of one tensor per range over the ranges of all ranks. parts: the tensors of this rank's ranges.
+        Collective over tp.comm with sequence parallelism, else independent."""
         total = tree_sum(parts)
         return self._tp.sum(total) if self._tp.sequence else total
 
