@@ -198,9 +198,7 @@ def parse(text: str, rank: int = 0) -> InjectedFaults:
     return InjectedFaults([_fault(word) for word in text.split()], rank)
 
 
-def faults_from_environment(
-    rank: int, environment: Mapping[str, str] = os.environ, size: float = math.inf
-) -> InjectedFaults:
+def faults_from_environment(rank: int, environment: Mapping[str, str] = os.environ, size: float = math.inf) -> InjectedFaults:
     """Return the faults in MPIDP_FAULT, or no faults if it is not set. Rank 0 prints a warning if there are faults. size: number
     of ranks that the job can have. Raises UsageError if the variable is not valid, or names a rank that the job cannot have.
     Independent."""

@@ -1,9 +1,8 @@
 """LoRA, low-rank adapters (Hu 2021, section 4.1). A layer W x becomes W x + (alpha / rank) B A x. Only A and B are trained.
 
-A has the shape (rank, inputs). It is initialized uniformly in +-1/sqrt(inputs), like a linear layer of torch. The random numbers
-of a layer depend only on the seed and the layer's name. B has the shape (outputs, rank). It is initially zero, so the model first
-computes the same results as the base model. A and B are parameters of the layer, `lora_a` and `lora_b`. The layer keeps its name.
-Pure torch, no MPI.
+A has the shape (rank, inputs). Its elements are drawn uniformly from +-1/sqrt(inputs). They depend only on the seed and the
+layer's name. B has the shape (outputs, rank), and is initially zero. A and B are the parameters `lora_a` and `lora_b` of the
+layer, which keeps its name. Pure torch, no MPI.
 """
 
 from __future__ import annotations
@@ -26,26 +25,25 @@ ALL = {"q", "k", "v", "o", "gate", "up", "down"}  # the default of model.lora_ta
 
 
 def is_adapter(name: str) -> bool:
-    """Return whether a parameter belongs to an adapter. Pure."""
+    """Return whether the parameter `name` belongs to an adapter. Pure."""
     return name.endswith((A, B))
 
 
 def saved_names(names: Sequence[str]) -> list[str]:
-    """Return the names of the parameters that a checkpoint contains: only the adapters if there are any, otherwise all
-    parameters. Pure."""
+    """Return those of the parameter names that a checkpoint contains: only the adapters, or all names if there are no adapters.
+    Pure."""
     return [name for name in names if is_adapter(name)] or list(names)
 
 
 def adapter_sizes(sizes: Mapping[str, Sequence[int]], rank: int, targets: str) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter of the adapters, by name. A layer gets an adapter if `targets` lists the last component
-    of its name, for example "q,v". The default of `targets`, ALL, also lists layers that some models do not have (GPT-2 has no
-    gate). These are then ignored.
+    """Return the shapes of the adapters' parameters, by name. A layer gets an adapter if `targets` has the last component of its
+    name. An example of `targets` is "q,v". Its default has all names of layers in a block. Only in this default, names that the
+    model does not have are ignored.
 
-    sizes: the shapes of the base model's parameters, by name. Raises UsageError if a target matches no layer, or if the rank
-    exceeds the smaller dimension of a target layer. Pure.
+    sizes: the shapes of the base model's parameters, by name. Raises UsageError if a name in `targets` matches no layer, or if
+    the rank exceeds the smaller dimension of a layer that gets an adapter. Pure.
     """
-    matrices = {name.removesuffix(".weight"): size for name, size in sizes.items() if len(size) == 2}
-    layers = {name: size for name, size in matrices.items() if name not in TABLES}
+    layers = {key.removesuffix(".weight"): size for key, size in sizes.items() if len(size) == 2 and not key.startswith(TABLES)}
     wanted, known = {part.strip() for part in targets.split(",") if part.strip()}, {name.rpartition(".")[2] for name in layers}
     wanted = wanted & known if wanted == ALL else wanted
     if not wanted or wanted - known:
@@ -62,9 +60,11 @@ def adapter_sizes(sizes: Mapping[str, Sequence[int]], rank: int, targets: str) -
 
 
 def attach(model: nn.Module, rank: int, alpha: float, targets: str, seed: int) -> None:
-    """Add adapters to the target layers of a model, or of a part of a Transformer, and freeze all other parameters. Independent.
+    """Add adapters to the layers that `targets` names, and freeze all other parameters. model: a model, or a part of a
+    Transformer. Independent.
 
-    Raises UsageError if a target matches no layer, or if the rank exceeds a layer's smaller dimension.
+    targets: see adapter_sizes(). Raises UsageError if a name in `targets` matches no layer, or if the rank exceeds the smaller
+    dimension of such a layer.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     own, part = {f"{name}.weight": layer.weight.shape for name, layer in layers.items()}, getattr(model, "part", None)
@@ -77,20 +77,20 @@ def attach(model: nn.Module, rank: int, alpha: float, targets: str, seed: int) -
         if not layer.weight.is_meta:
             key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-            bound = 1 / math.sqrt(a.shape[1])
-            nn.init.uniform_(a, -bound, bound, generator=generator)
+            nn.init.uniform_(a, -1 / math.sqrt(a.shape[1]), 1 / math.sqrt(a.shape[1]), generator=generator)
         if part is not None:
             a, b = (one[part.box(name + key, tuple(one.shape))].clone() for key, one in ((A, a), (B, b)))
         _add(layer, a.to(layer.weight.device), b.to(layer.weight.device), alpha / rank)
 
 
 class Adapter:
-    """Forward hook that adds an adapter's output to its layer's output. It is the attribute `adapter` of the layer."""
+    """Forward hook of a layer. It adds the adapter's output to the layer's output. The hook is the layer's attribute `adapter`.
+    """
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
         self.linear: Callable[[Tensor, Tensor], Tensor] = F.linear
-        self.factors: Callable[[Any], tuple[Tensor, Tensor]] = lambda layer: (layer.lora_a, layer.lora_b)
+        self.factors: Callable[[Any], Sequence[Tensor]] = lambda layer: (layer.lora_a, layer.lora_b)
 
     def __call__(self, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         a, b = self.factors(layer)
@@ -117,7 +117,8 @@ def attach_like(template: nn.Module, model: nn.Module) -> None:
 
 @torch.no_grad()
 def merged(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """Merge the adapters into the base weights: W + (alpha / rank) B A, in float32, under the base model's names.
+    """Return the model's parameters with the adapters merged into them, under the base model's names. A weight W with an adapter
+    becomes W + (alpha / rank) B A, in float32.
 
     state: all parameters by name. Raises ValueError if the layer of an adapter is missing. Pure.
     """
