@@ -32,7 +32,7 @@ def _is_not(key: str, value: object) -> Callable[[Settings], bool]:
 
 
 def method_setting(name: str, quorum: float) -> str:
-    """Return the setting that selects the method, as written on the command line. Pure."""
+    """Return the setting that selects the method, as written on the command line, for example "strategy.quorum=0.5". Pure."""
     return f"strategy.quorum={quorum:g}" if kind(name, quorum) == "quorum" else f"strategy.name={name}"
 
 
@@ -203,10 +203,11 @@ MAX_STEPS = 100  # maximum number of steps in a timeline
 
 
 def steps_of(timeline: str) -> tuple[int, int]:
-    """Return (first, last), the steps of a timeline. Steps are counted from 1, and both are included. Return (0, 0) if there is
-    no timeline.
+    """Return (first, last), the first and the last step of a timeline. Steps are counted from 1. Return (0, 0) if there is no
+    timeline.
 
-    Raises ValueError if the text does not have the form FIRST:LAST, or if a step is not valid. Pure."""
+    timeline: the value of metrics.timeline. Raises ValueError if it does not have the form FIRST:LAST, or if a step is not valid.
+    Pure."""
     if not timeline:
         return 0, 0
     words = timeline.split(":")
@@ -219,7 +220,7 @@ def steps_of(timeline: str) -> tuple[int, int]:
 
 
 def _kind_problems(settings: Settings) -> Iterator[str]:
-    """Yield the problems of model.kind and of settings that only some kinds of model use."""
+    """Yield a message for each problem of model.kind, and for each setting that has no effect with this kind of model."""
     model = settings["model.kind"]
     module, colon, factory = model.partition(":")
     if model not in KINDS and not (colon and factory.isidentifier() and all(map(str.isidentifier, module.split(".")))):
@@ -232,7 +233,7 @@ def _kind_problems(settings: Settings) -> Iterator[str]:
 
 
 def table() -> str:
-    """Return the table of unsupported combinations for docs/methods.md. Independent."""
+    """Return the table of unsupported combinations, in Markdown, for docs/methods.md. Independent."""
     rows = [("setting", "cannot be combined with", "reason")]
     rows += [(f"`{rule.one}`", f"`{rule.other}`", rule.why) for rule in RULES]
     lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]

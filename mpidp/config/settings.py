@@ -21,8 +21,8 @@ def setting(
     """Return a dataclass field whose metadata contain the setting's limits and its description for --help.
 
     low, high: limits of the value, both included. resume: FIXED if the setting must not change when a run resumes, else FREE.
-    methods: for a setting strategy.*, the methods that use the setting. "quorum" means strategy.name=synchronous with
-    strategy.quorum below 1. auto: whether the value 0 may be written as auto.
+    methods: for a setting strategy.*, the methods that use it. "quorum" means strategy.name=synchronous with strategy.quorum
+    below 1. auto: whether the value 0 may be written as auto.
     """
     about = {
         "text": text, "unit": unit, "choices": tuple(choices), "low": low, "high": high, "resume": resume,
@@ -135,7 +135,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class StrategySettings:
-    """Settings strategy.*: how ranks synchronize. `methods` lists the methods that use a setting."""
+    """Settings strategy.*: how ranks synchronize. The argument `methods` names the methods that use a setting."""
 
     name: str = setting(
         "synchronous", "training strategy (docs/methods.md)", "", ("synchronous", "delayed", "local", "server"), resume=FIXED,

@@ -1,8 +1,8 @@
 """Access to shards in a local folder, or in a folder at an address such as s3://bucket/prefix (mpidp/storage).
 
-Both kinds have an attribute `local`: a local folder with the small files, such as index.json and tokenizer.json. For a folder at
-an address, these are copies. For each shard, both provide a file that HDF5 can open, views of the file's datasets, checksums, and
-reading ahead.
+LocalShards and RemoteShards have an attribute `local`. It is a local folder with the small files, such as index.json and
+tokenizer.json. If the shards are at an address, this folder contains copies. Both classes open shards that have the methods of
+Shard.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from mpidp.storage.store import Version
 
 
 class Slices(Protocol):
-    """A vector in a file. Slicing the vector gives an array."""
+    """A vector in a file. Indexing it with a slice returns an array."""
 
     def __getitem__(self, places: slice, /) -> np.ndarray: ...
 
 
 class Shard(Protocol):
-    """One file of a folder of shards. Independent."""
+    """A file in a folder of shards. Independent."""
 
     size: int
     is_regular: bool
 
     def source(self) -> Any:
-        """Return the object that h5py.File opens. Independent."""
+        """Return the object to pass to h5py.File. Independent."""
 
     def view(self, dtype: np.dtype[Any], offset: int, count: int) -> Slices:
         """Return a vector of `count` elements that begins at byte `offset` of the file. Independent."""
@@ -54,7 +54,7 @@ class Shard(Protocol):
         """Return False if the file has become shorter since it was opened. Independent."""
 
     def forget(self) -> None:
-        """Delete the cached parts of the file, because its checksum is wrong. Independent."""
+        """Delete the cached parts of the file. Call this method if the file's checksum is wrong. Independent."""
 
 
 class LocalShard:
@@ -131,8 +131,7 @@ class RemoteShard:
 
 
 class LocalShards:
-    """A local folder of shards. path: the folder as messages name it. local: the folder that contains index.json and
-    tokenizer.json."""
+    """A local folder of shards. path, local: the path of this folder."""
 
     def __init__(self, folder: Path) -> None:
         self.path = self.local = folder
