@@ -1,12 +1,12 @@
 """Arranges the documents of one or more sources as one stream. The result does not depend on the number of ranks.
 
-A mixture takes its next document from the source whose tokens so far, divided by its weight, are fewest. The tokens taken so far
-are therefore always divided among the sources about as the weights ask.
+A mixture divides the number of tokens taken from each source by the weight of the source. It takes the next document from the
+source with the smallest result. The proportions of the sources are therefore about right at every point of the mixture.
 
-Packing puts documents into windows of a fixed number of tokens, so that no document crosses a window boundary. It puts each
-document, in order, into the first of the last OPEN windows that has enough room. If none has, a new window begins. The rest of a
-window is filled with end-of-document tokens that are excluded from the loss. Packing needs about 100 bytes of memory per
-document.
+Packing puts documents into windows of a fixed number of tokens. No document crosses a window boundary. Only the last OPEN windows
+can receive documents. Each document, in order, goes into the first of these windows that has enough room. If none has, a new
+window begins. The rest of a window is filled with end-of-document tokens that are excluded from the loss. Packing needs about 100
+bytes of memory per document.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def mix(lengths: Sequence[np.ndarray], weights: Sequence[float], tokens: int, re
 
     `lengths`: for each source, the lengths of its documents in tokens. Each source must have at least one document. `weights`:
     the weight of each source. The mixture stops after `tokens` tokens (0: no limit), or when the next document must come from a
-    source that has no more. With `repeat`, this source starts over instead. Pure.
+    source that has no more documents. With `repeat`, this source starts over instead. Pure.
     """
     if len(lengths) == 1 and not tokens:
         return np.zeros(len(lengths[0]), dtype=np.int64), np.arange(len(lengths[0]))

@@ -8,9 +8,9 @@ the first rule that gives an end.
    with A, the turn starts after A. End: let B be the text of the messages up to and including the turn. If the text of the chat
    begins with B, the turn ends after B.
 3. The turn starts where the template writes the content of its message, and ends after this content. The two places are found
-   with marks in the content. If a mark in the content does not show the end, the turn ends after the name of its last tool call.
-   The template may write more text after the end, such as the name of a special token. Let C be this text if the chat ended with
-   the turn, and D this text in the whole chat. The turn also includes the common beginning of C and D.
+   with marks in the content. If a mark at the end of the content does not work, the turn ends after the name of the message's last
+   tool call. The template may write more text after the end, such as the name of a special token. Let C be this text in a chat
+   that ends with the turn, and let D be this text in the whole chat. The turn also includes the common beginning of C and D.
 """
 
 from __future__ import annotations
@@ -101,8 +101,9 @@ def _unknown(i: int) -> RowSkipped:
 
 
 def _with_marks(message: Mapping[str, Any], mark: str) -> Iterator[dict[str, Any]]:
-    """Yield copies of the message, each with the mark in another place: first around its content, as _marked_texts() does. If
-    `mark` is END, a last copy has the mark after the name of its last tool call."""
+    """Yield copies of the message, each with the mark in another place. First, the mark is at the beginning (BEGIN) or the end
+    (END) of its content, as in _marked_texts(). If `mark` is END, a last copy has the mark after the name of the message's last
+    tool call."""
     content, calls = message.get("content"), message.get("tool_calls")
     if isinstance(content, list):
         texts = [n for n, part in enumerate(content) if isinstance(part.get("text"), str)]

@@ -3,7 +3,7 @@
   python -m data_tools.convert --to FORMAT SHARDS --out OUT                   writes a folder (megatron: OUT_train.bin, ...)
   python -m data_tools.convert --from FORMAT SRC --out DIR --tokenizer PATH   reads a file or a folder (megatron: or a prefix)
 
-If neither --from nor --to is given, the format of SRC is recognized from its content. These formats store ids without their
+If neither --from nor --to is given, the format of SRC is recognized from its content. The formats below store ids without their
 tokenizer. With --tokenizer, give the tokenizer that made the ids: byte, a tokenizer.json, or a folder that contains one. To check
 that it is the right one, read the beginning of the text with `mpidp inspect`.
 

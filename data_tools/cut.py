@@ -180,9 +180,9 @@ def plan_shards(streams: Mapping[str, Tokens], shards: int, val_fraction: float)
     """Plan the shards of each split. If a split has N tokens and K shards, shard k starts at token k * N // K of the split.
 
     `streams`: the streams by name. If there is a stream "val", it becomes the validation split. Otherwise the end of "train"
-    does: a fraction `val_fraction` of the tokens, but at least 2 tokens. `shards`: the number of training shards. The number of
-    validation shards is proportional. Raises DataError if a split is too small, and UsageError if there are more shards than
-    tokens.
+    becomes the validation split: a fraction `val_fraction` of the tokens, but at least 2 tokens. `shards`: the number of training
+    shards. The number of validation shards is in proportion to the size of the split. Raises DataError if a split is too small,
+    and UsageError if there are more shards than tokens.
     """
     total = streams["train"].tokens
     by_document = "val" in streams

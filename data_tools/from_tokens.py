@@ -144,9 +144,8 @@ def _with_eod(block: TokenBlock, eod: int) -> TokenBlock:
 def _find_documents(
     kind: TokenFormat, writers: dict[str, BlockWriter], encoder: Tokenizer, options: FromOptions, divided: bool
 ) -> list[str]:
-    """Find the document starts where the format does not store them, and replace those in `writers`. Return remarks. `divided`:
-    whether columns divide rows into several documents. Raises DataError if the data contains no token that ends or begins
-    documents."""
+    """Find the document starts if the format does not store them, and store them in `writers`. Return remarks. `divided`: whether
+    columns divide rows into several documents. Raises DataError if the data contains no token that ends or begins documents."""
     used = [writer for writer in writers.values() if writer.tokens]
     lengths = set().union(*(writer.lengths for writer in used))
     several = sum(writer.documents for writer in used) > 1

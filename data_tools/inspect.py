@@ -14,8 +14,8 @@ from mpidp.runtime.options import program
 def describe(folder: str | Path, excerpt_tokens: int = 200) -> str:
     """Return a text that describes the splits and their shards. Raises DataError if the shards cannot be read. Independent.
 
-    For each split, the text has the first `excerpt_tokens` tokens as text, and the skew. The skew is the number of tokens of the
-    largest shard, divided by the mean over all shards.
+    For each split, the description shows the first `excerpt_tokens` tokens, decoded, and the skew. The skew is the number of
+    tokens of the largest shard, divided by the mean over all shards.
     """
     stream = TokenStream(folder)
     index, tokenizer = stream.index, load_tokenizer(stream.folder)

@@ -40,8 +40,8 @@ class Chat:
         return "\n".join(text for message in self.messages for text in _strings(message.get("content")))
 
     def json_arguments(self) -> list[str]:
-        """Return the `arguments` of all tool calls in which they are the JSON text of an object, as in OpenAI's interface. The
-        usual `arguments` are an object."""
+        """Return the `arguments` of those tool calls whose `arguments` are a string with JSON, as in OpenAI's interface. Other
+        tool calls have an object as `arguments`."""
         found = []
         for message in self.messages:
             calls = message.get("tool_calls")

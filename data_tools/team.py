@@ -21,7 +21,7 @@ class Team:
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
-        """Return a context. If its body raises an exception on one rank, all ranks raise an exception at its end. Ranks that
+        """Return a context. If its body raises an exception on any rank, all ranks raise an exception at its end. Ranks that
         finish early sleep until the others have finished. Collective over comm."""
         if self.comm is None:
             yield

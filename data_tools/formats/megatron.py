@@ -140,8 +140,9 @@ class MegatronReader:
 
 
 def find(source: Path, remarks: list[str]) -> list[SourcePart]:
-    """Return the prefixes of a source. The source may be PREFIX, the folder of one or more prefixes, or PREFIX for PREFIX_train
-    and PREFIX_val. Add remarks for the user to `remarks`. Raises DataError if a folder has no prefixes. Independent."""
+    """Return the prefixes of a source. `source`: a prefix, a folder that contains prefixes, or PREFIX if there are
+    PREFIX_train and perhaps PREFIX_val. Add remarks for the user to `remarks`. Raises DataError if a folder contains no
+    prefix. Independent."""
     if source.is_dir():
         return in_splits([path.with_suffix("") for path in files_in(source, "*.idx")], source, remarks)
     if source.suffix in (".bin", ".idx") and source.exists():

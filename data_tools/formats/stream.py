@@ -1,4 +1,4 @@
-"""Reads the tokens of one split of shards as blocks. The writers of all formats use this class."""
+"""Reads the tokens of one split of shards as blocks. The writers of all formats use SplitTokens."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ class TokenFormat:
 
 
 def _any(source: Path, pattern: str, accept: Callable[[Path], bool] = lambda path: True) -> bool:
-    """Return whether a file matches `pattern` and accept(file) is true. If the source is a file, it is this file. If the source
-    is a folder, only the first matching file that visible() finds is examined."""
+    """Return whether a file of the source matches `pattern` and accept(file) is true. If the source is a folder, only the first
+    matching file that visible() finds is examined."""
     if source.is_dir():
         found = visible(source, pattern)
         return bool(found) and accept(found[0])

@@ -17,8 +17,8 @@ class HostBuffer:
     """The host buffer of one tensor that a call reads or writes. Independent."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        """Make the buffer of `tensor`. Call the constructor in the caller's thread, because it records an event on the current
-        CUDA stream."""
+        """Make the host buffer of `tensor`. The constructor records an event on the current CUDA stream. Call it in the thread
+        that starts the collective."""
         self.tensor = tensor.detach()
         self._host: torch.Tensor | None = None
         self._written: Any = None

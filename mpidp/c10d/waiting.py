@@ -13,7 +13,7 @@ YIELDS, FIRST_SECONDS, LONGEST_SECONDS = 1000, 2e-5, 5e-4  # polls without a pau
 
 
 class Aborted(Exception):
-    """Raised in a call that waits when the group of the call is aborted."""
+    """Raised by wait_for() when the group is aborted."""
 
 
 def wait_for(request: MPI.Request, aborted: Callable[[], bool]) -> None:

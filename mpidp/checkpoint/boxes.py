@@ -92,7 +92,7 @@ class Piece:
 
     @property
     def box(self) -> Box:
-        """The range [start, stop] of the box in each dimension, as manifests store it."""
+        """The box as manifests store it: one pair [start, stop] per dimension. stop is excluded."""
         return [[start, start + length] for start, length in zip(self.at, self.tensor.shape, strict=True)]
 
 

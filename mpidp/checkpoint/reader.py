@@ -112,8 +112,9 @@ class Reader(Mapping[str, Tensor]):
         return found
 
     def own(self, name: str, rank: int, size: int) -> Tensor:
-        """Return the whole tensor. If its layout is additive, return the tensor with which rank `rank` of `size` ranks continues:
-        its own if as many ranks wrote the checkpoint. Otherwise rank 0 gets the sum, and other ranks get zeros."""
+        """Return the whole tensor. If its layout is additive, return the tensor with which rank `rank` of `size` ranks continues.
+        If `size` ranks wrote the checkpoint, this is the tensor that the same rank wrote. Otherwise rank 0 gets the sum, and
+        other ranks get zeros."""
         pieces, about = self._pieces[name], self.meta["tensors"][name]
         if about["layout"] == "additive":  # own summand if as many ranks wrote the tensor; else rank 0 gets the sum
             pieces = pieces[rank : rank + 1] if len(pieces) == size else pieces if rank == 0 else []

@@ -60,8 +60,8 @@ def same_path(one: str, other: str) -> bool:
 
 
 def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
-    """Return the numerics fingerprint: what affects the bits of the results, except the data and settings with their own checks.
-    Each checkpoint stores the fingerprint. If it differs when a run resumes, the differences are logged. Independent."""
+    """Return the numerics fingerprint of this run (docs/vocabulary.md). Each checkpoint stores the fingerprint. If it differs
+    when a run resumes, the differences are logged. Independent."""
     return {
         "threads": config.train.threads,
         "micro_batch": config.train.micro_batch,

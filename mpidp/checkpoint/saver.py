@@ -94,8 +94,8 @@ class Saver:
             time.sleep(0.002)
 
     def due(self, step: int, flags: np.ndarray) -> bool:
-        """Return whether to begin a save after this step. If the previous save has failed, drop it. `flags`: the sum of flags()
-        over the ranks. The result is the same on all ranks."""
+        """Return whether to begin a save after this step. If a save is due but the previous save has failed, drop the failed
+        save. `flags`: the sum of flags() over the ranks. The result is the same on all ranks."""
         waits, writes, fails, late = flags.tolist()
         if not (late if self.every < 0 else self.every and step % self.every == 0) or step == self.step:
             return False

@@ -122,8 +122,8 @@ class Save:
             pause = min(LONGEST_PAUSE, 2 * pause)
 
     def _fail(self, error: Exception, pause: float | None) -> None:
-        """Print a warning if `error` is the first error of this save. Then sleep for `pause` seconds (None: forever). Raises
-        Dropped as soon as the save is dropped."""
+        """Print a warning if `error` is the first error of this save, unless the main thread waits for the save. Then sleep for
+        `pause` seconds (None: forever). Raises Dropped as soon as the save is dropped."""
         if self.error is None and not self.wait:
             log.warning("warning: rank %d: the checkpoint of step %d could not be written (%s). Training continues, and the save "
                         "is retried", self.rank, self.step, describe_error(error))

@@ -75,7 +75,7 @@ class Group:
     def memory(self, elements: int, device: torch.device, room: int = 0) -> list[torch.Tensor]:
         """Return one float32 tensor (n,) per rank of the group, in order of ranks. Every rank sees all of them. This rank's
         tensor has `elements` elements, which are 0. Other ranks may request other sizes. With fault tolerance, this rank's tensor
-        has `room` elements if that is more. Collective over node.
+        has `room` elements if `room` is larger. Collective over node.
 
         If the group reuses the memory of a previous group, return that group's tensors with their contents. Successive calls
         return them in the order in which that group allocated them.
@@ -195,8 +195,8 @@ def regroup(mesh: Topology, before: Group) -> Group:
 
 
 def make_group(mesh: Topology, transport: str, needed_bytes: int, device: torch.device) -> tuple[Group, str]:
-    """Make the groups for comm.transport=auto, window or messages. Return (this rank's group, description of the transport for
-    the user). All nodes use the same transport. Collective over mesh.dp.
+    """Make the groups. `transport`: the value of comm.transport (auto, window or messages). Return (this rank's group,
+    description of the transport for the user). All nodes use the same transport. Collective over mesh.dp.
 
     `needed_bytes`: the size of the shared memory that this rank will allocate. If /dev/shm has too little free space, messages
     are used, because a window that does not fit would end the rank with a bus error.

@@ -2,7 +2,8 @@
 
 torch's TCPStore has no authentication, so every process that can connect to the store can read and change it. The store therefore
 listens at one address only. This is loopback if all ranks are on one host. Otherwise it is the address to which the other hosts
-resolve the name of rank 0's host. If the store cannot listen there, it listens at all addresses.
+resolve the name of rank 0's host. If it cannot listen there, or if the hosts resolve the name differently, it listens at all
+addresses.
 """
 
 from __future__ import annotations
