@@ -1,9 +1,8 @@
 """LoRA, low-rank adapters (Hu 2021, section 4.1). A layer W x becomes W x + (alpha / rank) B A x. Only A and B are trained.
 
-A has the shape (rank, inputs). It is initialized uniformly in +-1/sqrt(inputs), like a linear layer of torch. The random numbers
-of a layer depend only on the seed and the layer's name. B has the shape (outputs, rank). It is initially zero, so the model first
-computes the same results as the base model. A and B are parameters of the layer, `lora_a` and `lora_b`. The layer keeps its name.
-Pure torch, no MPI.
+A has the shape (rank, inputs). Its elements are drawn uniformly from +-1/sqrt(inputs). They depend only on the seed and the
+layer's name. B has the shape (outputs, rank), and is initially zero. A and B are the parameters `lora_a` and `lora_b` of the
+layer, which keeps its name. Pure torch, no MPI.
 """
 
 from __future__ import annotations
@@ -24,23 +23,23 @@ ALL = {"q", "k", "v", "o", "gate", "up", "down"}  # the default of model.lora_ta
 
 
 def is_adapter(name: str) -> bool:
-    """Return whether a parameter belongs to an adapter. Pure."""
+    """Return whether the parameter `name` belongs to an adapter. Pure."""
     return name.endswith((A, B))
 
 
 def saved_names(names: Sequence[str]) -> list[str]:
-    """Return the names of the parameters that a checkpoint contains: only the adapters if there are any, otherwise all
-    parameters. Pure."""
+    """Return those of the parameter names that a checkpoint contains: only the adapters, or all names if there are no adapters.
+    Pure."""
     return [name for name in names if is_adapter(name)] or list(names)
 
 
 def adapters_of(layers: Mapping[str, Sequence[int]], rank: int, targets: str) -> list[str]:
-    """Return the names of the layers that get adapters. A layer gets an adapter if `targets` lists the last component of its
-    name, for example "q,v". The default of `targets`, ALL, also lists layers that some models do not have (GPT-2 has no gate).
-    These are then ignored.
+    """Return the names of the layers that get adapters. A layer gets an adapter if `targets` has the last component of its name.
+    An example of `targets` is "q,v". Its default has all names of layers in a block. Only in this default, names that the model
+    does not have are ignored.
 
-    layers: the shape (outputs, inputs) of each layer, by name. Raises UsageError if a target matches no layer, or if the rank
-    exceeds the smaller dimension of a target layer. Pure.
+    layers: the shape (outputs, inputs) of each layer, by name. Raises UsageError if a name in `targets` matches no layer, or if
+    the rank exceeds the smaller dimension of a layer that gets an adapter. Pure.
     """
     wanted, known = {part.strip() for part in targets.split(",") if part.strip()}, {name.rpartition(".")[2] for name in layers}
     wanted = wanted & known if wanted == ALL else wanted
@@ -58,9 +57,10 @@ def adapters_of(layers: Mapping[str, Sequence[int]], rank: int, targets: str) ->
 
 
 def attach(model: nn.Module, rank: int, alpha: float, targets: str, seed: int) -> None:
-    """Add adapters to the target layers and freeze all other parameters. Independent.
+    """Add adapters to the layers that `targets` names, and freeze all other parameters. Independent.
 
-    Raises UsageError if a target matches no layer, or if the rank exceeds a layer's smaller dimension.
+    targets: see adapters_of(). Raises UsageError if a name in `targets` matches no layer, or if the rank exceeds the smaller
+    dimension of such a layer.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     names = adapters_of({name: layer.weight.shape for name, layer in layers.items()}, rank, targets)
@@ -79,7 +79,7 @@ def attach(model: nn.Module, rank: int, alpha: float, targets: str, seed: int) -
 
 
 class _Add:
-    """Forward hook that adds an adapter's output to its layer's output."""
+    """Forward hook of a layer. It adds the adapter's output to the layer's output."""
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
@@ -90,7 +90,8 @@ class _Add:
 
 @torch.no_grad()
 def merged(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """Merge the adapters into the base weights: W + (alpha / rank) B A, in float32, under the base model's names.
+    """Return the model's parameters with the adapters merged into them, under the base model's names. A weight W with an adapter
+    becomes W + (alpha / rank) B A, in float32.
 
     state: all parameters by name. Raises ValueError if the layer of an adapter is missing. Pure.
     """

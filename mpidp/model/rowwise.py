@@ -1,4 +1,4 @@
-"""Makes linear layers compute row by row, so that the rounding of a row does not depend on the other rows of the batch."""
+"""Computes linear layers row by row. The bits of a row then do not depend on the other rows of the batch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mpidp.model.feed_forward import OutputLinear
 
 
 def by_rows(model: nn.Module) -> None:
-    """Make each linear layer on the CPU compute single positions (B, 1, D) row by row, as matrix-vector products.
+    """Change each linear layer on the CPU: it computes single positions (B, 1, D) row by row, as matrix-vector products.
 
-    For one row, this is faster than a matrix product. For eight rows, it takes less than 1.5 times as long. Inputs with more
+    For one row, this is faster than a matrix product. For eight rows, it takes less than 1.5 times as long. Inputs with several
     positions are still computed by matrix products. Independent.
     """
     for module in model.modules():

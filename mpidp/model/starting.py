@@ -1,6 +1,6 @@
-"""The model at the start of a run: base weights, LoRA adapters, and frozen parameters.
+"""Makes the model at the start of a run: base weights, LoRA adapters, and frozen parameters.
 
-A LoRA run's checkpoints contain only the adapters. Readers of such a checkpoint use this module to make the base model.
+The checkpoints of a LoRA run contain only the adapters. Code that reads them makes the base model with this module.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Settings = Mapping[str, Any]  # the run's settings, by section.key; runs of earl
 
 
 def base_weights(settings: Settings, shape: Shape, part: Part) -> Any:
-    """Make the model, or this part of it, with weights initialized from the seed and without adapters.
+    """Return the model, or this part of it, without adapters. Its weights are initialized from the seed.
 
-    The weights are on the CPU and are the same on every rank. Independent.
+    The weights are on the CPU. All ranks initialize a parameter to the same values. Independent.
     """
     model = make_model(shape, settings["train.seed"], part)
     if settings.get("model.zero_init", False) and isinstance(shape, TransformerShape):
@@ -37,7 +37,7 @@ def base_weights(settings: Settings, shape: Shape, part: Part) -> Any:
 def prepared(model: Any, settings: Settings, shape: Shape, part: Part) -> Any:
     """Add the run's LoRA adapters to the model, freeze parameters, and return the model. Independent.
 
-    Raises UsageError if model.lora_targets or optim.freeze matches nothing, or if model.lora_rank is too large.
+    Raises UsageError if an entry of model.lora_targets or optim.freeze matches nothing, or if model.lora_rank is too large.
     """
     if rank := settings.get("model.lora_rank", 0):
         attach(model, rank, settings["model.lora_alpha"], settings["model.lora_targets"], settings["train.seed"])
@@ -50,9 +50,9 @@ def prepared(model: Any, settings: Settings, shape: Shape, part: Part) -> Any:
 
 
 def trained_sizes(settings: Settings, shape: Shape, part: Part) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the trained parameters of this part. Pure.
+    """Return {name: shape} for the trained parameters of this part. Pure.
 
-    Raises UsageError if no parameter is trained, and in the same cases as prepared().
+    Raises UsageError if no parameter is trained, and in the cases of prepared().
     """
     sizes, names = part.sizes(shapes_of(shape)), list(shapes_of(shape))
     if rank := settings.get("model.lora_rank", 0):
@@ -73,6 +73,7 @@ def trained_sizes(settings: Settings, shape: Shape, part: Part) -> dict[str, tup
 
 
 def trained_on_meta(settings: Settings, shape: Shape, part: Part) -> list[tuple[str, torch.nn.Parameter]]:
-    """Return (name, parameter) of the trained parameters on torch's meta device, without allocating memory. Independent."""
+    """Return (name, parameter) of each trained parameter. The parameters are on torch's meta device, which needs no memory.
+    Independent."""
     with torch.device("meta"):
         return trained(prepared(base_weights(settings, shape, part), settings, shape, part))
