@@ -1,4 +1,4 @@
-"""The norm of a gradient, summed over slices of parameters (model.slices), so that its bits do not depend on the mesh."""
+"""Computes the norm of a gradient slice by slice (model.slices). The bits of the norm do not depend on the mesh."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from mpidp.reducers.buckets import FlatLayout
 
 class NormBySlices:
     """Computes the L2 norm over the whole model. The elements of each slice of a parameter are cut into norm blocks. The last
-    block is padded with zeros. The sums of squares of the blocks are added in the order of the whole model: by parameter, by
-    slice, and by block."""
+    block of a slice is padded with zeros. The sums of squares of the blocks are added in a fixed order: by parameter, by slice,
+    and by block."""
 
     def __init__(
         self, grid: Grid, part: Part, sizes: Mapping[str, tuple[int, ...]], slices: int, counts: Callable[[str], bool]
     ) -> None:
-        """sizes: the shapes of the whole model's parameters. counts(name): returns whether this rank counts a parameter of its
-        part. If several ranks hold the same values, one of them counts them."""
+        """sizes: the shapes of the whole model's parameters. slices: model.slices. counts: returns whether this rank counts the
+        parameter with a given name (ModelPartition.counts). Independent."""
         self._grid, self._part, self._sizes, self._slices, self._counts = grid, part, sizes, slices, counts
         self._order = torch.empty(0, dtype=torch.int64)  # of the blocks of all ranks
         self._lengths: list[int] = []  # number of blocks of each rank; empty before the first call
@@ -52,14 +52,15 @@ class NormBySlices:
         return norm_of_squares(everything[self._order])
 
     def _plan(self, keys: list[list[tuple[int, int, int]]]) -> None:
-        """Set the order of the blocks. keys: for each rank, (parameter, slice, number of blocks) of each piece."""
+        """Set the order of the blocks. keys: a list for each rank, with (index of the parameter, slice, number of blocks) of each
+        slice that the rank counts."""
         blocks = [(name, number, at) for rank in keys for name, number, length in rank for at in range(length)]
         self._order = torch.tensor(sorted(range(len(blocks)), key=blocks.__getitem__))
         self._lengths = [sum(length for _, _, length in rank) for rank in keys]
 
 
 def _squares(piece: Tensor) -> Tensor:
-    """Return the sum of squares of each norm block of a piece of a parameter, (blocks,) float64."""
+    """Return the sum of squares of each norm block of `piece`, a slice of a parameter. The result is (blocks,) float64."""
     padded = piece.new_zeros(round_up(piece.numel(), NORM_BLOCK))
     padded[: piece.numel()].view(piece.shape).copy_(piece)
     return squares_of_blocks(padded)

@@ -1,12 +1,12 @@
-"""Synchronous data parallelism with sharded gradients and optimizer state (mesh.shard=2; ZeRO-2, Rajbhandari 2020), or also with
-sharded parameters (mesh.shard=3; ZeRO-3).
+"""Synchronous data parallelism with sharded gradients and optimizer state (mesh.shard=2; ZeRO-2, Rajbhandari 2020). With
+mesh.shard=3 (ZeRO-3), the parameters are sharded, too.
 
-The gradient of each micro-batch is sent to its owners during backward, one unit of the model at a time, and freed. Owners add
-lanes along the tree, so the weights equal those of level 0 bit for bit. At level 3, the parameters of a Transformer block are
+During the backward pass of a micro-batch, the gradient of each unit is sent to its owners and freed. Owners add lanes along the
+tree, so the weights equal those of mesh.shard=0 bit for bit. With mesh.shard=3, the parameters of a Transformer block are
 gathered before its forward pass and before its backward pass (gathered.py).
 
-Exchanges are collective, so all ranks make them in the same order. The micro-batches are dealt to the ranks in turn. A rank
-without a micro-batch in the last round, or with an empty one, makes the exchanges without computing.
+Exchanges are collective, so all ranks make them in the same order. The micro-batches are dealt to the ranks in turn. In the last
+round, some ranks may have no micro-batch, or an empty one. They make the exchanges without computing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from mpidp.strategies.protocol import StepStats, StrategyOptions
 
 @dataclass
 class UnitExchange:
-    """An exchange of a backward pass: gather a block, then reduce the gradients of a unit."""
+    """Two exchanges of a backward pass: gather a block if it is divided, then reduce the gradients of a unit."""
 
     name: str
     unit: Unit | None  # None: the block has only frozen parameters
@@ -47,12 +47,12 @@ class UnitExchange:
 
     @classmethod
     def of(cls, name: str, unit: Unit | None) -> UnitExchange:
-        """Return the exchange at the beginning of a backward pass. Pure."""
+        """Return a UnitExchange for a new backward pass. `name`: the name of the unit. Pure."""
         return cls(name, unit, {name} if unit is None else {member.name for member in unit.members})
 
 
 class Sharded:
-    """Synchronous data parallelism on a sharded model."""
+    """Synchronous data parallelism on a sharded model (mesh.shard=2|3)."""
 
     survives_failures = False  # a shard is lost with the rank that holds it
     synchronizes_always = True
@@ -64,10 +64,10 @@ class Sharded:
         spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None, *,
         model: Any, level: int,
     ) -> None:
-        """Takes the arguments of Synchronous. Only the attributes lanes and transport of the reducer are used. model: the model,
-        which this constructor moves to the device. level: 2 divides the gradients and the optimizer state among the ranks; 3
-        also divides the parameters of each block of a Transformer. Collective over hidden.comm, where `hidden` is the keyword
-        argument stored in make_optimizer."""
+        """Take the arguments of Synchronous. Of `reducer`, only the attributes lanes, transport and observers are used. `model`:
+        the model, which is moved to the device. `level`: 2 divides the gradients and the optimizer state among the ranks, and 3
+        also the parameters of each Transformer block. Collective over hidden.comm, where hidden is a keyword argument in
+        `make_optimizer`."""
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, False
         self.clip, self.nominal_tokens, self._parts = clip, nominal_tokens, parts
         device, channel = reducer.transport.device, Channel(comm, reducer.transport, group.wait)
@@ -95,9 +95,9 @@ class Sharded:
             self._hooks.append(block.register_forward_hook(partial(self._computed, name)))
 
     def _plan(self, names: Iterable[str]) -> dict[int, list[tuple[str, Unit | None]]]:
-        """Return the exchanges of a backward pass, by chunk: for each name of a unit, in the order of backward, gather the block
-        of this name (if it is divided), and reduce the unit (if it has trained parameters). Blocks before the first trained
-        parameter need no backward pass."""
+        """Return {chunk: exchanges of its backward pass}. An exchange is (name of a unit, unit). The unit is None if its
+        parameters are frozen. Blocks before the first trained parameter have no exchange, because they need no backward pass.
+        `names`: the names of units, in the order of backward."""
         chunks, found = dict(self._blocks), dict[int, list[tuple[str, Unit | None]]]()
         for name in names:
             units = [unit for unit in self.units if unit.name == name]
@@ -123,7 +123,8 @@ class Sharded:
         return found
 
     def _complete(self, unit: Unit, name: str, _: Tensor) -> None:
-        """Backward has computed the gradient of a parameter: reduce all units that are complete and next in order."""
+        """Called when backward has computed the gradient of a parameter. Reduce the units that are complete, in the planned
+        order."""
         for one in self._queue:
             if one.unit is unit:
                 one.waits_for.discard(name)
@@ -131,7 +132,7 @@ class Sharded:
             self._exchange_next()
 
     def _computed(self, name: str, block: torch.nn.Module, inputs: Any, output: Tensor) -> None:
-        """Forward has computed a block: gather it again before its backward pass."""
+        """Called when forward has computed a block. Ask autograd to gather the block again before its backward pass."""
         if output.requires_grad and torch.is_grad_enabled():
             output.register_hook(lambda gradient: self._backward_reaches(name))
 
@@ -148,8 +149,8 @@ class Sharded:
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Return a context in which the backward pass of micro-batch v must run. Ranks may pass different v. Raises RuntimeError
-        if a parameter gets a gradient after its unit was reduced. Collective over compute_comm."""
+        """Return a context manager. The backward pass of micro-batch v must run in it. Ranks may pass different v. Raises
+        RuntimeError if a parameter gets a gradient after its unit was reduced. Collective over compute_comm."""
         self._queue = [UnitExchange.of(name, unit) for name, unit in self._plans.get(chunk, ())]
         yield
         while self._queue:
@@ -160,7 +161,7 @@ class Sharded:
                     raise RuntimeError(f"mesh.shard=2|3: backward has computed the gradient of {member.name} twice")
 
     def fill(self, forwards: int, chunk: int | None = None) -> None:
-        """Make the exchanges of `forwards` forward passes through a chunk (default: all chunks), which other ranks compute.
+        """Make the exchanges of `forwards` forward passes that other ranks compute through a chunk (default: all chunks).
         Collective over compute_comm."""
         for _ in range(forwards):
             for name, its_chunk in self._blocks:
@@ -172,8 +173,7 @@ class Sharded:
         return True
 
     def start(self) -> None:
-        """Do nothing, because all replicas have equal weights: drawn from the same seed, or read from the same files.
-        Independent."""
+        """Do nothing, because all replicas already have equal weights. Independent."""
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
         """Raise ValueError if there are observers, because no rank has the gradient of a single lane. Independent."""
@@ -185,7 +185,7 @@ class Sharded:
         self.sum.discard()
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Scale, clip and update like Synchronous.step, but on shards. Collective over compute_comm."""
+        """Do the same as Synchronous.step(), on shards. Collective over compute_comm."""
         observers = self.reducer.observers
         observers.enter("reduce")
         self._tie()
@@ -208,8 +208,8 @@ class Sharded:
         return StepStats(grad_norm=norm, skipped=False)
 
     def _tie(self) -> None:
-        """Add the gradients of an embedding and a head that are one parameter but in different stages. In both stages, it is a
-        unit by itself, so a rank of each stage owns the same elements."""
+        """Add the gradients of the embedding and of the head, if they are one parameter that two pipeline stages hold. In both
+        stages, this parameter is a unit by itself. So a rank owns the same elements in both."""
         name = self._parts.tied_name if self._parts is not None else ""
         for unit, total in zip(self.units, self.sum.totals, strict=True):
             if name and any(member.name == name for member in unit.members):
@@ -217,7 +217,8 @@ class Sharded:
                 total.add_(self._parts.tied_gradient(total).to(total.device))
 
     def _norm(self) -> float:
-        """Return the norm with the bits of level 0: blocks have one owner each, and their squares are added in flat order."""
+        """Return the gradient norm, which has the same bits as with mesh.shard=0. Each norm block is on one rank, and the squares
+        of norm blocks are added in flat order."""
         rank, squares = self.compute_comm.rank, torch.zeros(self._layout.num_elements // NORM_BLOCK, dtype=torch.float64)
         for unit, total in zip(self.units, self.sum.totals, strict=True):
             if total.numel():
@@ -245,14 +246,14 @@ class Sharded:
         return {}
 
     def held(self) -> dict[str, int]:
-        """Return the bytes of memory in use for each purpose: parameters, gradients, optimizer. Independent."""
+        """Return {use: bytes of memory on this rank}. The uses are parameters, gradients and optimizer. Independent."""
         moments = [one for row in self.optimizer.state for one in row.values()]
         return bytes_by_use(
             parameters=[*self.parameters.whole, *self.parameters.owned], gradients=self.sum.slots, optimizer=moments
         )
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the optimizer state of this rank's slices, as boxes of the parameters' tensors. Independent."""
+        """Return the optimizer state of this rank's slices. The entries are boxes of the parameters' tensors. Independent."""
         rank, found = self.compute_comm.rank, dict[str, Entry]()
         states = {run.name: state for run, state in zip(self.optimizer.runs, self.optimizer.state, strict=True)}
         for unit in self.units:
@@ -265,17 +266,17 @@ class Sharded:
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the boxes that state_dict returns. Raises ValueError for any other entry. Independent."""
+        """Load the entries that state_dict() returns. Raises ValueError for any other entry. Independent."""
         own = {name: value for name, value in state.items() if not name.startswith("reducer/")}
         self.reducer.load_state_dict({name.removeprefix("reducer/"): state[name] for name in state if name not in own})
         load_boxes(own, self.state_dict(), self.optimizer)
 
     def release(self) -> None:
-        """Remove the hooks. Independent."""
+        """Remove the autograd hooks. Independent."""
         for hook in self._hooks:
             hook.remove()
 
     def close(self) -> None:
-        """Free the communicators. Collective over compute_comm."""
+        """Remove the autograd hooks, and free the communicators. Collective over compute_comm."""
         self.release()
         self.group.close()

@@ -1,4 +1,4 @@
-"""Makes the model of a job: this rank's part of the model, its initial weights, and tensor parallelism."""
+"""Makes the model of a job: this rank's part of the model, with initial weights and tensor parallelism."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mpidp.training.run_plan import RunPlan
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model on its device, with its trained parameters and the origin of its weights."""
+    """A model on its device, with the list of its trained parameters and the origin of its weights."""
 
     module: Any
     named: list[tuple[str, torch.nn.Parameter]]  # trained parameters
@@ -40,7 +40,8 @@ class TrainedModel:
 
 
 def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> TrainedModel:
-    """Return the model of a job. module: an existing model to use again. None: make a new model. Collective over plan.world."""
+    """Return the model of a job. `module`: an existing model to use again, or None to make a new one. Collective over
+    plan.world."""
     config, grid = plan.config, plan.grid
     parts, origin = ModelPartition(grid, plan.shape, config.mesh.sequence, config.mesh.interleave, config.model.slices), None
     if module is None:
@@ -69,7 +70,7 @@ def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> Traine
 
 
 def _new(plan: RunPlan, parts: ModelPartition) -> tuple[Any, Origin | None]:
-    """Make a new model, with initial weights that are equal on all replicas. Return the model and the origin of the weights."""
+    """Return a new model, and the origin of its weights. The initial weights are equal on all replicas."""
     config, shape, world, origin = plan.config, plan.shape, plan.world, plan.origin
     settings = config.flat()
     base = base_weights(settings, shape, parts.part)
@@ -89,8 +90,8 @@ def _new(plan: RunPlan, parts: ModelPartition) -> tuple[Any, Origin | None]:
 
 
 def _begin_alike(module: Any, parts: ModelPartition, world: MPI.Intracomm) -> None:
-    """Give every rank the initial weights of rank 0. Warn if the user's factory drew other weights on some ranks. Collective over
-    world."""
+    """Give every rank the initial weights of rank 0. Warn if the user's factory made different weights on some ranks. Collective
+    over world."""
     others = parts.broadcast_parameters(module)
     if others and world.rank == 0:
         log.warning(
