@@ -55,15 +55,15 @@ class Stopped(MpidpError):
 
 
 class Damaged(MpidpError):
-    """The run must return to the last checkpoint. One reason is that replicas differ and it is not known which of them is right.
-    Another is that several batches in a row could not be used for an update."""
+    """Raised if the run must return to its last checkpoint. For example, replicas differ and there is no majority, or too many
+    batches in a row were skipped."""
 
     next_batch = 0  # the batch with which the run resumes, after skipping earlier ones; 0: the first batch after the checkpoint
 
     @classmethod
     def at_batch(cls, message: str, next_batch: int) -> Self:
-        """Return an error that every rank raises with the same message. After this error, the run resumes with batch
-        next_batch."""
+        """Return an error that every rank raises with the same message. After the return to the checkpoint, the run continues
+        with batch number `next_batch`."""
         error = cls.on_every_rank(message)
         error.next_batch = next_batch
         return error

@@ -47,7 +47,7 @@ def sbatch_options(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _count(request: str) -> str:
-    """Return, as a string, the number of GPUs that a request asks for. A request has the form gpu, gpu:N or gpu:TYPE:N. Without
-    N, the number is 1."""
+    """Return the number of GPUs in a request, as a string. A request has the form gpu, gpu:N or gpu:TYPE:N. Without N, the number
+    is 1."""
     last = request.rpartition(":")[2]
     return last if last.isdigit() else "1"

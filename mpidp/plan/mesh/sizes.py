@@ -58,8 +58,8 @@ class ModelSizes:
 
     @cached_property
     def attended(self) -> float:
-        """The largest number of positions that a position attends to, as a mean over the layers. In a layer it is seq_len, or the
-        attention window if that is shorter."""
+        """The mean over the layers of the number of positions that a position attends to. In a layer this number is seq_len, or
+        the length of the attention window if that is shorter."""
         return sum(map(self.shape.attended, range(self.num_layers))) / self.num_layers
 
     @property
