@@ -13,9 +13,8 @@ from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
 
 def _norm(model: ModelSizes) -> tuple[int, int]:
     """Return (a, b). A norm of D channels keeps a D + b bytes per position for backward. The norm's output is not counted.
-    RMSNorm keeps its input, the normalized input and a factor. LayerNorm also keeps a mean. On a GPU, LayerNorm does not keep the
-    normalized input.
-    """
+    RMSNorm keeps its input, the normalized input and a factor. LayerNorm also keeps a mean. On a GPU, LayerNorm does not keep
+    the normalized input."""
     return (8, 8) if model.options.norm == "layer" else (8, 4)
 
 
