@@ -8,9 +8,9 @@ the first rule that gives an end.
    with A, the turn starts after A. End: let B be the text of the messages up to and including the turn. If the text of the chat
    begins with B, the turn ends after B.
 3. The turn starts where the template writes the content of its message, and ends after this content. The two places are found
-   with marks in the content. If a mark at the end of the content does not work, the turn ends after the name of the message's last
-   tool call. The template may write more text after the end, such as the name of a special token. Let C be this text in a chat
-   that ends with the turn, and let D be this text in the whole chat. The turn also includes the common beginning of C and D.
+   with marks in the content. If a mark at the end of the content does not work, the turn ends after the name of the last tool
+   call of the message. The template may write more text after the end, such as the name of a special token. Let C be this text in
+   a chat that ends with the turn, and D this text in the whole chat. The turn also includes the common beginning of C and D.
 """
 
 from __future__ import annotations

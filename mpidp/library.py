@@ -232,8 +232,8 @@ class DataParallel:
     def backward(self, loss: Tensor, count: int | None = None) -> None:
         """Compute gradients. Call backward() once per micro-batch, in place of loss.backward(). Independent.
 
-        loss: the mean over the items of the micro-batch. count: if `loss` is a mean over other units, such as tokens, their
-        number. Raises UsageError if backward() is called twice for a micro-batch, or if p.grad was replaced.
+        loss: the mean over the items of the micro-batch, or over `count` other units, such as tokens. count: the number of these
+        units, or None for items. Raises UsageError if backward() is called twice for a micro-batch, or if p.grad was replaced.
         """
         if not self._remaining:
             raise UsageError("backward() was called twice for one micro-batch: add the losses and call it once")

@@ -28,14 +28,14 @@ def is_adapter(name: str) -> bool:
 
 
 def saved_names(names: Sequence[str]) -> list[str]:
-    """Return those of the parameter names that a checkpoint contains: only the adapters, or all names if there are no adapters.
-    Pure."""
+    """Return the names of the parameters that a checkpoint contains. These are the adapters in `names`, or all `names` if there
+    are no adapters. Pure."""
     return [name for name in names if is_adapter(name)] or list(names)
 
 
 def adapters_of(layers: Mapping[str, Sequence[int]], rank: int, targets: str) -> list[str]:
     """Return the names of the layers that get adapters. A layer gets an adapter if `targets` has the last component of its name.
-    An example of `targets` is "q,v". Its default has all names of layers in a block. Only in this default, names that the model
+    An example of `targets` is "q,v". The default of `targets` names all layers of a block. Names in this default that the model
     does not have are ignored.
 
     layers: the shape (outputs, inputs) of each layer, by name. Raises UsageError if a name in `targets` matches no layer, or if
