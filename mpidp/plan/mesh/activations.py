@@ -19,7 +19,7 @@ def _norm(model: ModelSizes) -> tuple[int, int]:
 
 
 def _between_branches(model: ModelSizes, work: Work) -> int:
-    """Return the bytes per token that the norms of a block keep, and that products keep as copies of their inputs. Sequence
+    """Return the bytes per token that a block keeps for its norms, and for copies of the inputs of its matrix products. Sequence
     parallelism divides these bytes by tp."""
     o, d = model.options, model.model_dim
     channel, position = _norm(model)
