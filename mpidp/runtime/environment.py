@@ -91,7 +91,7 @@ def is_replacement_rank() -> bool:
 
 
 def numbers(found: Sequence[int]) -> str:
-    """Format integers as ranges. For example, 0, 1, 2, 3 and 8 give "0-3,8". Pure."""
+    """Format the integers `found` as ranges. For example, 0, 1, 2, 3 and 8 give "0-3,8". Pure."""
     ranges: list[list[int]] = []
     for one in sorted(set(found)):
         if ranges and one == ranges[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""Determines which ranks share a node."""
+"""Determines which ranks are on the same node."""
 
 from __future__ import annotations
 

@@ -47,8 +47,8 @@ class Fetchers:
 class RemoteFile:
     """One version of one file of a store. Thread-safe. Independent.
 
-    read() raises DataError in three cases: the server does not answer within the time limit of `retries`, the server refuses the
-    request, or the file was replaced or deleted on the server.
+    read() raises DataError if the server does not answer within the time limit of `retries`, or if it refuses the request. Also
+    raises DataError if the file was replaced or deleted on the server.
     """
 
     def __init__(

@@ -10,9 +10,10 @@ ranks are the servers, which compute no gradients. The other ranks are the worke
 | async | every push when it arrives | immediately |
 | ssp | every push when it arrives | when the worker is at most `staleness` batches ahead of the slowest worker (Ho 2013) |
 
-In modes async and ssp, a push with n of the B target tokens of its batch is applied with learning rate lr n / B. So the rates of
-all pushes of a batch add up to lr. The rate is then divided by 1 + floor(u / N), where u is the number of updates since the
-worker received its parameters. See Zhang 2016, "Staleness-aware Async-SGD", eq. 6. Here the delay is in units of N updates.
+In modes async and ssp, every push makes an update. If the push has n of the B target tokens of its batch, the learning rate is lr
+n / B. So the rates of all pushes of a batch add up to lr. The rate is then divided by 1 + floor(u / N), where u is the number of
+updates since the worker received its parameters. See Zhang 2016, "Staleness-aware Async-SGD", eq. 6. Here the delay is in units
+of N updates.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ class Steal:
 
 
 def slowest(ranges: Sequence[range], seconds_per_lane: Sequence[float]) -> float:
-    """Return the seconds that the slowest rank needs for its range. Independent."""
+    """Return the seconds that the slowest rank needs for its range of lanes. Independent."""
     return max(len(lanes) * one for lanes, one in zip(ranges, seconds_per_lane, strict=True))
 
 

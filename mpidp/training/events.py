@@ -24,8 +24,8 @@ def record_start(job: Job) -> None:
 
 
 def spent(job: Job) -> dict[str, Any]:
-    """Return fields for metrics.jsonl: the seconds of each phase, and the bytes sent, since the last call. comm_wait_seconds
-    includes the strategy's communication, and update_seconds does not. Independent."""
+    """Return the seconds of each phase, and the bytes sent, since the last call, as fields for metrics.jsonl. The field
+    comm_wait_seconds includes the strategy's communication, and update_seconds does not. Independent."""
     seconds = job.services.clock.pop_seconds()
     sent_bytes, comm_seconds = job.transport.pop_counts()
     if "step_seconds" in seconds:

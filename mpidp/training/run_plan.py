@@ -111,7 +111,7 @@ class RunPlan:
         return plan
 
     def _kept(self, saved: Mapping[str, Any]) -> Config:
-        """Return the config, in which automatic settings have the values in `saved`. Raises ValueError if such a value is not
+        """Return the config, in which automatic settings have the values in `saved`. Raises ValueError if a saved value is not
         plausible."""
         values: dict[str, dict[str, Any]] = {}
         for key in self.automatic:
