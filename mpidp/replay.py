@@ -78,8 +78,8 @@ def inspect_step(options: argparse.Namespace, world: Any) -> dict[str, Any]:
 
 
 def _show(world: Any, rows: list[dict[str, Any]]) -> None:
-    """Print a line for each micro-batch in `rows`, on rank 0. Lines with the largest loss or gradient norm, or with one that is
-    not finite, also say so and show the training windows."""
+    """Print a line for each micro-batch in `rows`, on rank 0. If its loss or gradient norm is the largest or is not finite, the
+    line says so and shows the training windows of the micro-batch."""
     from mpidp.training.replayer import print_on_rank_0
 
     print_on_rank_0(world, f"{'micro-batch':>11} {'lane':>5} {'loss':>11} {'grad_norm':>11}" if rows else "")
@@ -92,8 +92,8 @@ def _show(world: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def against(options: argparse.Namespace, world: Any) -> dict[str, Any]:
-    """Find the first step and tensor in which the runs options.run and options.against differ, from their records and replays.
-    Return the results as plain values. Collective over world."""
+    """Compare two runs, options.run and options.against, by their records and replays. Return the results as plain values, with
+    the first step and tensor that differ. Collective over world."""
     from mpidp.faults.audit import checksum
     from mpidp.training.replayer import FIGURES, Replay, print_on_rank_0, read_record
 

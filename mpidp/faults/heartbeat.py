@@ -1,11 +1,10 @@
-"""The heartbeat board records the step and phase of each rank without MPI. If the job hangs, a report uses the board to name the
-ranks that block the other ranks.
+"""The heartbeat board, on which each rank records its step and phase without MPI. If the job hangs, a report uses the board to
+name the ranks that block the other ranks.
 
-The ranks of a node share a small memory segment with one record for each rank. A write takes microseconds and does not access the
-disk. The record of a rank can be read even if the rank is stopped or its interpreter is blocked. When no rank of a node makes
-progress, one of its ranks copies the memory to RUN/.board/HOST.json, which the other nodes read. Each node has a file of its own,
-because two nodes must not write to the same page of a file. If this folder is missing or not writable, a report has no
-information about the ranks of other nodes.
+The ranks of a node share a small memory segment with one record for each rank. Writing a record takes microseconds and does not
+access the disk. The record of a rank can be read even if the rank is stopped or its interpreter is blocked. When no rank of a
+node makes progress, one of its ranks copies the segment to RUN/.board/HOST.json, which the other nodes read. If RUN/.board cannot
+be written, a report has no information about the ranks of other nodes.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ NAMED = 4  # maximum number of ranks listed in a message
 
 @dataclass(frozen=True)
 class HeartbeatRow:
-    """The board's record of one rank. Times are in seconds before the present."""
+    """The board's record of one rank. Times are in seconds before now."""
 
     rank: int
     host: str
@@ -58,7 +57,7 @@ class HeartbeatRow:
 
     @property
     def place(self) -> tuple[int, int]:
-        """The progress of the rank as (step, index of the phase), for comparisons."""
+        """The progress of the rank as (step, index of the phase). Ranks with less progress have smaller tuples."""
         return self.step, ORDER.index(self.phase) if self.phase in ORDER else len(ORDER)
 
     def __str__(self) -> str:
@@ -75,7 +74,7 @@ class HeartbeatRow:
 
 
 def blame(rows: list[HeartbeatRow]) -> tuple[str, list[HeartbeatRow]]:
-    """Find the ranks that block the other ranks. Return (a message, the rows of the blocking ranks).
+    """Find the ranks that block the other ranks. Return (message that names them, rows of the blocking ranks).
 
     There are four groups of ranks. The first group that is not empty contains the blocking ranks. Group 1: ranks whose processes
     are stopped or have exited. Group 2: the ranks with the least progress, unless they are in a phase in which ranks wait for
@@ -96,11 +95,11 @@ def blame(rows: list[HeartbeatRow]) -> tuple[str, list[HeartbeatRow]]:
 
 
 class HeartbeatBoard:
-    """This rank's access to the board: it writes its own record and reads the records of all ranks. Independent."""
+    """This rank's access to the board. It writes the record of this rank, and reads the records of all ranks. Independent."""
 
     def __init__(self, rank: int, hosts: list[str], pids: list[int], token: str, run_dir: Path) -> None:
-        """hosts, pids: the host names and process ids of all ranks. token: a string that is unique to the job. It is part of the
-        name of the shared memory file."""
+        """`hosts`, `pids`: the host names and process ids of all ranks. `token`: a string that is unique to the job. It is part
+        of the name of the shared memory file."""
         self.rank, self._hosts, self._pids, self._token, self._folder = rank, hosts, pids, token, run_dir / ".board"
         self.host = hosts[rank]
         here = [r for r, host in enumerate(hosts) if host == self.host]
@@ -118,13 +117,13 @@ class HeartbeatBoard:
             self._handle, self._memory = -1, mmap.mmap(-1, size)
 
     def unlink(self) -> None:
-        """Remove the name of the memory file, so that no file remains after the job. Call this when all ranks of the node have
-        opened the file."""
+        """Remove the name of the shared memory file, so that no file remains after the job. Call this method when all ranks of
+        the node have opened the file."""
         self._name.unlink(missing_ok=True)
 
     def write(self, step: int, phase: str, bucket: int, entered: float, heard: float) -> None:
-        """Record the position of this rank. Times are from time.monotonic(), which is the same clock for all processes of a
-        machine."""
+        """Write the record of this rank. `bucket`: the gradient bucket that is being reduced, or -1. `entered`, `heard`: when the
+        phase began, and when the last heartbeat occurred. Both are times of time.monotonic()."""
         SLOT.pack_into(self._memory, self._slots[self.rank], step, bucket, entered, heard, phase.encode()[:24])
 
     def quiet_seconds(self) -> float:
@@ -133,8 +132,8 @@ class HeartbeatBoard:
         return time.monotonic() - max(here + [NODE.unpack_from(self._memory, at)[2] for at in self._nodes.values()])
 
     def exchange(self, every_seconds: float) -> None:
-        """Write the file of this node and read the files of other nodes. If a rank of this node has called this method in the
-        last every_seconds seconds, do nothing."""
+        """Write the file of this node, and read the files of other nodes. If a rank of this node has called this method in the
+        last `every_seconds` seconds, do nothing."""
         now = time.monotonic()
         if not self._nodes or now - CLOCK.unpack_from(self._memory)[0] < every_seconds:
             return
@@ -151,8 +150,8 @@ class HeartbeatBoard:
                 NODE.pack_into(self._memory, at, stamp, now, now - min(row.heard for row in rows))
 
     def rows(self, silent_seconds: float) -> list[HeartbeatRow]:
-        """Return the rows of all ranks. If the file of another node did not change for silent_seconds, the ranks of that node get
-        the state SILENT."""
+        """Return the rows of all ranks. If the file of another node has not changed for `silent_seconds` seconds, the ranks of
+        that node get the state SILENT."""
         found = {row.rank: row for row in self._here()}
         for host, at in self._nodes.items():
             fresh = time.monotonic() - NODE.unpack_from(self._memory, at)[1] < silent_seconds
@@ -161,8 +160,8 @@ class HeartbeatBoard:
         return [found.get(r) or HeartbeatRow(r, *of) for r, of in enumerate(zip(self._hosts, self._pids, strict=True))]
 
     def claim_report(self) -> bool:
-        """Decide which rank of this node prints the report. Return True on the first rank that calls this method. This rank must
-        print the report. On all other ranks, wait until the process of that rank has exited, then return False."""
+        """Return True on the first rank of this node that calls this method. This rank must print the report. On the other ranks,
+        wait until the process of the first rank has exited, then return False."""
         with suppress(OSError, ValueError):  # there is no shared file
             try:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -172,7 +171,7 @@ class HeartbeatBoard:
         return True
 
     def close(self) -> None:
-        """Remove the files of all nodes. On ranks other than 0, do nothing."""
+        """Remove the files of all nodes. Only rank 0 removes them."""
         if self.rank == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -186,7 +185,7 @@ class HeartbeatBoard:
         return rows
 
     def _read(self, host: str) -> tuple[float, list[HeartbeatRow]]:
-        """Return (time stamp, rows) of another node's file. If the file is missing or belongs to another job, there are no
+        """Return (time stamp, rows) of the file of node `host`. If the file is missing or belongs to another job, there are no
         rows."""
         try:
             content: dict[str, Any] = json.loads((self._folder / f"{host}.json").read_text())
@@ -197,7 +196,7 @@ class HeartbeatBoard:
 
 
 def open_heartbeat_board(comm: MPI.Intracomm, host: str, run_dir: Path) -> HeartbeatBoard:
-    """Open the board of a job. host: the name of this rank's node. Collective over comm."""
+    """Open the board of a job. `host`: the name of this rank's node. Collective over comm."""
     hosts, pids, tokens = zip(*comm.allgather((host, os.getpid(), os.urandom(8).hex())), strict=True)
     board = HeartbeatBoard(comm.rank, list(hosts), list(pids), tokens[0], run_dir)
     try:
@@ -208,7 +207,7 @@ def open_heartbeat_board(comm: MPI.Intracomm, host: str, run_dir: Path) -> Heart
 
 
 def process_state(pid: int) -> tuple[str, int]:
-    """Return (state letter, start time in clock ticks) of a process on this machine.
+    """Return (state letter, start time in clock ticks) of a process on this machine, as in /proc/PID/stat.
 
     Returns ("X", 0) if there is no such process, and ("", 0) if its state is unknown. Independent."""
     try:

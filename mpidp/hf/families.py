@@ -138,20 +138,20 @@ def usual(
     kv: int = 0, head: int = 0, eps: float = 1e-6, ties: bool = False, act: str = "silu", act_key: str = "hidden_act",
     eps_key: str = "rms_norm_eps",
 ) -> tuple[Field, ...]:
-    """Return the Fields that nearly all families have. act_key and eps_key are the names of two of them. The other arguments are
+    """Return the Fields that nearly all families have. act_key, eps_key: the names of two fields. The other arguments are
     defaults for missing fields: kv for num_key_value_heads, head for head_dim, eps for `eps_key`, ties for tie_word_embeddings,
     act for `act_key`."""
     return (*sizes(kv), head_dim(head), number(eps_key, "norm_eps", eps), activation(act_key, act), tied(ties))
 
 
 def bias(key: str = "attention_bias", default: bool = False) -> Field:
-    """Return the Field that determines whether q, k, v and o have biases. key: its name in config.json. default: its value if
-    missing."""
+    """Return the Field that determines whether q, k, v and o have biases. key: the name of the field. default: the value if the
+    field is missing."""
     return flag(key, default, {"attention_bias": "q,k,v,o"}, {"attention_bias": ""})
 
 
 def mlp_bias(key: str = "mlp_bias") -> Field:
-    """Return the Field that determines whether the feed-forward layer has biases. key: the name of the field in config.json."""
+    """Return the Field that determines whether the feed-forward layer has biases. key: the name of the field."""
     return flag(key, False, {"mlp_bias": True}, {"mlp_bias": False})
 
 

@@ -127,8 +127,8 @@ class ModelFolder:
 
     def _is_tied(self, tensors: dict[str, tuple[tuple[int, ...], str]]) -> bool:
         """Return whether embedding and head are one matrix, for a config.json with tie_word_embeddings=true. If the files have
-        both matrices with different values, return False. If the files have only the head, the embedding also uses this matrix,
-        and `tensors` gets it under the embedding's name."""
+        both matrices with different values, return False. If the files have only the head, rename this tensor in `tensors` to
+        the embedding, and return True."""
         embedding, head = self._embedding, self._head
         if embedding not in tensors and head in tensors:
             tensors[embedding], self._stored[embedding] = tensors.pop(head), self._stored.get(head, head)

@@ -92,8 +92,8 @@ def _keys_of(family: Family, *options: str) -> list[str]:
 
 
 def canonical(options: Options) -> Options:
-    """Return the options of the same model in a canonical form. In some options, 0 stands for a value that is computed from
-    other options. An option that equals this computed value becomes 0. Patterns of layers become as short as possible. Pure."""
+    """Return equivalent options in a canonical form. In some options, 0 stands for a value that is computed from other options.
+    An option that equals this computed value becomes 0. Patterns of layers become as short as possible. Pure."""
     found = dict(options)
     size, layers = head_size(options), options["num_layers"]
     found["head_dim"] = 0 if size * options["num_heads"] == options["model_dim"] else size
@@ -137,11 +137,11 @@ def config_of(
     shape: TransformerShape, dtype: str, ids: Mapping[str, int | None], before: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the contents of config.json for a model of this shape. dtype: the name of the dtype of its weights. Raises
-    UsageError if no supported family, or not the family of `before`, has the options of the model. Pure.
+    UsageError if no supported family has the options of the model. Pure.
 
-    before: the contents of config.json of the model that this model was fine-tuned from. Its family and its fields are kept,
-    except those that contradict the model. If `before` is empty, the result has the first family that has all options of the
-    model. ids: values of bos_token_id, eos_token_id and pad_token_id, each used only if `before` lacks the field.
+    before: the contents of config.json of the model that this model was fine-tuned from, or an empty dict. If `before` is not
+    empty, its family is used. Its fields are kept, except those that contradict the model. Otherwise, the first family that has
+    all options is used. ids: values of bos_token_id, eos_token_id and pad_token_id, each used only if `before` lacks the field.
     """
     wanted = options_of(shape)
     if before:
@@ -201,7 +201,8 @@ def _old_options(family: Family, kept: Mapping[str, Any]) -> Options:
 
 
 def _differences(family: Family, config: Mapping[str, Any], wanted: Options) -> Options:
-    """Return those of the options `wanted` that `config`, the contents of a config.json, does not describe."""
+    """Return the options in `wanted` that are missing from `config`, or have other values there. config: the contents of a
+    config.json."""
     try:
         again = _read(family, config, "config.json")
     except DataError:

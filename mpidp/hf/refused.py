@@ -1,4 +1,4 @@
-"""Lists model families that cannot be imported. The list has the reason, and the nearest family that can be imported. Pure,
+"""Lists model families that cannot be imported. For each, it has the reason, and the nearest family that can be imported. Pure,
 without torch."""
 
 from __future__ import annotations

@@ -120,8 +120,8 @@ def _text(value: Any) -> Any:
 
 
 def _with_arguments(template: str, arguments: Mapping[str, Any]) -> str:
-    """Return the template with default values for its variables. arguments: the template arguments of the command prepare. The
-    result needs no arguments, because apply_chat_template does not know them."""
+    """Return the template with default values for its variables. apply_chat_template can then render it without arguments.
+    arguments: the template arguments of the command prepare."""
     one = "{%- if NAME is not defined %}{%- set NAME = VALUE %}{%- endif %}"
     lines = [one.replace("VALUE", _literal(value)).replace("NAME", name) for name, value in arguments.items()]
     return "".join(lines) + template

@@ -45,5 +45,5 @@ class BaseFolder(ModelFolder):
 
 
 def is_base_folder(path: Path) -> bool:
-    """Return whether `path` is a Hugging Face folder. A run or a checkpoint is not. Independent."""
+    """Return whether `path` is a Hugging Face folder. Return False for a run and for a checkpoint. Independent."""
     return (path / "config.json").is_file() and not any((path / name).exists() for name in ("checkpoints", "manifest.json"))

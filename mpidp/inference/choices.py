@@ -1,6 +1,6 @@
 """Reads and encodes multiple-choice questions, and computes accuracies. Pure.
 
-The model's answer is the choice with the highest score, or the first of several such choices. There are three scores. For
+The model's answer is the choice with the highest score. If several choices have this score, it is the first of them. For
 `accuracy`, the score is the log-likelihood of the choice after the context (acc in lm-evaluation-harness). For `accuracy_norm`,
 it is the log-likelihood divided by the number of characters of the choice, without one leading space (acc_norm in the harness).
 For `accuracy_token`, it is the log-likelihood divided by the number of tokens of the choice.

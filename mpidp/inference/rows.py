@@ -78,8 +78,8 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
 
 
 def recognized(path: str | Path) -> TextFile:
-    """Return the file with the kind of text or rows that it contains. Raises DataError if the file cannot be read as text.
-    Independent."""
+    """Return a TextFile. It states what kind of text or rows the file contains. Raises DataError if the file cannot be read as
+    text. Independent."""
     try:
         return recognize(path)
     except NotText as error:

@@ -34,8 +34,8 @@ class TextRequest:
 class SharedRequests:
     """Rank 0 makes requests, and all ranks compute the answers.
 
-    serve() runs a function on rank 0, which may call scores() and generated(). Inside serve(), the other ranks wait for these
-    calls, and compute their part of the batches.
+    serve() runs a function on rank 0. This function may call scores() and generated(). Inside serve(), the other ranks wait for
+    these calls, and compute their part of the batches.
     """
 
     def __init__(

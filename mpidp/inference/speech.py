@@ -11,7 +11,7 @@ from mpidp.inference.stop_strings import StopStrings
 class StreamedText:
     """The text generated after a prompt, written piece by piece.
 
-    Text that may be the start of a stop string is held back until the following text decides this.
+    Text that may be the start of a stop string is held back until more text shows whether it is one.
     """
 
     def __init__(

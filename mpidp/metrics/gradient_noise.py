@@ -1,5 +1,5 @@
-"""Estimates the gradient noise scale from the gradient norms of lanes. The noise scale is a batch size in tokens. Batches that
-are larger bring little benefit. Pure.
+"""Estimates the gradient noise scale from the gradient norms of lanes. The noise scale is a batch size in tokens. Beyond this
+size, a larger batch brings little benefit. Pure.
 
 Lane l has n_l tokens and the mean gradient G_l. The global batch has B = sum n_l tokens and the mean gradient G. Let g be the
 true gradient, and Sigma the covariance of one token's gradient. If tokens are independent, then E|G_l|^2 = |g|^2 + tr(Sigma) /
@@ -34,15 +34,15 @@ class Noise:
 
 
 def estimate(lane_squares: Sequence[float], lane_tokens: Sequence[int], batch_square: float) -> Noise | None:
-    """Return an unbiased estimate of the noise of one global batch, or None if fewer than two lanes have tokens or a number is
-    not finite.
+    """Return an unbiased estimate of the noise of one global batch. Return None if fewer than two lanes have tokens, or if a
+    number is not finite.
 
     lane_squares: |G_l|^2 of each lane. lane_tokens: the number n_l of target tokens of each lane. batch_square: |G|^2. Raises
     ValueError if the lists have different lengths or a count is negative. Pure.
 
-    For L lanes, sum n_l |G_l|^2 - B |G|^2 has the expected value (L - 1) tr(Sigma). So each lane is weighted by its number of
-    tokens. If all lanes have the same size, the results are the paper's S and |G|^2 (section A.1). B_small is then the size of a
-    lane, and B_big is B. The result does not depend on the order of the lanes.
+    For L lanes, sum n_l |G_l|^2 - B |G|^2 has the expected value (L - 1) tr(Sigma). If all lanes have the same size, the results
+    are the paper's S and |G|^2 (section A.1). The paper's B_small is then the size of a lane, and its B_big is B. The result
+    does not depend on the order of the lanes.
     """
     if len(lane_squares) != len(lane_tokens) or any(n < 0 for n in lane_tokens):
         raise ValueError(f"{len(lane_squares)} squares and {len(lane_tokens)} token counts: each square needs one count, which "
@@ -72,8 +72,8 @@ def interval(noises: Sequence[Noise], blocks: int = 10) -> tuple[float, float] |
     """Return (low, high) around the noise scale of the mean of `noises`, in tokens. Each end is about two standard errors away.
 
     The standard error of the scale's logarithm is estimated by a jackknife (Efron & Stein 1981). `noises` is divided into
-    `blocks` groups of consecutive measurements, and each noise scale is computed without one group. Returns None if there are
-    fewer than four measurements or groups, or if one of these noise scales is undefined. Pure.
+    `blocks` groups of consecutive measurements. For each group, the noise scale is computed from all other groups. Returns None
+    if there are fewer than four measurements or groups, or if one of these noise scales is undefined. Pure.
     """
     whole = mean(noises)
     scale = whole.noise_scale_tokens if whole else None

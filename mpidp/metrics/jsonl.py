@@ -79,8 +79,9 @@ class MetricsFile:
         """Open the file. Delete damaged lines, and lines that the resumed run will write again.
 
         step: lines of later steps are deleted. next_batch: lines of this batch and later batches are deleted. latest: None, or
-        the last lines of a failed rank 0 that this rank replaces. Then only lines of `latest` that the file lacks are added.
-        also: trackers that get the same lines. Raises UsageError if the file cannot be read or written.
+        the last lines of a failed rank 0 that this rank replaces. If it is given, lines of `latest` that the file lacks are
+        added, and `step` and `next_batch` are ignored. also: trackers that get the same lines. Raises UsageError if the file
+        cannot be read or written.
         """
         self._path = path
         self.also: Trackers | None = None  # trackers that receive each new line, too
@@ -182,8 +183,8 @@ def took(lines: Iterable[Mapping[str, Any]]) -> Iterator[float]:
 
 
 def lost(lines: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the seconds, steps and joules that are lost if `lines` are reduced to the lines `kept`. Losses that the other lines
-    record are included. Pure."""
+    """Return the seconds, steps and joules that are lost if `lines` are reduced to the lines `kept`. If a removed line itself
+    records losses, they are included. Pure."""
     known = {id_of(line) for line in kept}
     dropped = [line for line in lines if id_of(line) not in known]
     totals = {name: sum(number(line, name) or 0.0 for line in dropped) for name in ("lost_seconds", "lost_steps", "lost_joules")}

@@ -37,8 +37,8 @@ class Block(nn.Module):
         x0: Tensor | None = None,
     ) -> Tensor:
         """Return (B, T, D) for x (B, T, D). With sequence parallelism, x has only this rank's positions. cos, sin: the rotary
-        tables of all positions. mask, past: see Attention. key: the dropout key, or None for no dropout. x0: the output of the
-        embedding, which model.input_mix needs."""
+        tables of all positions. mask, past: see Attention.forward(). key: the dropout key, or None for no dropout. x0: the
+        output of the embedding, which model.input_mix needs."""
         length = cos.shape[-2]
         if self.input_mix is not None and x0 is not None:
             x = self.input_mix(x, x0)

@@ -18,9 +18,10 @@ def _hash32(x: Tensor) -> Tensor:
 def keyed_dropout(x: Tensor, p: float, key: Tensor | None, site: int, local: range | None = None, length: int = 0) -> Tensor:
     """Return x after dropout with probability `p`. The mask depends only on the key, the site and the index in x.
 
-    x: any shape. key: int64 scalar tensor in [0, 2^32), or None for no dropout. site: a number that gives places with the same
-    key different masks. local: the positions in x (B, len(local), D), if x has only some positions of a sequence. length: the
-    number of positions of the whole sequence. The mask is then the part for `local` of the whole sequence's mask.
+    x: any shape. key: int64 scalar tensor in [0, 2^32), or None for no dropout. site: the number of this use of dropout in the
+    model. Different sites get different masks. local: the positions in x (B, len(local), D), if x has only some positions of a
+    sequence. length: the number of positions of the whole sequence. The mask of x is the part of the whole sequence's mask at
+    these positions.
     """
     if p == 0.0 or key is None:
         return x

@@ -28,8 +28,8 @@ def make_model(shape: Shape, seed: int = 0, part: Part | None = None) -> Any:
 def check_named(kind: Any, named: str, where: object) -> None:
     """Raise UsageError if a file of a run names a custom model, and the command line does not name it. Pure.
 
-    This check ensures that opening another person's run imports and calls nothing that only its files name. kind: model.kind in
-    the file `where`. named: model.kind on the command line, or "". Raises DataError if `kind` is not a string.
+    Without this check, opening another person's run could execute code that only its files name. kind: model.kind in the file
+    `where`. named: model.kind on the command line, or "". Raises DataError if `kind` is not a string.
     """
     if not isinstance(kind, str):
         raise DataError(f"{where}: model.kind={kind!r} is not a string: the file is damaged")

@@ -30,14 +30,14 @@ def is_adapter(name: str) -> bool:
 
 
 def saved_names(names: Sequence[str]) -> list[str]:
-    """Return those of the parameter names that a checkpoint contains: only the adapters, or all names if there are no adapters.
-    Pure."""
+    """Return the names of the parameters that a checkpoint contains. These are the adapters in `names`, or all `names` if there
+    are no adapters. Pure."""
     return [name for name in names if is_adapter(name)] or list(names)
 
 
 def adapter_sizes(sizes: Mapping[str, Sequence[int]], rank: int, targets: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the adapters' parameters, by name. A layer gets an adapter if `targets` has the last component of its
-    name. An example of `targets` is "q,v". Its default has all names of layers in a block. Only in this default, names that the
+    name. An example of `targets` is "q,v". The default of `targets` names all layers of a block. Names in this default that the
     model does not have are ignored.
 
     sizes: the shapes of the base model's parameters, by name. Raises UsageError if a name in `targets` matches no layer, or if

@@ -4,8 +4,8 @@ With pipeline parallelism, a rank has some of the layers. With tensor parallelis
 some heads and hidden channels of each layer, and some rows of the vocabulary. The weights and biases of q, k, v, gate and up are
 split by rows. The weights of o and down are split by columns, so the outputs of a branch are summed over the ranks. The biases
 of o and down are replicated, and added after this sum. Embedding and head are split by rows. Learned positions and norms are
-replicated. Only norms over all heads together (model.qk_norm=layer) are split, by heads. Between branches, a rank has the hidden
-states of all positions. With sequence parallelism, it has those of its own positions only (Korthikanti 2022, section 4.2.2).
+replicated, but norms over all heads together (model.qk_norm=layer) are split by heads. Between branches, a rank has the hidden
+states of all positions. With sequence parallelism, it has only those of its own positions (Korthikanti 2022, section 4.2.2).
 
 An adapter adds B A to a weight (lora.py). If the weight is split by rows, B is split by rows and A is replicated. If the weight
 is split by columns, A is split by columns and B is replicated.
@@ -114,8 +114,8 @@ def whole(shape: Shape) -> Part:
 
 
 def part_of(shape: Shape, stage: int, stages: int, index: int, size: int, sequence: bool = False, chunks: int = 1) -> Part:
-    """Return the Part of a rank. stage: its pipeline stage, of `stages`. index: its index among the `size` tensor-parallel
-    ranks.
+    """Return the Part of a rank. stage: the rank's pipeline stage, from 0. stages: number of stages. index: the rank's
+    tensor-parallel index, from 0. size: number of tensor-parallel ranks.
 
     sequence: whether to use sequence parallelism. chunks: number of chunks per stage (mesh.interleave). Pure.
     """
@@ -125,11 +125,11 @@ def part_of(shape: Shape, stage: int, stages: int, index: int, size: int, sequen
 
 
 def stage_layers(shape: Shape, stages: int) -> list[range]:
-    """Return the layers of each stage. Each stage has consecutive layers, at least one. They are chosen so that the slowest
-    stage is as fast as possible.
+    """Return the layers of each stage. A stage has at least one layer, and its layers are consecutive. The division makes the
+    slowest stage as fast as possible.
 
-    The time of a stage is estimated by its floating-point operations per token, including those of the head. Every layer counts
-    the same, also if only some layers have sliding windows. Pure.
+    The time of a stage is estimated by its floating-point operations per token, including those of the head. If only some layers
+    have sliding windows, the mean time over all layers is used for every layer. Pure.
     """
     if not isinstance(shape, TransformerShape) or stages == 1:
         return [range(shape.num_layers)]

@@ -9,11 +9,11 @@ without torch.
 | longrope:ORIGINAL,ATTENTION,S1,...,Sn,L1,...,Ln | pair i is divided by Si, or by Li if seq_len > ORIGINAL (Ding 2024) |
 
 ORIGINAL is the context length of the original training. In llama3, a frequency is low if its wavelength is above ORIGINAL / LOW,
-and high if its wavelength is below ORIGINAL / HIGH. In yarn, the limits are ORIGINAL / SLOW and ORIGINAL / FAST. TRUNCATE=1
-rounds them to whole dimensions. The last four numbers of yarn may be omitted. Their defaults are FAST=32, SLOW=1, ATTENTION=0
-and TRUNCATE=1. ATTENTION=0 stands for 0.1 ln(FACTOR) + 1. In yarn and longrope, cos and sin are multiplied by ATTENTION. In
-longrope, n is half the number of rotated dimensions. mpidp chooses S or L by model.seq_len. transformers chooses by the length
-of each input.
+and high if its wavelength is below ORIGINAL / HIGH. In yarn, these limits are ORIGINAL / SLOW and ORIGINAL / FAST. TRUNCATE=1
+rounds the limits to whole dimensions. The last four numbers of yarn may be omitted. Their defaults are FAST=32, SLOW=1,
+ATTENTION=0 and TRUNCATE=1. ATTENTION=0 stands for 0.1 ln(FACTOR) + 1. In yarn and longrope, cos and sin are multiplied by
+ATTENTION. In longrope, n is half the number of rotated dimensions. mpidp chooses S or L by model.seq_len. transformers chooses
+by the length of each input.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class RopeScaling(NamedTuple):
 
 
 def rope_scaling(text: str) -> RopeScaling | None:
-    """Return the scaling that `text` describes, in the form of the table above. Return None for "". Raises ValueError if the
-    text is invalid. Pure."""
+    """Return the scaling that `text` describes. The table at the beginning of this file has the forms of `text`. Return None for
+    "". Raises ValueError if the text is invalid. Pure."""
     if not text:
         return None
     kind, _, rest = text.partition(":")

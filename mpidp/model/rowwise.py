@@ -13,7 +13,7 @@ from mpidp.model.feed_forward import OutputLinear
 
 
 def by_rows(model: nn.Module) -> None:
-    """Change each linear layer on the CPU: it computes single positions (B, 1, D) row by row, as matrix-vector products.
+    """Make each linear layer on the CPU compute single positions (B, 1, D) row by row, as matrix-vector products.
 
     For one row, this is faster than a matrix product. For eight rows, it takes less than 1.5 times as long. Inputs with several
     positions are still computed by matrix products. Independent.

@@ -117,7 +117,8 @@ def flops_per_token(shape: Shape, parameters: int) -> float:
 
     N: the number of parameters. Learned positions, and an untied embedding, are not counted. H: number of heads. E: head size.
     A: the number of positions that a position attends to, summed over the layers. In one layer this is seq_len, or the window if
-    it is shorter. For models without attention, the result is shape.flops_per_token(). parameters: the number of all parameters.
+    it is shorter. For an LSTM or a custom model, the result is shape.flops_per_token(). parameters: the number of all
+    parameters.
     """
     if not isinstance(shape, TransformerShape):
         return shape.flops_per_token()

@@ -1,8 +1,8 @@
 """Computes the loss without storing all logits. The head and the cross entropy are applied to one chunk of positions at a time.
 
 Forward also computes the gradients of a chunk. A chunk therefore needs three matrix products, as many as without chunks (Hsu
-2024, "Liger Kernel", section 3.2). The memory is that of one chunk of logits and of two gradients: that of the hidden states,
-(N, D), and that of the head, (V, D). N: positions, D: model_dim, V: vocabulary. The losses of chunks are added in order.
+2024, "Liger Kernel", section 3.2). Memory is needed for one chunk of logits, for the gradient of the hidden states (N, D), and
+for the gradient of the head (V, D). N: positions, D: model_dim, V: vocabulary. The losses of chunks are added in order.
 """
 
 from __future__ import annotations
@@ -72,14 +72,13 @@ class ChunkedLoss:
     ) -> None:
         """weights: a function that returns the slices of this rank's rows of the head, each (vocabulary rows, D). Without
         model.slices, there is one slice. rows: positions per chunk. dtype: the dtype of matrix products. first: the token id of
-        the first row of the first slice. tp: communicates with the ranks that have the other rows. None: this rank has all rows.
-        add: a function that adds the contributions of the slices to the gradient of the hidden states."""
+        the first row of the first slice. tp: communicates with the ranks that have the other rows, or None if this rank has all
+        rows. add: a function that adds the contributions of the slices to the gradient of the hidden states."""
         self.scale, self.cap, self.rows, self.dtype, self.add = shape.logit_scale, shape.logit_cap, rows, dtype, add
         self._weights, self._first, self._tp = weights, first, tp
 
     def __call__(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum of the losses. Collective over tp.comm if the vocabulary is divided among ranks. Otherwise
-        Independent."""
+        """Return the sum of the losses. Collective over tp.comm if the vocabulary is divided among ranks, else independent."""
         trains = torch.is_grad_enabled()
         found: Tensor = _ChunkedLoss.apply(hidden, targets, self, trains, *self._weights())  # type: ignore[no-untyped-call]
         return found

@@ -3,11 +3,11 @@ of the model.
 
 It follows Megatron-LM (Shoeybi 2019, section 3). The attention and the MLP of a Transformer block are called its branches. At the
 start of a branch, all ranks have the same input. In backward, the function f sums the gradient of this input over the ranks. At
-the end of a branch, the function g sums the ranks' partial results in forward. In backward, g passes on the gradient of this sum,
-which is the same on all ranks. The vocabulary is also divided among the ranks. A rank's embedding returns zero for tokens whose
-rows are on other ranks, and g adds the results. The loss is computed from the logits of all ranks. For each position, only a
-maximum, a sum and the target's logit are communicated (section 3, "parallel cross-entropy"). Sums are computed in float32 in any
-training precision.
+the end of a branch, the function g sums the ranks' partial results in forward. In backward, g passes on the gradient of this sum.
+This gradient is the same on all ranks. The vocabulary is also divided among the ranks. A rank's embedding returns zero for tokens
+whose rows are on other ranks, and g adds the results. The loss is computed from the logits of all ranks. For each position, only
+a maximum, a sum and the target's logit are communicated (section 3, "parallel cross-entropy"). Sums are computed in float32 in
+any training precision.
 
 With sequence parallelism (Korthikanti 2022, section 4.2.2), a rank has only its own positions between branches. f gathers
 positions in forward and reduce-scatters their gradients in backward. g reduce-scatters partial results in forward and gathers
@@ -15,9 +15,10 @@ gradients in backward. Autograd saves only this rank's positions of the input of
 again.
 
 A replicated parameter is one that all ranks of a stage have in full. If a rank applies it to only some positions or heads, the
-rank computes only one term of its gradient. The terms are summed over the ranks for each micro-batch. With sequence parallelism,
-this sum is needed for all replicated parameters: those of norms, the biases of o and down, and the learned positions. In any
-case, it is needed for the norms of single heads (model.qk_norm=head), and for the factors of adapters (lora.py)."""
+rank computes only one term of the parameter's gradient. These terms are summed over the ranks for each micro-batch. With sequence
+parallelism, this sum is needed for all replicated parameters: those of norms, the biases of o and down, and the learned
+positions. Without sequence parallelism, it is needed for the norms of single heads (model.qk_norm=head), and in any case for the
+factors of adapters (lora.py)."""
 
 from __future__ import annotations
 
@@ -109,8 +110,8 @@ class Regather:
         return x.shape
 
     def unpack(self, packed: Any) -> Tensor:
-        """Return the tensor that pack() was given. If it is the branch's input, its positions are gathered again. Backward must
-        call this in the same order on all ranks. Collective over tp.comm."""
+        """Return the tensor for which pack() returned `packed`. If it is the branch's input, its positions are gathered again.
+        Backward must call this in the same order on all ranks. Collective over tp.comm."""
         if isinstance(packed, Tensor):
             return packed
         if self._whole is None:

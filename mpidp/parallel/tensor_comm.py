@@ -135,12 +135,12 @@ def enter_branch(x: Tensor, tp: TensorComm) -> Tensor:
 
 
 def leave_branch(x: Tensor, tp: TensorComm) -> Tensor:
-    """Apply g: return the sum of `x`, (B, T, D), over the ranks. With sequence parallelism, return only this rank's positions of
-    the sum, and backward is also collective. Collective over tp.comm."""
+    """Apply g: return the sum of `x` over the ranks, (B, T, D). With sequence parallelism, return only this rank's positions of
+    the sum, (B, t, D). Collective over tp.comm. With sequence parallelism, backward is also collective over tp.comm."""
     return (_Scatter if tp.sequence else SumInForward).apply(x, tp)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def sum_both_ways(x: Tensor, tp: TensorComm) -> Tensor:
-    """Return the sum of `x` over the ranks. Backward also sums the gradient over the ranks, because each rank uses the result for
-    its own heads. Collective over tp.comm, also in backward."""
+    """Return the sum of `x` over the ranks. Backward also sums the gradient over the ranks. Use this if each rank uses the result
+    for its own heads. Collective over tp.comm, also in backward."""
     return SumInBackward.apply(SumInForward.apply(x, tp), tp)  # type: ignore[no-any-return, no-untyped-call]

@@ -203,8 +203,8 @@ def _noise(run: measured.MeasuredRun, steps: float) -> dict[str, Any]:
 
 def _columns(lanes: int, present: int, timed: Sequence[int]) -> list[int]:
     """Return the numbers of ranks for the table's columns. They are all measured numbers, and the powers of two up to a limit.
-    The limit is four times the largest measured number of ranks, but at least 16. It is never above the largest number of lanes
-    in the table. lanes: lanes of the run. present: ranks of the run. timed: measured numbers of ranks."""
+    The limit is four times the largest measured number of ranks, but at least 16. No column has more ranks than the table has
+    lanes. lanes: lanes of the run. present: ranks of the run. timed: measured numbers of ranks."""
     most = min(int(lanes * predict.MULTIPLES[-1]), max(16, 4 * max(present, *timed)))
     return sorted({present, *timed, *(1 << i for i in range(most.bit_length()))})
 

@@ -7,10 +7,9 @@
 | naive | one MPI_Allreduce per parameter | ranks, MPI library, shared cores | reference implementation of allreduce |
 | root | rank 0 gathers, adds, updates, and broadcasts the parameters | ranks | reference implementation |
 
-The bits depend on "shared cores" if they depend on whether several ranks share a core. Lanes are uneven if the lanes of a rank
-are not a complete subtree of the tree over lanes. With `tree`, the rank then sends several partial sums. The reducers of
-comm.compress send fewer bytes (compression/compressed.py). Tests compare other reducers with the simple, slow reference
-implementations.
+"Shared cores" means that the bits depend on whether several ranks share a core. Lanes are uneven if the lanes of a rank are not a
+complete subtree of the tree over lanes. With `tree`, the rank then sends several partial sums. The reducers of comm.compress send
+fewer bytes (compression/compressed.py). Tests compare other reducers with the simple, slow reference implementations.
 
 After finish(), `buffer.total` holds the sum over all lanes of the global batch, on every rank. With `root`, only rank 0 holds the
 sum and updates the parameters. publish() then broadcasts the parameters.
@@ -45,7 +44,7 @@ class LaneShares(Protocol):
 
 
 class BucketWorker(Protocol):
-    """A thread that reduces buckets in order (overlap.py)."""
+    """A thread that reduces buckets in a fixed order (overlap.py)."""
 
     def submit(self, bucket: Bucket) -> None:
         """Queue a bucket whose gradients on this rank are complete. Independent."""
@@ -86,7 +85,7 @@ class Reducer:
         self._fresh = True
 
     def attach(self, buffer: GradientBuffer) -> None:
-        """Set the gradient buffer, which has at least num_slots slots. Independent."""
+        """Set the gradient buffer. `buffer` must have at least num_slots slots. Independent."""
         self.buffer = buffer
 
     def set_wait(self, wait: Wait | None) -> None:
@@ -141,7 +140,7 @@ class Reducer:
         self.worker.submit(bucket)
 
     def finish(self) -> None:
-        """Finish the sum of this step. Afterwards buffer.total holds it on every rank that holds the sum (holds_sum). Collective
+        """Finish the sum of this step. Afterwards buffer.total holds the sum on every rank whose holds_sum is True. Collective
         over all ranks."""
         with self.transport.timed():
             if self.worker is not None:
@@ -184,8 +183,8 @@ class Reducer:
         return norm
 
     def norm_of(self, flat: torch.Tensor) -> float:
-        """Return the L2 norm of a flat gradient (num_elements,) of this rank. With mesh.tp or mesh.pp, return the norm over the
-        whole model, and collective over the ranks that hold its parts. Otherwise independent."""
+        """Return the L2 norm of `flat`, a flat gradient (num_elements,) of this rank. With mesh.tp or mesh.pp, return the norm
+        over the whole model. The call is then collective over the ranks that hold the model's parts. Otherwise independent."""
         squares = squares_of_blocks(flat).cpu()
         if self._norm_over_parts is None:
             return norm_of_squares(squares)
@@ -198,7 +197,7 @@ class Reducer:
             self.group.fence()
 
     def publish(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Make the updated parameters visible on all ranks. Collective over all ranks."""
+        """Make the updated parameters visible on all ranks. tensors: the parameters. Collective over all ranks."""
         with self.transport.timed():
             self.group.fence()
 
@@ -207,7 +206,7 @@ class Reducer:
         the reducer restores the state that it had before the round. All ranks must pass the same value. Independent."""
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return copies of the state that a resumed run needs (none in this base class). Independent."""
+        """Return copies of the state that a resumed run needs. This base class has no such state. Independent."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:

@@ -81,8 +81,8 @@ class ShardedSum:
 
 
 def pack(out: Tensor, part: range, gradients: Sequence[tuple[range, Tensor]]) -> None:
-    """Write the elements of `part` to `out`. gradients: (range, values of the range). Elements outside these ranges become 0, and
-    -0.0 becomes 0.0, as with mesh.shard=0. Independent."""
+    """Write the elements of a unit's gradient in the range `part` to `out`. gradients: (range, values of the range). Elements
+    outside these ranges become 0. Values of -0.0 become 0.0, as with mesh.shard=0. Independent."""
     out.zero_()
     for where, values in gradients:
         both = overlap_of(where, part)

@@ -3,8 +3,8 @@
 A group is the ranks of a node that share memory. A rank without shared memory is a group of its own. In a group, the owner of a
 slice reads the buffers of all ranks and adds them in place. The sum is stored in slot 0 of the group's first rank. Between
 groups, the owners of the same slice exchange messages. The slice is cut into one range per group, and each owner sums one range.
-It receives the range of the tree nodes that remain in the other groups, adds the nodes of all groups, and sends the sum to the
-other owners.
+For this range, the owner receives the tree nodes that remain in the other groups, adds the nodes of all groups, and sends the sum
+to the other owners.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Tree(Reducer):
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """(start, stop) of each chunk of the model in the flat gradient."""
+        """A list with (start, stop) of each chunk of the model in the flat gradient."""
         return self.buffer.spans if hasattr(self, "buffer") else [(0, 0)]
 
     def attach(self, buffer: GradientBuffer) -> None:

@@ -1,4 +1,4 @@
-"""Defines the order in which lanes are added, which is a fixed binary tree. Pure.
+"""Defines the order in which lanes are added, by a fixed binary tree. Pure.
 
 Node (k, i) is the sum of the existing lanes in [i 2^k, (i+1) 2^k). It is the sum of its children (k-1, 2i) and (k-1, 2i+1). If
 the right child has no lanes, the node equals its left child. Float32 addition is commutative but not associative. The shape of
@@ -42,7 +42,7 @@ class TreeSum:
 
     def open(self, lane: int) -> tuple[int, bool]:
         """Begin a lane. Return (the slot in which the lane accumulates, whether the slot is fresh). The caller must zero a fresh
-        slot. Other slots hold the gradient of the sibling lane."""
+        slot. A slot that is not fresh holds the gradient of the sibling lane."""
         sibling = self.nodes.pop((0, lane ^ 1), None) if self.siblings_share else None
         slot = self._free() if sibling is None else sibling
         self._slot_of[lane] = slot

@@ -76,8 +76,8 @@ class RecordedRun:
         return sum(number(line, name) or 0.0 for line in self.lines)
 
     def worked(self) -> list[tuple[dict[str, Any], float]]:
-        """Return (line, seconds) for each line. The seconds are the time that all jobs had run until the line, with lost steps.
-        Return [] if the lines have no times. Pure."""
+        """Return (line, seconds) for each line. The seconds are the time that all jobs had run until the line was written. They
+        include lost steps. Return [] if the lines have no times. Pure."""
         if not any("unix_seconds" in line for line in self.lines):
             return []
         each = (a + (number(line, "lost_seconds") or 0.0) for a, line in zip(took(self.lines), self.lines, strict=True))

@@ -3,10 +3,10 @@ throughput. Pure.
 
 The total is the time of all jobs, from the start of the process to the last line of metrics.jsonl. It includes steps that were
 lost because a restart went back to a checkpoint. It excludes the time in which no job worked on the run. A step's line in
-metrics.jsonl has the phases of rank 0, and the compute time of each rank. The mean compute time of the ranks is divided into two
-parts. The part `ideal` is at most the largest compute time among the fastest tenth of all steps. The part `slowdown` is the rest.
-The time by which the slowest rank exceeds the mean counts as waiting for the slowest rank (`straggler`). Any longer wait of rank
-0 counts as communication that was not overlapped.
+metrics.jsonl has the phases of rank 0, and the compute time of each rank. The mean compute time of the ranks in a step is divided
+into two parts. The part `ideal` is at most the largest compute time among the fastest tenth of all steps. The part `slowdown` is
+the rest. The time by which the slowest rank exceeds the mean counts as waiting for the slowest rank (`straggler`). Any longer
+wait of rank 0 counts as communication that was not overlapped.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Waterfall:
 
     @property
     def goodput(self) -> float:
-        """The share of the total time that was spent in steps that were not lost."""
+        """The share of the total time that was spent in steps whose updates were kept."""
         of_steps = ("ideal", "slowdown", "straggler", "communication", "data", "update")
         return sum(self.seconds[part] for part in of_steps) / self.whole if self.whole else 0.0
 

@@ -23,7 +23,8 @@ from mpidp.runtime.log import log
 
 
 def program(module: str) -> str:
-    """Return the name of a command as the user called it: "mpidp train" or "python -m mpidp.train". Independent."""
+    """Return the name of a command as the user called it. `module`: its module. For mpidp.train, the name is "mpidp train" or
+    "python -m mpidp.train". Independent."""
     return sys.argv[0] if sys.argv[0].startswith("mpidp ") else f"python -m {module}"
 
 
@@ -69,8 +70,8 @@ def add_out(parser: argparse.ArgumentParser, about: str, metavar: str = "DIR", d
 
 
 def add_new_out(parser: argparse.ArgumentParser, about: str, metavar: str = "DIR") -> None:
-    """Add --out. Also accept the old spelling, a second positional argument. After parsing, call take_out(), which requires one
-    of the two. Pure."""
+    """Add --out. `about`: as in add_out(). Also accept the old spelling, a second positional argument. After parsing, call
+    take_out(), which requires one of the two. Pure."""
     parser.add_argument("old_out", nargs="?", help=argparse.SUPPRESS)
     add_out(parser, about, metavar)
 
@@ -111,8 +112,8 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def add_opening(parser: argparse.ArgumentParser) -> None:
-    """Add --model.kind, which allows mpidp to run the code of a custom model, and --base, the path of the base model of a LoRA
-    run. Pure."""
+    """Add --model.kind and --base. --model.kind allows mpidp to run the code of a custom model. --base is the path of the base
+    model of a LoRA run. Pure."""
     parser.add_argument("--base", metavar="DIR", default="", help="path of the base model of a LoRA run, if the model was moved")
     parser.add_argument("--model.kind", dest="model_kind", metavar="KIND", default="",
                         help="MODULE:FACTORY of a run with a custom model. Without this option, code named in RUN is not run")

@@ -16,8 +16,8 @@ _BY_CODE = {kind.exit_code: kind for kind in (UsageError, DataError, CheckpointE
 
 
 def start_mpi() -> MPI.Intracomm:
-    """Start MPI and return COMM_WORLD. Raises UsageError if the launcher started N ranks but MPI sees N jobs of one rank, or if
-    MPI is not initialized, as in a worker process. Collective over COMM_WORLD."""
+    """Start MPI and return COMM_WORLD. Raises UsageError if the launcher started N ranks but MPI sees N jobs of one rank. Also
+    raises UsageError in a process that is not a rank, such as a worker process. Collective over COMM_WORLD."""
     if not MPI.Is_initialized():
         raise UsageError(
             "MPI is not initialized in this process. A process that multiprocessing started, e.g. a worker of a DataLoader, is "

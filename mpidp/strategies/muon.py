@@ -112,10 +112,10 @@ def decay_towards_zero(p: Tensor, update: Tensor, rate: float) -> None:
 
 
 def normalized(update: Tensor, second: Tensor) -> Matrix:
-    """Return NorMuon's update (m, n) and its new second moment (m, 1) (algorithm 1). Each row of the orthogonal matrix is divided
-    by the square root of the second moment, which is a moving average of the row's mean square. Then all rows are scaled by one
-    factor. This gives the elements the root mean square of an orthogonal matrix. `update`: the orthogonal matrix (m, n).
-    `second`: the second moment (m, 1). Pure."""
+    """Return NorMuon's update (m, n) and its new second moment (m, 1) (algorithm 1). The second moment is a moving average of
+    each row's mean square. Each row of the orthogonal matrix is divided by the square root of the second moment. Then all rows
+    are scaled by one factor, so that the root mean square of the elements is that of an orthogonal matrix. `update`: the
+    orthogonal matrix (m, n). `second`: the second moment (m, 1). Pure."""
     wide = update.float().contiguous()  # a sum over strided rows would have other bits
     second = second.lerp(wide.square().mean(1, keepdim=True), 1 - BETA2)
     rows = wide / (second.sqrt() + EPS)

@@ -115,8 +115,8 @@ class PieceOptimizer:
 class Optimizer(PieceOptimizer):
     """An optimizer of parameters, gradients and state in flat tensors. It updates one share of the parameters.
 
-    Ranks that share memory update different shares. The result does not depend on how the parameters are divided into shares.
-    adamw, adam and sgd work element by element. muon and normuon update whole matrices.
+    Ranks that share memory update different shares. The result does not depend on how the parameters are divided into shares. The
+    optimizers adamw, adam and sgd work element by element. The optimizers muon and normuon update whole matrices.
     """
 
     def __init__(

@@ -10,9 +10,10 @@ ranks are the servers, which compute no gradients. The other ranks are the worke
 | async | every push when it arrives | immediately |
 | ssp | every push when it arrives | when the worker is at most `staleness` batches ahead of the slowest worker (Ho 2013) |
 
-In modes async and ssp, a push with n of the B target tokens of its batch is applied with learning rate lr n / B. So the rates of
-all pushes of a batch add up to lr. The rate is then divided by 1 + floor(u / N), where u is the number of updates since the
-worker received its parameters. See Zhang 2016, "Staleness-aware Async-SGD", eq. 6. Here the delay is in units of N updates.
+In modes async and ssp, every push makes an update. If the push has n of the B target tokens of its batch, the learning rate is lr
+n / B. So the rates of all pushes of a batch add up to lr. The rate is then divided by 1 + floor(u / N), where u is the number of
+updates since the worker received its parameters. See Zhang 2016, "Staleness-aware Async-SGD", eq. 6. Here the delay is in units
+of N updates.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ ANSWERED, NORM, SKIPPED = range(3)  # fields of an answer: version of the slice;
 
 
 class Server(Synchronous):
-    """Implements the parameter server. A worker pushes slot 0 of its gradient buffer. A server has a gradient buffer, too. It
-    receives into slot 1, and sums in slot 0."""
+    """Implements the parameter server. A worker pushes slot 0 of its gradient buffer. A server receives into slot 1 of its own
+    gradient buffer, and sums in slot 0."""
 
     survives_failures = False
     synchronizes_always = False
@@ -76,12 +77,12 @@ class Server(Synchronous):
         return {"share": (index, servers), "bounds": self._bounds} if index >= 0 else None
 
     def more_slots(self, options: StrategyOptions) -> int:
-        """Return the number of additional slots: 1 on servers, which receive into it, and 0 on workers. Independent."""
+        """Return 1 on servers, which receive into an additional slot. Return 0 on workers. Independent."""
         return int(self.compute_comm.rank >= self.compute_comm.size - options.servers)
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """On a worker, push the gradient and wait for the answers. On a server, receive, apply and answer pushes until it has
-        applied the pushes of this batch from all workers. `tokens`: number of target tokens in this rank's lanes. All ranks must
+        """On a worker, push the gradient and wait for the answers. On a server, receive, apply and answer pushes, until the
+        pushes of this batch from all workers are applied. `tokens`: number of target tokens in this rank's lanes. All ranks must
         call step() the same number of times. Collective over compute_comm at a meeting."""
         synchronizes = self.synchronizes_at(self._steps + 1)
         if self._mine is None:

@@ -161,8 +161,8 @@ class RunAttempts:
         self.crew.events.append({"event": "went_back", "why": why})
 
     def _take_state(self, plan: RunPlan) -> dict[str, Any] | None:
-        """Make the job of all ranks. Its state comes from the memory of surviving ranks, or from a checkpoint. Return the content
-        of the `end` line if the run is over, else None."""
+        """Make the job of all ranks, with the state in the memory of surviving ranks, or with that of a checkpoint. Return the
+        content of the `end` line if the run is over, else None."""
         world = plan.world
         with raise_together(world):
             if world.rank == 0 and self.lock is None:
@@ -247,9 +247,9 @@ class RunAttempts:
 
 
 def listen(job: Job, before: StopRequest | None) -> StopRequest:
-    """Return an object that listens for requests to stop. On rank 0, it also watches the file STOP, the job's time limit and the
-    lock. Rank 0 prints when the time limit will stop the run. `before`: the StopRequest of the job that this job continues, or
-    None. Collective over job.comm."""
+    """Return an object that detects requests to stop: signals and the job's time limit, and on rank 0 also the file STOP and a
+    lost lock. Rank 0 prints when the time limit will stop the run. `before`: the StopRequest of the job that this job continues,
+    or None. Collective over job.comm."""
     first, state, config = job.comm.rank == 0, job.state, job.config
     if not state.recovered:  # asking the scheduler takes time
         end = job_end() if first else None

@@ -80,7 +80,8 @@ def build(
 
 
 def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory, before: Job | None) -> Strategy:
-    """Make the strategy, and choose how the reducer overlaps with backward. Collective over plan.mesh.dp."""
+    """Make the strategy, and choose how the reducer overlaps with backward. `before`: as in build(). Collective over
+    plan.mesh.dp."""
     config, grid, dp = plan.config, plan.grid, plan.mesh.dp
     optim, train, reducer = config.optim, config.train, memory.reducer
     nominal_tokens = train.global_batch * config.model.seq_len

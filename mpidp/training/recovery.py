@@ -1,8 +1,8 @@
 """Recovery after ranks have failed. The surviving ranks continue in the same processes, with the state in their memory.
 
-The surviving ranks form new groups and build a new job. The new job takes over what does not depend on the number of ranks: the
-model, and the memory of parameters, optimizer state and gradients. No rank writes to this memory before all ranks have agreed on
-the next update. Therefore another failure during recovery does not change the state, and the next attempt starts from it.
+The surviving ranks form new groups and build a new job. The new job takes over the model, and the memory of parameters, optimizer
+state and gradients. No rank writes to this memory before all ranks have agreed on the next update. Therefore another failure
+during recovery does not change the state, and the next attempt starts from it.
 
 With faults.respawn, new processes then join until the job has its full number of ranks. All ranks build a new job, and rank 0
 sends its state to the new ranks in MPI messages. During this time the old ranks have two jobs in memory.
@@ -142,9 +142,9 @@ def _planned(plan: RunPlan | None, grid: Grid, crew: Crew) -> RunPlan:
 
 
 def rebuild(build: Build, plan: RunPlan, before: Job, found: Replicas, failed_at: float) -> tuple[Job, dict[str, Any]]:
-    """Return a job of the surviving ranks, and a line for metrics.jsonl. The job continues at the position of `before`. Raises
-    Damaged if the surviving ranks do not have the whole state, or are at different steps. `failed_at`: time.monotonic() of the
-    failure. Collective over plan.world."""
+    """Return a job of the surviving ranks, and a line for metrics.jsonl. The job continues at the position of `before`. `build`:
+    builds a job. `found`: the result of regroup(). `failed_at`: time.monotonic() of the failure. Raises Damaged if the surviving
+    ranks do not have the whole state, or are at different steps. Collective over plan.world."""
     before.saver.close()
     with commit(plan.world):  # all ranks continue with the new job, or all ranks try again from the old job
         job = build(plan, before)
@@ -169,7 +169,8 @@ def hand_over(
     build: Build, plan: RunPlan, before: Job | None, found: Replicas, failed_at: float
 ) -> tuple[Job, dict[str, Any]]:
     """Return a job of all training ranks, and a line for metrics.jsonl. The first replica sends its state to the others.
-    `before`: the previous job, or None on ranks without a state. `failed_at`: as in rebuild(). Collective over plan.world."""
+    `before`: the previous job, or None on ranks without a state. `build`, `found`, `failed_at`: as in rebuild(). Collective over
+    plan.world."""
     if before is not None:
         before.saver.close()
         before.strategy.release()

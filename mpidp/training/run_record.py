@@ -60,7 +60,8 @@ class RunRecord:
         return self.file.lost if self.file is not None else {}
 
     def mfu(self, tokens_per_second: float) -> float | None:
-        """Return the model FLOPs utilization, or None if the peak FLOP/s of the device are not known. Independent."""
+        """Return the model FLOPs utilization at a throughput of `tokens_per_second`. Return None if the peak FLOP/s of the device
+        are not known. Independent."""
         peak = self.facts["peak_flops_per_second"]
         return tokens_per_second * self.facts["flops_per_token"] / peak if peak else None
 

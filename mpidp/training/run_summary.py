@@ -26,9 +26,9 @@ Row = tuple[str, str, str, int, int, int]  # one rank's host, cores, device, thr
 
 
 def log_summary(plan: RunPlan, given: Config, everything: bool = False) -> None:
-    """Log the summary of a run on rank 0: the settings that differ from the defaults, and lines about model, memory, batch, data
-    and ranks. At level debug, also log all settings and a table of ranks. If `everything` is true, log these at level info.
-    `given`: the configuration before automatic values were resolved. Collective over plan.world."""
+    """On rank 0, log the settings that differ from the defaults. Also log lines about model, memory, batch, data and ranks. At
+    level debug, also log all settings and a table of ranks. If `everything` is true, log these at level info. `given`: the
+    configuration before automatic values were resolved. Collective over plan.world."""
     dp = plan.mesh.dp
     lanes = plan.lanes.of_rank(dp.rank, dp.size - plan.config.strategy.servers)
     device = f"{plan.device} {torch.cuda.get_device_name(plan.device)}" if plan.device.type == "cuda" else "cpu"
@@ -49,7 +49,7 @@ def log_summary(plan: RunPlan, given: Config, everything: bool = False) -> None:
 
 
 def changed_settings(given: Config) -> str:
-    """Return a line with the settings that differ from the defaults. Pure."""
+    """Return a line with the settings in `given` that differ from the defaults. Pure."""
     defaults = Config().flat()
     text = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in given.flat().items()}
     changed = [shlex.quote(f"{key}={text[key]}") for key, value in given.flat().items() if value != defaults[key]]
@@ -107,8 +107,8 @@ def data_line(plan: RunPlan) -> str:
 
 
 def ranks_line(rows: Sequence[Row]) -> str:
-    """Return a line with the number of ranks on each host. If another launch is probably faster, the line recommends it. It also
-    tells how to list all ranks and settings. Pure."""
+    """Return a line with the number of ranks on each host, and with the way to list all ranks and settings. If another launch is
+    probably faster, the line recommends it. Pure."""
     sizes, threads = Counter(row[0] for row in rows), sorted({row[3] for row in rows})
     hosts = [f"{host} ({size})" if len(sizes) > 1 else host for host, size in sizes.items()]
     more = [f"{len(hosts) - NAMED_HOSTS} more hosts"] * (len(hosts) > NAMED_HOSTS)

@@ -38,16 +38,16 @@ class StepReport:
 
     @property
     def loss(self) -> float:
-        """The mean loss over tokens, in nats. The micro-batches' sums are added in the order of their numbers, so the mean does
-        not depend on the number of ranks."""
+        """The mean loss over tokens, in nats. The sums of the micro-batches are added in a fixed order, so the mean does not
+        depend on the number of ranks."""
         return sum_in_order(self.losses.tolist()) / max(1.0, self.tokens)
 
 
 def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> StepReport:
     """Exchange the reports of this step with all ranks, and return them. If the step is not a meeting, keep this rank's report
-    for the next exchange. `seconds`: how long this rank has computed. `stop`: whether this rank received a request to stop. First
-    wait until a checkpoint has copied this rank's state, because the next update changes the state. Collective over job.comm if
-    this step is a meeting, else independent."""
+    for the next exchange. `done`: the losses of this step. `seconds`: how long this rank has computed. `stop`: whether this rank
+    received a request to stop. First wait until a checkpoint has copied this rank's state, because the next update changes the
+    state. Collective over job.comm if this step is a meeting, else independent."""
     clock, step = job.services.clock, job.position.step + 1
     with clock.timed("stall"):  # the part of comm_wait without communication
         job.saver.wait_for_recent_save(step)

@@ -104,7 +104,7 @@ class Inbox:
 
 class State:
     """The contents of RUN/track/NAME.json: the id of the run and, for each kind of line, the last step that was written. A lock
-    prevents two processes from using the file."""
+    keeps two processes from using the file at the same time."""
 
     def __init__(self, path: Path, seconds: float) -> None:
         """seconds: how long to wait for the lock, which the process of an earlier job may hold. After this time, the file is
@@ -143,8 +143,8 @@ class State:
 
 
 def serve(name: str, stream: Any, warnings: Warnings, seconds: float) -> int:
-    """Open the tracker, and pass lines from `stream` to it until the input ends. Return the exit code. seconds: how long this
-    may take after the end of the input. Independent."""
+    """Open the tracker, and pass lines from `stream` to it until the input ends. Return the exit code. seconds: time limit after
+    the end of the input. Independent."""
     inbox = Inbox(stream, seconds, lambda: os._exit(3))
     about = inbox.first()
     if about is None:

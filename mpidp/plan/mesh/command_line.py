@@ -133,8 +133,8 @@ def _reject_uncut(values: Mapping[str, Any]) -> None:
 
 
 def _initial_model(path: str) -> dict[str, Any]:
-    """Return the model settings {section.key: value} of `path`, which is the value of train.init_from. It is a Hugging Face
-    folder, a run, or "". Raises UsageError or DataError if its configuration cannot be read. Independent."""
+    """Return the model settings {section.key: value} of the model in `path`. path: the value of train.init_from, which is a
+    Hugging Face folder, a run, or "". Raises UsageError or DataError if the model's configuration cannot be read. Independent."""
     if not path:
         return {}
     config = Path(path) / "config.json"

@@ -1,7 +1,7 @@
 """Computes the memory that each rank of a mesh needs for each use, from the sizes of the model. Pure.
 
-p is the number of parameters of a rank: those of the layers of its stage, with matrices divided by tp. w is the number of bytes
-per number in matrix products. n = micro_batch x seq_len is the number of tokens of a micro-batch. M is the number of
+p is the number of parameters of a rank. The rank has the parameters of its stage, and 1 / tp of each matrix. w is the number of
+bytes per number in matrix products. n = micro_batch x seq_len is the number of tokens of a micro-batch. M is the number of
 micro-batches per replica. f = min(M, pp - stage) is the largest number of micro-batches between their forward and backward passes
 (1F1B, Narayanan 2021, section 2.2.1).
 

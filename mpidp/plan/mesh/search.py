@@ -55,10 +55,10 @@ def number(given: str, name: str) -> float:
 
 
 def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[ModelSizes, str]:
-    """Return (a LLaMA-like model with about this many parameters, its name). If a published model is within 5% of `parameters`
-    and has the vocabulary size, it is returned. Otherwise the number of layers is near width / 128. vocab_size, seq_len: 0 means
-    the default. Raises UsageError if no such model has about this many parameters, for example because the vocabulary is too
-    large. Pure."""
+    """Return (a LLaMA-like model with about `parameters` parameters, its name or description). If a published model is within 5%
+    of `parameters` and has the vocabulary size, it is returned. Otherwise the number of layers is near width / 128. vocab_size,
+    seq_len: 0 means the default. Raises UsageError if no such model has about this many parameters, for example because the
+    vocabulary is too large. Pure."""
     for known, (name, model) in KNOWN.items():
         if abs(parameters - known) <= NEAR * known and vocab_size in (0, model.vocab_size):
             return replace(model, seq_len=seq_len or model.seq_len), name
@@ -189,8 +189,8 @@ class MeshRow:
 
 def shapes(model: ModelSizes, ranks: int, most_dp: int, slices: int = 1) -> Iterator[Shape]:
     """Yield all possible meshes of `ranks` ranks. tp divides the number of key-value heads, and each stage has at least one
-    layer. dp is at most `most_dp`. If `slices` (model.slices) is above 1, tp also divides `slices`, mesh.shard is at most 1, and
-    a model with tied embeddings has one stage. Pure."""
+    layer. dp is at most `most_dp`. mesh.shard is at most 1 if pp or `slices` (model.slices) is above 1. If `slices` is above 1,
+    tp also divides `slices`, and a model with tied embeddings has one stage. Pure."""
     for tp in range(1, min(ranks, model.num_kv_heads) + 1):
         if ranks % tp or model.num_kv_heads % tp or (slices > 1 and slices % tp):
             continue

@@ -10,7 +10,7 @@ rank. w is the number of bytes per number in matrix products. M is the number of
 | tp | float32 allreduces of (B, T, D): 4 per block (half of them in forward), 2 more with recompute, 2 for embedding and head |
 | tp, sequence | as many float32 reduce_scatters; 6 allgathers per block and 2 for the head, w bytes per number |
 | tp, sequence | also float32 allreduces of the gradients of the parameters that are not divided |
-| pp | m is the time of a float32 message of (B, T, D), or with mesh.sequence of 1 / tp of it |
+| pp | m is the time of a float32 message of (B, T, D); mesh.sequence divides the size of the message by tp |
 | micro-batch | max c over the stages + 2 m (pp - 1) / pp |
 | pipeline | M - 1 micro-batches + sum of c over stages + 2 m (pp - 1); equal stages have a bubble of (pp - 1) / (M + pp - 1) |
 | dp, shard 0 | an allreduce of 4 p, which overlaps with 2/3 of a micro-batch (its backward) |
@@ -20,7 +20,7 @@ rank. w is the number of bytes per number in matrix products. M is the number of
 | dp, shard 2 and 3 | also `gather_seconds` for each of these exchanges of each block: host time that does not overlap |
 | update | 28 bytes per parameter that a rank updates / memory bandwidth |
 
-An allgather or reduce_scatter takes (g - 1)/g n / B + ceil(log2 g) a, where B is the bandwidth and a the latency of a link. An
+An allgather or reduce_scatter takes (g - 1)/g n / b + ceil(log2 g) a, where b is the bandwidth and a the latency of a link. An
 allreduce takes twice as long. If a group extends over several nodes, each node's network is shared by (ranks per node) / (members
 of the group in a node) groups. Machine.overlap is the fraction of the possible overlap that is achieved. If ranks share devices,
 the other ranks of a device compute during a rank's bubble. A step then takes at least the time in which the devices of a node

@@ -152,7 +152,7 @@ def find_cluster(config: Config, options: TrialOptions, world: MPI.Intracomm) ->
 
 
 def compute_seconds(config: Config, micro_batches: int, world: MPI.Intracomm) -> float:
-    """Measure the compute time of a step in which each rank has `micro_batches` micro-batches, while all ranks compute. Return
+    """Measure the compute time of a step with `micro_batches` micro-batches per rank. All ranks measure at the same time. Return
     the time of the slowest rank in seconds. Collective over world."""
     from mpi4py import MPI
 
@@ -255,8 +255,8 @@ def trial(config: Config, steps: int, run_dir: Path, world: MPI.Intracomm) -> Tr
 
 
 def _read(metrics: Path, val_loss: float | None) -> TrialResult:
-    """Read the result of a trial. val_loss: its last val_loss, which becomes the loss of the result. If it is None, the loss is
-    the mean train_loss of the last quarter of the steps. Independent."""
+    """Return the result of a trial. metrics: its metrics.jsonl. val_loss: the last val_loss of the trial, which becomes the loss
+    of the result. If val_loss is None, the loss is the mean train_loss of the last quarter of the steps. Independent."""
     lines = [line for line in read_lines(metrics) if "step_seconds" in line]
     seconds, sent, curve = 0.0, 0, list[tuple[float, int, float]]()
     for line in lines:

@@ -1,9 +1,9 @@
 """Predicts the time to reach the same loss with other batch sizes and numbers of ranks, from measurements of a run. Pure.
 
-With b tokens per step, a run needs S(b) = S_min (1 + B_noise / b) steps to reach a loss. This follows from (S/S_min - 1)(E/E_min
-- 1) = 1 with E = b S tokens and B_noise = E_min / S_min (McCandlish et al. 2018, section 2.3). The time of a step is the sum of
-three times. One is the compute time of the rank with the most micro-batches. The other two are communication and update, which do
-not depend on the batch.
+With b tokens per step, a run needs S(b) = S_min (1 + B_noise / b) steps and E(b) = b S(b) tokens to reach a loss. S_min and E_min
+are the fewest steps and tokens for any b. The formula follows from (S/S_min - 1)(E/E_min - 1) = 1 and B_noise = E_min / S_min
+(McCandlish et al. 2018, section 2.3). The time of a step is the compute time of the rank with the most micro-batches, plus the
+time of communication and the time of the update. The last two times do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # multiples of the run's batc
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Measured times of a step on one number of ranks."""
+    """The measured times of a step for one number of ranks."""
 
     ranks: int
     micro_batch: float  # seconds of one micro-batch: forward, backward, and waiting for data

@@ -14,8 +14,9 @@ is the sum of squares of x - decoded, divided by the sum of squares of x. The ex
 feedback would make residuals grow without bound (Karimireddy 2019, assumption A). If n values are rounded stochastically to k
 levels up to the largest value, the expected error is at most (1 + sqrt(n)) / (2 k) - 1. This bound is 0.21 for int4. It would be
 7.5 for int2, which therefore does not round stochastically. The error of int2 is 1 - m s^2 / sum(x^2), where s is the mean
-absolute value of the m large values. For normally distributed values it is 0.19, and the error of onebit is 0.36. These
-statements hold for all absolute values from the smallest normal float32 to the largest float32. Every decoded value is finite.
+absolute value of the m large values. For normally distributed values, the error of int2 is 0.19 and the error of onebit is 0.36.
+These statements hold for all absolute values from the smallest normal float32 to the largest float32. Every decoded value is
+finite.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SMALLEST = 2.0**-149  # the smallest float32 above 0, which is denormal
 
 
 def seed_of(*numbers: int) -> int:
-    """Return a random seed, which depends on the numbers and their order. Pure."""
+    """Return a random seed that depends only on the numbers and their order. Pure."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
 
 

@@ -8,7 +8,7 @@ sum. Therefore this equation holds after every round, up to float32 rounding: (s
 = (sum over rounds and ranks of g_i).
 
 A round sums every bucket once. end_round() can undo the round, so a skipped step does not change the residuals. If any rank has a
-value of a bucket that is not finite, the bucket's sum is nan on all ranks, and its residuals do not change.
+value of a bucket that is not finite, the bucket's sum is nan on all ranks, and the bucket's residuals do not change.
 
 With momentum m (Deep Gradient Compression, Lin 2018, sections 3.1 and 3.2), the velocity u_i <- m u_i + g_i takes the place of
 g_i. After the sum, u_i is reset to 0 at the places whose values were sent.
@@ -48,7 +48,7 @@ def method_of(name: str, ratio: float, warmup: int, rank: int, seed: int) -> Com
 
 
 def trimmed(bucket: Bucket) -> Bucket:
-    """Return the bucket without the padding after its last parameter, which need not be sent. Pure."""
+    """Return the bucket without the padding after its last parameter. The padding need not be sent. Pure."""
     end = bucket.offsets[-1] + bucket.shapes[-1].numel()
     return replace(bucket, stop=min(bucket.stop, -(-end // ALIGN) * ALIGN))
 

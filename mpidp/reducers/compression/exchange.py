@@ -2,8 +2,8 @@
 
 Every rank encodes its vector slice by slice and sends each slice to its owner. The owner decodes the slices, adds them in rank
 order in float32, encodes the sum and sends it to all ranks. Each rank keeps the errors of its own encodings, so no part of the
-sum is lost (DoubleSqueeze, Tang 2019). With the fields of Summed, (sum over ranks of the vectors) = total + (sum over ranks of
-`unsent` and `late`).
+sum is lost (DoubleSqueeze, Tang 2019). Between the vectors and the fields of Summed, this equation holds: (sum over ranks of the
+vectors) = total + (sum over ranks of `unsent` and `late`).
 
 The wire format of a slice begins with a 4-byte integer, which is 1 if all values are finite, else 0. The encoded values follow.
 They are padded to a multiple of 4 bytes.
@@ -71,8 +71,8 @@ class Exchange:
         self.comm, self.transport, self.wait, self.seed = comm, transport, wait, seed
 
     def sum(self, x: Tensor, code: Code, key: tuple[int, ...], finite: bool = True) -> Summed:
-        """Sum `x` over the ranks. x: float32 (n,), n > 0. key: integers that differ between all sums. Random seeds are made from
-        them. finite: False if `x` was computed from values that were not finite. Collective over comm."""
+        """Sum `x` over the ranks. x: float32 (n,), n > 0. key: integers that identify this sum among all sums. They determine the
+        random seeds. finite: False if `x` was computed from values that were not finite. Collective over comm."""
         comm, transport = self.comm, self.transport
         rank, size = comm.rank, comm.size
         bounds = slice_bounds(x.numel(), size)
@@ -140,8 +140,7 @@ def read(code: Code, wire: Tensor, n: int) -> tuple[Tensor, bool]:
 
 
 class CompressionMethod:
-    """A method of comm.compress, which sums a bucket with one or more exchanges. This base class uses one exchange with one
-    code."""
+    """A method of comm.compress. It sums a bucket with one or more exchanges. This base class uses one exchange with one code."""
 
     keeps_zeros = True  # whether a value that is 0 on all ranks is 0 in the sum
 

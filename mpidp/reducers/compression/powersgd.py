@@ -1,10 +1,10 @@
 """PowerSGD (Vogels 2019) approximates the sum of the ranks' matrices by a product of two thin matrices, with one power iteration.
 
 Rank i has the matrix M_i, (rows, cols). All ranks have the same Q, (cols, r). Algorithm 1 of the paper, with sums instead of
-means, first computes S = (sum over ranks of M_i Q). P is an orthonormal basis of the columns of S. Then it computes Q' = (sum
-over ranks of M_i^T P). P Q'^T approximates the sum of all M_i. The next round uses Q' as its Q (warm start, section 4.2). The
-residual of rank i is M_i - P (M_i^T P)^T. The sum of the residuals is (sum of M_i) - P Q'^T. Vectors are sent uncompressed. So is
-a matrix that is not larger than P and Q together.
+means, first computes S = (sum over ranks of M_i Q). P is an orthonormal basis of the columns of S. The algorithm then computes Q'
+= (sum over ranks of M_i^T P). P Q'^T approximates the sum of all M_i. The next round uses Q' as its Q (warm start, section 4.2).
+The residual of rank i is M_i - P (M_i^T P)^T. The sum of the residuals is (sum of M_i) - P Q'^T. Vectors are sent uncompressed. A
+matrix that is not larger than P and Q together is also sent uncompressed.
 
 Every rank computes P itself, from the same S. If ranks run on different types of CPUs, the bits of their results can differ.
 """

@@ -2,8 +2,8 @@
 random places are the same on all ranks.
 
 Sources: Aji & Heafield 2017; Stich 2018, who proves convergence with error feedback. The warm-up of the ratio, and the momentum
-in compressed.py, are from Deep Gradient Compression (Lin 2018). With topk, the owner of a slice also sends only the k largest
-values of the sum (gTop-k, Shi 2019). It keeps the rest as a residual.
+in compressed.py, are from Deep Gradient Compression (Lin 2018). With topk, also the sum of a slice is reduced to its k largest
+values before the owner sends it (gTop-k, Shi 2019). The owner keeps the rest as a residual.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def count(ratio: float, n: int) -> int:
 
 
 class TopK(Code):
-    """Encodes the k values with the largest absolute values in each group of consecutive values. They are stored as float32, and
-    their places in the group in 2 bytes each (DeMo, Peng 2024, section 3; SparseLoCo, Sarfi 2025, section 3). A group has CHUNK
-    values, or LARGE_CHUNK if the ratio is small."""
+    """Encodes a group of consecutive values by the k values with the largest absolute values. These k values are stored as
+    float32, and their places in the group in 2 bytes each (DeMo, Peng 2024, section 3; SparseLoCo, Sarfi 2025, section 3). A
+    group has CHUNK values, or LARGE_CHUNK if the ratio is small."""
 
     def __init__(self, ratio: float) -> None:
         self.ratio, self.chunk = ratio, CHUNK if ratio * CHUNK >= 16 else LARGE_CHUNK
@@ -87,15 +87,15 @@ class TopKMethod(CompressionMethod):
 
 class RandomKMethod(CompressionMethod):
     """Implements comm.compress=randomk. Of each range of 1 / ratio values, one value is sent. Each round draws new places, with
-    the same seed on all ranks. Therefore places need not be sent, and the sum of the sent values has no compression error."""
+    the same seed on all ranks. Therefore places need not be sent. The sent values are summed in float32, without encoding."""
 
     def __init__(self, ratio: float, warmup: int) -> None:
         super().__init__(PLAIN)
         self._ratio, self._warmup = ratio, warmup
 
     def places(self, bucket: Bucket, number: int, seed: int) -> Tensor:
-        """Return the places within the bucket of the values that are sent in round `number`, in ascending order, int64 (k,). They
-        are on the CPU, and do not depend on the device. Pure."""
+        """Return the places in the bucket of the values that are sent in round `number`, int64 (k,), in ascending order. They do
+        not depend on the device, because they are computed on the CPU. Pure."""
         k = self._count(bucket, number)
         edges = torch.arange(k + 1) * (bucket.stop - bucket.start) // k
         widths = edges[1:] - edges[:-1]
