@@ -246,9 +246,9 @@ def evaluate(
     number of ranks does not change the results.
 
     `run`: a run or a Hugging Face folder. `data`: the folder of shards, or "" or None for the run's shards. For a Hugging Face
-    folder, `data` is required. `seq_len`: the context length of a Hugging Face folder (see BaseFolder). `kind`: the value of
-    --model.kind, for a run with a custom model. Raises DataError if the shards have another tokenizer than the model, or if the
-    loss is not finite. Collective over world.
+    folder, `data` is required. `seq_len`: the context length for a Hugging Face folder, or 0 for the model's own (at most
+    USUAL_SEQ_LEN). `kind`: the value of --model.kind, for a run with a custom model. Raises DataError if the shards have another
+    tokenizer than the model, or if the loss is not finite. Collective over world.
     """
     from mpidp.data.shards import TokenStream
     from mpidp.errors import DataError, UsageError

@@ -290,7 +290,7 @@ class MetricsSettings:
 
 @dataclass(frozen=True)
 class EnergySettings:
-    """Settings energy.*: emissions and prices for mpidp.report."""
+    """Settings energy.*: the carbon intensity of electricity and the price of a node-hour, for mpidp.report."""
 
     grams_per_kwh: float = setting(0.0, "carbon intensity of your electricity (CO2e), for mpidp.report; 0: unknown", "g/kWh",
                                    low=0.0)

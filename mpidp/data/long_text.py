@@ -117,7 +117,7 @@ def _agreement(first: Placed, second: Placed, start: int, stop: int) -> int | No
 
 
 def _last_token(placed: Placed, low: int) -> tuple[int, int]:
-    """Return (start, place) of a cut (see _find_cut). Both are the beginning of the last token that begins before character
+    """Return (start, place) of a cut, as _find_cut() does. Both are the beginning of the last token that begins before character
     `low`. If this token begins at 0, both are `low`."""
     place = int(placed.starts[max(0, _first(placed.starts, low) - 1)]) or low
     return place, place

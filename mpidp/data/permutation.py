@@ -19,12 +19,12 @@ def keys_of(*key: object) -> np.ndarray:
 
 
 def permute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Apply a keyed permutation of 0..n-1 to each element of `x`, a uint64 array. `keys`: see keys_of()."""
+    """Apply a keyed permutation of 0..n-1 to each element of `x`, a uint64 array. `keys`: the result of keys_of()."""
     return _walk(x, n, keys, inverse=False)
 
 
 def unpermute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Apply the inverse of permute() to each element of `x`, a uint64 array."""
+    """Apply the inverse of permute() to each element of `x`, a uint64 array. `keys`: the result of keys_of()."""
     return _walk(x, n, keys, inverse=True)
 
 

@@ -119,8 +119,9 @@ class CharTokenizer(Tokenizer):
 class HFTokenizer(Tokenizer):
     """A Hugging Face tokenizer.json, used through the `tokenizers` library.
 
-    `text`: the file's contents. `eod`, `declared`: see find_eod(). Raises DataError if the file is malformed or has no
-    end-of-document token. Encoding adds no special tokens, and does not truncate or pad.
+    `text`: the file's contents. `eod`: the end-of-document token, its id, or None. `declared`: the model's eos_token, or None.
+    Raises DataError if the file is malformed or has no end-of-document token. Encoding adds no special tokens, and does not
+    truncate or pad.
     """
 
     kind = "bpe"
@@ -165,7 +166,7 @@ class HFTokenizer(Tokenizer):
         return self._encoder.program
 
     def _without_eod(self, text: str, ids: np.ndarray) -> np.ndarray:
-        """Return `ids`, the ids of the text. If they contain EOD, encode the text again without EOD (see placed_without())."""
+        """Return `ids`, the ids of the text. If they contain EOD, encode the text again, so that they do not contain EOD."""
         return self._placed(text).ids if (ids == self.eod).any() else ids
 
     def _window(self, text: str) -> Placed:
@@ -219,7 +220,8 @@ def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
 def tokenizer_from_json(text: str, eod: str | int | None = None, declared: str | None = None) -> Tokenizer:
     """Make a tokenizer from the contents of a tokenizer.json (mpidp's or Hugging Face's). Raises DataError if they are malformed.
 
-    `eod`, `declared`: see find_eod().
+    For Hugging Face's files, `eod` is the end-of-document token, its id, or None, and `declared` is the model's eos_token, or
+    None.
     """
     try:
         parsed = json.loads(text)

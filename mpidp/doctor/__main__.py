@@ -83,7 +83,7 @@ def one_line(result: CheckResult) -> str:
 
 
 def exit_before_mpi(message: str) -> NoReturn:
-    """Print a message and exit. Call this function only before MPI starts. Independent."""
+    """Print a message and exit with code 1. Call this function only before MPI starts. Independent."""
     log.error("mpidp: rank %d on %s: %s", launcher_rank(), socket.gethostname(), message)
     sys.exit(1)
 

@@ -1,4 +1,4 @@
-"""Checks which cores, threads and GPUs each rank uses, and whether several ranks share a core or a GPU. Pure, except `probe`."""
+"""Checks which cores, threads and GPUs each rank uses, and whether several ranks share a core or a GPU. Pure, except probe()."""
 
 from __future__ import annotations
 
@@ -142,7 +142,8 @@ def probe() -> bool:
 
 
 def check_probe(facts: Sequence[MachineFacts], works: Sequence[bool | None]) -> CheckResult:
-    """Report the results of probe(). `works`: the result of each rank, or None if the rank did not run the test. Pure."""
+    """Report whether MPI accepts device memory. `works`: the result of probe() on each rank, or None if the rank did not call it.
+    Pure."""
     tried = [one for one in works if one is not None]
     if not any(one.gpus for one in facts):
         return CheckResult("CUDA-aware MPI", "skipped", "no GPU")
