@@ -96,7 +96,7 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
     strategy: Strategy = strategy_of(config.strategy.name, config.strategy.quorum, memory.level, model.module)(
         dp, memory.group, model.named, reducer, make_optimizer, optim.clip, nominal_tokens, int(config.comm.bucket_mb * 2**20),
         memory.one_copy, spare_slots=int(train.audit_every > 0), most_slots=2 * plan.lanes.num_lanes.bit_length() + 3,
-        options=options, parts=model.parts if grid.parts > 1 else None,
+        options=options, parts=model.parts if grid.parts > 1 or (memory.level >= 2 and not model.parts.plain_norm) else None,
     )
     if before is None:
         strategy.start()
