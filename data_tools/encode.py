@@ -158,9 +158,9 @@ def _tokens(row: TrainingRow, placed: Placed, encoder: Encoder) -> tuple[np.ndar
     """Return (ids, loss mask) of a row. A token is in the loss if it contains a character of a span of the row.
 
     BOS is inserted at the start if documents begin with BOS and the row does not. An end-of-document token is appended if the row
-    does not end with one. The appended token is in the loss if the row ends with a part in the loss, with one exception: if this
-    part ends with an end-of-document token and white space, the appended token is not in the loss. The first token is never in
-    the loss, because no token precedes it.
+    does not end with one. The appended token is in the loss if the row ends with a part in the loss. There is one exception: this
+    part may itself end with an end-of-document token and white space. Then the appended token is not in the loss. The first token
+    is never in the loss, because no token precedes it.
     """
     ids, eod, ends = placed.ids, encoder.tokenizer.eod, encoder.table.ends
     mask = np.zeros(len(ids), dtype=np.uint8)

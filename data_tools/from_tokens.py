@@ -175,8 +175,8 @@ def _find_documents(
 
 
 def _streams(writers: dict[str, BlockWriter], encoder: Tokenizer, options: FromOptions) -> dict[str, Tokens]:
-    """Return the tokens of each split by name. If the data is packed or has a loss mask, "val" may be a stream of its own, which
-    consists of the last documents of the source. Otherwise the caller cuts the validation split from the end of "train"."""
+    """Return the tokens of each split by name. "val" is missing if the source has no validation split. There is one exception: if
+    the data is packed or has a loss mask, "val" then consists of the last documents of the source."""
     streams = {split: Stream([writer.raw()]) for split, writer in writers.items() if writer.tokens}
     if "train" not in streams:
         raise DataError("the source has no tokens to train on; give another file or folder")

@@ -31,25 +31,25 @@ class MpidpError(Exception):
 
 
 class UsageError(MpidpError):
-    """The command line, the configuration or the launch is wrong."""
+    """Raised if the command line, the configuration or the launch is wrong."""
 
     exit_code = 2
 
 
 class DataError(MpidpError):
-    """The sources or shards are invalid."""
+    """Raised if shards, texts, a model's files or other input data are invalid."""
 
     exit_code = 3
 
 
 class CheckpointError(MpidpError):
-    """There is no checkpoint that can be used."""
+    """Raised if there is no checkpoint that can be used."""
 
     exit_code = 4
 
 
 class Stopped(MpidpError):
-    """The run stopped on request, after a checkpoint. The same command resumes the run."""
+    """Raised if the run stopped on request. A training run saves a checkpoint before, and the same command resumes it."""
 
     exit_code = 75
 

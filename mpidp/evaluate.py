@@ -1,6 +1,6 @@
 """`[mpirun -np N] python -m mpidp.evaluate RUN [--data DIR | --text FILE | --choices FILE | --tasks NAMES] [--json]` evaluates a
-trained model. It computes the loss on a split of shards or on a text, the accuracy on multiple-choice questions, or the metrics
-of tasks of lm-eval. The work is divided among the ranks."""
+trained model. It computes one of these: the loss on a split of shards, the loss on a text, the accuracy on multiple-choice
+questions, or the metrics of lm-eval tasks. The work is divided among the ranks."""
 
 from __future__ import annotations
 
@@ -225,8 +225,8 @@ def evaluate_tasks(options: argparse.Namespace, world: Any) -> dict[str, Any]:
 
 
 def _figures(loss: float, tokens: int, text_bytes: int | None) -> dict[str, Any]:
-    """Return {loss, perplexity, bits_per_byte, tokens}. loss: the mean loss over the tokens. tokens: the number of tokens.
-    text_bytes: the number of bytes of these tokens, or None if it is not known."""
+    """Return {loss, perplexity, bits_per_byte, tokens}. `loss`: the mean loss over the tokens. `tokens`: the number of tokens.
+    `text_bytes`: the number of bytes of these tokens, or None if it is not known."""
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
@@ -245,10 +245,10 @@ def evaluate(
     bits, divided by the number of bytes of the same tokens. If the number of bytes is not known, bits_per_byte is None. The
     number of ranks does not change the results.
 
-    run: a run or a Hugging Face folder. data: the folder of shards, or "" or None for the run's shards. For a Hugging Face
-    folder, `data` is required. seq_len: the context length of a Hugging Face folder (see BaseFolder). kind: the value of
-    --model.kind, for a run with a custom model. Raises DataError if the shards have another tokenizer than the model, or if the
-    loss is not finite. Collective over world.
+    `run`: a run or a Hugging Face folder. `data`: the folder of shards, or "" or None for the run's shards. For a Hugging Face
+    folder, `data` is required. `seq_len`: the context length for a Hugging Face folder, or 0 for the model's own (at most
+    USUAL_SEQ_LEN). `kind`: the value of --model.kind, for a run with a custom model. Raises DataError if the shards have another
+    tokenizer than the model, or if the loss is not finite. Collective over world.
     """
     from mpidp.data.shards import TokenStream
     from mpidp.errors import DataError, UsageError

@@ -62,10 +62,11 @@ def export(
 ) -> str:
     """Export a run's newest valid checkpoint to `out`. Return a one-line summary on rank 0. Only rank 0 writes.
 
-    base: for a LoRA run, the new path of its base model, or "" if the base model was not moved. form: "hf" for a folder, or
-    "gguf" for a file of llama.cpp. consumer: a program in mpidp.hf.consumers that must compute this model correctly, or "".
-    llama_cpp: see write_gguf(). Raises CheckpointError if the run has no valid checkpoint. Raises UsageError if the model is not
-    a Transformer, if `out` exists, or if `consumer` cannot compute this model. Collective over world.
+    `base`: for a LoRA run, the new path of its base model, or "" if the base model was not moved. `form`: "hf" for a folder, or
+    "gguf" for a file of llama.cpp. `consumer`: a program in mpidp.hf.consumers that must compute this model correctly, or "".
+    `llama_cpp`: the folder of llama.cpp, or "" for the installed converter. Raises CheckpointError if the run has no valid
+    checkpoint. Raises UsageError if the model is not a Transformer, if `out` exists, or if `consumer` cannot compute this model.
+    Collective over world.
     """
     from mpidp.checkpoint.manifest import readable
     from mpidp.checkpoint.resume import open_run

@@ -120,8 +120,9 @@ class DataParallel:
         from_dataset. Its seed also seeds the random numbers of forward, such as dropout. settings: settings of the sections
         strategy and comm of mpidp.train, as {"section.key": value}. steps: total number of updates. It is required if the
         strategy does not synchronize at each step. Such a strategy synchronizes the models at the last step. clip: largest
-        gradient norm. 0: no clipping. threads: CPU threads per rank. 0: as many as with train.threads=0. comm: the ranks
-        (default: COMM_WORLD). Raises UsageError if a setting, the model or the optimizer is not supported. Collective over comm.
+        gradient norm, or 0 for no clipping. threads: CPU threads per rank, or 0 for as many as with train.threads=0. comm: the
+        ranks (default: COMM_WORLD). Raises UsageError if a setting, the model or the optimizer is not supported. Collective over
+        comm.
         """
         mesh = make_grid(comm or start_mpi()).replicas
         self.model, self.items, self.comm, self.lanes = model, items, mesh.dp, items.lanes

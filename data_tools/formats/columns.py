@@ -111,8 +111,8 @@ def block_of_rows(
     document, by name. Each is a pair of arrays: the values of all rows, and the number of values of each row, (r,). `first_row`:
     number of the first row, for messages.
 
-    Raises DataError if a column does not hold integers, if a label is neither -100 nor the id, or if positions do not count from
-    0 in each document. Also raises DataError if the lengths of the documents do not add up to the length of their row.
+    Raises DataError if a column does not hold integers, or if a label is neither -100 nor the id. Also raises DataError if
+    positions do not count from 0 in each document, or if the lengths of documents do not add up to the length of their row.
     """
     columns = {name: _integers(name, values, where) for name, values in columns.items()}
     ids, *_ = columns.values()

@@ -6,7 +6,7 @@ is written last. Then the folder gets its final name, which commits the checkpoi
     RUN/latest                                                  the name of the newest committed checkpoint
 
 Pieces are boxes of *global* tensors, so a checkpoint can be loaded on any number of ranks. A checkpoint is valid if its folder
-has its final name, the crc32 of the manifest is correct, and the sizes and crc32 of the files are those in the manifest.
+has its final name and the crc32 of the manifest is correct. The sizes and crc32 of the files must also be those in the manifest.
 """
 
 from __future__ import annotations

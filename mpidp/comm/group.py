@@ -199,7 +199,7 @@ def make_group(mesh: Topology, transport: str, needed_bytes: int, device: torch.
     description of the transport for the user). All nodes use the same transport. Collective over mesh.dp.
 
     `needed_bytes`: the size of the shared memory that this rank will allocate. If /dev/shm has too little free space, messages
-    are used, because a window that does not fit would end the rank with a bus error.
+    are used. A window that does not fit would end the rank with a bus error.
     """
     if transport == "messages":
         return alone(mesh), "messages"

@@ -29,7 +29,7 @@ class Messages:
     in_thread = True  # whether a thread may exchange gradients during backward
 
     def __init__(self, device: torch.device, mode: str = "host") -> None:
-        """mode: "host" for CPU tensors. For CUDA tensors, "staged" (through host memory) or "device" (directly)."""
+        """`mode`: "host" for CPU tensors. For CUDA tensors, "staged" (through host memory) or "device" (directly)."""
         self.mode = mode
         self.device = device
         self.sent_bytes = 0
@@ -70,19 +70,19 @@ class Messages:
             torch.cuda.current_stream(self.device).synchronize()
 
     def alltoallv(self, comm: MPI.Intracomm, wait: Wait, source: RankParts, target: RankParts) -> None:
-        """For each rank r of `comm`, send range r of `source` to rank r, and receive range r of `target` from rank r. source,
-        target: (wire tensor, length of each rank's range, start of each rank's range). Collective over comm."""
+        """Send range r of `source` to each rank r of `comm`, and receive range r of `target` from it. `source`, `target`: (wire
+        tensor, length of each rank's range, start of each rank's range). Collective over comm."""
         wait(comm.Ialltoallv(bufv(*source), bufv(*target)))
         self.sent_bytes += source[0].element_size() * sum(source[1])
 
     def allgatherv(self, comm: MPI.Intracomm, wait: Wait, whole: RankParts) -> None:
         """Fill a wire tensor on all ranks, in place. Each rank has written its own range, and receives the ranges of the other
-        ranks. whole: (wire tensor, length of each rank's range, start of each rank's range). Collective over comm."""
+        ranks. `whole`: (wire tensor, length of each rank's range, start of each rank's range). Collective over comm."""
         wait(comm.Iallgatherv(MPI.IN_PLACE, bufv(*whole)))
         self.sent_bytes += whole[0].element_size() * whole[1][comm.rank] * (comm.size - 1)
 
     def allreduce(self, comm: MPI.Intracomm, wait: Wait, wire: torch.Tensor, blocking: bool) -> None:
-        """Sum `wire` over the ranks, in place. MPI chooses the order of addition. blocking: whether to use MPI's blocking call.
+        """Sum `wire` over the ranks, in place. MPI chooses the order of addition. `blocking`: whether to use MPI's blocking call.
         With Open MPI, this call is up to 2.7 times as fast, but adds in another order. All ranks must pass the same value.
         Collective over comm."""
         if blocking:
@@ -114,8 +114,8 @@ class Messages:
 
 
 def allgather_ranges(transport: Messages, comm: MPI.Intracomm, wait: Wait, flat: torch.Tensor, parts: Sequence[range]) -> None:
-    """Fill `flat` on all ranks, in place. Each rank has written its own range, and receives the ranges of the other ranks. parts:
-    the range of elements of each rank of `comm`. Collective over comm."""
+    """Fill `flat` on all ranks, in place. Each rank has written its own range, and receives the ranges of the other ranks.
+    `parts`: the range of elements of each rank of `comm`. Collective over comm."""
     step = max(1, PIECE_BYTES // 4 // comm.size)
     for low in range(0, max(map(len, parts)), step):
         now = [part[low : low + step] for part in parts]

@@ -31,12 +31,12 @@ SLEEP_SECONDS = 1.0  # the longest time for which steals_freely() makes no MPI c
 class Tickets:
     """Assigns the lanes of this node to its ranks. Independent, except for the constructor and close().
 
-    All ranks of the node must synchronize between their last call of next_own() or steal() in one step and their first call in
-    the next step. The allreduce in every training step synchronizes them.
+    All ranks of the node must synchronize between two steps: after their last call of next_own() or steal() in a step, and before
+    their first call in the next step. The allreduce in every training step synchronizes them.
     """
 
     def __init__(self, node: MPI.Intracomm) -> None:
-        """node: the communicator of the ranks that share memory. Collective over node."""
+        """`node`: the communicator of the ranks that share memory. Collective over node."""
         self.size = node.size
         self._me = node.rank
         self._node = node
@@ -90,8 +90,8 @@ class Tickets:
             self._draw(self._me, counter, 0, MPI.REPLACE, used)
 
     def _draw(self, rank: int, counter: int, value: int, op: MPI.Op, used: int | None = None) -> int:
-        """Apply `op` with `value` to a counter of `rank`, and return the counter's previous value. counter: CLAIMED or STOLEN.
-        used: the set of counters, 0 or 1 (default: the set of this step)."""
+        """Apply `op` with `value` to a counter of `rank`, and return the counter's previous value. `counter`: CLAIMED or STOLEN.
+        `used`: the set of counters, 0 or 1 (default: the set of this step)."""
         self._given[0] = value
         place = COUNTERS * (self._set if used is None else used) + counter
         self._win.Fetch_and_op([self._given, MPI.INT64_T], [self._found, MPI.INT64_T], rank, place, op)
@@ -101,7 +101,7 @@ class Tickets:
 
 def steals_freely(comm: MPI.Intracomm) -> bool:
     """Return True if a rank can take a lane of another rank while the other rank makes no MPI call. The test takes milliseconds
-    if the result is True, and SLEEP_SECONDS if it is False. comm: the ranks of this node. Collective over comm."""
+    if the result is True, and SLEEP_SECONDS if it is False. `comm`: the ranks of this node. Collective over comm."""
     flag = MPI.Win.Allocate_shared(COUNTER_BYTES * (comm.rank == 0), COUNTER_BYTES, comm=comm)
     memory: Any = flag.Shared_query(0)[0]
     drawn = np.frombuffer(memory, dtype=np.int64)  # set by rank 1, without MPI

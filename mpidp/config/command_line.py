@@ -32,7 +32,7 @@ def _nearest(word: str, words: Sequence[str]) -> str:
 
 def _convert(key: str, raw: Any, about: dataclasses.Field[Any], where: str) -> Any:
     """Return the value `raw` of the setting `key`, converted to the type of its field `about`. Raises UsageError if the value has
-    another type, is not one of the choices, or exceeds a limit. where: the source of the value, for messages."""
+    another type, is not one of the choices, or exceeds a limit. `where`: the source of the value, for messages."""
     meta = about.metadata
     kind = {"int": int, "float": float, "bool": bool, "str": str}[str(about.type)]
     raw = 0 if meta["auto"] and raw == "auto" else raw
@@ -106,7 +106,7 @@ def read_run_config(path: Path) -> dict[str, Any]:
 def from_args(arguments: Sequence[str]) -> Config:
     """Return the configuration that command-line arguments describe.
 
-    arguments: at most one path of a .toml file, and settings as --section.key=value or --section.key value. These settings
+    `arguments`: at most one path of a .toml file, and settings as --section.key=value or --section.key value. These settings
     override the settings in the file. Raises UsageError if a key or a value is not valid, or if settings contradict each other.
     Independent."""
     chosen: dict[str, Any] = {}

@@ -16,8 +16,8 @@ DEFAULTS = {name: getattr(StrategySettings, name) for name in METHODS}
 
 
 def kind(name: str, quorum: float) -> str:
-    """Return the method: "quorum" if `name` is "synchronous" and `quorum` is below 1, else `name`. name: the value of
-    strategy.name. quorum: the value of strategy.quorum. Pure."""
+    """Return the method: "quorum" if `name` is "synchronous" and `quorum` is below 1, else `name`. `name`: the value of
+    strategy.name. `quorum`: the value of strategy.quorum. Pure."""
     return "quorum" if name == "synchronous" and quorum < 1 else name
 
 
@@ -28,7 +28,7 @@ def method_of(settings: Settings) -> str:
 
 def sync_intervals(settings: Settings, steps: int) -> tuple[int, int]:
     """Return (sync_every, meet_every): the steps between averages, and the steps between meetings. Automatic values are filled
-    in. steps: the length of the run. Raises ValueError if sync_every is more than `steps`. Independent."""
+    in. `steps`: the length of the run. Raises ValueError if sync_every is more than `steps`. Independent."""
     name, every, meet = method_of(settings), settings["strategy.sync_every"], settings["strategy.meet_every"]
     if name == "synchronous":
         return 1, 1

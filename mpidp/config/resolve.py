@@ -56,7 +56,7 @@ def workers(config: Config, size: int) -> int:
 def model_shape(config: Config, vocab_size: int) -> Shape:
     """Return the model's shape. Automatic values are filled in. A user's own model is also created and tested.
 
-    vocab_size: number of tokens in the tokenizer. Raises UsageError if model.vocab_size is smaller than this number, or if the
+    `vocab_size`: number of tokens in the tokenizer. Raises UsageError if model.vocab_size is smaller than this number, or if the
     model cannot be trained. Independent."""
     m = config.model
     if m.vocab_size and m.vocab_size < vocab_size:
@@ -78,7 +78,7 @@ def model_shape(config: Config, vocab_size: int) -> Shape:
 
 
 def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, device: torch.device, dtype: torch.dtype) -> Config:
-    """Return the config with all automatic values filled in. device, dtype: where and in which precision the run computes.
+    """Return the config with all automatic values filled in. `device`, `dtype`: where and in which precision the run computes.
 
     Raises UsageError if sharding is combined with ULFM, or if strategy.sync_every is more than the number of steps. Pure."""
     check_shards(config.mesh.shard)

@@ -205,8 +205,8 @@ def steps_of(timeline: str) -> tuple[int, int]:
     """Return (first, last), the first and the last step of a timeline. Steps are counted from 1. Return (0, 0) if there is no
     timeline.
 
-    timeline: the value of metrics.timeline. Raises ValueError if it does not have the form FIRST:LAST, or if a step is not valid.
-    Pure."""
+    `timeline`: the value of metrics.timeline. Raises ValueError if it does not have the form FIRST:LAST, or if a step is not
+    valid. Pure."""
     if not timeline:
         return 0, 0
     words = timeline.split(":")

@@ -55,8 +55,8 @@ class Config:
 
 
 def fields_of(config: Config | None = None) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
-    """Yield (section.key, field, value) for each setting, in order. The values are those of `config` (default: the default
-    values)."""
+    """Yield (section.key, field, value) for each setting, in order. The values are those of `config`, or the defaults if it is
+    None."""
     config = config or Config()
     for section in dataclasses.fields(Config):
         part = getattr(config, section.name)

@@ -21,12 +21,12 @@ class BatchEncoder:
     """Encodes texts with the `tokenizers` library or with tiktoken. Both programs give the same ids. Names of special tokens in a
     text are encoded like any other text.
 
-    program: the program that encodes: "tiktoken", or "the tokenizers library" and the reason why it is not tiktoken. Before the
+    `program`: the program that encodes: "tiktoken", or "the tokenizers library" and the reason why it is not tiktoken. Before the
     program is chosen, it is "".
     """
 
     def __init__(self, text: str, library: Any) -> None:
-        """text: the contents of a tokenizer.json. library: the same tokenizer, as an object of the `tokenizers` library."""
+        """`text`: the contents of a tokenizer.json. `library`: the same tokenizer, as an object of the `tokenizers` library."""
         self.program = ""
         self._text, self._library = text, library
         self._left = CHARACTERS + CHARACTERS_PER_TOKEN * library.get_vocab_size()
@@ -57,7 +57,7 @@ class BatchEncoder:
 
     def _count(self, texts: Sequence[str], found: list[np.ndarray]) -> None:
         """Count the characters of `texts`, which the `tokenizers` library has encoded. When enough are counted, use tiktoken from
-        now on if it gives the same ids for these texts. found: the library's ids of each text."""
+        now on if it gives the same ids for these texts. `found`: the library's ids of each text."""
         before, self._left = self._left, self._left - sum(map(len, texts))
         if before > 0 >= self._left:
             try:

@@ -91,10 +91,11 @@ def from_dataset(
 ) -> Items:
     """Return the batches of a map-style dataset for mpidp.library.
 
-    dataset: an object with len() and [i]. batch: number of items per step, over all ranks. micro_batch: number of items per
-    forward pass. The default 0 means an eighth of the batch, so that up to 8 ranks can share a batch. lanes: see the setting
-    train.lanes. collate: a function that makes a batch from a list of items (default: torch's default_collate). Raises UsageError
-    if an argument is invalid, and DataError if there are no items. Independent.
+    `dataset`: an object with len() and [i]. `batch`: number of items per step, over all ranks. `micro_batch`: number of items per
+    forward pass. The default 0 means an eighth of the batch, so that up to 8 ranks can share a batch. `lanes`: number of lanes.
+    The default 0 means one lane per micro-batch, up to 64. `collate`: a function that makes a batch from a list of items
+    (default: torch's default_collate). Raises UsageError if an argument is invalid, and DataError if there are no items.
+    Independent.
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise UsageError(

@@ -70,8 +70,8 @@ class Encoder:
         return self.table.ends[0] if self.table.bos is None else self.table.bos
 
     def named(self, texts: Sequence[str]) -> tuple[str, int]:
-        """Return (one of the names, number of texts) for texts in which the name of a special token is encoded as plain text.
-        Return ("", 0) if there are no such texts. Pure."""
+        """Count the texts in which the name of a special token is encoded as plain text. Return (one of these names, number of
+        texts), or ("", 0) if there are none. Pure."""
         names = self.names if self.special == "text" else None
         found = [match[0] for text in texts if names is not None and (match := names.search(text))]
         return (found[0], len(found)) if found else ("", 0)

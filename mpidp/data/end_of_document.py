@@ -17,7 +17,7 @@ TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|eot|>", 
 def find_eod(vocab: Mapping[str, int], eod: str | int | None, declared: str | None = None) -> int:
     """Return the id of the end-of-document token. Raises DataError if there is no such token.
 
-    vocab: the id of each token. eod: the end-of-document token, its id, or None if it is not known. declared: the model's
+    `vocab`: the id of each token. `eod`: the end-of-document token, its id, or None if it is not known. `declared`: the model's
     eos_token, or None. If `eod` is None, `declared` is chosen, unless this token ends a turn of a chat. (Pretraining data end
     documents with another token.) Otherwise the first token of USUAL_EOD that is in `vocab` is chosen.
     """

@@ -46,8 +46,8 @@ class FastBPE:
     """A byte-level BPE tokenizer that uses tiktoken."""
 
     def __init__(self, text: str, library: Any) -> None:
-        """text: the contents of a tokenizer.json. library: the same tokenizer, as an object of the `tokenizers` library. Raises
-        NotEqual if tiktoken cannot be used for this tokenizer."""
+        """`text`: the contents of a tokenizer.json. `library`: the same tokenizer, as an object of the `tokenizers` library.
+        Raises NotEqual if tiktoken cannot be used for this tokenizer."""
         try:
             import tiktoken
         except ImportError:
@@ -140,7 +140,7 @@ class FastBPE:
 
 def check_pairs(pairs: Mapping[bytes, Collection[tuple[bytes, bytes]]], ranks: Mapping[bytes, int]) -> None:
     """For each token, find the last pair that tiktoken joins to get the token. Raise NotEqual if this pair is not in the token's
-    list of pairs. pairs: the list of pairs of each token. ranks: the rank of each token in tiktoken. Pure."""
+    list of pairs. `pairs`: the list of pairs of each token. `ranks`: the rank of each token in tiktoken. Pure."""
     for word, listed in pairs.items():
         parts = [bytes([byte]) for byte in word]
         while len(parts) > 2:

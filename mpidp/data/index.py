@@ -86,7 +86,7 @@ class Index:
 
 
 def read_index(folder: Path, name: str = "index.json", shown: str = "") -> Index:
-    """Read the index of a folder of shards. name: the name of the index file. shown: the name of the folder in error messages
+    """Read the index of a folder of shards. `name`: the name of the index file. `shown`: the name of the folder in error messages
     (default: `folder`). Raises DataError if the index is missing or invalid. Independent."""
     path = folder / name
     named = f"{shown or folder}/{name}"

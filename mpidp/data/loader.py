@@ -38,10 +38,10 @@ class MicroBatch:
 
     @classmethod
     def of(cls, v: int, tokens: np.ndarray, counts: np.ndarray | None, starts: np.ndarray | None) -> MicroBatch:
-        """Make a micro-batch in host memory. v: its index in the global batch. tokens: the training windows, (b, T + 1) int64.
-        Pure.
+        """Make a micro-batch in host memory. `v`: its index in the global batch. `tokens`: the training windows, (b, T + 1)
+        int64. Pure.
 
-        counts: (b, T + 1) bool, true for tokens that are targets, or None if all tokens are targets. starts: (b, T + 1) bool,
+        `counts`: (b, T + 1) bool, true for tokens that are targets, or None if all tokens are targets. `starts`: (b, T + 1) bool,
         true for tokens that start a document, or None if documents are not kept apart. If documents are kept apart, the first
         token of a document is not a target, because it has no context. Tokens before the first start in a window belong to an
         earlier document.
@@ -106,8 +106,8 @@ def check_targets(stream: TokenStream, first: int) -> None:
 class Loader:
     """An endless iterator of Batch objects, starting at start_batch. Independent.
 
-    micro_batches: indices v of the micro-batches that this rank is expected to compute. prefetch: number of batches to read
-    ahead. resident: whether the tokens of these micro-batches stay on a CUDA device ("true", "false" or "auto"). "auto" means
+    `micro_batches`: indices v of the micro-batches that this rank is expected to compute. `prefetch`: number of batches to read
+    ahead. `resident`: whether the tokens of these micro-batches stay on a CUDA device ("true", "false" or "auto"). "auto" means
     "true" if the tokens need less than a quarter of the device's free memory. resident has no effect on CPUs, with a loss mask,
     or if documents are kept apart. If the thread has an error, such as DataError for an id outside the vocabulary, every later
     call of next() raises it.
@@ -270,7 +270,7 @@ class _Resident:
         return self._windows.start <= windows.start and windows.stop <= self._windows.stop
 
     def gather(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (tokens, targets) of some windows, each (b, T) int64. windows: the numbers of the windows, (b,)."""
+        """Return (tokens, targets) of some windows, each (b, T) int64. `windows`: the numbers of the windows, (b,)."""
         starts = (windows * self._seq_len - self._first).to(self._device, non_blocking=True)
         block = self._tokens[starts[:, None] + self._offsets].to(torch.int64) & self._mask
         return block[:, :-1].contiguous(), block[:, 1:].contiguous()

@@ -39,15 +39,15 @@ Encode = Callable[[str], Placed]
 
 
 def joined(encodings: list[tuple[int, Any]]) -> Placed:
-    """Join the encodings of consecutive parts of a text. encodings: for each part, (position of its first character in the text,
-    its encoding by the `tokenizers` library). Pure."""
+    """Join the encodings of consecutive parts of a text. `encodings`: for each part, (position of its first character in the
+    text, its encoding by the `tokenizers` library). Pure."""
     places = [np.array(one.offsets, dtype=np.int64).reshape(-1, 2) + at for at, one in encodings]
     ids, both = [np.array(one.ids, dtype=np.int64) for _, one in encodings], np.concatenate(places)
     return Placed(np.concatenate(ids), both[:, 0], both[:, 1])
 
 
 def encode_pieces(pieces: Iterable[str], encode: Encode) -> Iterator[np.ndarray]:
-    """Encode one text that is given in pieces. A piece may end anywhere. Yield the ids of the whole text in parts. encode: a
+    """Encode one text that is given in pieces. A piece may end anywhere. Yield the ids of the whole text in parts. `encode`: a
     function that encodes a text and returns a Placed. Independent.
 
     If no suitable cut is found within MAX_WINDOW characters, the text is cut at an arbitrary token. Ids near this cut may differ
@@ -77,8 +77,8 @@ def _first(starts: np.ndarray, place: int) -> int:
 
 
 def _find_cut(text: str, placed: Placed, encode: Encode) -> tuple[int, int] | None:
-    """Return (start, place) of a cut, or None if no cut is found. start: the character at which the next window begins. place:
-    the character from which on the tokens of the next window are used."""
+    """Return (start, place) of a cut, or None if no cut is found. `start`: the character at which the next window begins.
+    `place`: the character from which on the tokens of the next window are used."""
     for overlap in (OVERLAP, 8 * OVERLAP):
         if overlap <= len(text) // 2:
             for start in _starts_of_window(text, placed.starts, len(text) - overlap, overlap // 4):
@@ -102,7 +102,7 @@ def _starts_of_window(text: str, starts: np.ndarray, low: int, width: int) -> It
 
 def _agreement(first: Placed, second: Placed, start: int, stop: int) -> int | None:
     """Return the first character from which on two windows have the same tokens, until character `stop`. Return None if there is
-    no such character. Positions are counted in the first window. start: where the second window begins."""
+    no such character. Positions are counted in the first window. `start`: where the second window begins."""
     ids, starts, stops = first.ids, first.starts, first.stops
     other_ids, other_starts = second.ids, second.starts + start
     end = _first(starts, stop)
@@ -117,7 +117,7 @@ def _agreement(first: Placed, second: Placed, start: int, stop: int) -> int | No
 
 
 def _last_token(placed: Placed, low: int) -> tuple[int, int]:
-    """Return (start, place) of a cut (see _find_cut). Both are the beginning of the last token that begins before character
+    """Return (start, place) of a cut, as _find_cut() does. Both are the beginning of the last token that begins before character
     `low`. If this token begins at 0, both are `low`."""
     place = int(placed.starts[max(0, _first(placed.starts, low) - 1)]) or low
     return place, place

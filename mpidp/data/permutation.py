@@ -12,19 +12,19 @@ ROUNDS = 8  # number of rounds of the Feistel network
 
 @lru_cache(maxsize=1024)
 def keys_of(*key: object) -> np.ndarray:
-    """Return one key for each round of the Feistel network: (ROUNDS, 1) uint64. key: values from which the keys are computed. The
-    repr of a value must be the same in every process."""
+    """Return one key for each round of the Feistel network: (ROUNDS, 1) uint64. `key`: values from which the keys are computed.
+    The repr of a value must be the same in every process."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)[:, None]
 
 
 def permute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Apply a keyed permutation of 0..n-1 to each element of `x`, a uint64 array. keys: see keys_of()."""
+    """Apply a keyed permutation of 0..n-1 to each element of `x`, a uint64 array. `keys`: the result of keys_of()."""
     return _walk(x, n, keys, inverse=False)
 
 
 def unpermute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Apply the inverse of permute() to each element of `x`, a uint64 array."""
+    """Apply the inverse of permute() to each element of `x`, a uint64 array. `keys`: the result of keys_of()."""
     return _walk(x, n, keys, inverse=True)
 
 

@@ -19,7 +19,8 @@ from mpidp.errors import DataError
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a file. fields: the values by name, or None if the row is malformed. reason: why the row is malformed, or ""."""
+    """A row of a file. `fields`: the values by name, or None if the row is malformed. `reason`: why the row is malformed, or
+    ""."""
 
     path: str
     unit: str  # what `number` counts: line, item or row
@@ -37,8 +38,8 @@ class Row:
 def records(file: TextFile, columns: Collection[str] = (), surrogates: bool = False) -> Iterator[Row]:
     """Yield the rows of a file of kind lines, array, table, parquet or arrow. Blank lines are skipped. Independent.
 
-    columns: the columns to read from a .parquet or .arrow file. If it is empty, all columns are read. surrogates: True to keep
-    unpaired surrogates, False to replace them. Raises DataError if the file cannot be read, and UsageError if a library is
+    `columns`: the columns to read from a .parquet or .arrow file. If it is empty, all columns are read. `surrogates`: True to
+    keep unpaired surrogates, False to replace them. Raises DataError if the file cannot be read, and UsageError if a library is
     missing.
     """
     kinds = {"lines": _lines, "array": _array, "table": _table}

@@ -10,7 +10,7 @@ MAX_NAME = 40  # characters of a name that are shown
 
 
 class RowSkipped(ValueError):  # noqa: N818
-    """Raised for a row that cannot be used. kind: the counter in data_tools.counts.Counts that counts this row."""
+    """Raised for a row that cannot be used. `kind`: the counter in data_tools.counts.Counts that counts this row."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -38,7 +38,7 @@ def objects_of(fields: Mapping[str, Any], key: str) -> list[Any] | None:
 
 
 def parsed_field(key: str, text: str) -> Any:
-    """Parse the JSON text of a field and return its value. key: the name of the field. Raises RowSkipped if the text is not
+    """Parse the JSON text of a field and return its value. `key`: the name of the field. Raises RowSkipped if the text is not
     JSON."""
     try:
         return json.loads(text)
@@ -53,7 +53,7 @@ def describe(value: Any) -> str:
 
 
 def keys_of(names: Iterable[str], shown: int = 12) -> str:
-    """Return a text that lists names of fields, separated by commas. shown: the maximum number of names. Pure."""
+    """Return a text that lists names of fields, separated by commas. `shown`: the maximum number of names. Pure."""
     found = [shown_name(name) for name in names]
     return ", ".join(found[:shown]) + (", ..." if found[shown:] else "") or "none"
 

@@ -41,7 +41,7 @@ def as_messages(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
     Fields that do not belong to the form stay in the row. A row that already has the common form, or that has an unknown form, is
     not converted. The returned name is then "". Raises RowSkipped if the row has preferences, media or an answer that it marks as
-    unwanted, or if a row of a known form is malformed."""
+    unwanted. Also raises RowSkipped if a row of a known form is malformed."""
     row = {key: value for key, value in fields.items() if value is not None}
     if found := [key for key in MEDIA if row.get(key)]:
         raise RowSkipped("malformed", f"a row with `{found[0]}`: mpidp trains on text only")
@@ -99,7 +99,7 @@ def _refuse_unwanted(row: Mapping[str, Any]) -> None:
 
 def _refuse_preferences(row: Mapping[str, Any], messages: list[Any] | None) -> None:
     """Raise RowSkipped if the row has the fields `chosen` and `rejected`. If the last message is from the assistant, do nothing.
-    messages: the messages of the row, or None if it has none."""
+    `messages`: the messages of the row, or None if it has none."""
     last = messages[-1] if messages else None
     ends = isinstance(last, dict) and last.get("role") == "assistant"
     if "chosen" in row and "rejected" in row and not ends:
@@ -137,7 +137,7 @@ def _of_sharegpt(message: Any) -> dict[str, Any]:
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:
-    """Return the tool calls of a function_call. value: an object {"name", "arguments"}, a list of such objects, or JSON text of
+    """Return the tool calls of a function_call. `value`: an object {"name", "arguments"}, a list of such objects, or JSON text of
     either."""
     found = parsed_field("value", value) if isinstance(value, str) else value
     calls = found if isinstance(found, list) else [found]

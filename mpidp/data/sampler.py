@@ -143,8 +143,8 @@ class Sampler:
                      min(micro_batches.stop * self.lanes.micro_batch, self.lanes.global_batch))
 
     def _positions(self, batch: int, v: int) -> tuple[int, int, range]:
-        """Return (epoch, lane, positions) of micro-batch v. The positions of its windows are counted from the beginning of the
-        lane's section if `order` is "shuffled", and from the beginning of the epoch if it is "sequential"."""
+        """Return (epoch, lane, positions) of micro-batch v. If `order` is "shuffled", the positions of its windows are counted
+        from the beginning of the lane's section. If it is "sequential", they are counted from the beginning of the epoch."""
         epoch, step = divmod(batch, self.steps_per_epoch)
         lane, places = self.lanes.lane_of(v), self.lanes.sequences(v)
         stop = max(places.start, min(places.stop, self.batch_sequences(batch)))
@@ -156,8 +156,8 @@ class Sampler:
         return -(-len(part) // self.block_windows)
 
     def _gap(self, part: range, epoch: int, lane: int) -> tuple[int, int]:
-        """Return (end, lacks) for the last block of a section, which may be shorter than the others. end: the position at which
-        this block ends in the permuted order. lacks: the number of windows by which it is shorter. part: the windows of the
+        """Return (end, lacks) for the last block of a section, which may be shorter than the others. `end`: the position at which
+        this block ends in the permuted order. `lacks`: the number of windows by which it is shorter. `part`: the windows of the
         section."""
         num_blocks = self._num_blocks(part)
         lacks = num_blocks * self.block_windows - len(part)

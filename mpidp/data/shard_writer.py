@@ -34,10 +34,10 @@ def write_shard(
     path: Path, pieces: Iterable[np.ndarray], num_tokens: int, doc_offsets: np.ndarray,
     attributes: dict[str, int | str], mask: Iterable[np.ndarray] | None = None,
 ) -> Written:
-    """Write one shard. pieces: the ids, in arrays with num_tokens ids in total. mask: the loss mask, in arrays of the same total
-    length, or None. Independent.
+    """Write one shard. `pieces`: the ids, in arrays with num_tokens ids in total. `mask`: the loss mask, in arrays of the same
+    total length, or None. Independent.
 
-    doc_offsets: the positions at which documents start. attributes: the shard's attributes, at least split, vocab_size and
+    `doc_offsets`: the positions at which documents start. `attributes`: the shard's attributes, at least split, vocab_size and
     tokenizer_sha256. The same input gives the same bytes. The file gets its final name when it is complete and on disk.
     """
     dtypes = {"tokens": token_dtype(int(attributes["vocab_size"])), "loss_mask": np.dtype("u1")}

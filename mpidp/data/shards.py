@@ -11,8 +11,8 @@ and the scalar attributes format, version, split, shard, num_shards, vocab_size,
 
 index.json: format "mpidp-shards", version 1, vocab_size, eod, tokenizer {kind, file, sha256}, source (any), window and
 special_tokens (optional), splits {name: {tokens, documents, text_bytes, loss_mask}}, files [{name, split, tokens, documents,
-text_bytes, size, crc32, sha256}]. text_bytes: the number of UTF-8 bytes of the text. size, crc32, sha256: the size and the
-checksums of the file. If the index has the key `window`, the shards are packed: no document crosses a multiple of `window`
+text_bytes, size, crc32, sha256}]. `text_bytes`: the number of UTF-8 bytes of the text. `size`, `crc32`, `sha256`: the size and
+the checksums of the file. If the index has the key `window`, the shards are packed: no document crosses a multiple of `window`
 tokens, each split ends with one more token, and documents must be kept apart. The files of a split, in the order of the index,
 form one stream of tokens.
 
@@ -62,8 +62,8 @@ class TokenStream:
     """
 
     def __init__(self, path: str | Path, split: str = "train", cache: CacheOptions = DEFAULT_CACHE) -> None:
-        """path: a folder of shards, or an address such as s3://bucket/prefix. cache: the options of the local cache, if `path` is
-        an address."""
+        """`path`: a folder of shards, or an address such as s3://bucket/prefix. `cache`: the options of the local cache, if
+        `path` is an address."""
         self.storage, self.split = open_folder(path, cache), split
         self.path, self.folder = self.storage.path, self.storage.local  # folder: where index.json and tokenizer.json are
         self.index = index = read_index(self.folder, shown=str(self.path))
@@ -90,9 +90,9 @@ class TokenStream:
         self._lock = threading.Lock()  # the loader's thread and the training loop may both read
 
     def keep_apart(self, documents: str, seq_len: int) -> None:
-        """Set whether documents are kept apart. documents: the value of data.documents (auto, joined, apart).
+        """Set whether documents are kept apart. `documents`: the value of data.documents (auto, joined, apart).
 
-        seq_len: the length of a training window. Raises UsageError if the shards are packed and seq_len is not a multiple of
+        `seq_len`: the length of a training window. Raises UsageError if the shards are packed and seq_len is not a multiple of
         their window length. Independent.
         """
         packed = self.index.window
@@ -104,8 +104,8 @@ class TokenStream:
             )
 
     def check(self, files: Iterable[int] | None = None, contents: bool = False) -> None:
-        """Raise DataError if a file is missing, or has a wrong size or header. files: indices of the files to check (default:
-        all). contents: whether to check the checksums, too."""
+        """Raise DataError if a file is missing, or has a wrong size or header. `files`: indices of the files to check (default:
+        all). `contents`: whether to check the checksums, too."""
         for i in range(len(self.files)) if files is None else files:
             self._map(i)
             if contents:
@@ -169,7 +169,7 @@ class TokenStream:
         return self.files[i].name, position - int(self._starts[i])
 
     def check_ids(self, start: int, ids: np.ndarray) -> None:
-        """Raise DataError if an id is not below the vocabulary size. ids: ids that were read from position `start` of the
+        """Raise DataError if an id is not below the vocabulary size. `ids`: ids that were read from position `start` of the
         stream."""
         if ids.size and ids.max() >= self.vocab_size:
             bad = int(np.argmax(ids >= self.vocab_size))
@@ -179,7 +179,7 @@ class TokenStream:
 
     def doc_offsets(self, file: int) -> np.ndarray:
         """Return the positions in a file at which documents start, uint64 (d,). Raises DataError if they are outside the file or
-        not in ascending order. file: the index of the file."""
+        not in ascending order. `file`: the index of the file."""
         offsets = self._map(file).doc_offsets[:]
         if offsets.size and (offsets[-1] >= self.files[file].tokens or (offsets[1:] <= offsets[:-1]).any()):
             raise self._error(file, "its doc_offsets lie outside the file, or are not in ascending order")

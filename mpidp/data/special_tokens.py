@@ -103,7 +103,7 @@ def special_tokens_of(folder: Path | None, tokenizer: Tokenizer) -> SpecialToken
     """Return the table of a tokenizer. It is FOLDER/special_tokens.json if this file exists. Otherwise it is made from the files
     that transformers reads.
 
-    folder: the tokenizer's folder, or None if there is no folder. Raises DataError if a file is invalid. Independent.
+    `folder`: the tokenizer's folder, or None if there is no folder. Raises DataError if a file is invalid. Independent.
     """
     if folder is not None and (stored := read_special_tokens(folder)) is not None:
         return with_template(stored, tokenizer, stored.template)
@@ -143,7 +143,7 @@ def special_names(tokenizer: Tokenizer) -> dict[str, int]:
 
 def _names(files: Mapping[str, dict[str, Any]], about: Mapping[str, Any]) -> dict[str, str]:
     """Return {name: text} of the special tokens, for example bos_token, as transformers determines them. Texts in the model's
-    files replace the default texts of the tokenizer's class. files: the contents of the model's files. about: the contents of
+    files replace the default texts of the tokenizer's class. `files`: the contents of the model's files. `about`: the contents of
     tokenizer.json."""
     config = files.get("tokenizer_config.json", {})
     merged = dict(config)

@@ -45,7 +45,7 @@ MAX_TEXT_BYTES = 2**30  # largest file that is read as one text
 
 
 class NotText(ValueError):  # noqa: N818
-    """Raised for a file that cannot be read as text. kind: "empty" or "binary". To form a sentence, put the name of the file
+    """Raised for a file that cannot be read as text. `kind`: "empty" or "binary". To form a sentence, put the name of the file
     before the message."""
 
     def __init__(self, kind: str, reason: str) -> None:
@@ -55,8 +55,8 @@ class NotText(ValueError):  # noqa: N818
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file, and how it is read. doubt: if the file is read as plain text although its name or content suggests rows, a text
-    that describes what was found. Otherwise ""."""
+    """A file, and how it is read. `doubt`: a text that describes why the file could contain rows, although it is read as plain
+    text. If there is no doubt, it is ""."""
 
     path: str
     kind: str  # lines, array, table, parquet, arrow or text
@@ -82,8 +82,9 @@ def recognize(path: str | Path, name: str | None = None, wanted: Collection[str]
     """Recognize a file by its name and first bytes. Raises NotText if the file is not text, DataError if it cannot be read, and
     UsageError if the decompressor is missing. Independent.
 
-    name: the file's name (default: the name in the path). wanted: names of fields. A .csv or .tsv file, an array of objects, or a
-    file with only one object is read as rows only if it has one of these fields. If `wanted` is empty, any fields are accepted.
+    `name`: the file's name (default: the name in the path). `wanted`: names of fields. Without any of these fields, a .csv or
+    .tsv file, an array of objects, or a file with only one object is not read as rows. If `wanted` is empty, any fields are
+    accepted.
     """
     path = str(path)
     with reading(path):
@@ -113,8 +114,8 @@ def recognize(path: str | Path, name: str | None = None, wanted: Collection[str]
 
 
 def _check_head(head: bytes, kind: str) -> int:
-    """Return the length of the byte order mark in bytes. head: the first bytes of the file. Raises NotText if they show that the
-    file is not text."""
+    """Return the length of the byte order mark in bytes. `head`: the first bytes of the file. Raises NotText if they show that
+    the file is not text."""
     if not head:
         raise NotText("empty", "is empty")
     if kind in ("parquet", "arrow"):
@@ -153,8 +154,8 @@ def _is_json(head: bytes) -> bool:
 def read_whole(path: str | Path, limit: int = MAX_TEXT_BYTES, may_be_empty: bool = False) -> str:
     """Return the text of a UTF-8 file, without its byte order mark. Independent.
 
-    may_be_empty: True to return "" for an empty file, False to raise DataError. Also raises DataError if the file is not regular,
-    cannot be read, is not UTF-8, or has more than `limit` bytes.
+    `may_be_empty`: True to return "" for an empty file, False to raise DataError. Also raises DataError if the file is not
+    regular, cannot be read, is not UTF-8, or has more than `limit` bytes.
     """
     with reading(path):
         if not is_regular(path):

@@ -33,7 +33,7 @@ class TokenBytes:
     bos: int | None = None  # the BOS id, which has no bytes at the beginning of a text
 
     def count(self, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """Return the number of bytes of each id, int64 (n,). starts: (n,) bool, true for the first token of each text."""
+        """Return the number of bytes of each id, int64 (n,). `starts`: (n,) bool, true for the first token of each text."""
         if self.bos is None and not self.begin:
             return self._lengths[ids]
         opens = starts & (ids == self.bos)
@@ -90,7 +90,7 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> TokenBytes | None:
 
 def _nested(part: Any, key: str) -> Iterable[dict[str, Any]]:
     """Yield the steps of `part`, which is a decoder, a normalizer or a pre-tokenizer. It has several steps if its type is
-    Sequence, and otherwise one. key: the key under which a Sequence has its steps."""
+    Sequence, and otherwise one. `key`: the key under which a Sequence has its steps."""
     if not isinstance(part, dict):
         return
     if part.get("type") != "Sequence":
@@ -139,6 +139,6 @@ def _prefix(parsed: dict[str, Any]) -> tuple[bool, bool]:
 
 
 def _scheme(step: dict[str, Any]) -> str:
-    """Return where a Metaspace step adds a space when it encodes, and removes the space when it decodes. Added tokens divide a
-    text into parts. "always": before each part. "first": before the first part. "never": nowhere."""
+    """Return where a Metaspace step adds a space in encoding, and removes it in decoding. Added tokens divide a text into parts.
+    "always": before each part. "first": before the first part. "never": nowhere."""
     return str(step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never"))

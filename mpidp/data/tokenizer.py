@@ -86,7 +86,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """One token per character, for small corpora. characters: the characters in the order of their ids, without repetition."""
+    """One token per character, for small corpora. `characters`: the characters in the order of their ids, without repetition."""
 
     kind = "char"
 
@@ -119,8 +119,9 @@ class CharTokenizer(Tokenizer):
 class HFTokenizer(Tokenizer):
     """A Hugging Face tokenizer.json, used through the `tokenizers` library.
 
-    text: the file's contents. eod, declared: see find_eod(). Raises DataError if the file is malformed or has no end-of-document
-    token. Encoding adds no special tokens, and does not truncate or pad.
+    `text`: the file's contents. `eod`: the end-of-document token, its id, or None. `declared`: the model's eos_token, or None.
+    Raises DataError if the file is malformed or has no end-of-document token. Encoding adds no special tokens, and does not
+    truncate or pad.
     """
 
     kind = "bpe"
@@ -165,7 +166,7 @@ class HFTokenizer(Tokenizer):
         return self._encoder.program
 
     def _without_eod(self, text: str, ids: np.ndarray) -> np.ndarray:
-        """Return `ids`, the ids of the text. If they contain EOD, encode the text again without EOD (see placed_without())."""
+        """Return `ids`, the ids of the text. If they contain EOD, encode the text again, so that they do not contain EOD."""
         return self._placed(text).ids if (ids == self.eod).any() else ids
 
     def _window(self, text: str) -> Placed:
@@ -177,9 +178,9 @@ class HFTokenizer(Tokenizer):
 
 
 def placed_without(library: Any, text: str, eod: int) -> Placed:
-    """Encode a text so that its ids do not contain `eod`. library: a tokenizer of the `tokenizers` library. If the ids of the
-    whole text contain `eod`, the text is cut in the middle of each occurrence of this token's name. The parts are then encoded
-    separately. Pure."""
+    """Encode a text so that its ids do not contain `eod`. `library`: a tokenizer of the `tokenizers` library. If the ids of the
+    whole text contain `eod`, the text is cut inside each occurrence of this token's name, and the parts are encoded separately.
+    Pure."""
     encoding = library.encode(text, add_special_tokens=False)
     name = str(library.id_to_token(eod))
     if eod not in encoding.ids or name not in text or len(name) < 2:
@@ -192,10 +193,10 @@ def placed_without(library: Any, text: str, eod: int) -> Placed:
 
 
 def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
-    """Load a tokenizer.json. path: the file, or a folder of shards or of a run that contains it. Independent.
+    """Load a tokenizer.json. `path`: the file, or a folder of shards or of a run that contains it. Independent.
 
-    eod: for Hugging Face files, the token that ends a document, or its id. If `eod` is None, the id in the folder's index.json is
-    used. If there is no index.json, find_eod() chooses the token. Raises DataError if the file is missing, malformed or too
+    `eod`: for Hugging Face files, the token that ends a document, or its id. If `eod` is None, the id in the folder's index.json
+    is used. If there is no index.json, find_eod() chooses the token. Raises DataError if the file is missing, malformed or too
     large.
     """
     path = Path(path)
@@ -219,7 +220,8 @@ def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
 def tokenizer_from_json(text: str, eod: str | int | None = None, declared: str | None = None) -> Tokenizer:
     """Make a tokenizer from the contents of a tokenizer.json (mpidp's or Hugging Face's). Raises DataError if they are malformed.
 
-    eod, declared: see find_eod().
+    For Hugging Face's files, `eod` is the end-of-document token, its id, or None, and `declared` is the model's eos_token, or
+    None.
     """
     try:
         parsed = json.loads(text)
@@ -241,7 +243,7 @@ def tokenizer_from_json(text: str, eod: str | int | None = None, declared: str |
 
 
 def check_bpe_size(vocab_size: int, option: str = "") -> None:
-    """Raise UsageError if byte-level BPE cannot have `vocab_size` ids, or if the `tokenizers` library is missing. option: the
+    """Raise UsageError if byte-level BPE cannot have `vocab_size` ids, or if the `tokenizers` library is missing. `option`: the
     value of --tokenizer, for the message. Independent."""
     if not 257 <= vocab_size <= MAX_VOCAB:
         raise UsageError(f"--tokenizer {option or f'bpe:{vocab_size}'}: the vocabulary size must be in 257..{MAX_VOCAB} "

@@ -83,7 +83,7 @@ def one_line(result: CheckResult) -> str:
 
 
 def exit_before_mpi(message: str) -> NoReturn:
-    """Print a message and exit. Call this function only before MPI starts. Independent."""
+    """Print a message and exit with code 1. Call this function only before MPI starts. Independent."""
     log.error("mpidp: rank %d on %s: %s", launcher_rank(), socket.gethostname(), message)
     sys.exit(1)
 
@@ -97,7 +97,7 @@ class Deadline:
         threading.Thread(target=self._watch, name="deadline", daemon=True).start()
 
     def enter(self, check: str) -> None:
-        """Record that a check begins, and start its time limit. check: the name of the check."""
+        """Record that a check begins, and start its time limit. `check`: the name of the check."""
         self.check, self.since = check, time.monotonic()
 
     def _watch(self) -> None:
@@ -155,7 +155,7 @@ class Checkup:
         self.found: list[CheckResult] = []
 
     def check(self, what: str, check: Callable[..., CheckResult | list[CheckResult]], *given: Any) -> None:
-        """Run the check `check` with the arguments `given` on rank 0, and add its results. what: the name of the check.
+        """Run the check `check` with the arguments `given` on rank 0, and add its results. `what`: the name of the check.
         Independent."""
         self.deadline.enter(what)
         if self.world.rank == 0:
@@ -178,8 +178,8 @@ class Checkup:
 def examine(
     world: MPI.Intracomm, options: argparse.Namespace, environ: Mapping[str, str], launched: int, deadline: Deadline
 ) -> tuple[list[CheckResult], dict[str, Any]]:
-    """Run all checks. Return (results, contents of cluster.json). Only rank 0 has all results. launched: the number of ranks that
-    the launcher started. Collective over world."""
+    """Run all checks. Return (results, contents of cluster.json). Only rank 0 has all results. `launched`: the number of ranks
+    that the launcher started. Collective over world."""
     from mpi4py import MPI
 
     name, version = MPI.get_vendor()

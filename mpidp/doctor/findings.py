@@ -30,7 +30,7 @@ def worst(results: Sequence[CheckResult]) -> CheckResult:
 
 
 def failed_check(what: str, error: Exception) -> CheckResult:
-    """Return the result of a check that raised an exception. Pure."""
+    """Return a warning that the check `what` raised an exception. Pure."""
     return CheckResult(what, "warning", f"could not be checked: {error!r}")
 
 

@@ -1,4 +1,4 @@
-"""Checks which cores, threads and GPUs each rank uses, and whether several ranks share a core or a GPU. Pure, except `probe`."""
+"""Checks which cores, threads and GPUs each rank uses, and whether several ranks share a core or a GPU. Pure, except probe()."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def check_cores(facts: Sequence[MachineFacts], launcher: str) -> CheckResult:
 
 def crowded(facts: Sequence[MachineFacts]) -> tuple[int, ...]:
     """Return the smallest set of cores to which more ranks are bound than the set has cores. Return () if there is no such set.
-    Only two kinds of sets are considered: the cores of one rank, and the cores of all ranks together. facts: the facts of the
+    Only two kinds of sets are considered: the cores of one rank, and the cores of all ranks together. `facts`: the facts of the
     ranks of one node. Pure."""
     sets = sorted({one.cores for one in facts} | {tuple(sorted({core for one in facts for core in one.cores}))}, key=len)
     return next((cores for cores in sets if sum(set(one.cores) <= set(cores) for one in facts) > len(cores)), ())
@@ -113,7 +113,7 @@ def waiting_words(facts: MachineFacts) -> str:
 
 def check_gpus(facts: Sequence[MachineFacts], wanted: bool) -> CheckResult:
     """Check that each rank has its own GPU. A rank uses the GPU cuda:{local rank % number of GPUs}. GPUs are compared by UUID.
-    wanted: whether GPUs are required. Pure."""
+    `wanted`: whether GPUs are required. Pure."""
     if not any(one.gpus for one in facts):
         fix = "install a CUDA build of torch, and request GPUs for the job (--gpus-per-node)" if wanted else ""
         return CheckResult("GPUs", "wrong" if wanted else "skipped", "torch finds no GPU on any rank", fix)
@@ -142,7 +142,8 @@ def probe() -> bool:
 
 
 def check_probe(facts: Sequence[MachineFacts], works: Sequence[bool | None]) -> CheckResult:
-    """Report the results of probe(). works: the result of each rank, or None if the rank did not run the test. Pure."""
+    """Report whether MPI accepts device memory. `works`: the result of probe() on each rank, or None if the rank did not call it.
+    Pure."""
     tried = [one for one in works if one is not None]
     if not any(one.gpus for one in facts):
         return CheckResult("CUDA-aware MPI", "skipped", "no GPU")

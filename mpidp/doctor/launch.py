@@ -45,7 +45,7 @@ def incompatible(kind: str, launcher: str) -> bool:
 
 
 def mpirun_here() -> tuple[str, str]:
-    """Return (path, kind) of the mpirun on the PATH, or ("", "") if there is none. kind: "MPICH", "Open MPI", "Intel MPI" or
+    """Return (path, kind) of the mpirun on the PATH, or ("", "") if there is none. `kind`: "MPICH", "Open MPI", "Intel MPI" or
     "other". Independent."""
     if not (path := shutil.which("mpirun")):
         return "", ""
@@ -58,8 +58,8 @@ def mpirun_here() -> tuple[str, str]:
 def check_launch(size: int, launched: int, library: str, launcher: str, mpirun: tuple[str, str]) -> CheckResult:
     """Check that the processes form one job of several ranks, and not several jobs of one rank.
 
-    size: the number of ranks of this job. launched: the number of processes that the launcher started, or 0 if it is unknown.
-    mpirun: the result of mpirun_here(). Pure."""
+    `size`: the number of ranks of this job. `launched`: the number of processes that the launcher started, or 0 if it is unknown.
+    `mpirun`: the result of mpirun_here(). Pure."""
     kind = library.rpartition(" ")[0]
     starter = {"srun": "srun", "": "a launcher"}.get(launcher, f"the mpirun of {launcher}")
     if size == 1 and (launched > 1 or incompatible(kind, launcher)):

@@ -44,7 +44,7 @@ class Segment:
 
 
 def find(host: str, folder: Path = Path(SHARED_MEMORY)) -> list[Segment]:
-    """Return all segments of MPI jobs in `folder`. host: the name of this machine. Independent."""
+    """Return all segments of MPI jobs in `folder`. `host`: the name of this machine. Independent."""
     in_use, found = _in_use(folder), []
     for path in sorted(folder.iterdir()):
         with suppress(OSError):  # the file was removed in the meantime
@@ -111,7 +111,7 @@ def _state_by_lease(path: Path) -> str:
 
 
 def check_segments(segments: Sequence[Segment], removed: Sequence[Segment]) -> list[CheckResult]:
-    """Report the segments that ended jobs left in /dev/shm. segments: all segments found. removed: those that were removed.
+    """Report the segments that ended jobs left in /dev/shm. `segments`: all segments found. `removed`: those that were removed.
     Pure."""
     left = [one for one in segments if one.state != "used" and one not in removed]
     own = [one for one in left if one.own and one.state == "gone"]
@@ -135,10 +135,10 @@ def _these(segments: Sequence[Segment]) -> str:
 
 
 def check_shm(rooms: Mapping[str, tuple[int, int]], starting: int = 0) -> CheckResult:
-    """Check that the free space of /dev/shm suffices for a shared window and, if MPI has not started, for the start of MPI.
-    starting: the number of ranks per node that MPI is about to start, or 0 if MPI has started.
+    """Check that /dev/shm has enough free space for a shared window. If MPI has not started, it also needs space for the start of
+    MPI. `starting`: the number of ranks per node that MPI is about to start, or 0 if MPI has started.
 
-    rooms: (size, free space) of /dev/shm in bytes, by host. Pure."""
+    `rooms`: (size, free space) of /dev/shm in bytes, by host. Pure."""
     host = min(rooms, key=lambda name: rooms[name][1])
     total, free = rooms[host]
     words = f"{SHARED_MEMORY} on {host}: {size(free)} free of {size(total)}"

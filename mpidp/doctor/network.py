@@ -49,7 +49,7 @@ def _speed(bandwidth: float) -> str:
 def pairs(hosts: Sequence[str]) -> list[list[tuple[int, int]]]:
     """Choose the pairs of ranks between which the network is measured. Return one or two lists of pairs. The pairs of one list
     are measured at the same time. A pair consists of the first rank of a node and the first rank of the next node. On a single
-    node, the only pair is ranks 0 and 1. For a job of one rank, return an empty list. hosts: the host of each rank. Pure."""
+    node, the only pair is ranks 0 and 1. For a job of one rank, return an empty list. `hosts`: the host of each rank. Pure."""
     firsts = [hosts.index(host) for host in dict.fromkeys(hosts)]
     if len(firsts) == 1:
         return [[(0, 1)]] if len(hosts) > 1 else []
@@ -58,7 +58,7 @@ def pairs(hosts: Sequence[str]) -> list[list[tuple[int, int]]]:
 
 
 def measure(world: MPI.Intracomm, hosts: Sequence[str], thorough: bool) -> list[NetworkLink]:
-    """Measure the link between each pair of pairs(hosts). thorough: whether to use larger messages, for up to 3 s per pair
+    """Measure the link between each pair of pairs(hosts). `thorough`: whether to use larger messages, for up to 3 s per pair
     instead of 0.5 s. Collective over world."""
     from mpidp.runtime.world import polite_barrier
 
@@ -119,7 +119,7 @@ def _sent() -> dict[str, int]:
 
 def _busiest(before: Mapping[str, int], after: Mapping[str, int], least: float) -> str:
     """Return the interface that sent the most bytes between two calls of _sent(), or "" if it sent fewer than `least` bytes.
-    before, after: the results of the two calls. Pure."""
+    `before`, `after`: the results of the two calls. Pure."""
     grown = {name: count - before.get(name, count) for name, count in after.items()}
     name = max(grown, key=lambda name: grown[name], default="")
     return name if name and grown[name] >= least else ""
@@ -145,7 +145,7 @@ def check_links(links: Sequence[NetworkLink], library: str, environ: Mapping[str
 
 
 def check_clocks(times: Sequence[float], hosts: Sequence[str]) -> CheckResult:
-    """Compare the clocks of nodes. Locks, logs and time limits depend on them. times: the time of each rank immediately after a
+    """Compare the clocks of nodes. Locks, logs and time limits depend on them. `times`: the time of each rank immediately after a
     barrier. Pure."""
     if len(set(hosts)) == 1:
         return CheckResult("clocks", "skipped", "only one node")

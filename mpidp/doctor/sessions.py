@@ -29,8 +29,8 @@ class Session:
 
 
 def find(host: str, folder: Path | None = None) -> list[Session]:
-    """Return the session folders of this user whose mpirun process no longer runs. folder: where to search for session folders
-    (default: the temporary folder). host: the name of this machine. Independent."""
+    """Return the session folders of this user whose mpirun process no longer runs. `folder`: where to search for session folders
+    (default: the temporary folder). `host`: the name of this machine. Independent."""
     found = []
     for path in sorted((folder or Path(tempfile.gettempdir())).iterdir()):
         with suppress(OSError):  # the folder was removed in the meantime
@@ -55,7 +55,7 @@ def clean(sessions: Sequence[Session]) -> list[Session]:
 
 
 def check_sessions(sessions: Sequence[Session], removed: Sequence[Session]) -> CheckResult:
-    """Report the session folders that killed mpirun processes left. sessions: all that were found. removed: those that were
+    """Report the session folders that killed mpirun processes left. `sessions`: all that were found. `removed`: those that were
     removed. Pure."""
     left = [one for one in sessions if one not in removed]
     if left:

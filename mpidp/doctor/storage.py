@@ -36,7 +36,7 @@ class ReadTest:
 
 
 def read(folder: Path, host: str, rank: int, ranks: int, seconds: float) -> ReadTest:
-    """Read this rank's part of the shards for at most `seconds` seconds, without the page cache. ranks: the number of ranks.
+    """Read this rank's part of the shards for at most `seconds` seconds, without the page cache. `ranks`: the number of ranks.
     Independent."""
     files = sorted(folder.glob("*.h5"))
     if not (folder / "index.json").is_file() or not files:
@@ -116,7 +116,7 @@ def lock_states_in_child(folder: Path) -> dict[str, bool | str]:
 
 
 def check_locks(states: Sequence[Mapping[str, bool | str]]) -> CheckResult:
-    """Check that a lock in run.dir keeps other processes out. states: the results of lock_states() on the other ranks. Pure."""
+    """Check that a lock in run.dir keeps other processes out. `states`: the results of lock_states() on the other ranks. Pure."""
     bad = {name: next((one[name] for one in states if one[name] is not True), True) for name in LOCKS}
     if all(answer is True for answer in bad.values()):
         return CheckResult("locks", "ok", f"flock and fcntl exclude other processes ({len(states)} tried)")

@@ -84,10 +84,10 @@ class Audit:
         self, grid: Grid, every: int, replicas: list[range], buffer: GradientBuffer, flats: dict[str, Tensor],
         is_cut: Callable[[str], bool],
     ) -> None:
-        """every: number of steps from one audit to the next, or 0 for no audits. replicas: for each replica, the ranks that share
-        its flat tensors. flats: {suffix: flat tensor} of the parameters and the optimizer state. In messages, the suffix follows
-        a parameter's name. is_cut: a function that returns whether the parameter of a given name is divided among the ranks of a
-        stage."""
+        """`every`: number of steps from one audit to the next, or 0 for no audits. `replicas`: for each replica, the ranks that
+        share its flat tensors. `flats`: {suffix: flat tensor} of the parameters and the optimizer state. In messages, the suffix
+        follows a parameter's name. `is_cut`: a function that returns whether the parameter of a given name is divided among the
+        ranks of a stage."""
         self.comm, self.every, self.replicas, self.buffer = grid.replicas.dp, every, replicas, buffer
         self._flats, self._grid, self._is_cut = flats, grid, is_cut
         self._lanes: dict[int, int] = {}  # each lane audited in this step -> the rank that owns it
@@ -119,7 +119,7 @@ class Audit:
     # Computing -----------------------------------------------------------------------------------------------------------
 
     def begin(self, step: int, ranges: Sequence[range]) -> tuple[int, list[int]]:
-        """Begin the audit of a step. Return (the lane that this rank computes a second time, all audited lanes). ranges: the
+        """Begin the audit of a step. Return (the lane that this rank computes a second time, all audited lanes). `ranges`: the
         lanes of each rank. Independent."""
         size, round_ = self.comm.size, step // self.every
         # The offset size / 2 is skipped. With this offset, pairs of ranks would only check each other. A difference would not
@@ -139,8 +139,8 @@ class Audit:
             self._table[2, self._lanes[lane]] += self.comm.rank
 
     def compare(self, lane: int, gradient: Tensor) -> AuditFinding | None:
-        """Compare the two computations of each audited lane, on all ranks. Return the difference found, or None. lane, gradient:
-        the lane that this rank computed a second time, and its gradient. Collective over the job's ranks."""
+        """Compare the two computations of each audited lane, on all ranks. Return the difference found, or None. `lane`,
+        `gradient`: the lane that this rank computed a second time, and its gradient. Collective over the job's ranks."""
         whose = self._lanes[lane]
         self._table[1, whose] = checksum(gradient)
         again = np.zeros(self.comm.size, dtype=np.int64)
@@ -198,8 +198,8 @@ class Audit:
 
 
 def _compare(comm: MPI.Intracomm, views: Mapping[str, Tensor], ranks: Sequence[int]) -> tuple[int | None, list[int], str]:
-    """Compare the checksums of the views between `ranks`. Return (good, bad, what). good: the index in `ranks` of a rank of the
-    majority, or None without a majority. bad: the indices in `ranks` of the ranks that differ from the majority. what: a
+    """Compare the checksums of the views between `ranks`. Return (good, bad, what). `good`: the index in `ranks` of a rank of the
+    majority, or None without a majority. `bad`: the indices in `ranks` of the ranks that differ from the majority. `what`: a
     description of the difference, or "". Collective over comm."""
     row = np.array([checksum(view) for view in views.values()], dtype=np.int64)
     table = np.empty((comm.size, len(row)), dtype=np.int64)

@@ -112,8 +112,8 @@ class HeartbeatBoard:
     """This rank's access to the board. It writes the record of this rank, and reads the records of all ranks. Independent."""
 
     def __init__(self, rank: int, hosts: list[str], pids: list[int], token: str, run_dir: Path) -> None:
-        """hosts, pids: the host names and process ids of all ranks. token: a string that is unique to the job. It is part of the
-        name of the shared memory file."""
+        """`hosts`, `pids`: the host names and process ids of all ranks. `token`: a string that is unique to the job. It is part
+        of the name of the shared memory file."""
         self.rank, self._hosts, self._pids, self._token, self._folder = rank, hosts, pids, token, run_dir / ".board"
         self.host = hosts[rank]
         here = [r for r, host in enumerate(hosts) if host == self.host]
@@ -136,9 +136,9 @@ class HeartbeatBoard:
         self._name.unlink(missing_ok=True)
 
     def write(self, step: int, phase: str, bucket: int, entered: float, heard: float, waits: bool = False) -> None:
-        """Write the record of this rank. bucket: the gradient bucket that is being reduced, or -1. entered, heard: when the phase
-        began, and when the last heartbeat occurred. Both are times of time.monotonic(). waits: whether the rank waits for other
-        ranks."""
+        """Write the record of this rank. `bucket`: the gradient bucket that is being reduced, or -1. `entered`, `heard`: when the
+        phase began, and when the last heartbeat occurred. Both are times of time.monotonic(). `waits`: whether the rank waits for
+        other ranks."""
         SLOT.pack_into(self._memory, self._slots[self.rank], step, bucket, entered, heard, waits, phase.encode()[:23])
 
     def quiet_seconds(self) -> float:
@@ -211,7 +211,7 @@ class HeartbeatBoard:
 
 
 def open_heartbeat_board(comm: MPI.Intracomm, host: str, run_dir: Path) -> HeartbeatBoard:
-    """Open the board of a job. host: the name of this rank's node. Collective over comm."""
+    """Open the board of a job. `host`: the name of this rank's node. Collective over comm."""
     hosts, pids, tokens = zip(*comm.allgather((host, os.getpid(), os.urandom(8).hex())), strict=True)
     board = HeartbeatBoard(comm.rank, list(hosts), list(pids), tokens[0], run_dir)
     try:

@@ -2,10 +2,10 @@
 
     MPIDP_FAULT="kill:1:5:reduce,after=0.01 delay:2:1,factor=2"
 
-Faults are separated by spaces. The form of a fault is `kind:rank:step[:phase][,name=value...]`. rank: the rank's number when the
-job started. step: the number of the step that is being computed, counted from 1. In the phases evaluate, checkpoint and respawn,
-`step` is the last completed step. Without times= and until=, all kinds except delay occur once per process, even if the run
-returns to a checkpoint or continues without failed ranks. This module imports neither torch nor MPI.
+Faults are separated by spaces. The form of a fault is `kind:rank:step[:phase][,name=value...]`. `rank`: the rank's number when
+the job started. `step`: the number of the step that is being computed, counted from 1. In the phases evaluate, checkpoint and
+respawn, `step` is the last completed step. Without times= and until=, all kinds except delay occur once per process, also if the
+run returns to a checkpoint or continues without failed ranks. This module imports neither torch nor MPI.
 
 | kind | what happens |
 |---|---|
@@ -165,8 +165,8 @@ class InjectedFaults(StepObserver):
                     ACTIONS[fault.kind]()
 
     def gradient_faults(self, step: int, attempt: int = 0) -> list[Callable[[int, Any], None]]:
-        """Return functions that change gradients in this step. Call each of them with (lane, gradient) for every lane. attempt: 0
-        when the step is first computed, and more when it is repeated. nan, and wrong without until=, occur only in attempt 0.
+        """Return functions that change gradients in this step. Call each of them with (lane, gradient) for every lane. `attempt`:
+        0 when the step is first computed, and more when it is repeated. nan, and wrong without until=, occur only in attempt 0.
         wrong with until= occurs in every attempt."""
         return [
             make_nan if fault.kind == "nan" else make_wrong for fault in self.of_this_rank
@@ -177,7 +177,7 @@ class InjectedFaults(StepObserver):
 
     def flip(self, step: int, parameters: Sequence[Any]) -> None:
         """Flip the bits that the faults of this rank name for this step. Call this method after the update of the step.
-        parameters: all parameters, in order."""
+        `parameters`: all parameters, in order."""
         for fault in self.of_this_rank:
             if fault.kind == "flip" and fault.step == step and self._once(fault):
                 first = parameters[fault.tensor].detach().view(-1)[:1]
@@ -210,7 +210,7 @@ class InjectedFaults(StepObserver):
 
 
 def parse(text: str, rank: int = 0) -> InjectedFaults:
-    """Return the faults in a text of the form of MPIDP_FAULT. rank: this rank. Raises UsageError if the text is not valid.
+    """Return the faults in a text of the form of MPIDP_FAULT. `rank`: this rank. Raises UsageError if the text is not valid.
     Independent."""
     return InjectedFaults([_fault(word) for word in text.split()], rank)
 
@@ -219,8 +219,8 @@ def faults_from_environment(
     rank: int, environment: Mapping[str, str] = os.environ, size: float = math.inf
 ) -> InjectedFaults:
     """Return the faults in the variable MPIDP_FAULT. If it is not set, there are no faults. Rank 0 prints a warning if there are
-    faults. size: the largest number of ranks of the job. Raises UsageError if the variable is not valid, or names a rank that the
-    job cannot have. Independent."""
+    faults. `size`: the largest number of ranks of the job. Raises UsageError if the variable is not valid, or names a rank that
+    the job cannot have. Independent."""
     text = environment.get(VARIABLE, "").strip()
     faults = parse(text, rank)
     for fault in faults.of_all_ranks:

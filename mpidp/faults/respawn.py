@@ -31,7 +31,7 @@ CONNECT_SECONDS = 20.0  # time limit for a collective call, which takes millisec
 
 
 def obstacle_to_respawn(machines: int) -> str:
-    """Return the reason why this job cannot replace failed ranks, or "" if it can. machines: the number of machines of the job.
+    """Return the reason why this job cannot replace failed ranks, or "" if it can. `machines`: the number of machines of the job.
     Independent."""
     if not launched_with_ulfm():
         return "without ULFM, a failed rank ends the job"
@@ -55,7 +55,7 @@ def _ancestor_texts() -> list[bytes]:
 
 def add_rank(world: MPI.Intracomm, message: Any, alive: Callable[[], None]) -> MPI.Intracomm | None:
     """Start a new rank, and send it the `message` of rank 0. Return a communicator of the ranks of `world`, followed by the new
-    rank. If this fails, return None. alive: a function that is called repeatedly during the wait. Collective over world."""
+    rank. If this fails, return None. `alive`: a function that is called repeatedly during the wait. Collective over world."""
     pair = _with_timeout(_start, START_SECONDS, alive) if world.rank == 0 else MPI.COMM_SELF
     if not agree(world, pair is not None):
         return None
@@ -87,7 +87,7 @@ def join() -> tuple[MPI.Intracomm, Any]:
 
 
 def _start(late: threading.Event) -> MPI.Intracomm:
-    """Start a new process with this rank's command line. Return a communicator of this rank and the new process. late: an event
+    """Start a new process with this rank's command line. Return a communicator of this rank and the new process. `late`: an event
     that is set when the time limit has passed. Independent."""
     # OVERSUBSCRIBE is needed because mpirun does not release the slot of a failed rank.
     info = MPI.Info.Create({"wdir": os.getcwd(), "PMIX_BINDTO": "none", "PMIX_MAPBY": "slot:OVERSUBSCRIBE"})
@@ -100,7 +100,7 @@ def _start(late: threading.Event) -> MPI.Intracomm:
 
 
 def _bridge(world: MPI.Intracomm, pair: MPI.Intracomm) -> MPI.Intercomm:
-    """Return an intercommunicator between `world` and the new process. pair: on rank 0, a communicator of rank 0 and the new
+    """Return an intercommunicator between `world` and the new process. `pair`: on rank 0, a communicator of rank 0 and the new
     process. Collective over world."""
     duplicate = world.Dup()
     try:
@@ -123,7 +123,7 @@ def _broadcast(world: MPI.Intracomm, message: Any) -> Any:
 
 def _with_timeout(call: Callable[[threading.Event], Any], seconds: float, alive: Callable[[], None]) -> Any:
     """Run `call` in a thread and return its result. Return None if it fails, or if it takes longer than `seconds`. The thread
-    then keeps running. `call` gets an event, which is set when the time limit has passed or `call` has ended. alive: a function
+    then keeps running. `call` gets an event, which is set when the time limit has passed or `call` has ended. `alive`: a function
     that is called repeatedly during the wait."""
     found: list[Any] = []
     late = threading.Event()

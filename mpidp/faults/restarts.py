@@ -23,7 +23,7 @@ class RestartLog:
     """Counts successive starts from the same checkpoint. Independent."""
 
     def __init__(self, run_dir: Path, begun: bool = False) -> None:
-        """begun: True in a process that joins a running job, because the start of this job is already counted."""
+        """`begun`: True in a process that joins a running job, because the start of this job is already counted."""
         self.path, self._begun = run_dir / "tries.json", begun
 
     def begin(self, step: int, most: int, rank: int) -> None:
@@ -50,7 +50,7 @@ class RestartLog:
         self._write(self._read() | {"words": message[:2000]})
 
     def ended(self, error: BaseException | None, rank: int) -> None:
-        """Record how this start ended. error: the exception that ended the job, or None. If there is no error, or the job was
+        """Record how this start ended. `error`: the exception that ended the job, or None. If there is no error, or the job was
         stopped on request, rank 0 removes the file. If all ranks have the same error, rank 0 records it. Otherwise each rank with
         an error records its own error."""
         if not self._begun:

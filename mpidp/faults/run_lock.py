@@ -53,9 +53,9 @@ class RunLock:
     ) -> None:
         """Acquire the lock. Raises UsageError if the folder is not writable, or if a running job holds the lock.
 
-        patience_seconds: how long to wait for a holder on this machine to exit. If it is infinity, wait until the holder has
-        finished, on any machine. watch_seconds: how long to watch the counter of a holder on another machine. ours: whether the
-        holder was a failed rank of this job. name: the name of the lock file. option: the setting for the folder, for
+        `patience_seconds`: how long to wait for a holder on this machine to exit. If it is infinity, wait until the holder has
+        finished, on any machine. `watch_seconds`: how long to watch the counter of a holder on another machine. `ours`: whether
+        the holder was a failed rank of this job. `name`: the name of the lock file. `option`: the setting for the folder, for
         messages."""
         self.path, self._option = run_dir / name, option
         self.lost = False  # True once another job has taken the lock
@@ -132,8 +132,9 @@ class RunLock:
         return holder["job"] == job and (holder["restart"] == restart if ours else bool(job) and holder["restart"] < restart)
 
     def _replace(self, confirm: bool) -> None:
-        """Replace the lock file. If the old holder still runs, it notices the change and stops. confirm: whether to wait, so that
-        a replacement by another job at the same time is noticed. Raises UsageError if another job has replaced the file, too."""
+        """Replace the lock file. If the old holder still runs, it notices the change and stops. `confirm`: whether to wait, so
+        that a replacement by another job at the same time is noticed. Raises UsageError if another job has replaced the file,
+        too."""
         temporary = self.path.with_name(f".lock.{self._me['token']}")
         self._handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
         _lock_file(self._handle)
@@ -157,7 +158,7 @@ class RunLock:
 
     def _check(self, write: bool) -> bool:
         """Return whether the file still has this job's token. The file is opened again, because network file systems then read
-        current data. If it cannot be opened, return the previous answer. write: whether to write the counter to the file."""
+        current data. If it cannot be opened, return the previous answer. `write`: whether to write the counter to the file."""
         with suppress(OSError):
             handle = os.open(self.path, os.O_RDWR)
             try:

@@ -27,9 +27,9 @@ class StopRequest:
         self, stop_file: Path | None, stop_at: float = math.inf, lost: Callable[[], bool] = lambda: False,
         reason: str = "",
     ) -> None:
-        """stop_file: the path of the file STOP, or None on ranks that do not check for this file. stop_at: the time at which to
-        stop, in seconds since 1970. lost: a function that returns whether another job has taken over the run. reason: why a stop
-        was requested before, or ""."""
+        """`stop_file`: the path of the file STOP, or None on ranks that do not check for this file. `stop_at`: the time at which
+        to stop, in seconds since 1970. `lost`: a function that returns whether another job has taken over the run. `reason`: why
+        a stop was requested before, or ""."""
         self.reason = reason
         self._stop_file, self._stop_at, self._lost = stop_file, stop_at, lost
         self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
@@ -57,7 +57,7 @@ class StopRequest:
 
 def stop_time(end: float | None, now: float, early_seconds: float) -> float:
     """Return the time at which a job should stop, `early_seconds` before `end`. If `early_seconds` is more than a tenth of the
-    time from `now` to `end`, this tenth is used instead. end: the time at which Slurm ends the job, or None.
+    time from `now` to `end`, this tenth is used instead. `end`: the time at which Slurm ends the job, or None.
 
     Times are in seconds since 1970. Returns infinity if `end` is None or in the past, or if `early_seconds` is 0. Pure."""
     if end is None or end <= now or not early_seconds:

@@ -70,8 +70,8 @@ class Facts:
 
 @dataclass(frozen=True)
 class Restriction:
-    """A feature that a program does not support. applies: a function that returns whether an exported folder needs the feature.
-    says: what happens, and what the user can do. refused: whether the program fails or computes different results. If so, the
+    """A feature that a program does not support. `applies`: a function that returns whether an exported folder needs the feature.
+    `says`: what happens, and what the user can do. `refused`: whether the program fails or computes different results. If so, the
     export is refused."""
 
     applies: Callable[[Facts], bool]
@@ -180,8 +180,8 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
 
 
 def check(consumer: str, texts: Mapping[str, bytes]) -> list[str]:
-    """Return notes for the user. Each note is a restriction of the program `consumer` that applies to an exported folder. texts:
-    the contents of the folder's text files, by name. Pure.
+    """Return notes for the user. Each note is a restriction of the program `consumer` that applies to an exported folder.
+    `texts`: the contents of the folder's text files, by name. Pure.
 
     Raises UsageError if the program fails or computes different results with this folder.
     """

@@ -43,9 +43,9 @@ class Layout:
     prefix: the beginning of the names. It is missing if a model was saved without its head. layer: the beginning of the names in
     a layer, with {} in place of the layer's number. outside: maps the name of a parameter outside the layers to the name of its
     tensor. inside: the same for a parameter inside a layer. fused: maps the name of a tensor that contains several parameters to
-    the names of these parameters, in order. by_head: True if a fused tensor has the rows of all its parameters for the first
-    head, then those for the second head, and so on. transposed: the parameters that are stored transposed. ignored: name endings
-    of tensors that are not parameters.
+    the names of these parameters, in order. by_head: True if a fused tensor is ordered by head. First come the rows of all its
+    parameters for head 0, then those for head 1. transposed: the parameters that are stored transposed. ignored: name endings of
+    tensors that are not parameters.
     """
 
     prefix: str

@@ -17,9 +17,9 @@ EXAMPLE = '{"messages": [{"role": "user", "content": "Why?"}]}'
 
 
 def read_chats(path: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of a file of chats. A row has the key "messages" with a list of messages, or the key "prompt" with such a
-    list or with the text of one user message. Rows in the formats of ShareGPT, Alpaca and Dolly are also accepted. In a text
-    file, each line is one user message.
+    """Return the rows of a file of chats. A row has the key "messages" or "prompt" with a list of messages. The value of
+    "prompt" can also be the text of one user message. Rows in the formats of ShareGPT, Alpaca and Dolly are also accepted. In a
+    text file, each line is one user message.
 
     Raises DataError if the file cannot be read, or if a row has none of these forms. Independent.
     """

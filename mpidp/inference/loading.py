@@ -71,7 +71,7 @@ class Loaded:
     @torch.no_grad()
     def forward(self, tokens: Tensor, caches: list[Any] | None = None) -> Tensor | None:
         """Run the model on tokens (B, T). caches: one cache per sequence, with the keys and values of the positions before
-        `tokens`. None: there are no earlier positions.
+        `tokens`, or None if there are no such positions.
 
         Returns logits (B, T, this rank's part of V) on the last pipeline stage, and None on other stages. Collective over
         grid.model.
@@ -144,9 +144,10 @@ def table_of_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
 def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str | None = None) -> Encoder:
     """Return an Encoder with a tokenizer and with the special tokens of the training data.
 
-    path: a tokenizer.json, or a folder that contains one. None: the model's tokenizer. special: how names of special tokens in a
-    text, such as <|im_start|>, are encoded. "text": like any other text. "tokens": as the token's id. None: as in the training
-    data. Raises DataError if a file is missing, has changed, or does not suit the model. Independent.
+    path: a tokenizer.json or a folder that contains one, or None for the model's tokenizer. special: how names of special tokens
+    in a text, such as <|im_start|>, are encoded. With "text", they are encoded like any other text. With "tokens", they become
+    the token's id. With None, they are encoded as in the training data. Raises DataError if a file is missing, has changed, or
+    does not suit the model. Independent.
     """
     with readable(reader.path):
         tokenizer = load_tokenizer(path or own_tokenizer(reader), reader.meta["eod"])
@@ -166,7 +167,7 @@ def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str 
 def open_source(path: Path, world: MPI.Intracomm, seq_len: int = 0) -> Source:
     """Open the newest checkpoint of a run, one checkpoint, or a Hugging Face folder.
 
-    seq_len: the value of --seq-len, which is allowed only for a Hugging Face folder. 0: the option is not used. Rank 0 logs
+    seq_len: the value of --seq-len, or 0 without this option. The option is allowed only for a Hugging Face folder. Rank 0 logs
     notes about the folder. Raises CheckpointError if no valid checkpoint exists, DataError if a folder is invalid, and
     UsageError if seq_len does not suit `path`. Collective over world.
     """

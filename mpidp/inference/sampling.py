@@ -16,8 +16,9 @@ class Sampling:
     """Sampling parameters.
 
     temperature: divides the logits. Below COLDEST, the likeliest token is selected. top_k: only the top_k likeliest tokens can
-    be drawn. 0: all tokens can be drawn. top_p: of these tokens, the likeliest are kept until their total probability is at
-    least top_p. Only the kept tokens can be drawn (nucleus sampling, Holtzman 2020). 1: all are kept.
+    be drawn. If top_k is 0, all tokens can be drawn. top_p: of these tokens, the likeliest are kept until their total
+    probability is at least top_p. Only the kept tokens can be drawn (nucleus sampling, Holtzman 2020). If top_p is 1, all are
+    kept.
     """
 
     temperature: float = 0.8

@@ -34,8 +34,8 @@ class Noise:
 
 
 def estimate(lane_squares: Sequence[float], lane_tokens: Sequence[int], batch_square: float) -> Noise | None:
-    """Return an unbiased estimate of the noise of one global batch, or None if fewer than two lanes have tokens or a number is
-    not finite.
+    """Return an unbiased estimate of the noise of one global batch. Return None if fewer than two lanes have tokens, or if a
+    number is not finite.
 
     lane_squares: |G_l|^2 of each lane. lane_tokens: the number n_l of target tokens of each lane. batch_square: |G|^2. Raises
     ValueError if the lists have different lengths or a count is negative. Pure.

@@ -45,9 +45,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: Past | None = None) -> Tensor:
         """Return (B, T, D) for x (B, T, D). cos, sin: the rotary tables of the positions.
 
-        mask: a bool tensor (B, 1, T, T), True where a query position may attend to a key position, or the packed documents, or
-        None for a causal mask. past: a function that computes attention over the cached and the new positions, or None if there
-        is no cache.
+        mask: None for a causal mask, the packed documents, or a bool tensor (B, 1, T, T). The tensor is True where a query
+        position may attend to a key position. past: a function that computes attention over the cached and the new positions, or
+        None if there is no cache.
         """
         b, t, _ = x.shape
         q = self._heads(self.q(x), self.num_heads, self.q_norm)  # (B, H, T, E)

@@ -1,9 +1,10 @@
 """Custom models: model.kind=MODULE:FACTORY. Pure torch, no MPI.
 
-FACTORY is a subclass of nn.Module, or a function whose return annotation is such a class. It is called with keyword arguments:
-vocab_size, the settings of section model that it accepts (seq_len, num_layers, model_dim, dropout, ...), and the arguments in
-model.options. The model maps tokens (B, T) int64, 1 <= T <= seq_len, to logits (B, T, V) of the next token. Logits must not
-depend on later tokens. Importing MODULE executes its code. For a RUN from an untrusted source, call kinds.check_named() first.
+FACTORY is a subclass of nn.Module, or a function whose return annotation is such a class. It is called with keyword arguments.
+These are vocab_size, the arguments in model.options, and the settings of section model that FACTORY accepts (seq_len,
+num_layers, model_dim, dropout, ...). The model maps tokens (B, T) int64, 1 <= T <= seq_len, to logits (B, T, V) of the next
+token. Logits must not depend on later tokens. Importing MODULE executes its code. For a RUN from an untrusted source, call
+kinds.check_named() first.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, how: Scores) -> Tensor:
     """Return attention (B, H, R, E) of R queries over C keys and values. q: (B, H, R, E). k, v: (B, H, C, E).
 
-    mask: (B or 1, 1, R, C), bool or additive. None: all keys are allowed. how: the scale and the soft-cap. how.window is
-    ignored.
+    mask: (B or 1, 1, R, C), bool or additive. If it is None, all keys are allowed. how: the scale and the soft-cap. how.window
+    is ignored.
     """
     if not how.cap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=how.scale)

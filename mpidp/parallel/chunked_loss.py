@@ -71,8 +71,8 @@ class ChunkedLoss:
     ) -> None:
         """weights: a function that returns the slices of this rank's rows of the head, each (vocabulary rows, D). Without
         model.slices, there is one slice. rows: positions per chunk. dtype: the dtype of matrix products. first: the token id of
-        the first row of the first slice. tp: communicates with the ranks that have the other rows. None: this rank has all rows.
-        add: a function that adds the contributions of the slices to the gradient of the hidden states."""
+        the first row of the first slice. tp: communicates with the ranks that have the other rows, or None if this rank has all
+        rows. add: a function that adds the contributions of the slices to the gradient of the hidden states."""
         self.scale, self.cap, self.rows, self.dtype, self.add = shape.logit_scale, shape.logit_cap, rows, dtype, add
         self._weights, self._first, self._tp = weights, first, tp
 

@@ -27,8 +27,8 @@ Fill = Callable[[int, int | None], None]  # (number of forward passes, chunk): S
 
 
 def dropout_key(seed: int, batch: int, v: int) -> int:
-    """Return the 32-bit dropout key of micro-batch `v` of global batch `batch`. Dropout does not depend on the rank, because the
-    key does not. Pure."""
+    """Return the 32-bit dropout key of micro-batch `v` of global batch `batch`. The key, and therefore the dropout, is the same
+    on every rank. Pure."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{batch}/{v}".encode(), digest_size=4).digest(), "little")
 
 
@@ -170,11 +170,11 @@ class Engine:
         unless the loss mask excludes it.
 
         seq_len: number of inputs per window. Windows are computed independently, and the last window may be shorter. max_tokens:
-        if above 0, evaluate only the first windows with this many tokens, but at least one window. sequences: number of windows
-        per batch. The losses of batches are added in order, so the bits do not depend on the number of ranks. replicas: the
-        batches are distributed over the ranks of this communicator (default: comm). It differs from `comm` if several ranks
-        compute a batch together. Raises DataError if a token id is outside the vocabulary, or if the loss mask excludes all
-        targets. Collective over comm.
+        if above 0, evaluate only the first max_tokens // seq_len windows, but at least one. sequences: number of windows per
+        batch. The losses of batches are added in order, so the bits do not depend on the number of ranks. replicas: the batches
+        are distributed over the ranks of this communicator (default: comm). It differs from `comm` if several ranks compute a
+        batch together. Raises DataError if a token id is outside the vocabulary, or if the loss mask excludes all targets.
+        Collective over comm.
         """
         self.model.eval()
         targets = stream.num_tokens - 1

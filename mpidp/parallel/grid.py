@@ -40,7 +40,7 @@ class Grid:
     @property
     def label(self) -> str:
         """The name of this rank's part of the model. If each part stores a checkpoint entry separately, the entry's name contains
-        it."""
+        this label."""
         return f"part_{self.pp.rank}of{self.pp.size}_{self.tp.rank}of{self.tp.size}"
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:

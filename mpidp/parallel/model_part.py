@@ -46,7 +46,8 @@ class ModelPartition:
 
     @property
     def plain_norm(self) -> bool:
-        """Whether norm() needs no communication, because this rank's flat gradient is that of the whole model."""
+        """Whether norm() only adds the squares of the norm blocks of this rank's flat gradient. It then needs no
+        communication."""
         return self.grid.parts == 1 and self.norm_by_slices is None
 
     def counts(self, name: str) -> bool:
@@ -180,8 +181,8 @@ class ModelPartition:
         return theirs
 
     def tie(self, buffer: GradientBuffer, group: Group) -> None:
-        """If the embedding and the head share one parameter and are in different stages, set both gradients in buffer.total to
-        their sum. Collective over grid.pp and group.node."""
+        """If the embedding and the head share one parameter and are in different stages, add their gradients. In both stages,
+        buffer.total then has the sum. Collective over grid.pp and group.node."""
         layout = buffer.layout
         placed = zip(layout.placed(), layout.views(buffer.total), strict=True)
         found = [view.view(-1) for (_, name, _), view in placed if name == self.tied_name]

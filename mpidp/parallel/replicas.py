@@ -27,7 +27,7 @@ def form_replicas(seats: Sequence[Seat | None], numbers: Sequence[int], parts: i
     permanent number of each living rank. parts: number of parts of the model.
 
     Replicas whose ranks are all alive come first, in ascending order. Ranks of other replicas keep their parts where possible. If
-    every part has a living holder, all ranks of the first replica therefore hold their parts. Pure."""
+    living ranks hold every part, all ranks of the first replica therefore hold their parts. Pure."""
     held = {seat: rank for rank, seat in enumerate(seats) if seat is not None}
     lost = bool(held) and len({part for _, part in held}) < parts
     if lost:

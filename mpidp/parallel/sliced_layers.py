@@ -143,7 +143,7 @@ class SlicedBranch:
 
     def _compute(self, slices: Mapping[str, Sequence[Tensor]], inputs: Sequence[Tensor], args: tuple[Any, ...]) -> list[Tensor]:
         """Return the partial result of each slice. slices: the slices of each parameter, by name. inputs: a copy of the input for
-        each slice."""
+        each slice. args: the layer's other arguments."""
         return [self._of_slice(s, slices, inputs, args) for s in range(self._count)]
 
     def _of_slice(

@@ -44,7 +44,7 @@ class LaneShares(Protocol):
 
 
 class BucketWorker(Protocol):
-    """A thread that reduces buckets in order (overlap.py)."""
+    """A thread that reduces buckets in a fixed order (overlap.py)."""
 
     def submit(self, bucket: Bucket) -> None:
         """Queue a bucket whose gradients on this rank are complete. Independent."""
@@ -85,7 +85,7 @@ class Reducer:
         self._fresh = True
 
     def attach(self, buffer: GradientBuffer) -> None:
-        """Set the gradient buffer, which has at least num_slots slots. Independent."""
+        """Set the gradient buffer. `buffer` must have at least num_slots slots. Independent."""
         self.buffer = buffer
 
     def set_wait(self, wait: Wait | None) -> None:
@@ -197,7 +197,7 @@ class Reducer:
             self.group.fence()
 
     def publish(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Make the updated parameters visible on all ranks. Collective over all ranks."""
+        """Make the updated parameters visible on all ranks. tensors: the parameters. Collective over all ranks."""
         with self.transport.timed():
             self.group.fence()
 
@@ -206,7 +206,7 @@ class Reducer:
         the reducer restores the state that it had before the round. All ranks must pass the same value. Independent."""
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return copies of the state that a resumed run needs (none in this base class). Independent."""
+        """Return copies of the state that a resumed run needs. This base class has no such state. Independent."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:

@@ -42,7 +42,7 @@ class TreeSum:
 
     def open(self, lane: int) -> tuple[int, bool]:
         """Begin a lane. Return (the slot in which the lane accumulates, whether the slot is fresh). The caller must zero a fresh
-        slot. Other slots hold the gradient of the sibling lane."""
+        slot. A slot that is not fresh holds the gradient of the sibling lane."""
         sibling = self.nodes.pop((0, lane ^ 1), None) if self.siblings_share else None
         slot = self._free() if sibling is None else sibling
         self._slot_of[lane] = slot

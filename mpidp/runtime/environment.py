@@ -55,8 +55,8 @@ def launcher_rank() -> int:
 
 
 def launched_size() -> int:
-    """Return the number of ranks that the launcher started. It is read from environment variables, and is 0 if they do not state
-    it. Independent.
+    """Return the number of ranks that the launcher started, or 0 if the environment variables do not state this number.
+    Independent.
 
     The variables of Open MPI and Hydra take precedence over Slurm's, because `mpirun -n 1` may run inside a larger Slurm step.
     """
@@ -82,8 +82,8 @@ if launched_with_ulfm():  # on two nodes, the components han and adapt returned 
 
 
 def is_replacement_rank() -> bool:
-    """Return True if this process replaces a failed rank (faults/respawn.py). In this case also set an alarm, which kills the
-    process after JOIN_SECONDS. The process must cancel the alarm when it has joined the job. Independent."""
+    """Return True if this process replaces a failed rank (faults/respawn.py). If so, also set an alarm that kills this process
+    after JOIN_SECONDS. When the process has joined the job, it must cancel the alarm. Independent."""
     if launched_with_ulfm() and "OMPI_PARENT_PORT" in os.environ:
         signal.alarm(JOIN_SECONDS)
         return True

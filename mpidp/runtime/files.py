@@ -20,9 +20,9 @@ MANY_FILES = 1 << 16  # the limit of open files is not raised above this number,
 
 
 def expand_home(path: str, what: str) -> str:
-    """Return the path with a leading ~ or ~USER replaced by the home folder. This is needed because a shell does not replace the
-    ~ in `--run.dir=~/x`. `what`: the name of the setting or option, for errors. Raises UsageError if the home folder is unknown,
-    or if the path contains an environment variable that is set, such as $HOME. Independent."""
+    """Return the path with a leading ~ or ~USER replaced by the home folder. A shell does not replace the ~ in `--run.dir=~/x`.
+    `what`: the name of the setting or option, for errors. Raises UsageError if the home folder is unknown. Also raises UsageError
+    if the path contains the name of a set environment variable, such as $HOME. Independent."""
     full = os.path.expanduser(path)
     if full.startswith("~") and full == path:
         user = path.partition("/")[0]
@@ -59,8 +59,8 @@ def temporary_name(path: Path) -> Path:
 def write_file(path: Path, content: bytes | str | Callable[[Path], None], sync_folder: bool = True) -> None:
     """Write a file atomically: write a temporary file, fsync it, and rename it to `path`.
 
-    `content`: the bytes, a text (written as UTF-8), or a function that writes the file at the path that it gets. `sync_folder`:
-    whether to fsync the folder after the rename. Raises OSError with the path if a write fails. Independent.
+    `content`: bytes, a text (written as UTF-8), or a function. The function gets a path, and must write the file there.
+    `sync_folder`: whether to fsync the folder after the rename. Raises OSError with the path if a write fails. Independent.
     """
     temporary = temporary_name(path)
     try:
@@ -100,7 +100,7 @@ def writing(what: str | Path, advice: str) -> Iterator[None]:
 
 
 def most_open_files() -> int:
-    """Increase this process's limit of open files to MANY_FILES, or to the highest limit that the user may set. Return the limit.
+    """Increase this process's limit of open files to MANY_FILES, or to less if the system permits only less. Return the limit.
     Independent."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, MANY_FILES)

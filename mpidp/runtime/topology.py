@@ -14,7 +14,7 @@ from mpidp.runtime.ulfm import revocable
 
 @dataclass(frozen=True)
 class Topology:
-    """The ranks that hold the same part of the model, one rank of each replica, and their nodes."""
+    """The nodes of the ranks that hold the same part of the model. Each replica has one of these ranks."""
 
     dp: MPI.Intracomm  # communicator of these ranks, ordered by node
     hosts: list[str]  # host name of each node

@@ -1,7 +1,7 @@
 """Prevents MPI from starting in processes that multiprocessing starts, such as the workers of a DataLoader. They are not ranks.
 
-A worker process inherits the launcher's environment variables. If it called MPI_Init, it would use the number of a rank that is
-already running, and crash or hang. `from mpi4py import MPI` calls MPI_Init.
+A worker process inherits the launcher's environment variables. If such a process called MPI_Init, it would pretend to be a rank
+that is already running, and crash or hang. `from mpi4py import MPI` calls MPI_Init.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ KEPT_SHARE = 0.9  # after blocks were deleted, at most this share of the bound i
 
 
 def default_folder() -> Path:
-    """Return the folder of the cache that is used if data.cache_dir is empty. It is in the folder for temporary files, and
-    belongs to this user. Independent."""
+    """Return the folder of the cache that is used if data.cache_dir is empty. Each user has one, in the system's temporary
+    folder. Independent."""
     return Path(tempfile.gettempdir()) / f"mpidp-cache-{os.getuid()}"
 
 

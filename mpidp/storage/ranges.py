@@ -97,8 +97,8 @@ class RemoteFile:
         return self._cache.read(self.key, number, self._block_size(number), first, last)
 
     def _request(self, numbers: Iterable[int], priority: int) -> dict[int, Future[dict[int, bytes]]]:
-        """Begin to fetch blocks, and return {block: the request that fetches it}. If a block is already being fetched, return
-        this request, and make it urgent if `priority` is URGENT."""
+        """Begin to fetch blocks, and return {block: the request that fetches it}. A block may already be on the way. Then return
+        the earlier request for it, and make this request urgent if `priority` is URGENT."""
         requests: dict[int, Future[dict[int, bytes]]] = {}
         with self._lock:
             for number in numbers:

@@ -85,8 +85,8 @@ class Delayed(Synchronous):
         self._fresh = True
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Start to sum the gradient of this batch. Then apply the sum of the batch k steps ago, and return its norm in the
-        StepStats. `tokens`: number of target tokens in this rank's lanes. Collective over compute_comm."""
+        """Start to sum the gradient of this batch. Then apply the sum that was started k steps ago, and return the norm of this
+        sum in the StepStats. `tokens`: number of target tokens in this rank's lanes. Collective over compute_comm."""
         self.reducer.observers.enter("reduce")
         if self._fresh:  # this rank computed no lane
             self.buffer.flat[self._slot].zero_()
@@ -142,7 +142,7 @@ class Delayed(Synchronous):
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state. It includes the sums that were in flight when the state was saved. Independent."""
+        """Load the state, including the sums that were in flight. Independent."""
         late = {name: value for name, value in state.items() if name.startswith("in_flight/")}
         super().load_state_dict({name: value for name, value in state.items() if name not in late})
         self._in_flight.clear()

@@ -2,7 +2,8 @@
 
 With mesh.shard=3, a rank stores one slice of each Transformer block. gather() allocates memory for the whole block, and receives
 the other slices. The memory is freed when another block is gathered, or when the parameters change. Parameters outside of blocks
-are always whole. gather() fills the memory that the tensors saved by autograd use, so these tensors are valid again.
+are always whole. The parameters stay views of one torch storage, which gather() fills again. So tensors that autograd has saved
+are valid again after gather().
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ class UnitParameters:
         self._gathered = ""
 
     def publish(self, units: Sequence[Unit]) -> None:
-        """Free the gathered units. Then gather the updated slices of those `units` that every rank stores as a whole. Collective
-        over channel.comm."""
+        """Free the gathered units. For units that every rank stores as a whole, gather the updated slices. Collective over
+        channel.comm."""
         self.free()
         for unit in units:
             if unit.name not in self._divided:

@@ -158,9 +158,9 @@ class Local(Synchronous):
         self._flat_reducer.end_round(applied=True)
 
     def _outer_step(self, part: slice, mean: Tensor, own: Tensor | None) -> None:
-        """Update the anchor with `mean`, the averaged outer gradient. If the average was started in this step, `own` is None.
-        Then also set the parameters to the anchor. If the average was started in the previous round, `own` is this rank's outer
-        gradient of that time. Then the parameters keep the inner steps that were made since the start."""
+        """Update the anchor with `mean`, the averaged outer gradient. `own`: None if the average was started in this step. Then
+        also set the parameters to the anchor. If the average was started in the previous round, `own` is this rank's outer
+        gradient at that time. Then the parameters keep the inner steps that were made since that time."""
         anchor, momentum, mu = self._anchor[part], self._momentum[part], self.options.outer_momentum
         momentum.mul_(mu).add_(mean)
         moved = (mean + mu * momentum).mul_(-self.options.outer_lr)
@@ -190,8 +190,8 @@ class Local(Synchronous):
             self._peers.average(self.flat, mine, self.buffer.flat[0])
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the state at a meeting. Each rank has its own inner optimizer state. At a meeting no average is in flight, and
-        the anchor equals the parameters, so it is not part of the state. Independent."""
+        """Return the state at a meeting, when no average is in flight. It contains each rank's own inner optimizer state. It does
+        not contain the anchor, which equals the parameters at a meeting. Independent."""
         size, rank = self.compute_comm.size, self.compute_comm.rank
         assert self.optimizer is not None
         found = {"steps": Entry(torch.tensor(self._steps))}
@@ -203,8 +203,7 @@ class Local(Synchronous):
         return found | ({"outer/momentum": Entry(self._momentum)} if self._outer else {})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state. If it was saved by another number P of ranks, rank r takes the inner state of rank r mod P.
-        Independent."""
+        """Load the state. If P ranks saved the state, rank r takes the inner state of rank r mod P. Independent."""
         assert self.optimizer is not None
         self._steps = int(state["steps"])
         row = self.compute_comm.rank % len(state["inner/updates"])

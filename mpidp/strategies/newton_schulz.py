@@ -15,9 +15,8 @@ def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
     """Return U f(S) V^T in bfloat16 for each matrix U S V^T (singular value decomposition). The values f(S) are near 1.
     `matrices`: 2-D tensors, which may have different shapes.
 
-    On the CPU, matrices of equal shape are multiplied as a batch, which is up to 6 times as fast. A result has the same bits as
-    without the batch, so it does not depend on which matrices a rank owns. On CUDA each matrix is multiplied alone, because there
-    the size of a batch changes the bits. Independent."""
+    On the CPU, matrices of equal shape are multiplied as a batch, which is up to 6 times as fast. The bits of a result do not
+    depend on the other matrices in the batch. On CUDA they would, so there each matrix is multiplied alone. Independent."""
     found: list[Tensor] = [torch.empty(0)] * len(matrices)
     alike: dict[tuple[int, int], list[int]] = {}
     for i, one in enumerate(matrices):

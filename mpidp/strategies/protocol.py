@@ -81,9 +81,9 @@ class Strategy(GradientSink, Protocol):
         possible only at meetings. The result is the same on every rank. Independent."""
 
     def fill(self, forwards: int, chunk: int | None = None) -> None:
-        """Take part in `forwards` forward passes that other ranks compute through a chunk of layers (default: all chunks). Do
-        nothing if forward passes of this strategy do not communicate. Collective over compute_comm if they communicate, else
-        independent."""
+        """Take part in the communication of `forwards` forward passes, which other ranks compute through a chunk of layers
+        (default: all chunks). Do nothing if forward passes of this strategy do not communicate. Collective over compute_comm if
+        they communicate, else independent."""
 
     def start(self) -> None:
         """Prepare for the first step. Call start() once. If the run resumes from a checkpoint, load the checkpoint before this
@@ -96,9 +96,9 @@ class Strategy(GradientSink, Protocol):
         """Discard the gradients of the current step, so that they can be computed again. Independent."""
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Make an update from the step's gradients. `tokens`: number of target tokens. They are counted in the global batch if
-        every step is a meeting, else in this rank's lanes. `limit`: if the gradient norm is larger, the update is skipped.
-        Collective over compute_comm."""
+        """Make an update from the step's gradients. `tokens`: number of target tokens in the global batch if every step is a
+        meeting, else in this rank's lanes. `limit`: if the gradient norm is larger, the update is skipped. Collective over
+        compute_comm."""
 
     def drain(self) -> None:
         """Apply all gradients in flight. Afterwards all ranks have the same model. Collective over compute_comm."""
@@ -114,8 +114,9 @@ class Strategy(GradientSink, Protocol):
         times. Independent."""
 
     def resume_after_failure(self, before: Any) -> None:
-        """Take over the state of `before`, the strategy that was used before ranks failed. This strategy uses the same memory, on
-        the remaining ranks. If another rank fails during this call, `before` is unchanged. Collective over compute_comm."""
+        """Take over the state of `before`, the strategy that was used before ranks failed. This strategy uses the memory of
+        `before`, on the remaining ranks. If another rank fails during this call, `before` is unchanged. Collective over
+        compute_comm."""
 
     def resume_with_new_ranks(self, before: Any) -> None:
         """After new ranks have joined, take over the state that rank 0 has in `before`. `before`: the previous strategy, or None

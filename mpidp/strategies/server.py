@@ -44,8 +44,8 @@ ANSWERED, NORM, SKIPPED = range(3)  # fields of an answer: version of the slice;
 
 
 class Server(Synchronous):
-    """Implements the parameter server. A worker pushes slot 0 of its gradient buffer. A server has a gradient buffer, too. It
-    receives into slot 1, and sums in slot 0."""
+    """Implements the parameter server. A worker pushes slot 0 of its gradient buffer. A server receives into slot 1 of its own
+    gradient buffer, and sums in slot 0."""
 
     survives_failures = False
     synchronizes_always = False
@@ -77,12 +77,12 @@ class Server(Synchronous):
         return {"share": (index, servers), "bounds": self._bounds} if index >= 0 else None
 
     def more_slots(self, options: StrategyOptions) -> int:
-        """Return the number of additional slots: 1 on servers, which receive into it, and 0 on workers. Independent."""
+        """Return 1 on servers, which receive into an additional slot. Return 0 on workers. Independent."""
         return int(self.compute_comm.rank >= self.compute_comm.size - options.servers)
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """On a worker, push the gradient and wait for the answers. On a server, receive, apply and answer pushes until it has
-        applied the pushes of this batch from all workers. `tokens`: number of target tokens in this rank's lanes. All ranks must
+        """On a worker, push the gradient and wait for the answers. On a server, receive, apply and answer pushes, until the
+        pushes of this batch from all workers are applied. `tokens`: number of target tokens in this rank's lanes. All ranks must
         call step() the same number of times. Collective over compute_comm at a meeting."""
         synchronizes = self.synchronizes_at(self._steps + 1)
         if self._mine is None:

@@ -39,7 +39,7 @@ from mpidp.strategies.sharded_norm import ShardedNorm, ShardedNormBySlices
 
 @dataclass
 class UnitExchange:
-    """Two exchanges of a backward pass: gather a block if it is divided, then reduce the gradients of a unit."""
+    """Up to two exchanges of a backward pass: gather a block if it is divided, then reduce the gradients of its unit."""
 
     name: str
     unit: Unit | None  # None: the block has only frozen parameters
@@ -177,7 +177,7 @@ class Sharded:
                     raise RuntimeError(f"mesh.shard=2|3: backward has computed the gradient of {member.name} twice")
 
     def fill(self, forwards: int, chunk: int | None = None) -> None:
-        """Make the exchanges of `forwards` forward passes that other ranks compute through a chunk (default: all chunks).
+        """Make the exchanges of `forwards` forward passes, which other ranks compute through a chunk (default: all chunks).
         Collective over compute_comm."""
         for _ in range(forwards):
             for name, its_chunk in self._blocks:

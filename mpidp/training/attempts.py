@@ -161,8 +161,8 @@ class RunAttempts:
         self.crew.events.append({"event": "went_back", "why": why})
 
     def _take_state(self, plan: RunPlan) -> dict[str, Any] | None:
-        """Make the job of all ranks. Its state comes from the memory of surviving ranks, or from a checkpoint. Return the content
-        of the `end` line if the run is over, else None."""
+        """Make the job of all ranks, with the state in the memory of surviving ranks, or with that of a checkpoint. Return the
+        content of the `end` line if the run is over, else None."""
         world = plan.world
         with raise_together(world):
             if world.rank == 0 and self.lock is None:

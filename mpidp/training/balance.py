@@ -25,7 +25,8 @@ SHORTEST_SECONDS = 1e-9  # least time of a lane in computations, because a clock
 
 
 def by_speed(num_lanes: int, seconds_per_lane: Sequence[float], max_lanes: int | None = None) -> list[range]:
-    """Return contiguous ranges of 1 to max_lanes lanes, one per rank, that minimize the time of the slowest rank. Independent.
+    """Return one contiguous range of 1 to max_lanes lanes for each rank. The ranges minimize the time of the slowest rank.
+    Independent.
 
     Lanes are assigned one at a time. The rank that would finish the lane first gets it. If several ranks would finish at the same
     time, the lowest rank gets it. This is optimal, because an additional lane never reduces the time of a rank. Raises ValueError

@@ -123,8 +123,9 @@ def share_memory(
     """Make the group, the balance and the reducer of this rank from the configuration. Rank 0 logs what was chosen.
 
     `parts`: this rank's part of the model. `looked_at`: whether injected faults need the gradients of single lanes. `before`:
-    None, or after a failure (the group whose memory the surviving ranks keep, whether the ranks of this group shared one copy).
-    Raises UsageError if the configuration is not possible with this launch. Collective over plan.mesh.dp."""
+    None, or after a failure (the group before the failure, whether its ranks shared one copy). The surviving ranks keep the
+    memory of this group. Raises UsageError if the configuration is not possible with this launch. Collective over
+    plan.mesh.dp."""
     mesh, c, lanes = plan.mesh, plan.config, plan.lanes
     world = mesh.dp
     if c.comm.compress == "powersgd" and world.size == 1 and before is None:

@@ -14,8 +14,8 @@ NAMED_RANKS = 64  # if there are more ranks, not every line lists the seconds of
 
 
 def record_start(job: Job) -> None:
-    """Write the `start` line. It contains facts about the run. After a resume, it also contains the time and the steps since the
-    checkpoint, which were lost. Independent."""
+    """Write the `start` line. It contains facts about the run. After a resume, it also contains how much time and how many steps
+    were lost, because they were after the checkpoint. Independent."""
     job.record.write({
         "event": "start", "step": job.position.step, "ranks": job.comm.size, "lanes": job.lanes.num_lanes,
         "micro_batches": job.lanes.num_micro_batches, "setup_seconds": time.time() - BEGAN,
@@ -35,8 +35,8 @@ def spent(job: Job) -> dict[str, Any]:
 
 
 def log_step(job: Job, learned: dict[str, Any], report: StepReport, epoch: int) -> None:
-    """Write the line of a step. Fields that end in _seconds are this rank's times, with two exceptions. slowest_cost_seconds is
-    the mean time that ranks waited for the slowest rank. A list has one entry per rank. `learned`: the loss and other fields for
+    """Write the line of a step. A field that ends in _seconds is this rank's time, or a list with the time of every rank. The
+    field slowest_cost_seconds is the mean time that ranks waited for the slowest rank. `learned`: the loss and other fields for
     the line. Independent."""
     at, seconds = job.position, spent(job)
     speed = report.tokens / (report.steps * seconds["step_seconds"])

@@ -144,7 +144,7 @@ class Origin:
 
 def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
     """Open and check the source that train.init_from names. Return None if this setting is empty. Raises UsageError if the source
-    is neither a run nor a Hugging Face folder, and DataError if its files are invalid. Raises CheckpointError if the source is a
+    is neither a run nor a Hugging Face folder. Raises DataError if its files are invalid, and CheckpointError if the source is a
     run without a valid checkpoint. Collective over world."""
     if not config.train.init_from:
         return None

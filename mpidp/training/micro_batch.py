@@ -83,8 +83,8 @@ def chosen(rates: dict[int, float]) -> int:
 
 def measured(trial: RunPlan, lanes: int = 0) -> dict[int, float]:
     """Return {micro-batch: tokens per second of a rank}. `trial`: the plan of the run, with any micro-batch. `lanes`: the setting
-    train.lanes. The measurement ends before a candidate that would need too much memory, or after two candidates in a row without
-    a higher throughput. Raises UsageError if one sequence needs too much memory. Collective over trial.world."""
+    train.lanes. Measure smaller micro-batches first. Stop before one that would need too much memory, or after two in a row
+    without a higher throughput. Raises UsageError if one sequence needs too much memory. Collective over trial.world."""
     config, world = trial.config, trial.world
     rates: dict[int, float] = {}
     with raise_together(world):

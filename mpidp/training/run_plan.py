@@ -124,8 +124,8 @@ class RunPlan:
         return self.config.with_values(**values)
 
     def has_ended(self, reader: Reader) -> dict[str, Any] | None:
-        """Return the content of the `end` line if the run is over. Return None if it is not, or if the user has changed a setting
-        that decides when it ends. Independent."""
+        """Return the content of the `end` line if the run is over. Return None if the run is not over, or if the user has changed
+        a setting that decides when the run ends. Independent."""
         with readable(reader.path):
             end: dict[str, Any] | None = reader.meta["end"]
             if end is None or end["step"] >= self.config.train.steps and end["reason"] == "steps":

@@ -107,8 +107,8 @@ def data_line(plan: RunPlan) -> str:
 
 
 def ranks_line(rows: Sequence[Row]) -> str:
-    """Return a line with the number of ranks on each host. If another launch is probably faster, the line recommends it. It also
-    tells how to list all ranks and settings. Pure."""
+    """Return a line with the number of ranks on each host, and with the way to list all ranks and settings. If another launch is
+    probably faster, the line recommends it. Pure."""
     sizes, threads = Counter(row[0] for row in rows), sorted({row[3] for row in rows})
     hosts = [f"{host} ({size})" if len(sizes) > 1 else host for host, size in sizes.items()]
     more = [f"{len(hosts) - NAMED_HOSTS} more hosts"] * (len(hosts) > NAMED_HOSTS)

@@ -1,7 +1,7 @@
 """Spare ranks: living ranks that fill no replica of the mesh. They wait until an attempt of the training ranks has ended.
 
-At the end of an attempt, all living ranks agree on its outcome. So the spare ranks continue in the same way as the training
-ranks, even if a training rank fails at the end.
+At the end of an attempt, all living ranks agree on its outcome. Therefore spare ranks and training ranks continue in the same
+way, even if a training rank fails at the end.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ class StepReport:
 
     @property
     def loss(self) -> float:
-        """The mean loss over tokens, in nats. The micro-batches' sums are added in the order of their numbers, so the mean does
-        not depend on the number of ranks."""
+        """The mean loss over tokens, in nats. The sums of the micro-batches are added in a fixed order, so the mean does not
+        depend on the number of ranks."""
         return sum_in_order(self.losses.tolist()) / max(1.0, self.tokens)
 
 

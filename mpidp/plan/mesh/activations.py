@@ -13,14 +13,13 @@ from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
 
 def _norm(model: ModelSizes) -> tuple[int, int]:
     """Return (a, b). A norm of D channels keeps a D + b bytes per position for backward. The norm's output is not counted.
-    RMSNorm keeps its input, the normalized input and a factor. LayerNorm also keeps a mean. On a GPU, LayerNorm does not keep the
-    normalized input.
-    """
+    RMSNorm keeps its input, the normalized input and a factor. LayerNorm also keeps a mean. On a GPU, LayerNorm does not keep
+    the normalized input."""
     return (8, 8) if model.options.norm == "layer" else (8, 4)
 
 
 def _between_branches(model: ModelSizes, work: Work) -> int:
-    """Return the bytes per token that the norms of a block keep, and that products keep as copies of their inputs. Sequence
+    """Return the bytes per token that a block keeps for its norms, and for copies of the inputs of its matrix products. Sequence
     parallelism divides these bytes by tp."""
     o, d = model.options, model.model_dim
     channel, position = _norm(model)

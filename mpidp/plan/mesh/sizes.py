@@ -42,7 +42,7 @@ class ModelSizes:
 
     @cached_property
     def replicated(self) -> dict[str, int]:
-        """The number of elements of each parameter of a block that every tensor-parallel rank holds in full, by name."""
+        """{name: number of elements} of those parameters in a block that every tensor-parallel rank holds in full."""
         cut = part_of(self.shape, stage=0, stages=1, index=0, size=2)
         return {name: math.prod(size) for name, size in block_sizes(self.shape).items() if not cut.is_cut(f"blocks.0.{name}")}
 
@@ -107,7 +107,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """The batch sizes, the bytes per number, and options of a step, such as recomputation."""
+    """How a step is computed: its batch sizes, bytes per number, and options such as recomputation."""
 
     global_batch: int  # sequences
     micro_batch: int  # sequences

@@ -152,7 +152,7 @@ def find_cluster(config: Config, options: TrialOptions, world: MPI.Intracomm) ->
 
 
 def compute_seconds(config: Config, micro_batches: int, world: MPI.Intracomm) -> float:
-    """Measure the compute time of a step in which each rank has `micro_batches` micro-batches, while all ranks compute. Return
+    """Measure the compute time of a step with `micro_batches` micro-batches per rank. All ranks measure at the same time. Return
     the time of the slowest rank in seconds. Collective over world."""
     from mpi4py import MPI
 

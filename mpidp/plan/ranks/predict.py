@@ -19,7 +19,7 @@ MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # multiples of the run's batc
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Measured times of a step on one number of ranks."""
+    """The measured times of a step for one number of ranks."""
 
     ranks: int
     micro_batch: float  # seconds of one micro-batch: forward, backward, and waiting for data

@@ -33,7 +33,7 @@ SMALLEST = 2.0**-149  # the smallest float32 above 0, which is denormal
 
 
 def seed_of(*numbers: int) -> int:
-    """Return a random seed, which depends on the numbers and their order. Pure."""
+    """Return a random seed that depends only on the numbers and their order. Pure."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
 
 

@@ -48,7 +48,7 @@ def method_of(name: str, ratio: float, warmup: int, rank: int, seed: int) -> Com
 
 
 def trimmed(bucket: Bucket) -> Bucket:
-    """Return the bucket without the padding after its last parameter, which need not be sent. Pure."""
+    """Return the bucket without the padding after its last parameter. The padding need not be sent. Pure."""
     end = bucket.offsets[-1] + bucket.shapes[-1].numel()
     return replace(bucket, stop=min(bucket.stop, -(-end // ALIGN) * ALIGN))
 

@@ -140,8 +140,7 @@ def read(code: Code, wire: Tensor, n: int) -> tuple[Tensor, bool]:
 
 
 class CompressionMethod:
-    """A method of comm.compress, which sums a bucket with one or more exchanges. This base class uses one exchange with one
-    code."""
+    """A method of comm.compress. It sums a bucket with one or more exchanges. This base class uses one exchange with one code."""
 
     keeps_zeros = True  # whether a value that is 0 on all ranks is 0 in the sum
 
