@@ -194,8 +194,8 @@ class CommSettings:
     """Settings comm.*: how gradients are reduced, compressed and sent."""
 
     reducer: str = setting(
-        "auto", "gradient reduction; auto: allreduce with compression, mesh.shard above 1 or a strategy that is not synchronous, "
-        "else tree (bit-identical on any number of ranks)", "",
+        "auto", "gradient reduction; auto: tree (bit-identical on any number of ranks) for synchronous training without "
+        "compression, else allreduce", "",
         ("auto", "tree", "allreduce", "naive", "root"),
     )
     compress: str = setting(

@@ -1,8 +1,8 @@
 """Computes the time of a step on a mesh and the bytes sent, from the compute speed of a rank and the speed of links. Pure.
 
-The prediction assumes that ranks are numbered by stage, then by replica, then by tensor-parallel index. (parallel/grid.py numbers
-them by replica first.) In the table, g is the size of a group and n is a number of bytes. p is the number of parameters of a
-rank. w is the number of bytes per number in matrix products. M is the number of micro-batches per replica.
+Ranks are numbered by replica, then by stage, then by tensor-parallel index, as in parallel/grid.py. In the table, g is the size
+of a group and n is a number of bytes. p is the number of parameters of a rank. w is the number of bytes per number in matrix
+products. M is the number of micro-batches per replica.
 
 | what | seconds |
 |---|---|
@@ -100,8 +100,8 @@ def half_allreduce(machine: Machine, size: int, stride: int, num_bytes: float) -
 
 def message(machine: Machine, shape: Shape, num_bytes: float) -> Traffic:
     """Return the traffic of one rank when every rank of a stage sends num_bytes to the next stage. Pure."""
-    stride, k = shape.tp * shape.dp, machine.ranks_a_node
-    if shape.ranks <= k:
+    stride, k = shape.tp, machine.ranks_a_node
+    if stride * shape.pp <= k:
         return Traffic(num_bytes, num_bytes / machine.inside.bandwidth_bytes_per_second + machine.inside.latency_seconds)
     outside = num_bytes * min(stride, k) / machine.between.bandwidth_bytes_per_second
     return Traffic(num_bytes, outside + machine.between.latency_seconds, True)
@@ -188,7 +188,7 @@ def data_parallel(model: ModelSizes, shape: Shape, work: Work, machine: Machine)
     m, units = work.micro_batches(shape), layers_of(model, shape, stage) + 1
 
     def half(bytes_each: float, count: int, pieces: int = units) -> Traffic:
-        return half_allreduce(machine, shape.dp, shape.tp, bytes_each * p / pieces).times(count * pieces)
+        return half_allreduce(machine, shape.dp, shape.tp * shape.pp, bytes_each * p / pieces).times(count * pieces)
 
     if shape.shard < 2:
         return half(MASTER, 2, 1), 0.0
