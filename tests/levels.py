@@ -32,6 +32,7 @@ TABLES: tuple[tuple[str, int, int], ...] = (
     ("tests/hybrid/test_muon.py", 16, 4),
     ("tests/hybrid/test_slices.py::test_every_mesh", 14, 5),
     ("tests/hybrid/test_slices.py", 10, 2),
+    ("tests/hybrid/test_sharded_slices.py", 10, 2),
     ("tests/hybrid/test_model_options.py::test_gradients", 3, 1),
     ("tests/hybrid/test_model_options.py::test_every_mesh", 15, 3),
     ("tests/hybrid/test_model_options.py::test_every_model_is", 15, 3),

@@ -133,7 +133,6 @@ RULES = [
     Rule(_SLICES, _OTHERS, _slices, _other, "not tested"),
     Rule(_SLICES, "comm.compress", _slices, _is_not("comm.compress", "none"),
          "what is lost depends on the place of a gradient on its rank, and so on mesh.tp"),
-    Rule(_SLICES, _TWO, _slices, _two, "the norm over slices needs the whole gradient of each parameter on one rank"),
     Rule(_SLICES, "model.tie_embeddings with mesh.pp above 1", _slices,
          lambda s: s["model.tie_embeddings"] and s["mesh.pp"] > 1,
          "the two gradients of the shared matrix would be added in another order than on one stage"),

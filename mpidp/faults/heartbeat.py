@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-SLOT = struct.Struct("<qqdd24s")  # step, bucket, time at which the phase began, time of the last heartbeat, phase
+SLOT = struct.Struct("<qqdd?23s")  # step, bucket, time at which the phase began, time of the last heartbeat, waits, phase
 NODE = struct.Struct("<ddd")  # about another node: time stamp in its file, time at which the file changed, last heartbeat
 CLOCK = struct.Struct("<d")  # time at which this node last wrote its file
 WAITS = ("comm_wait", "reduce", "publish", "evaluate_wait", "checkpoint_wait")  # phases in which ranks mostly wait
@@ -54,6 +54,7 @@ class HeartbeatRow:
     entered: float = 0.0  # time since the phase began
     heard: float = math.inf  # time since the last heartbeat
     state: str = SILENT  # state letter of the process in /proc
+    waits: bool = False  # whether the rank waits for other ranks, for example for a message in the middle of the model
 
     @property
     def place(self) -> tuple[int, int]:
@@ -68,9 +69,15 @@ class HeartbeatRow:
         return ", ".join(parts)
 
     @property
+    def works(self) -> bool:
+        """Whether the rank should make progress without other ranks."""
+        return self.phase not in WAITS and not self.waits
+
+    @property
     def doing(self) -> str:
         """A description of what the rank is doing, for messages."""
-        return f"in {self.phase}{f' (bucket {self.bucket})' if self.bucket >= 0 else ''} of step {self.step}"
+        waits = " (waiting for other ranks)" if self.waits and self.phase not in WAITS else ""
+        return f"in {self.phase}{f' (bucket {self.bucket})' if self.bucket >= 0 else ''} of step {self.step}{waits}"
 
 
 def blame(rows: list[HeartbeatRow]) -> tuple[str, list[HeartbeatRow]]:
@@ -78,11 +85,13 @@ def blame(rows: list[HeartbeatRow]) -> tuple[str, list[HeartbeatRow]]:
 
     There are four groups of ranks. The first group that is not empty contains the blocking ranks. Group 1: ranks whose processes
     are stopped or have exited. Group 2: the ranks with the least progress, unless they are in a phase in which ranks wait for
-    each other. Group 3: ranks without a heartbeat. Group 4: the ranks with the least progress, in any phase. Pure."""
+    each other. Ranks that wait for a message during their computation are not in this group. Group 3: ranks without a heartbeat.
+    Group 4: the ranks with the least progress, in any phase. Pure."""
     heard = [row for row in rows if row.state != SILENT]
-    behind = [row for row in heard if row.place == min(other.place for other in heard)]
+    behind = _least([row for row in heard if row.works or row.phase in WAITS])
+    works = bool(behind) and behind[0].works
+    behind = behind if works else _least(heard)
     silent = [row for row in rows if row.state == SILENT]
-    works = bool(behind) and behind[0].phase not in WAITS
     blamed = [row for row in heard if row.state in LOST] or (behind if works else silent or behind)
     others = Counter(row.doing for row in heard if row not in blamed)
     named = "; ".join(map(str, blamed[:NAMED])) + (f"; and {len(blamed) - NAMED} more" if len(blamed) > NAMED else "")
@@ -92,6 +101,11 @@ def blame(rows: list[HeartbeatRow]) -> tuple[str, list[HeartbeatRow]]:
         return (f"all ranks are at the same place{network}: " if alike else "") + named, blamed
     waiting = ", ".join(f"{count} {'is' if count == 1 else 'are'} {doing}" for doing, count in others.most_common(NAMED))
     return f"the other ranks wait for {named}; of the others {waiting}", blamed
+
+
+def _least(rows: list[HeartbeatRow]) -> list[HeartbeatRow]:
+    """Return the rows with the least progress."""
+    return [row for row in rows if row.place == min(other.place for other in rows)]
 
 
 class HeartbeatBoard:
@@ -121,10 +135,11 @@ class HeartbeatBoard:
         the node have opened the file."""
         self._name.unlink(missing_ok=True)
 
-    def write(self, step: int, phase: str, bucket: int, entered: float, heard: float) -> None:
+    def write(self, step: int, phase: str, bucket: int, entered: float, heard: float, waits: bool = False) -> None:
         """Write the record of this rank. `bucket`: the gradient bucket that is being reduced, or -1. `entered`, `heard`: when the
-        phase began, and when the last heartbeat occurred. Both are times of time.monotonic()."""
-        SLOT.pack_into(self._memory, self._slots[self.rank], step, bucket, entered, heard, phase.encode()[:24])
+        phase began, and when the last heartbeat occurred. Both are times of time.monotonic(). `waits`: whether the rank waits for
+        other ranks."""
+        SLOT.pack_into(self._memory, self._slots[self.rank], step, bucket, entered, heard, waits, phase.encode()[:23])
 
     def quiet_seconds(self) -> float:
         """Return the seconds since the last heartbeat of any rank of the job."""
@@ -178,10 +193,10 @@ class HeartbeatBoard:
     def _here(self) -> list[HeartbeatRow]:
         now, rows = time.monotonic(), []
         for rank, at in self._slots.items():
-            step, bucket, entered, heard, phase = SLOT.unpack_from(self._memory, at)
+            step, bucket, entered, heard, waits, phase = SLOT.unpack_from(self._memory, at)
             row, name = HeartbeatRow(rank, self.host, self._pids[rank]), phase.rstrip(b"\0").decode(errors="replace")
             position = {"step": step, "phase": name, "bucket": bucket, "entered": now - entered, "heard": now - heard}
-            rows.append(replace(row, **position, state=process_state(row.pid)[0]) if heard else row)
+            rows.append(replace(row, **position, state=process_state(row.pid)[0], waits=waits) if heard else row)
         return rows
 
     def _read(self, host: str) -> tuple[float, list[HeartbeatRow]]:

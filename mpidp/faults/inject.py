@@ -17,11 +17,11 @@ run returns to a checkpoint or continues without failed ranks. This module impor
 | wrong | the gradient is wrong once, and correct when the step is repeated; with until=, it is always wrong up to step until= |
 | flip | after the update, bit number bit= (0..31) of the first element of parameter number tensor= flips |
 
-The kinds nan and wrong need comm.reducer=tree, which keeps the gradients of lanes separate. Faults of the first three rows occur
-when the phase begins (default: compute). With `after=SECONDS`, they occur this many seconds later, even if another phase has
-begun. The kinds sysexit, raise and hang do not support `after`. A step has the phases data, compute, comm_wait and update. An
-update has the phases reduce, apply and publish. After the update, the phases evaluate and checkpoint may follow. In the phase
-respawn, failed ranks are replaced.
+The kinds nan and wrong need comm.reducer=tree, which keeps the gradients of lanes separate. The kinds wrong and flip need audits,
+which mesh.shard=2|3 do not support. Faults of the first three rows occur when the phase begins (default: compute). With
+`after=SECONDS`, they occur this many seconds later, even if another phase has begun. The kinds sysexit, raise and hang do not
+support `after`. A step has the phases data, compute, comm_wait and update. An update has the phases reduce, apply and publish.
+After the update, the phases evaluate and checkpoint may follow. In the phase respawn, failed ranks are replaced.
 """
 
 from __future__ import annotations
@@ -135,6 +135,21 @@ class InjectedFaults(StepObserver):
         """Whether a fault on any rank changes gradients of single lanes. If so, the reducer must keep the gradients of lanes
         separate."""
         return any(fault.kind in ("nan", "wrong") for fault in self.of_all_ranks)
+
+    def check(self, keeps_lanes: bool, sharded: bool) -> None:
+        """Raise UsageError if a fault on any rank is not possible in this job. keeps_lanes: whether gradients of single lanes or
+        micro-batches can be changed. sharded: whether mesh.shard is 2 or 3."""
+        for fault in self.of_all_ranks:
+            if sharded and fault.kind in ("wrong", "flip"):
+                raise UsageError.on_every_rank(
+                    f"{VARIABLE}: {fault.word!r} is not possible with mesh.shard=2|3, because no two ranks hold the same state, "
+                    "and so no audit can find the fault: use mesh.shard=0"
+                )
+            if fault.kind in ("wrong", "nan") and not keeps_lanes:
+                raise UsageError.on_every_rank(
+                    f"{VARIABLE}: {fault.word!r} changes the gradient of a lane, and only comm.reducer=tree keeps such "
+                    "gradients: use comm.reducer=tree with strategy.name=synchronous and comm.compress=none"
+                )
 
     def enter(self, step: int, phase: str) -> None:
         """Cause the faults of this rank that belong to this phase of this step, and that end or stop the rank. Faults with

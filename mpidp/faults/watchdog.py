@@ -41,7 +41,7 @@ class Watchdog(StepObserver):
         exit code. `on_hang`: a function that is called with the report's message if the job hangs."""
         self.board, self.hang_seconds, self.first_times = board, hang_seconds, first_times
         self._abort, self._on_hang = abort, on_hang
-        self._at, self._bucket = (0, ""), -1
+        self._at, self._bucket, self._waits = (0, ""), -1, False
         self._entered = self._heard = math.inf
         self._step_began = 0.0
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)  # durations of the last steps, in seconds
@@ -66,8 +66,13 @@ class Watchdog(StepObserver):
     def beat(self) -> None:
         """Record a heartbeat in the current phase."""
         self._heard = time.monotonic()
+        self.waits(self._waits)
+
+    def waits(self, whether: bool) -> None:
+        """Record whether this rank waits for other ranks. This is no heartbeat."""
+        self._waits = whether
         if self.board is not None and self._at[1]:
-            self.board.write(*self._at, self._bucket, self._entered, self._heard)
+            self.board.write(*self._at, self._bucket, self._entered, self._heard, whether)
 
     def progressed(self) -> None:
         """Record a heartbeat, as beat() does."""

@@ -42,7 +42,7 @@ class ModelPartition:
         self.grid, self.shape, self.sequence, self.chunks, self.sizes = grid, shape, sequence, chunks, shapes_of(shape)
         self.sizes.update(adapters or {})
         self.part = self._part_of(grid.model.rank)
-        self._norm_by_slices = NormBySlices(grid, self.part, self.sizes, slices, self.counts) if slices > 1 else None
+        self.norm_by_slices = NormBySlices(grid, self.part, self.sizes, slices, self.counts) if slices > 1 else None
 
     def _part_of(self, rank: int) -> Part:
         stage, number = divmod(rank, self.grid.tp.size)
@@ -52,7 +52,7 @@ class ModelPartition:
     def plain_norm(self) -> bool:
         """Whether norm() only adds the squares of the norm blocks of this rank's flat gradient. It then needs no
         communication."""
-        return self.grid.parts == 1 and self._norm_by_slices is None
+        return self.grid.parts == 1 and self.norm_by_slices is None
 
     def counts(self, name: str) -> bool:
         """Return whether this rank saves its section of parameter `name`, and counts it in the gradient norm. If several ranks of
@@ -153,8 +153,8 @@ class ModelPartition:
     def norm(self, buffer: GradientBuffer, squares: Tensor, flat: Tensor) -> float:
         """Return the L2 norm of a gradient over the whole model. flat: the gradient of this rank's part, with the layout of
         `buffer`. squares: the sum of squares of each norm block of `flat`. Collective over grid.model."""
-        if self._norm_by_slices is not None:
-            return self._norm_by_slices(buffer.layout, flat)
+        if self.norm_by_slices is not None:
+            return self.norm_by_slices(buffer.layout, flat)
         placed = zip(buffer.layout.placed(), buffer.layout.views(flat), strict=True)
         return self.norm_of(buffer.spans, squares, [view for (_, name, _), view in placed if not self.counts(name)])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -32,18 +32,34 @@ class NormBySlices:
 
     def __call__(self, layout: FlatLayout, flat: Tensor) -> float:
         """Return the norm. flat: the gradient of this rank's part, (num_elements,). Collective over grid.model."""
-        names, keys, squares = list(self._sizes), [], []
-        for (_, name, _), view in zip(layout.placed(), layout.views(flat), strict=True):
-            if self._counts(name):
-                whole = self._part.global_name(name)
-                cut = self._part.slices(whole, self._sizes[whole], self._slices)
-                first = self._part.index * self._slices // self._part.size
-                for number, piece in enumerate([view] if cut is None else view.split(cut[1], cut[0]), first):
-                    squares.append(_squares(piece))
-                    keys.append((names.index(whole), number, len(squares[-1])))
-        mine, comm = torch.cat(squares).cpu(), self._grid.model
+        placed = zip(layout.placed(), layout.views(flat), strict=True)
+        squares = [squares_of_piece(piece) for (_, name, _), view in placed for piece in self.pieces(name, view)]
+        return self.of_squares(layout, torch.cat(squares))
+
+    def cut(self, name: str) -> tuple[int, list[int]] | None:
+        """Return (the dimension along which a parameter of this part is cut into slices, the lengths of this rank's slices), or
+        None if the parameter is one piece. Independent."""
+        whole = self._part.global_name(name)
+        return self._part.slices(whole, self._sizes[whole], self._slices)
+
+    def pieces(self, name: str, tensor: Tensor) -> Sequence[Tensor]:
+        """Cut a tensor of a parameter's shape into slices. Return no pieces if another rank counts the parameter. Independent."""
+        if not self._counts(name):
+            return []
+        cut = self.cut(name)
+        return [tensor] if cut is None else tensor.split(cut[1], cut[0])
+
+    def of_squares(self, layout: FlatLayout, squares: Tensor) -> float:
+        """Return the norm. squares: the sums of squares of the norm blocks of this rank's part, by piece in flat order.
+        Collective over grid.model."""
+        mine, comm = squares.cpu(), self._grid.model
         if not self._lengths:
-            self._plan(comm.allgather(keys))
+            names, first = list(self._sizes), self._part.index * self._slices // self._part.size
+            self._plan(comm.allgather([
+                (names.index(self._part.global_name(name)), number, round_up(piece.numel(), NORM_BLOCK) // NORM_BLOCK)
+                for _, name, p in layout.placed()
+                for number, piece in enumerate(self.pieces(name, torch.empty(p.shape, device="meta")), first)
+            ]))
         if comm.size == 1:
             return norm_of_squares(mine[self._order])
         everything = torch.empty(sum(self._lengths), dtype=torch.float64)
@@ -59,8 +75,9 @@ class NormBySlices:
         self._lengths = [sum(length for _, _, length in rank) for rank in keys]
 
 
-def _squares(piece: Tensor) -> Tensor:
-    """Return the sum of squares of each norm block of `piece`, a slice of a parameter. The result is (blocks,) float64."""
+def squares_of_piece(piece: Tensor) -> Tensor:
+    """Return the sum of squares of each norm block of `piece`, a slice of a parameter. The result is (blocks,) float64.
+    Independent."""
     padded = piece.new_zeros(round_up(piece.numel(), NORM_BLOCK))
     padded[: piece.numel()].view(piece.shape).copy_(piece)
     return squares_of_blocks(padded)

@@ -212,8 +212,8 @@ class RunOfElements:
     shape: tuple[int, ...]  # shape of the parameter
     low: int
     high: int
-    elements: Tensor  # (high - low,), a part of the parameter
-    gradient: Tensor  # (high - low,)
+    elements: Tensor  # (high - low,), a part of the parameter; there may be zeros at the end (`padded` of Optimizer)
+    gradient: Tensor  # like elements
 
 
 class ShardedOptimizer(PieceOptimizer):

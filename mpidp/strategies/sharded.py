@@ -12,7 +12,7 @@ round, some ranks may have no micro-batch, or an empty one. They make the exchan
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +24,8 @@ from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry
 from mpidp.checkpoint.local_parameters import bytes_by_use, load_boxes
-from mpidp.comm.buffers import buf
 from mpidp.comm.group import Group
-from mpidp.comm.slices import NORM_BLOCK, norm_of_squares, squares_of_blocks
+from mpidp.comm.slices import ALIGN, round_up
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.reducers.base import LaneObserver, Reducer
 from mpidp.reducers.buckets import FlatLayout, unit_of
@@ -35,6 +34,7 @@ from mpidp.reducers.units import Channel, Unit, units_of
 from mpidp.strategies.gathered import UnitParameters
 from mpidp.strategies.optimizer import Optimizer, RunOfElements, ShardedOptimizer
 from mpidp.strategies.protocol import StepStats, StrategyOptions
+from mpidp.strategies.sharded_norm import ShardedNorm, ShardedNormBySlices
 
 
 @dataclass
@@ -81,11 +81,15 @@ class Sharded:
         self.parameters = UnitParameters([*self.units, *more], blocks, channel, device)
         model.to(device)  # the buffers and the other frozen parameters
         self.sum = ShardedSum(self.units, reducer.lanes, channel, device)
+        kind = ShardedNormBySlices if parts is not None and parts.norm_by_slices is not None else ShardedNorm
+        self._norm: ShardedNorm = kind(self.units, self._layout, channel, parts)  # type: ignore[arg-type]
         how = {key: value for key, value in make_optimizer.keywords.items() if key != "padded"}
-        self.optimizer = ShardedOptimizer(make_optimizer.args[0], self._runs(), **how)
+        whole = how["hidden"].names if make_optimizer.keywords.get("padded") else set(trained)  # parameters without padding
+        self.optimizer = ShardedOptimizer(make_optimizer.args[0], self._runs(whole), **how)
         self._blocks = [(name, chunk_of(f"{name}.")) for name in blocks]
         self._plans = self._plan(dict.fromkeys(unit_of(name) for name, _ in reversed(named)))
         self._queue: list[UnitExchange] = []  # what this micro-batch's backward must still do, in order
+        self._v, self._observers = 0, list[LaneObserver]()  # the micro-batch, and who sees its gradient
         self._hooks = [
             member.parameter.register_post_accumulate_grad_hook(partial(self._complete, unit, member.name))
             for unit in self.units for member in unit.members
@@ -110,7 +114,9 @@ class Sharded:
                 plan.pop()
         return found
 
-    def _runs(self) -> list[RunOfElements]:
+    def _runs(self, unpadded: Collection[str]) -> list[RunOfElements]:
+        """Return the elements that this rank updates. The zeros after a parameter are updated with it (see Optimizer), unless the
+        parameter is in `unpadded`."""
         rank, found = self.compute_comm.rank, []
         for unit, gradient in zip(self.units, self.sum.totals, strict=True):
             owned = self.parameters.owned[unit.index]
@@ -118,7 +124,9 @@ class Sharded:
                 run, shape = unit.run(member, rank), tuple(member.parameter.shape)
                 if run:
                     ends = (run.start - member.offset, run.stop - member.offset)
-                    tensors = (unit.owned(member, one, rank) for one in (owned, gradient))
+                    start, length = run.start - unit.parts[rank].start, len(run)
+                    length = length if member.name in unpadded else round_up(length, ALIGN)
+                    tensors = (one[start : start + length] for one in (owned, gradient))
                     found.append(RunOfElements(member.name, shape, *ends, *tensors))
         return found
 
@@ -145,13 +153,21 @@ class Sharded:
         now = self._queue.pop(0)
         self.parameters.gather(now.name)  # on a rank that computes, it is gathered already
         if now.unit is not None:
+            if now.unit is self.units[0] and self._observers and self._v < self.reducer.lanes.num_micro_batches:
+                self._observe(now.unit.members[0].parameter)
             self.sum.reduce(now.unit)
+
+    def _observe(self, first: torch.nn.Parameter) -> None:
+        if first.grad is None:  # the micro-batch is empty
+            first.grad = torch.zeros_like(first)
+        for observe in self._observers:
+            observe(self.reducer.lanes.lane_of(self._v), first.grad.view(-1))
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
         """Return a context manager. The backward pass of micro-batch v must run in it. Ranks may pass different v. Raises
         RuntimeError if a parameter gets a gradient after its unit was reduced. Collective over compute_comm."""
-        self._queue = [UnitExchange.of(name, unit) for name, unit in self._plans.get(chunk, ())]
+        self._queue, self._v = [UnitExchange.of(name, unit) for name, unit in self._plans.get(chunk, ())], v
         yield
         while self._queue:
             self._exchange_next()
@@ -176,9 +192,9 @@ class Sharded:
         """Do nothing, because all replicas already have equal weights. Independent."""
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
-        """Raise ValueError if there are observers, because no rank has the gradient of a single lane. Independent."""
-        if observers:
-            raise ValueError("sharded gradients are summed immediately: single lanes cannot be observed")
+        """Call each observer with a part of the gradient of every micro-batch in the next step: the gradient of the first
+        parameter in flat order, flattened. No rank has the gradient of a lane. Independent."""
+        self._observers = list(observers)
 
     def discard(self) -> None:
         """Discard the gradients of the current step. Independent."""
@@ -191,7 +207,7 @@ class Sharded:
         self._tie()
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
         if tokens:
-            norm = self._norm() * scale
+            norm = self._norm(self.sum.totals) * scale
             if self.clip and norm > self.clip:
                 scale *= self.clip / norm
         skipped = not (tokens and math.isfinite(norm) and norm <= limit)
@@ -216,28 +232,6 @@ class Sharded:
                 assert self._parts is not None
                 total.add_(self._parts.tied_gradient(total).to(total.device))
 
-    def _norm(self) -> float:
-        """Return the gradient norm, which has the same bits as with mesh.shard=0. Each norm block is on one rank, and the squares
-        of norm blocks are added in flat order."""
-        rank, squares = self.compute_comm.rank, torch.zeros(self._layout.num_elements // NORM_BLOCK, dtype=torch.float64)
-        for unit, total in zip(self.units, self.sum.totals, strict=True):
-            if total.numel():
-                first = (unit.start + unit.parts[rank].start) // NORM_BLOCK
-                squares[first : first + total.numel() // NORM_BLOCK] = squares_of_blocks(total).cpu()
-        with self.reducer.transport.timed():
-            self.group.wait(self.compute_comm.Iallreduce(MPI.IN_PLACE, buf(squares)))
-        if self._parts is None:
-            return norm_of_squares(squares)
-        spans: dict[int, tuple[int, int]] = {}
-        for unit in self.units:  # in flat order, the units of a chunk are consecutive
-            spans[unit.chunk] = (spans.get(unit.chunk, (unit.start, 0))[0], unit.start + unit.length)
-        uncounted = [
-            unit.whole(member, total, self._channel)
-            for unit, total in zip(self.units, self.sum.totals, strict=True)
-            for member in unit.members if not self._parts.counts(member.name)
-        ]
-        return self._parts.norm_of([spans[chunk] for chunk in sorted(spans)], squares, uncounted)
-
     def drain(self) -> None:
         """Do nothing: no update is in flight between steps. Independent."""
 
@@ -260,6 +254,7 @@ class Sharded:
             for member in unit.members:
                 for key in self.optimizer.keys(member.name):
                     state = states[member.name][key] if member.name in states else torch.empty(0)
+                    state = state[: len(unit.run(member, rank))]  # without padding
                     found |= unit.entries_of_run(member, state, rank, f"{member.name}/{key}")
                 if "exp_avg" in self.optimizer.keys(member.name):
                     found[f"{member.name}/step"] = Entry(torch.tensor(float(self.optimizer.updates)))

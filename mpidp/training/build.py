@@ -24,6 +24,7 @@ from mpidp.parallel.engine import Engine
 from mpidp.parallel.pipeline import Stages
 from mpidp.parallel.whole_matrices import Hidden
 from mpidp.reducers import overlap
+from mpidp.reducers.tree import Tree
 from mpidp.runtime.environment import launched_with_ulfm
 from mpidp.runtime.log import log
 from mpidp.runtime.observers import StepObserver
@@ -64,6 +65,7 @@ def build(
         plan, transport, sum(p.numel() for _, p in model.named), services.observers, model.parts,
         services.faults.changes_gradients, None if before is None else (before.strategy.group, before.strategy.one_copy),
     )
+    services.faults.check(memory.level >= 2 or isinstance(memory.reducer, Tree), memory.level >= 2)
     strategy = make_strategy(plan, model, memory, before)
     engine = make_engine(plan, model, transport, strategy, services)
     saver = make_saver(plan, model, strategy, lock)
@@ -94,7 +96,7 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
     strategy: Strategy = strategy_of(config.strategy.name, config.strategy.quorum, memory.level, model.module)(
         dp, memory.group, model.named, reducer, make_optimizer, optim.clip, nominal_tokens, int(config.comm.bucket_mb * 2**20),
         memory.one_copy, spare_slots=int(train.audit_every > 0), most_slots=2 * plan.lanes.num_lanes.bit_length() + 3,
-        options=options, parts=model.parts if grid.parts > 1 else None,
+        options=options, parts=model.parts if grid.parts > 1 or (memory.level >= 2 and not model.parts.plain_norm) else None,
     )
     if before is None:
         strategy.start()
