@@ -30,6 +30,8 @@ WAYS: list[dict[str, dict[str, Any]]] = [
     {"model": LORA | {"lora_targets": "k,down"}, "train": {"recompute": True, "audit_every": 2}, "optim": {"name": "sgd"}},
     {"model": LORA | {"tie_embeddings": True}, "train": {"dtype": "bfloat16"}, "optim": {"freeze": "*.lora_a"}},
     {"model": LORA | {"qk_norm": "layer"}, "mesh": {"sequence": True, "shard": 1}, "comm": {"transport": "messages"}},
+    {"model": ODD | LORA, "mesh": {"sequence": True, "shard": 3}},
+    {"model": LORA | {"lora_targets": "v,o,up"}, "mesh": {"shard": 2}, "optim": {"name": "normuon"}},
 ]
 MESHES = [(1, 2, 2), (1, 1, 2), (1, 1, 4), (2, 1, 2), (1, 2, 1), (2, 1, 1)]
 ALONE: dict[str, Ran] = {}  # the runs on one rank; all ranks have the same
