@@ -1,11 +1,12 @@
-"""Determines the order and the places of documents in the output, for one or more sources. The result does not depend on the
-number of ranks.
+"""Arranges the documents of one or more sources as one stream. The result does not depend on the number of ranks.
 
-A mixture takes the next document from the source that is furthest behind its share. Every prefix of the mixture therefore has
-about the requested shares. Packing puts the documents, in order, into windows of a fixed number of tokens. Only the last few
-windows can receive further documents. Each document goes into the first of these windows that has enough room, so no document
-crosses a window boundary. The rest of a window is filled with end-of-document tokens that are excluded from the loss. Packing
-needs about 100 bytes of memory per document.
+A mixture divides the number of tokens taken from each source by the weight of the source. It takes the next document from the
+source with the smallest result. The proportions of the sources are therefore about right at every point of the mixture.
+
+Packing puts documents into windows of a fixed number of tokens. No document crosses a window boundary. Only the last OPEN windows
+can receive documents. Each document, in order, goes into the first of these windows that has enough room. If none has, a new
+window begins. The rest of a window is filled with end-of-document tokens that are excluded from the loss. Packing needs about 100
+bytes of memory per document.
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ OPEN = 64  # number of windows that can receive further documents
 
 
 def lengths_of(stream: Stream) -> tuple[np.ndarray, np.ndarray]:
-    """Return two int64 arrays (d,) about the d documents of a stream: their starts, and their numbers of tokens. Independent."""
+    """Return (starts, lengths) of the d documents of a stream, in tokens. Both are int64 arrays (d,). Independent."""
     starts = stream.document_starts(0, stream.tokens).astype(np.int64) if stream.tokens else np.empty(0, dtype=np.int64)
     return starts, np.diff(starts, append=stream.tokens)
 
 
 def mix(lengths: Sequence[np.ndarray], weights: Sequence[float], tokens: int, repeat: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return two int64 arrays (n,) about the n documents of a mixture: the source of each document, and its index in the source.
+    """Return (sources, indices) of the n documents of a mixture. Both are int64 arrays (n,). sources: the source of each
+    document. indices: the index of each document in its source.
 
-    The mixture stops after `tokens` tokens (0: no limit), or when the next source is exhausted. With `repeat`, an exhausted
-    source starts over instead. Each source must have at least one document. Pure.
+    `lengths`: for each source, the lengths of its documents in tokens. Each source must have at least one document. `weights`:
+    the weight of each source. The mixture stops after `tokens` tokens (0: no limit), or when the next document must come from a
+    source that has no more documents. With `repeat`, this source starts over instead. Pure.
     """
     if len(lengths) == 1 and not tokens:
         return np.zeros(len(lengths[0]), dtype=np.int64), np.arange(len(lengths[0]))
@@ -55,9 +58,11 @@ def mix(lengths: Sequence[np.ndarray], weights: Sequence[float], tokens: int, re
 
 
 def pack(lengths: np.ndarray, window: int) -> tuple[np.ndarray, int]:
-    """Pack documents into windows. Return (start of each document in the output, total number of tokens). Pure.
+    """Pack documents into windows of `window` tokens. Return (starts, total). starts: (n,) the position of each document in the
+    output. total: the number of tokens of the output.
 
-    The total is a whole number of windows plus one token, because the last window needs a target for its last token.
+    `lengths`: (n,) the lengths of the documents, at most `window`. The total is a whole number of windows plus one token, because
+    the last window needs a target for its last token. Pure.
     """
     places = np.empty(len(lengths), dtype=np.int64)
     rooms: list[list[int]] = []  # [start of the free space, number of free tokens] of the last windows
@@ -75,7 +80,7 @@ def pack(lengths: np.ndarray, window: int) -> tuple[np.ndarray, int]:
 
 @dataclass
 class Arrangement:
-    """Documents of several streams, arranged as one stream. The class implements the interface Tokens (cut.py)."""
+    """Documents of one or more streams, arranged as one stream. The class implements the interface Tokens (cut.py)."""
 
     streams: Sequence[Stream]
     which: np.ndarray  # (n,) the stream of each document, in output order
@@ -93,7 +98,8 @@ class Arrangement:
     def of(
         cls, streams: Sequence[Stream], weights: Sequence[float], tokens: int, repeat: bool, window: int, eod: int
     ) -> Arrangement:
-        """Arrange the documents of a mixture. If window is not 0, the documents are packed. Independent."""
+        """Arrange the documents of `streams` as mix() determines. If `window` is not 0, pack them into windows of `window`
+        tokens. `eod`: the id that fills the windows. Independent."""
         found = [lengths_of(stream) for stream in streams]
         which, numbers = mix([lengths for _, lengths in found], weights, tokens, repeat)
         starts, lengths = np.empty(len(which), dtype=np.int64), np.empty(len(which), dtype=np.int64)
@@ -108,11 +114,11 @@ class Arrangement:
         return cls(streams, which[order], starts[order], lengths[order], places[order], total, eod)
 
     def pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Yield tokens [start, stop) in pieces of PIECE_TOKENS."""
+        """Yield the ids of the tokens [start, stop), in pieces of at most PIECE_TOKENS."""
         return self._read(start, stop, mask=False)
 
     def masks(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Yield the loss mask (uint8) of tokens [start, stop) in pieces of PIECE_TOKENS."""
+        """Yield the loss mask of the tokens [start, stop), uint8, in pieces of at most PIECE_TOKENS."""
         return self._read(start, stop, mask=True)
 
     def _read(self, start: int, stop: int, mask: bool) -> Iterator[np.ndarray]:
@@ -129,10 +135,10 @@ class Arrangement:
             yield piece
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Return the document starts in [start, stop) as distances from `start`, uint64."""
+        """Return the starts of the documents that begin in [start, stop), minus `start`, as uint64."""
         low, high = np.searchsorted(self.places, [start, stop])
         return (self.places[low:high] - start).astype(np.uint64)
 
     def taken(self) -> list[tuple[int, int]]:
-        """For each stream, return (number of documents taken, number of tokens taken)."""
+        """Return one pair per stream: (number of documents taken, number of tokens taken)."""
         return [(int((self.which == s).sum()), int(self.lengths[self.which == s].sum())) for s in range(len(self.streams))]

@@ -1,5 +1,5 @@
-"""Writes blocks of tokens to raw files, from which shards are cut. The document starts can be replaced later, because some
-formats do not store them."""
+"""Writes blocks of tokens to raw files, from which shards are cut. Some formats do not store document starts. For these formats,
+the starts can be replaced later."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mpidp.runtime.files import writing
 
 
 class BlockWriter:
-    """Writes the raw files of one split. A loss mask that is 1 for every token is not stored. All methods raise UsageError if
-    a file cannot be written. Independent."""
+    """Writes the raw files of one split. By default, a loss mask that is 1 for every token is not stored. All methods raise
+    UsageError if a file cannot be written. Independent."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], masked: bool = False) -> None:
-        """masked: whether the raw files always have a loss mask."""
+        """`masked`: whether to store a loss mask even if it is 1 for every token."""
         self.path, self.dtype = folder / split, dtype
         self.tokens = self.documents = 0
         self.parts: list[int] = []  # position at which each part of the source begins
@@ -32,12 +32,12 @@ class BlockWriter:
         self._masked = masked
 
     def begin_part(self) -> None:
-        """Record that a new file or folder of the source begins."""
+        """Record that the next block is the first of another file or folder of the source."""
         self.parts.append(self.tokens)
         self.known.append(True)
 
     def add(self, block: TokenBlock) -> None:
-        """Append a block. The first token of the first block starts a document."""
+        """Append a block. Call begin_part() before the first block."""
         with writing(self.path, ADVICE):
             self._add_mask(block)
             self._ids.write(block.ids.astype(self.dtype).tobytes())
@@ -51,18 +51,18 @@ class BlockWriter:
         self.tokens += len(block.ids)
 
     def close(self) -> Raw:
-        """Close the files. Return a Raw, which reads them."""
+        """Close the files, and return a Raw to read them with."""
         for file in filter(None, (self._ids, self._starts, self._mask)):
             with writing(file.name, ADVICE):
                 file.close()
         return self.raw()
 
     def raw(self) -> Raw:
-        """Return a Raw, which reads the closed files."""
+        """Return a Raw to read the closed files with."""
         return Raw(self.path, self.dtype.itemsize, self.tokens, self.documents, self._masked or self.left_out > 0)
 
     def replace_documents(self, pieces: Iterator[np.ndarray]) -> None:
-        """Replace the document starts. pieces: arrays that together have the new starts, int64, ascending."""
+        """Replace the document starts. `pieces`: int64 arrays which together list the new starts in ascending order."""
         documents = 0
         with writing(self.path, ADVICE), self._open("found") as file:
             for starts in pieces:
@@ -73,17 +73,18 @@ class BlockWriter:
         self.documents = documents
 
     def pieces(self, start: int = 0, stop: int = -1) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the tokens [start, stop) in pieces, as (position of the piece, ids). The default is all tokens."""
+        """Yield (position, ids) of consecutive pieces of the tokens [start, stop). position: the position of the first token of
+        the piece. The default is all tokens."""
         raw, end = self.raw(), self.tokens if stop < 0 else stop
         for at in range(start, end, BLOCK_TOKENS):
             yield at, raw.read(at, min(at + BLOCK_TOKENS, end))
 
     def at(self, positions: np.ndarray) -> np.ndarray:
-        """Return the ids of the tokens at these positions. positions and the result: (p,)."""
+        """Return the ids of the tokens at `positions`. The positions and the result are arrays (p,)."""
         return np.memmap(f"{self.path}.tokens", self.dtype, mode="r")[positions] if len(positions) else np.empty(0, self.dtype)
 
     def start_pieces(self) -> Iterator[np.ndarray]:
-        """Yield the document starts, int64, in pieces."""
+        """Yield the document starts in ascending order, as several int64 arrays."""
         starts = np.memmap(f"{self.path}.documents", "<u8", mode="r") if self.documents else np.empty(0, "<u8")
         for low in range(0, len(starts), BLOCK_TOKENS):
             yield np.array(starts[low : low + BLOCK_TOKENS]).astype(np.int64)

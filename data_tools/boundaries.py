@@ -1,4 +1,4 @@
-"""Finds where documents start in a stream of tokens, by the tokens that end or begin documents."""
+"""Finds the document starts in a stream of tokens. They are recognized by the special tokens that end or begin documents."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from mpidp.runtime.log import counted
 
 
 def eod_is_first(writers: Sequence[BlockWriter], eod: int, usual: bool) -> bool:
-    """Return True if the end-of-document token begins documents, and False if it ends them. The number of parts of the source
-    that begin with this token is compared with the number that end with it. usual: the result if both numbers are equal.
-    Independent."""
+    """Return True if the end-of-document token seems to begin documents, and False if it seems to end them.
+
+    The result is True if more parts of the source begin with this token than end with it. `usual`: the result if both numbers are
+    equal. Independent.
+    """
     begin = end = 0
     for writer in writers:
         edges = np.unique([at for at in (*writer.parts, writer.tokens) if 0 <= at <= writer.tokens])
@@ -23,8 +25,8 @@ def eod_is_first(writers: Sequence[BlockWriter], eod: int, usual: bool) -> bool:
 
 
 def starts_of_parts(writer: BlockWriter, eod: int, bos: int | None, first: bool) -> Iterator[np.ndarray]:
-    """Yield the document starts, int64. If a part of the source does not store its document starts, find them by the ids.
-    Independent."""
+    """Yield the document starts, int64. Where a part of the source does not store its document starts, starts_by_ids() finds
+    them. Independent."""
     for begin, end, known in zip(writer.parts, [*writer.parts[1:], writer.tokens], writer.known, strict=True):
         if known:
             yield writer.raw().document_starts(begin, end).astype(np.int64)
@@ -33,9 +35,9 @@ def starts_of_parts(writer: BlockWriter, eod: int, bos: int | None, first: bool)
 
 
 def starts_by_ids(pieces: Iterator[tuple[int, np.ndarray]], eod: int, bos: int | None, first: bool) -> Iterator[np.ndarray]:
-    """Yield where documents start, int64. Documents start at the first token, at each BOS, and after each end-of-document token.
-    pieces: (position, ids) of consecutive tokens. first: documents start at each end-of-document token, not after it. Pure.
-    """
+    """Yield the document starts, int64. A document starts at the first token, at each BOS, and after each end-of-document token.
+    If `first` is true, a document starts at each end-of-document token instead of after it. `pieces`: (position, ids) of
+    consecutive pieces of the stream. Pure."""
     last = None
     for at, ids in pieces:
         found = ids == eod if first else np.concatenate([[last in (None, eod)], ids[:-1] == eod])
@@ -47,12 +49,12 @@ def starts_by_ids(pieces: Iterator[tuple[int, np.ndarray]], eod: int, bos: int |
 
 
 def occurs(writers: Sequence[BlockWriter], eod: int, bos: int | None) -> bool:
-    """Return whether the data contains the end-of-document token or BOS. Independent."""
+    """Return whether any token in the files of `writers` is the end-of-document token or BOS. Independent."""
     return any((ids == eod).any() or bos is not None and (ids == bos).any() for writer in writers for _, ids in writer.pieces())
 
 
 def unended(writers: Sequence[BlockWriter], eod: int) -> list[str]:
-    """Return a remark if some documents do not end with the end-of-document token. Independent."""
+    """Return a list with one remark if some documents do not end with the end-of-document token, else []. Independent."""
     total = ended = 0
     for writer in writers:
         for starts in writer.start_pieces():
@@ -65,7 +67,7 @@ def unended(writers: Sequence[BlockWriter], eod: int) -> list[str]:
 
 
 def alone(writers: Sequence[BlockWriter], eod: int) -> list[str]:
-    """Return a remark if some documents consist only of the end-of-document token. Independent."""
+    """Return a list with one remark if some documents consist only of the end-of-document token, else []. Independent."""
     total = found = 0
     for writer in writers:
         for starts in writer.start_pieces():

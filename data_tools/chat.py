@@ -1,15 +1,16 @@
 """Locates the assistant's turns in the text of a chat. Pure.
 
-Three rules determine the start and the end of a turn. For each of the two, the first rule that applies is used.
+Three rules determine where a turn starts and ends. The start is determined by the first rule that gives a start, and the end by
+the first rule that gives an end.
 
 1. The template marks the assistant's parts with {% generation %}.
 2. Start: let A be the text of the messages before the turn, followed by the generation prompt. If the text of the chat begins
    with A, the turn starts after A. End: let B be the text of the messages up to and including the turn. If the text of the chat
    begins with B, the turn ends after B.
-3. The turn starts where the template writes the content of its message, and ends after this content. Marks that are put into
-   the content show these places. If the content cannot show the end, the turn ends after the name of its last tool call. If
-   template text follows the end, the turn also includes the beginning of this text, as far as it is the same in the whole chat
-   and in a chat that ends with the turn.
+3. The turn starts where the template writes the content of its message, and ends after this content. The two places are found
+   with marks in the content. If a mark at the end of the content does not work, the turn ends after the name of the last tool
+   call of the message. The template may write more text after the end, such as the name of a special token. Let C be this text in
+   a chat that ends with the turn, and D this text in the whole chat. The turn also includes the common beginning of C and D.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Spans = list[tuple[int, int]]  # characters [start, stop) of a text
 
 
 def render(template: Template, chat: Chat) -> tuple[str, Spans]:
-    """Return the text of a chat, and the spans of the turns that are in the loss.
+    """Return the text of a chat, and the spans (start, stop), in characters, of the turns that are in the loss.
 
     Raises TemplateRejection if the template rejects the chat, and RowSkipped if a turn cannot be located.
     """
@@ -46,7 +47,7 @@ def render(template: Template, chat: Chat) -> tuple[str, Spans]:
 
 
 def _turn(template: Template, chat: Chat, text: str, i: int) -> tuple[int, int]:
-    """Return the span of turn i in the text of the chat, by rule 2 or 3."""
+    """Return the span (start, stop) of turn i in the text of the chat, in characters. It is found by rule 2 or 3."""
     start = _beginning(template, chat, text, i, prompt=True)
     stop = _beginning(template, chat, text, i + 1, prompt=False)
     if start is None:
@@ -60,7 +61,8 @@ def _turn(template: Template, chat: Chat, text: str, i: int) -> tuple[int, int]:
 
 
 def _beginning(template: Template, chat: Chat, text: str, count: int, prompt: bool) -> int | None:
-    """Return the length of the text of the first `count` messages if the text of the chat begins with this text, else None."""
+    """Return the length of the text of the first `count` messages. Return None if the text of the chat does not begin with this
+    text. `prompt`: whether to include the generation prompt."""
     if count == len(chat.messages):
         return len(text)
     try:
@@ -71,11 +73,12 @@ def _beginning(template: Template, chat: Chat, text: str, count: int, prompt: bo
 
 
 def _content(template: Template, chat: Chat, text: str, i: int, mark: str) -> tuple[int, str]:
-    """Return where the content of message i begins (mark BEGIN) or ends (mark END). Also return the text that would follow this
-    place if the chat ended with message i.
+    """Return (place, tail). place: where the content of message i begins (if `mark` is BEGIN) or ends (END), in characters. tail:
+    the text that would follow this place if the chat ended with message i.
 
-    First, the mark is put before or after the whole content. A template that strips white space may misplace this mark. The mark
-    is then put between the white space and the rest of the content. If this fails too, the mark END is put into a tool call.
+    The mark is tried in several places (see _with_marks). The first place is used at which the template writes the mark exactly
+    once and the mark changes nothing else in the text. If the content is empty, only the text before the mark must stay the same.
+    Raises RowSkipped if no place works.
     """
     empty = not chat.messages[i].get("content")
     for message in _with_marks(chat.messages[i], mark):
@@ -98,7 +101,9 @@ def _unknown(i: int) -> RowSkipped:
 
 
 def _with_marks(message: Mapping[str, Any], mark: str) -> Iterator[dict[str, Any]]:
-    """Yield copies of the message with a mark: first at the beginning or end of its content, then in its last tool call."""
+    """Yield copies of the message, each with the mark in another place. First, the mark is at the beginning (BEGIN) or the end
+    (END) of its content, as in _marked_texts(). If `mark` is END, a last copy has the mark after the name of the message's last
+    tool call."""
     content, calls = message.get("content"), message.get("tool_calls")
     if isinstance(content, list):
         texts = [n for n, part in enumerate(content) if isinstance(part.get("text"), str)]
@@ -115,15 +120,15 @@ def _with_marks(message: Mapping[str, Any], mark: str) -> Iterator[dict[str, Any
 
 
 def _marked_texts(text: str, mark: str) -> Iterator[str]:
-    """Yield the text with the mark before it (BEGIN) or after it (END). Then yield the text with the mark between its outer white
-    space and the rest."""
+    """Yield two texts. In the first, the mark is before the text (BEGIN) or after it (END). In the second, the mark is inside the
+    white space at this end of the text, because a template may strip the white space."""
     for outer in (text, text.lstrip() if mark == BEGIN else text.rstrip()):
         at = len(text) - len(outer) if mark == BEGIN else len(outer)
         yield text[:at] + mark + text[at:]
 
 
 def marked(text: str) -> tuple[str, Spans]:
-    """Return the text without the marks BEGIN and END, and the spans between them. Pure."""
+    """Return the text without the marks BEGIN and END, and the spans (start, stop) between them in the returned text. Pure."""
     plain, spans, since = "", [], -1
     for part in re.split(f"([{BEGIN}{END}])", text):
         if part == BEGIN:

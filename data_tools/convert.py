@@ -3,9 +3,9 @@
   python -m data_tools.convert --to FORMAT SHARDS --out OUT                   writes a folder (megatron: OUT_train.bin, ...)
   python -m data_tools.convert --from FORMAT SRC --out DIR --tokenizer PATH   reads a file or a folder (megatron: or a prefix)
 
-Without --from and --to, the format of SRC is recognized by the content of SRC. The other formats contain only token ids. With
---tokenizer, give the tokenizer that made these ids: byte, a tokenizer.json, or a folder that contains one. To check the choice,
-read the beginning of the text with `mpidp inspect`.
+If neither --from nor --to is given, the format of SRC is recognized from its content. The formats below store ids without their
+tokenizer. With --tokenizer, give the tokenizer that made the ids: byte, a tokenizer.json, or a folder that contains one. To check
+that it is the right one, read the beginning of the text with `mpidp inspect`.
 
 formats:
 FORMATS

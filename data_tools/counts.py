@@ -1,4 +1,4 @@
-"""Counts the input that is read and skipped during preparation."""
+"""Counts the files and documents that are read or skipped during preparation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ MAX_SHOWN = 5  # number of locations that are listed for each kind of bad input
 
 @dataclass
 class Counts:
-    """The numbers of files and documents that were read or skipped. `problems` has the first few locations of each kind of
-    problem."""
+    """The numbers of files and documents that were read or skipped. `problems` maps each kind of problem to its first few
+    locations."""
 
     files: int = 0
     documents: int = 0
@@ -32,14 +32,15 @@ class Counts:
     forms: dict[str, int] = field(default_factory=dict)  # number of rows of each form other than the usual one (row_forms.py)
 
     def note(self, kind: str, where: str) -> None:
-        """Count a problem, and store its location if it is one of the first few."""
+        """Count a problem of this kind. `where`: its location, which is stored for the first few problems of the kind."""
         setattr(self, kind, getattr(self, kind) + 1)
         shown = self.problems.setdefault(kind, [])
         if len(shown) < MAX_SHOWN:
             shown.append(where)
 
     def read_as(self, form: str) -> None:
-        """Count a row that was converted from this form. form: a name of row_forms.py, or "" to count nothing."""
+        """Count a row that had another form and was converted. `form`: the name of its form in row_forms.py, or "" if the row had
+        the usual form, which is not counted."""
         if form:
             self.forms[form] = self.forms.get(form, 0) + 1
 
@@ -49,7 +50,7 @@ class Counts:
         return always | ({"long": self.long} if self.long else {})
 
     def complaints(self) -> list[str]:
-        """Return a line of text for each kind of problem."""
+        """Return one line of text for each kind of problem, and for each form of row that was converted."""
         texts = {"empty": "empty files or documents skipped", "binary": "binary or special files skipped",
                  "bad_utf8": "documents with invalid UTF-8", "malformed": "malformed lines or rows skipped",
                  "unused": "rows with keys that are not used",
@@ -70,22 +71,19 @@ class Counts:
         return lines
 
     def no_text(self) -> str:
-        """Return an error message for a source without any document.
-
-        The message has the number of files, the numbers of empty, binary and malformed inputs, and a line for each kind of
-        problem with the first places where it occurred.
-        """
+        """Return the error message for a source without any document. It states how many files, empty inputs, binary inputs and
+        malformed rows there were. The lines of complaints() follow."""
         kinds = f"{self.empty} empty, {self.binary} binary, {self.malformed} malformed lines or rows"
         files = f"{counted(self.files, 'file')}: {kinds}"
         return f"the source has no text at all ({files}); give --source a file or folder with text{self.reasons()}"
 
     def reasons(self) -> str:
-        """Return the complaints as further lines of an error message."""
+        """Return the lines of complaints(), indented, to append to an error message."""
         return "".join(f"\n  {line}" for line in self.complaints())
 
     @staticmethod
     def problem_kinds() -> list[str]:
-        """Return the names of the counted problems."""
+        """Return the names of the fields that count problems."""
         return [one.name for one in fields(Counts) if one.name not in ("files", "documents", "problems", "forms")]
 
     @classmethod
@@ -98,7 +96,7 @@ class Counts:
         return found
 
     def add(self, other: Counts) -> None:
-        """Add the counts and locations of another reader."""
+        """Add the counts and locations of `other`."""
         for key in ("files", "documents", *self.problem_kinds()):
             setattr(self, key, getattr(self, key) + getattr(other, key))
         for kind, places in other.problems.items():
@@ -108,7 +106,7 @@ class Counts:
 
 
 def _joined(places: Iterable[str]) -> str:
-    """Join locations to one text. A location may end in ": REASON". If consecutive locations have the same reason, write it once,
-    after the last of them."""
+    """Join locations to one text, separated by commas. A location may end in ": REASON". Consecutive locations with the same
+    reason share it: the reason is written once, after the last of them."""
     groups = groupby((place.partition(": ") for place in places), key=lambda parts: parts[2])
     return ", ".join(", ".join(place for place, *_ in found) + (f": {reason}" if reason else "") for reason, found in groups)

@@ -1,4 +1,5 @@
-"""Cuts raw streams into shards: chooses the shard boundaries, then writes each shard from the raw files of the ranks."""
+"""Cuts raw streams into shards. First, the shard boundaries are chosen. Then each shard is written from the raw files of the
+ranks."""
 
 from __future__ import annotations
 
@@ -22,14 +23,15 @@ PIECE_TOKENS = 2**20  # number of tokens that are read at a time
 
 
 class RawWriter:
-    """Writes the raw files of a stream.
+    """Writes the raw files of one rank for a stream.
 
     FOLDER/NAME.tokens has the ids. FOLDER/NAME.documents has the start of each document (uint64). If there is a loss mask,
     FOLDER/NAME.mask has the mask (uint8).
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype[Any], masked: bool = False) -> None:
-        """Create the files. All methods raise UsageError if a file cannot be written."""
+        """Create the files FOLDER/NAME.*. `dtype`: the type of the ids. `masked`: whether there is a loss mask. The other methods
+        raise UsageError if a file cannot be written."""
         self.path, self.tokens, self.documents = folder / name, 0, 0
         self._dtype, self._inside = dtype, False
         self._ids = open(f"{self.path}.tokens", "wb", buffering=PIECE_TOKENS)  # noqa: SIM115 - close() closes
@@ -37,7 +39,7 @@ class RawWriter:
         self._mask = open(f"{self.path}.mask", "wb", buffering=PIECE_TOKENS) if masked else None  # noqa: SIM115
 
     def add(self, ids: np.ndarray) -> None:
-        """Append ids to the current document. If the last document has ended, start a new one."""
+        """Append ids to the current document. If the previous document has ended, start a new one."""
         if not self._inside:
             _write(self._starts, np.array([self.tokens], dtype="<u8"))
             self.documents, self._inside = self.documents + 1, True
@@ -45,7 +47,7 @@ class RawWriter:
         self.tokens += len(ids)
 
     def end_document_with(self, ids: np.ndarray) -> None:
-        """Append the last ids of a document and end it. No end-of-document token is added."""
+        """Append `ids`, which may be empty, and end the document. No end-of-document token is added."""
         self.add(ids)
         self._inside = False
 
@@ -71,7 +73,7 @@ def _write(file: IO[bytes], values: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class Raw:
-    """The raw files of the part of a stream that one rank encoded."""
+    """The raw files that one rank wrote for a stream."""
 
     path: Path  # FOLDER/NAME of the raw files
     token_bytes: int  # bytes per token
@@ -80,14 +82,14 @@ class Raw:
     masked: bool = False
 
     def read(self, start: int, stop: int, mask: bool = False) -> np.ndarray:
-        """Return tokens [start, stop), or their loss mask if `mask` is true."""
+        """Return the ids of the tokens [start, stop), or their loss mask if `mask` is true."""
         if mask:
             return np.fromfile(f"{self.path}.mask", np.uint8, count=stop - start, offset=start)
         dtype = f"<u{self.token_bytes}"
         return np.fromfile(f"{self.path}.tokens", dtype, count=stop - start, offset=start * self.token_bytes)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Return the document starts in [start, stop), uint64."""
+        """Return the starts of the documents that begin in [start, stop), as uint64."""
         if not self.documents:
             return np.empty(0, dtype="<u8")
         starts = np.memmap(f"{self.path}.documents", dtype="<u8", mode="r")
@@ -97,7 +99,7 @@ class Raw:
 
 @dataclass(frozen=True)
 class Stream:
-    """The raw files of all ranks as one stream of tokens. The stream is the same for any number of ranks."""
+    """A stream of tokens, read from the raw files of all ranks. The stream is the same for any number of ranks."""
 
     raws: list[Raw]
     bases: list[int] = field(init=False)  # position in the stream of the first token of each raw file
@@ -110,26 +112,26 @@ class Stream:
 
     @property
     def masked(self) -> bool:
-        """True if the stream has a loss mask."""
+        """Whether the stream has a loss mask."""
         return all(raw.masked for raw in self.raws)
 
     def read(self, start: int, stop: int, mask: bool = False) -> np.ndarray:
-        """Return tokens [start, stop), or their loss mask if `mask` is true. The files of several ranks may be read."""
+        """Return the ids of the tokens [start, stop), or their loss mask if `mask` is true."""
         found = [raw.read(a, b, mask) for raw, _, a, b in self._overlaps(start, stop)]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     def pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Yield tokens [start, stop) in pieces of PIECE_TOKENS."""
+        """Yield the ids of the tokens [start, stop), in pieces of at most PIECE_TOKENS."""
         for at in range(start, stop, PIECE_TOKENS):
             yield self.read(at, min(at + PIECE_TOKENS, stop))
 
     def masks(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Yield the loss mask (uint8) of tokens [start, stop) in pieces of PIECE_TOKENS."""
+        """Yield the loss mask of the tokens [start, stop), uint8, in pieces of at most PIECE_TOKENS."""
         for at in range(start, stop, PIECE_TOKENS):
             yield self.read(at, min(at + PIECE_TOKENS, stop), mask=True)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Return the document starts in [start, stop) as distances from `start`, uint64."""
+        """Return the starts of the documents that begin in [start, stop), minus `start`, as uint64."""
         found = [raw.document_starts(a, b) + np.uint64(base) for raw, base, a, b in self._overlaps(start, stop)]
         return np.concatenate(found) - np.uint64(start)
 
@@ -153,13 +155,13 @@ class ShardPlan:
 
     @property
     def name(self) -> str:
-        """The file name."""
+        """The file name of the shard."""
         return f"{self.split}_{self.shard:05d}.h5"
 
 
 class Tokens(Protocol):
-    """The interface of a stream from which shards are cut. Stream implements it. Arrangement implements it for the documents of
-    several streams (arrange.py)."""
+    """A stream from which shards are cut. This interface is implemented by Stream, and by Arrangement (arrange.py), which
+    arranges the documents of several streams."""
 
     @property
     def tokens(self) -> int: ...
@@ -175,11 +177,12 @@ class Tokens(Protocol):
 
 
 def plan_shards(streams: Mapping[str, Tokens], shards: int, val_fraction: float) -> list[ShardPlan]:
-    """Plan the shards of each split. If a split has N tokens and K shards, shard k starts at token k * N // K.
+    """Plan the shards of each split. If a split has N tokens and K shards, shard k starts at token k * N // K of the split.
 
-    streams: the streams by name. "val" exists if whole documents were chosen for validation. Otherwise the end of "train", at
-    least 2 tokens, becomes validation. The number of validation shards is proportional to the size of the split. Raises DataError
-    if a split is too small, and UsageError if there are more shards than tokens.
+    `streams`: the streams by name. If there is a stream "val", it becomes the validation split. Otherwise the end of "train"
+    becomes the validation split: a fraction `val_fraction` of the tokens, but at least 2 tokens. `shards`: the number of training
+    shards. The number of validation shards is in proportion to the size of the split. Raises DataError if a split is too small,
+    and UsageError if there are more shards than tokens.
     """
     total = streams["train"].tokens
     by_document = "val" in streams
@@ -207,8 +210,9 @@ def _cut(split: str, stream: str, start: int, tokens: int, num: int) -> list[Sha
 def cut_shard(
     plan: ShardPlan, stream: Tokens, folder: Path, tokenizer: Tokenizer, tokenizer_sha256: str
 ) -> tuple[FileRecord, int]:
-    """Write one shard into `folder`. Return the record of the shard for index.json, and the number of tokens of the shard that
-    are in the loss. Raises UsageError if the shard cannot be written. Independent."""
+    """Write one shard into `folder`. Return (record, learned). record: the record of the shard for index.json. learned: the
+    number of tokens of the shard that are in the loss, or 0 without a loss mask. Raises UsageError if the shard cannot be
+    written. Independent."""
     text_bytes = learned = 0
     starts, tokens, of = stream.document_starts(plan.start, plan.stop), plan.stop - plan.start, bytes_of_tokens(tokenizer)
 

@@ -1,4 +1,4 @@
-"""Encodes text documents, or training rows with a loss mask, into raw streams of tokens."""
+"""Encodes text documents or training rows into raw streams of tokens. Training rows also get a loss mask."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_CHARACTERS = 64  # number of characters per token of the window above which 
 
 @dataclass(frozen=True)
 class Routing:
-    """Assigns the documents of one source to streams, and names the raw files of a rank."""
+    """Assigns each document of one source to a stream (train or val), and names the raw files of a rank."""
 
     scratch: Path
     source: int
@@ -36,25 +36,26 @@ class Routing:
     seed: int
 
     def writers(self, dtype: np.dtype[Any], masked: bool) -> dict[str, RawWriter]:
-        """Return a writer for each stream. Independent."""
+        """Return {stream's name: writer}. `masked`: whether the streams have a loss mask. Independent."""
         names = ("train", "val") if self.val_share else ("train",)
         return {name: RawWriter(self.scratch, f"{name}-{self.source}-{self.rank}", dtype, masked) for name in names}
 
     def stream(self, file: SourceFile, number: int) -> str:
-        """Return the stream of document `number` of a file. The result does not depend on other documents. Pure."""
+        """Return the name of the stream to which document `number` of a file belongs. The result does not depend on other
+        documents. Pure."""
         return "val" if self.val_share and _drawn(self.seed, file.name, number) < self.val_share else "train"
 
 
 def _drawn(seed: int, name: str, number: int) -> float:
-    """Return a pseudorandom number in [0, 1) for a document."""
+    """Return a pseudorandom number in [0, 1) for document `number` of the file `name`."""
     digest = hashlib.blake2b(f"{seed}\0{name}\0{number}".encode("utf-8", "surrogateescape"), digest_size=6).digest()
     return int.from_bytes(digest) / 2**48
 
 
 @dataclass(frozen=True)
 class Document:
-    """A document of a source. If the document is longer than WINDOW characters, `text` is only its beginning, and `rest` yields
-    the other pieces. They must be read before the next document of the file. For other documents, `rest` is None."""
+    """A document of a source. A document of more than WINDOW characters is divided: `text` is its beginning, and `rest` yields
+    the other pieces. Read these pieces before the next document. If the document is shorter, `rest` is None."""
 
     stream: str
     text: str
@@ -65,7 +66,7 @@ class Document:
 
 
 def encode_text(files: list[SourceFile], reader: SourceReader, encoder: Encoder, routing: Routing) -> dict[str, Raw]:
-    """Encode a rank's files into raw files, one for each stream. Independent."""
+    """Encode a rank's text files. Return {stream's name: raw files}. Independent."""
     eod = encoder.tokenizer.eod
     writers = routing.writers(token_dtype(encoder.tokenizer.vocab_size), masked=False)
     for batch in _batches(_documents(files, reader, encoder, routing), len):
@@ -96,7 +97,8 @@ def _documents(files: list[SourceFile], reader: SourceReader, encoder: Encoder, 
 
 
 def _named(reader: SourceReader, encoder: Encoder, file: SourceFile) -> Iterator[str | None]:
-    """Yield the pieces of a file. Count the documents whose text contains the name of a special token."""
+    """Yield the pieces of a file, with None at the end of each document. Count the documents whose text contains the name of a
+    special token."""
     number, named = 0, False
     for text in reader.pieces(file):
         if text is not None and not named and encoder.names is not None and (found := encoder.names.search(text)):
@@ -122,11 +124,11 @@ def _batches(pieces: Iterator[T], characters_of: Callable[[T], int]) -> Iterator
 def encode_rows(
     files: list[SourceFile], reader: RowReader, encoder: Encoder, routing: Routing, max_tokens: int, truncate: bool
 ) -> dict[str, Raw]:
-    """Encode a rank's rows. Independent.
+    """Encode a rank's rows. Return {stream's name: raw files}. Independent.
 
-    Each row is a document of at most max_tokens tokens. Longer rows are truncated or skipped. To bound the memory, the text of a
-    row is cut after WINDOW or MAX_CHARACTERS * max_tokens characters, whichever is more. A row that was cut counts as longer than
-    max_tokens.
+    Each row becomes a document of at most `max_tokens` tokens. Longer rows are truncated if `truncate` is true, and skipped
+    otherwise. To bound the memory, only the beginning of a row's text is encoded: WINDOW or MAX_CHARACTERS * max_tokens
+    characters, whichever is more. A row with more characters counts as too long.
     """
     limit = max(WINDOW, MAX_CHARACTERS * max_tokens)
     writers = routing.writers(token_dtype(encoder.tokenizer.vocab_size), masked=True)
@@ -153,11 +155,11 @@ def encode_rows(
 
 
 def _tokens(row: TrainingRow, placed: Placed, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
-    """Return (ids, loss mask) of a row. A token is in the loss if it contains any character of a span.
+    """Return (ids, loss mask) of a row. A token is in the loss if it contains a character of a span of the row.
 
-    If the row does not begin with BOS, and documents should, BOS is inserted. If the row does not end with an end-of-document
-    token, one is appended. The appended token is in the loss if the row ends with a part in the loss. There is one exception: if
-    only white space follows an end-of-document token that is in the loss, the appended token is not in the loss. The first token
+    BOS is inserted at the start if documents begin with BOS and the row does not. An end-of-document token is appended if the row
+    does not end with one. The appended token is in the loss if the row ends with a part in the loss. There is one exception: this
+    part may itself end with an end-of-document token and white space. Then the appended token is not in the loss. The first token
     is never in the loss, because no token precedes it.
     """
     ids, eod, ends = placed.ids, encoder.tokenizer.eod, encoder.table.ends

@@ -1,4 +1,5 @@
-"""Finds the files of a source in a fixed order. Links to folders are followed, but each folder is read only once."""
+"""Finds the files of a source, and returns them in a fixed order. Links to folders are followed, but each folder is read only
+once."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ SAVED, ABOUT = "state.json", ("dataset_info.json", "state.json")  # files of a d
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of a source."""
+    """A file of a source of text."""
 
     name: str  # path relative to the source, with "/"
     path: str
@@ -49,12 +50,12 @@ class SourceFile:
 
 
 def find_files(source: str, leave_out: Path) -> tuple[list[SourceFile], dict[str, Any], list[str]]:
-    """Return the files of a source in a fixed order, a description of the source for index.json, and remarks for the user.
-    Independent.
+    """Return (files, about, remarks). files: the files of a source, in a fixed order. about: a description of the source for
+    index.json. remarks: lines for the user. Independent.
 
-    source: "stdlib", a file, or a folder. A folder is read with all folders below it, except hidden files and folders, and except
-    the folder `leave_out`. Raises DataError if the source is missing, unreadable or empty, or if it contains a dataset in a
-    format that prepare does not read.
+    `source`: "stdlib", a file, or a folder. All folders below a folder are read, too. Hidden files, hidden folders and the folder
+    `leave_out` are left out. Raises DataError if the source is missing, unreadable or empty. Also raises DataError if it contains
+    a dataset in a format that prepare does not read.
     """
     root = Path(sysconfig.get_paths()["stdlib"] if source == "stdlib" else source)
     links: list[str] = []
@@ -79,11 +80,11 @@ def find_files(source: str, leave_out: Path) -> tuple[list[SourceFile], dict[str
 
 
 def _walk(root: Path, leave_out: Path, skipped: frozenset[str], outside: list[str]) -> list[SourceFile]:
-    """Return the files below a folder, and add to `outside` the links that point outside the folder.
+    """Return the files below the folder `root`. Add the links that point outside this folder to `outside`.
 
-    Linked folders are read after all others, and only if they were not reached by another path. A link to a folder that contains
-    the source is not followed. skipped: names of folders that are left out. If there are such names, no link to a folder is
-    followed.
+    `skipped`: names of folders that are left out. Links to folders are followed only if `skipped` is empty. They are followed
+    last, so that a folder which can also be reached without a link is read under its own path. A link to a folder that contains
+    `root` is never followed.
     """
     real = os.path.realpath(root)
     seen = {_identity(folder) for folder in Path(real).parents}
@@ -113,8 +114,8 @@ def _walk(root: Path, leave_out: Path, skipped: frozenset[str], outside: list[st
 
 
 def _each_once(files: list[SourceFile]) -> list[SourceFile]:
-    """Return the files so that none is read twice. A link is left out if its target is also in the list. If several links point
-    to one file outside the list, only the first link is kept."""
+    """Return the files without duplicates. A link is left out if its target is also in the list. If several links point to one
+    file outside the list, only the first link is kept."""
     seen, kept = {os.path.realpath(f.path) for f in files if not os.path.islink(f.path)}, []
     for f in files:
         if not os.path.islink(f.path):
@@ -131,10 +132,10 @@ def _identity(folder: str | Path) -> tuple[int, int]:
 
 
 def _text_files(folder: str, names: list[str]) -> list[str]:
-    """Return the files of a folder that may contain text. For a folder that save_to_disk wrote, return the Arrow files that its
-    state.json names.
+    """Return those of the files `names` of a folder that may contain text. If save_to_disk wrote the folder, its Arrow files are
+    those that state.json names.
 
-    Raises DataError if the folder has a dataset of another format, because prepare does not read such a dataset.
+    Raises DataError if the folder has a dataset in a format that prepare does not read.
     """
     for files, beside, what, way in DATASETS:
         data = [name for name in names if fnmatch(name, files)]
@@ -162,8 +163,8 @@ def _remarks(root: Path, files: list[SourceFile], links: list[str]) -> list[str]
 
 
 def _of_splits(files: list[SourceFile]) -> list[str]:
-    """Return a remark if the names of files of rows show several splits, such as train-0.parquet and test-0.parquet. All these
-    files are read together."""
+    """Return a list with one remark if the names of the row files show several splits, such as train-0.parquet and
+    test-0.parquet. All these files are read together. Otherwise return []."""
     rows = [f.name for f in files if kind_of(f.name)[0] != "text"]
     splits = {name: split_of(Path(name).name) for name in rows}
     others = [name for name, split in splits.items() if split != "train"]

@@ -29,7 +29,7 @@ from mpidp.runtime.log import counted
 
 @dataclass(frozen=True)
 class FromOptions:
-    """The options for converting a dataset of tokens to shards, from the command line of --from."""
+    """The options of `convert --from`, which converts a dataset of tokens to shards."""
 
     tokenizer: str  # byte, a tokenizer.json, or a folder that contains one
     shards: int = 4
@@ -54,10 +54,11 @@ class FromOptions:
 
 
 def from_tokens(name: str, source: Path, out: Path, options: FromOptions) -> list[str]:
-    """Write shards from a source. Return a line of text about each split, and remarks.
+    """Write shards from a source. Return lines of text for the user: one about each split, then remarks.
 
-    name: name of a format, or "auto". Raises UsageError if an option is invalid or `out` exists. Raises DataError if the source
-    is damaged, has another format, or does not match the tokenizer. After an error, `out` does not exist. Independent.
+    `name`: the name of the source's format, or "auto". Raises UsageError if an option is invalid, if `out` exists, or if the
+    source is a folder of shards. Raises DataError if the source is damaged, has another format, or does not match the tokenizer.
+    After an error, `out` does not exist unless it existed before. Independent.
     """
     options.check()
     name, kind = _format_of(name, source)
@@ -81,8 +82,8 @@ def from_tokens(name: str, source: Path, out: Path, options: FromOptions) -> lis
 
 
 def _format_of(name: str, source: Path) -> tuple[str, TokenFormat]:
-    """Return the format of a source. Raises DataError if the source has another format than `name`, or if no format is
-    recognized."""
+    """Return (name, format) of a source. If `name` is "auto", the format is recognized. Raises DataError if the source has
+    another format than `name`, or if no format is recognized. Raises UsageError if the source is a folder of shards."""
     if (source / "index.json").is_file() and any(source.glob("*.h5")):
         raise UsageError(f"{source} is a folder of shards; to convert shards to another format, give --to FORMAT")
     looks = recognized(source)
@@ -130,8 +131,8 @@ def _blocks(
 
 
 def _with_eod(block: TokenBlock, eod: int) -> TokenBlock:
-    """Append the end-of-document token to rows that do not end with it. An appended token is in the loss if the token before it
-    is. Pure."""
+    """Return a block of rows in which each row ends with the end-of-document token. Where this token is appended, it is in the
+    loss if the token before it is. Pure."""
     assert block.starts is not None
     ends = np.append(block.starts[1:], len(block.ids))[: len(block.starts)]
     short = block.ids[ends - 1] != eod
@@ -143,7 +144,8 @@ def _with_eod(block: TokenBlock, eod: int) -> TokenBlock:
 def _find_documents(
     kind: TokenFormat, writers: dict[str, BlockWriter], encoder: Tokenizer, options: FromOptions, divided: bool
 ) -> list[str]:
-    """Find the documents of formats that do not store them. Return remarks. Raises DataError if no token ends documents."""
+    """Find the document starts if the format does not store them, and store them in `writers`. Return remarks. `divided`: whether
+    columns divide rows into several documents. Raises DataError if the data contains no token that ends or begins documents."""
     used = [writer for writer in writers.values() if writer.tokens]
     lengths = set().union(*(writer.lengths for writer in used))
     several = sum(writer.documents for writer in used) > 1
@@ -173,8 +175,8 @@ def _find_documents(
 
 
 def _streams(writers: dict[str, BlockWriter], encoder: Tokenizer, options: FromOptions) -> dict[str, Tokens]:
-    """Return the tokens of each split. If the data has a loss mask or is packed, the validation split consists of the last
-    documents."""
+    """Return the tokens of each split by name. "val" is missing if the source has no validation split. There is one exception: if
+    the data is packed or has a loss mask, "val" then consists of the last documents of the source."""
     streams = {split: Stream([writer.raw()]) for split, writer in writers.items() if writer.tokens}
     if "train" not in streams:
         raise DataError("the source has no tokens to train on; give another file or folder")
@@ -208,7 +210,7 @@ def _arranged(stream: Stream, starts: np.ndarray, lengths: np.ndarray, eod: int,
 def _write(
     writers: dict[str, BlockWriter], encoder: Tokenizer, out: Path, options: FromOptions, about: dict[str, Any], ticker: Ticker
 ) -> Index:
-    """Write the shards, tokenizer.json, special_tokens.json and index.json."""
+    """Write the shards, tokenizer.json, special_tokens.json (if needed) and index.json into `out`. Return the index."""
     stored = encoder.to_json()
     sha256 = hashlib.sha256(stored.encode()).hexdigest()
     streams = _streams(writers, encoder, options)
@@ -243,7 +245,7 @@ def _write(
 
 def _special(writer: BlockWriter, encoder: Tokenizer, tokenizer: str) -> str:
     """Return the content of special_tokens.json of the shards, or "" if the shards do not need this file. The file names BOS only
-    if more than half of the documents begin with BOS."""
+    if more than half of the documents of `writer` begin with BOS."""
     path = Path(tokenizer)
     table = SpecialTokens(None, ()) if tokenizer == "byte" else special_tokens_of(path if path.is_dir() else path.parent, encoder)
     if table.bos is not None:

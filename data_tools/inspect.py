@@ -12,10 +12,10 @@ from mpidp.runtime.options import program
 
 
 def describe(folder: str | Path, excerpt_tokens: int = 200) -> str:
-    """Return a description of the splits and their shards. For each split it has the skew, which is the number of tokens of the
-    largest shard divided by the mean of all shards, and the first `excerpt_tokens` tokens as text. Independent.
+    """Return a text that describes the splits and their shards. Raises DataError if the shards cannot be read. Independent.
 
-    Raises DataError if the shards cannot be read.
+    For each split, the description shows the first `excerpt_tokens` tokens, decoded, and the skew. The skew is the number of
+    tokens of the largest shard, divided by the mean over all shards.
     """
     stream = TokenStream(folder)
     index, tokenizer = stream.index, load_tokenizer(stream.folder)

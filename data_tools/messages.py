@@ -1,4 +1,4 @@
-"""Reads a row of format chat: its messages, and the other variables of its chat template. Pure."""
+"""Reads a row of the format chat: its messages, and the other variables for the chat template. Pure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WITHOUT_CONTENT = (*CALLS, *REASONING)  # a message with one of these keys needs
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat and the variables of its template."""
+    """The messages of a chat, and the other variables for the chat template."""
 
     messages: Sequence[dict[str, Any]]
     learned: Sequence[bool]  # for each message, whether it is in the loss
@@ -31,7 +31,8 @@ class Chat:
     form: str = ""  # the form of the row, if it is not that of `messages`: see row_forms.py
 
     def render(self, template: Template, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
-        """Return the text of these messages. Raises TemplateRejection if the template rejects them."""
+        """Return the text that the template writes for these messages. `prompt`: whether to add the generation prompt. Raises
+        TemplateRejection if the template rejects the messages."""
         return template.render(messages, prompt, self.tools, self.documents, self.args)
 
     def said(self) -> str:
@@ -39,8 +40,8 @@ class Chat:
         return "\n".join(text for message in self.messages for text in _strings(message.get("content")))
 
     def json_arguments(self) -> list[str]:
-        """Return the `arguments` of tool calls that are not an object, but the JSON text of an object. OpenAI's interface uses
-        such texts."""
+        """Return the `arguments` of those tool calls whose `arguments` are a string with JSON, as in OpenAI's interface. Other
+        tool calls have an object as `arguments`."""
         found = []
         for message in self.messages:
             calls = message.get("tool_calls")
@@ -53,7 +54,8 @@ class Chat:
 
 
 def chat_of(fields: Mapping[str, Any], template: Template) -> Chat:
-    """Return the chat of a row. Raises RowSkipped, with the reason, if the row is not a chat with an assistant's turn. Pure."""
+    """Return the chat of a row. Raises RowSkipped, with the reason, if the row is not a chat or no assistant's turn is in the
+    loss. Pure."""
     fields, form = as_messages(fields)
     messages, context = _messages(fields)
     for message in messages:
@@ -79,8 +81,9 @@ def chat_of(fields: Mapping[str, Any], template: Template) -> Chat:
 
 
 def _messages(fields: Mapping[str, Any]) -> tuple[list[Any], int]:
-    """Return the messages of a row, and how many of the first messages are only context. If the row has the lists `prompt` and
-    `completion`, these are the messages of `prompt`."""
+    """Return (messages, context) of a row. context: how many of the first messages are never in the loss. It is the length of
+    `prompt` if the row has the lists `prompt` and `completion` instead of `messages`, else 0. Raises RowSkipped if the row has
+    neither."""
     messages, prompt, completion = (fields.get(key) for key in ("messages", *PAIR))
     if messages is None and isinstance(prompt, list) and isinstance(completion, list):
         return [*prompt, *completion], len(prompt)
@@ -107,8 +110,8 @@ def _check(message: Any) -> None:
 
 
 def _learned(message: Mapping[str, Any]) -> bool:
-    """Return whether a message is in the loss. An assistant's turn is in the loss if none of its keys WEIGHTS is 0 or false.
-    Other messages are never in the loss. Raises RowSkipped if the value of such a key is not valid."""
+    """Return whether a message is in the loss. An assistant's message is in the loss unless one of its keys WEIGHTS is 0 or
+    false. Other messages are never in the loss. Raises RowSkipped if the value of such a key is not valid."""
     values = [message[key] for key in WEIGHTS if message.get(key) is not None]
     if bad := [value for value in values if value not in (0, 1)]:
         raise RowSkipped("malformed", f"a message whose `weight`, `train` or `loss` is {bad[0]!r:.40}, not 0, 1, true or false")
@@ -121,7 +124,8 @@ def _learned(message: Mapping[str, Any]) -> bool:
 def _unused(
     fields: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], args: Mapping[str, Any], template: Template
 ) -> list[str]:
-    """Return the keys of a row whose values neither prepare nor the template uses."""
+    """Return the keys of a row whose values neither prepare nor the template uses. `messages`, `args`: the row's messages and
+    chat_template_kwargs."""
     known = ROW_KEYS if fields.get("messages") is not None else {*ROW_KEYS, *PAIR}
     unused = [key for key, value in fields.items() if key not in known and value is not None]
     unused += [key for key in ("tools", "documents") if fields.get(key) and key not in template.text]

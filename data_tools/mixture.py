@@ -17,14 +17,16 @@ from mpidp.storage.address import check_local
 
 @dataclass(frozen=True)
 class Source:
-    """A source of text: a file, a folder or "stdlib", and its share of the tokens."""
+    """A source of text. `path`: a file, a folder or "stdlib". `share`: the fraction of the mixture's tokens that it should
+    give."""
 
     path: str
     share: float
 
 
 def parse_sources(specs: str | Sequence[str]) -> list[Source]:
-    """Parse PATH, or several PATH:WEIGHT with relative weights. Raises UsageError if a weight or path is invalid. Independent."""
+    """Parse one PATH, or several PATH:WEIGHT. Only the ratios of the weights matter. Raises UsageError if a weight or path is
+    invalid. Independent."""
     specs = [specs] if isinstance(specs, str) else list(specs)
     for spec in specs:
         check_local("--source", spec)
@@ -56,11 +58,11 @@ def _parse(word: str) -> tuple[str, float | None]:
 def lay_out(
     split: str, streams: list[Stream], sources: list[Source], tokens: int, repeat: bool, window: int, eod: int
 ) -> tuple[Arrangement, list[tuple[int, int]]]:
-    """Arrange the documents of a split. Return the arrangement. For each source, also return (number of documents taken, number
-    of tokens taken).
+    """Arrange the documents of one split as Arrangement.of() does. Return (arrangement, taken). taken: one pair (documents,
+    tokens) per source, the numbers that were taken from it.
 
-    A source without validation documents is left out of validation. Raises DataError if a source has no training documents.
-    Independent.
+    A source without documents in the split "val" is left out of that split. Raises DataError if a source has no training
+    documents. Independent.
     """
     used = [s for s, stream in enumerate(streams) if stream.tokens]
     if split == "train" and len(used) < len(streams):
@@ -72,8 +74,8 @@ def lay_out(
 
 
 def mixture_record(sources: list[Source], taken: list[tuple[int, int]], available: list[int]) -> list[dict[str, Any]]:
-    """Return the record of a mixture for index.json. It has, for each source, the requested share and the numbers of tokens and
-    documents taken. Pure."""
+    """Return the record of a mixture for index.json, one dict per source. `taken`: the result of lay_out(), added over the
+    splits. `available`: the number of documents of each source. Pure."""
     total = max(1, sum(tokens for _, tokens in taken))
     return [
         {"asked": round(source.share, 6), "got": round(tokens / total, 6), "tokens": tokens, "documents": documents,
@@ -83,7 +85,7 @@ def mixture_record(sources: list[Source], taken: list[tuple[int, int]], availabl
 
 
 def mixture_lines(sources: list[Source], records: list[dict[str, Any]]) -> list[str]:
-    """Return a line of text per source of a mixture, and no lines if there are no records. Pure."""
+    """Return one line of text per source of a mixture, or [] if `records` is empty. `records`: see mixture_record(). Pure."""
     return [
         f"{source.path}: {one['asked']:.1%} requested, {one['got']:.1%} taken: {counted(one['tokens'], 'token')}, "
         f"{counted(one['documents'], 'document')}{' (all)' * (one['documents'] == one['of_documents'])}"

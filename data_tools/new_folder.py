@@ -16,8 +16,8 @@ from mpidp.runtime.files import writing
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[tuple[Path, Path]]:
-    """Return a context with two folders (NEW, SCRATCH). At the end NEW is renamed to `out`, unless there is an exception. SCRATCH
-    is removed.
+    """Return a context that yields two temporary folders (NEW, SCRATCH). At the end, NEW is renamed to `out`. If there is an
+    exception, NEW is removed instead. SCRATCH is always removed.
 
     Raises UsageError if `out` exists or cannot be written. Independent.
     """

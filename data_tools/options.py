@@ -17,7 +17,7 @@ from mpidp.runtime.options import add_out
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """The options of the command line or of prepare()."""
+    """The options of data_tools.prepare, on the command line or as arguments of prepare()."""
 
     sources: list[Source]
     tokenizer: str = "byte"
@@ -41,28 +41,28 @@ class PrepareOptions:
 
     @property
     def rows(self) -> bool:
-        """True if the sources contain rows with a loss mask."""
+        """Whether the sources contain rows with a loss mask, and not plain text."""
         return self.form != "text"
 
     @property
     def by_document(self) -> bool:
-        """True if whole documents are used for validation."""
+        """Whether whole documents are chosen for validation. Otherwise the end of the stream is used."""
         return self.split == "document" or (self.rows and not self.split)
 
     @property
     def arranged(self) -> bool:
-        """True if documents have another order than in the files."""
+        """Whether arrange.py determines the order of the documents. Otherwise they keep the order of the files."""
         return self.rows or len(self.sources) > 1 or self.tokens > 0
 
     def tokens_of(self, split: str) -> int:
-        """Return the largest number of tokens of a split, which is the part of --tokens for this split (0: no limit)."""
+        """Return the largest number of tokens of a split. It is this split's part of --tokens. 0 means no limit."""
         val = round(self.tokens * self.val_fraction) if self.by_document else 0
         return max(1, val if split == "val" else self.tokens - val) if self.tokens else 0
 
 
 def template_args(words: Sequence[str]) -> dict[str, Any]:
-    """Parse --template-arg KEY=VALUE. A value that is JSON is parsed; other values are strings. Raises UsageError if a word is
-    not KEY=VALUE. Pure."""
+    """Parse `words` of the form KEY=VALUE, from --template-arg. A value that is valid JSON is parsed. Other values are strings.
+    Raises UsageError if a word is not KEY=VALUE. Pure."""
     found: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")

@@ -27,8 +27,8 @@ class OutFolder:
         self._is_new = False
 
     def names(self) -> set[str]:
-        """Return the names of the shards in OUT that prepare, or a killed run of prepare, wrote. Raises UsageError if OUT has
-        other shards. Independent."""
+        """Return the names of the shards in OUT that a run of prepare wrote, even if the run was killed. Raises UsageError if OUT
+        has other shards. Independent."""
         out = self.path
         if out.exists() and not out.is_dir():
             raise UsageError(f"--out {out} is not a folder; choose another")
@@ -48,9 +48,12 @@ class OutFolder:
         return {name for name in ours if (out / name).exists()}
 
     def open(self, wait: bool) -> bool:
-        """Lock OUT and make the scratch folder. With `wait`, first wait until no other process prepares OUT. If OUT then has an
-        index, return False. Otherwise return True. Raises UsageError if OUT cannot be written or has shards that prepare did not
-        write. Without `wait`, also raises UsageError if another process prepares OUT. Independent."""
+        """Lock OUT and make the scratch folder. Return True.
+
+        With `wait`, first wait until no other process prepares OUT. If OUT then has an index, return False instead, without a
+        scratch folder. Raises UsageError if OUT cannot be written, or has shards that prepare did not write. Without `wait`, also
+        raises UsageError if another process prepares OUT. Independent.
+        """
         self._is_new = not self.path.exists()
         try:
             self._lock = RunLock(self.path, math.inf if wait else 3.0, name=LOCK, option="out")
@@ -69,8 +72,9 @@ class OutFolder:
         return True
 
     def put_in_place(self, index: Index, tokenizer: str, special: str) -> None:
-        """Move the old index away, move the new shards in, remove old shards, and write the new index. If this method is
-        interrupted at any point, the next run recovers (see names). Independent."""
+        """Replace the old shards and index of OUT by the new ones. `tokenizer`, `special`: the contents of tokenizer.json and
+        special_tokens.json ("": no such file). If the process is killed meanwhile, the next run of prepare recovers.
+        Independent."""
         out, scratch, stale = self.path, self.scratch, self.names() - {record.name for record in index.files}
         with writing(out, ADVICE):
             write_file(scratch / "tokenizer.json", tokenizer)
@@ -93,8 +97,8 @@ class OutFolder:
             shutil.rmtree(scratch, ignore_errors=True)  # removed here, before the other ranks continue
 
     def close(self) -> None:
-        """Remove the scratch folder unless it is needed to recover, unlock OUT, and remove OUT if it is new and empty.
-        Independent."""
+        """Unlock OUT. Remove the scratch folder, unless the next run needs it to recover. Remove OUT if this run created it and
+        it is empty. Independent."""
         if self._lock is not None:
             if not self._is_half_replaced():
                 shutil.rmtree(self.scratch, ignore_errors=True)
@@ -105,5 +109,5 @@ class OutFolder:
                 self.path.rmdir()
 
     def _is_half_replaced(self) -> bool:
-        """Return whether a run was interrupted while it replaced the index. If so, the run's scratch folder lists the shards."""
+        """Return whether a run was interrupted while it replaced the index. The scratch folder of this run lists the shards."""
         return (self.scratch / "new.json").exists() and not (self.path / "index.json").exists()

@@ -1,9 +1,9 @@
 """Converts text to shards: `[mpirun -np N] python -m data_tools.prepare --source DIR --tokenizer bpe:8192 --out shards/mine`.
 
 The shards are identical for any number of ranks. Each rank encodes whole files into raw temporary files in OUT. All ranks encode
-about the same number of bytes. The temporary files of all ranks form the token stream. From this stream, each rank then writes
-some of the shards. Memory use does not grow with the corpus. Existing shards in OUT are replaced only after the new ones are
-complete.
+about the same number of bytes. The temporary files of all ranks, one after the other, form one stream of tokens. Each rank then
+writes some of the shards from this stream. Memory use does not grow with the corpus. Existing shards in OUT are replaced only
+after the new ones are complete.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def prepare(
 ) -> Index:
     """Prepare shards from a source. Return the index of the shards on every rank. Collective over comm (None: a single process).
 
-    source: a path, or several PATH:WEIGHT for a mixture. others: the other fields of PrepareOptions. verbose: print a summary on
-    rank 0. wait: wait until no other process prepares OUT, and if OUT then has shards, return their index. Raises UsageError if
-    an option is invalid, if OUT cannot be written, or, without `wait`, if OUT is in use. Raises DataError if a source cannot be
-    read. After an error OUT is unchanged.
+    `source`: a path, or several PATH:WEIGHT for a mixture. `others`: the other fields of PrepareOptions. `verbose`: whether rank
+    0 prints a summary. `wait`: whether to wait until no other process prepares OUT. If OUT then has shards, their index is
+    returned. Raises UsageError if an option is invalid, if OUT cannot be written, or, without `wait`, if another process prepares
+    OUT. Raises DataError if a source cannot be read. If an error occurs before the new shards are complete, OUT stays unchanged.
     """
     began, team, folder = time.monotonic(), Team(comm), OutFolder(Path(out))
     found: tuple[list[Found], SpecialTokens, Template | None] | None = None
@@ -118,7 +118,7 @@ def _encode(
     options: PrepareOptions, source: int, files: list[SourceFile], reader: SourceReader, encoder: Encoder, scratch: Path,
     rank: int,
 ) -> dict[str, Raw]:
-    """Encode a rank's files of one source into raw files, one per stream."""
+    """Encode this rank's files of source number `source`. Return {stream's name: raw files}."""
     routing = Routing(scratch, source, rank, options.val_fraction if options.by_document else 0.0, options.seed)
     if isinstance(reader, RowReader):
         return encode_rows(files, reader, encoder, routing, options.seq_len, options.truncate)
@@ -126,7 +126,8 @@ def _encode(
 
 
 def _files_of_rank(files: list[SourceFile], rank: int, size: int) -> list[SourceFile]:
-    """Return the files whose middle byte lies in the rank's part of all bytes."""
+    """Return the files of this rank. The bytes of all files are divided evenly among the ranks, and a file belongs to the rank
+    that has its middle byte."""
     total, before, selected = sum(f.size for f in files) or 1, 0, []
     for f in files:
         if min(size - 1, (2 * before + f.size) * size // (2 * total)) == rank:
@@ -139,8 +140,8 @@ def _write(
     raws: list[list[dict[str, Raw]]], counts: Counts, encoder: Tokenizer, table: SpecialTokens, abouts: list[dict[str, Any]],
     options: PrepareOptions, out: OutFolder, team: Team, ticker: Ticker,
 ) -> Index:
-    """Write the shards and move them to OUT. Each rank writes some of them. raws: raw files by rank, source and stream.
-    Collective."""
+    """Write the shards and move them to OUT. Each rank writes some of them. Return the index. raws[r][s][name]: the raw files of
+    rank r for source s and the stream `name`. Collective over the team."""
     stored, special = encoder.to_json(), "" if table.is_plain else table.to_json()
     sha256 = hashlib.sha256(stored.encode()).hexdigest()
     plans: list[ShardPlan] = []
@@ -181,7 +182,8 @@ def _write(
 def _streams(
     raws: list[list[dict[str, Raw]]], eod: int, options: PrepareOptions
 ) -> tuple[dict[str, Tokens], list[dict[str, Any]]]:
-    """Return the tokens of each split and, for a mixture, the record of each source for index.json."""
+    """Return (streams, records). streams: the tokens of each split by name. records: for a mixture, the record of each source for
+    index.json, else []."""
     parts = {name: [Stream([of_rank[s][name] for of_rank in raws]) for s in range(len(options.sources))] for name in raws[0][0]}
     if not options.arranged:
         return {name: streams[0] for name, streams in parts.items()}, []

@@ -1,5 +1,5 @@
-"""Shows a line of progress on standard error, for commands that take minutes. On a terminal the line is replaced every 2 s. In a
-log a new line is written every 10 s."""
+"""Shows the progress of commands that take minutes, as a line on standard error. On a terminal, the line is replaced every 2 s.
+In a log file, a new line is written every 10 s."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ ON_TERMINAL, IN_LOG = 2.0, 10.0  # seconds between two lines
 
 
 class Ticker:
-    """Counts the finished work, and prints the progress at intervals. Independent."""
+    """Counts the finished work and prints the counts at intervals. Independent."""
 
     def __init__(self, what: str = "", quiet: bool = False) -> None:
-        """what: the first words of each line. quiet: whether to print nothing, as on all ranks but one."""
+        """`what`: the first words of each line ("": print nothing). `quiet`: whether to print nothing, as on all ranks except
+        one."""
         self._what, self._quiet, self._terminal = what, quiet or not what, sys.stderr.isatty()
         self._pause = ON_TERMINAL if self._terminal else IN_LOG
         self._began = time.monotonic()
@@ -22,13 +23,14 @@ class Ticker:
         self.phase("")
 
     def phase(self, name: str, parts: int = 0, unit: str = "file") -> None:
-        """Begin a new phase, in which counting starts at 0. unit: what the phase consists of, for example "file". parts: the
-        number of these units (0: unknown)."""
+        """Begin a new phase. All counts start at 0. `unit`: the name of the units of the phase, for example "file". `parts`: the
+        number of units (0: unknown)."""
         self._phase, self._parts, self._unit = name, parts, unit
         self.documents = self.bytes = self.part = 0
 
     def add(self, documents: int = 0, size: int = 0, parts: int = 0) -> None:
-        """Add to the counts of documents, bytes (`size`) and begun units (`parts`). Print a line if the interval has passed."""
+        """Add to the counts of finished documents, finished bytes (`size`) and begun units (`parts`). Print a line if the last
+        line is older than the interval."""
         self.documents, self.bytes, self.part = self.documents + documents, self.bytes + size, self.part + parts
         now = time.monotonic()
         if self._quiet or now < self._next:
@@ -40,12 +42,12 @@ class Ticker:
         self._print(f"{self._phase}{': ' * bool(self._phase)}{', '.join(said)}")
 
     def say(self, text: str) -> None:
-        """Print a line immediately, before work that cannot report its progress."""
+        """Print this text now. Use this before work that cannot report its progress."""
         if not self._quiet:
             self._print(text)
 
     def close(self) -> None:
-        """Remove the line from a terminal."""
+        """Remove the line if it is on a terminal."""
         if self._terminal and not self._quiet:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 

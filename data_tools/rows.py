@@ -1,6 +1,6 @@
-"""Reads training rows with a loss mask: {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}.
+"""Reads training rows. A row has the keys prompt and completion, or the key messages with a list of {"role", "content"}.
 
-The loss is on the completion or on the assistant's turns. The rest of a row is context, on which there is no loss.
+The loss is on the completion or on the assistant's turns. The rest of a row is context and not in the loss.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FORMATS = ("text", "prompt_completion", "chat")
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """The text of one line, and the spans of its characters that are in the loss."""
+    """The text of one row. `spans`: the parts of the text that are in the loss, as (start, stop) in characters."""
 
     place: str  # file and line number
     text: str
@@ -34,7 +34,7 @@ class TrainingRow:
     cut: bool = False  # whether the text is only the beginning of the row
 
     def beginning(self, characters: int) -> TrainingRow:
-        """Return the row, cut after this number of characters if it is longer. Pure."""
+        """Return the row if it has at most this number of characters, else a row with the beginning of its text. Pure."""
         if len(self.text) <= characters:
             return self
         spans = [(start, min(stop, characters)) for start, stop in self.spans if start < characters]
@@ -43,18 +43,19 @@ class TrainingRow:
 
 @dataclass
 class RowReader(SourceReader):
-    """Reads training rows and counts problems. Independent."""
+    """Reads training rows, and counts problems. Independent."""
 
     template: Template | None = None  # chat template; None for prompt/completion rows
 
     def pieces(self, file: SourceFile) -> Iterator[str | None]:
-        """Yield the text of the rows, to train a tokenizer. The value None marks the end of a row."""
+        """Yield the text of each row, followed by None. The texts are used to train a tokenizer."""
         for row in self.rows(file):
             yield row.text
             yield None
 
     def rows(self, file: SourceFile) -> Iterator[TrainingRow]:
-        """Yield the rows of a file in order. Raises DataError if the file cannot be read or, with --strict, a row is bad."""
+        """Yield the rows of a file in order. Bad rows are counted and skipped. With --strict, raises DataError for a bad row
+        instead. Raises DataError if the file cannot be read."""
         for record in self.records(file):
             if record.fields is None:
                 self.skip("malformed", record.place, record.reason)

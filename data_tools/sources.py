@@ -1,8 +1,8 @@
 """Reads the files of a source in pieces of bounded size. Bad input is counted and skipped.
 
-A file is read as a stream of pieces of text, in which the value None marks the end of a document. A text file is one document. A
-file of rows (JSON lines, a JSON array, .csv, .parquet, .arrow; mpidp/data/text_files.py) has a document per row, in the
-field that --text-key names (default: text).
+The text of a file is yielded in pieces. After each document, None is yielded. A text file is one document. In a file of rows,
+each row is a document. Its text is in the field that --text-key names (default: text). Files of rows are JSON lines, a JSON
+array, .csv, .parquet and .arrow (mpidp/data/text_files.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PIECE_BYTES = 2**20  # approximate size of the pieces in which a text is read an
 
 @dataclass
 class SourceReader:
-    """Reads files into documents and counts problems. Independent."""
+    """Reads the documents of files, and counts problems. Independent."""
 
     bad_utf8: str = "replace"  # "replace", or "skip": skip documents with invalid UTF-8
     strict: bool = False  # whether a malformed row raises DataError
@@ -38,7 +38,7 @@ class SourceReader:
     ticker: Ticker = field(default_factory=Ticker)
 
     def pieces(self, file: SourceFile) -> Iterator[str | None]:
-        """Yield the text of a file. The value None marks the end of a document. Raises DataError, which names the file, if the
+        """Yield the text of a file in pieces. After each document, yield None. Raises DataError, which names the file, if the
         file cannot be read."""
         found = self.recognize(file, (self.text_key,))
         if found is not None:
@@ -50,9 +50,8 @@ class SourceReader:
             yield from self._text(found) if found.kind == "text" else self._documents(found)
 
     def records(self, file: SourceFile) -> Iterator[Row]:
-        """Yield the rows of a file in order. A malformed row has no fields. A file without rows is counted and skipped. Raises
-        DataError, which names the file, if the file cannot be read.
-        """
+        """Yield the rows of a file in order. The `fields` of a malformed row are None. A file without rows is counted and
+        skipped. Raises DataError, which names the file, if the file cannot be read."""
         found = self.recognize(file, ())
         if found is not None and found.kind == "text":
             why = f" ({found.doubt})" if found.doubt else ""
@@ -61,7 +60,7 @@ class SourceReader:
             yield from records(found)
 
     def recognize(self, file: SourceFile, wanted: tuple[str, ...]) -> TextFile | None:
-        """Count a file, and return how to read it, or None if it is skipped. wanted: see text_files.recognize."""
+        """Count a file. Return how to read it, or None if it is skipped. `wanted`: see text_files.recognize."""
         self.counts.files += 1
         self.ticker.add(parts=1)
         try:
@@ -71,14 +70,14 @@ class SourceReader:
             return None
 
     def leave_out(self, kind: str, file: SourceFile, reason: str) -> None:
-        """Count a skipped file. Raises DataError if the file is the whole source."""
+        """Count a skipped file as a problem of this kind. Raises DataError instead if the file is the whole source."""
         if self.alone:
             tokens = "; token ids become shards with mpidp convert" * (Path(file.name).suffix in (".bin", ".npy", ".ds", ".mds"))
             raise DataError(f"{file.path} {reason}; give --source a file or folder with text{tokens}")
         self.counts.note(kind, file.path if kind == "empty" else f"{file.path} ({reason})")
 
     def skip(self, kind: str, place: str, reason: str) -> None:
-        """Count a skipped row. With --strict, raise DataError instead."""
+        """Count a skipped row as a problem of this kind. With --strict, raises DataError instead."""
         if self.strict:
             raise DataError(f"{place}: {reason}; correct the row, or omit --strict to skip such rows")
         self.counts.note(kind, f"{place}: {reason}")
@@ -128,7 +127,8 @@ class SourceReader:
 
 
 def _cut(stream: BinaryIO) -> Iterator[bytes]:
-    """Yield pieces of about PIECE_BYTES. A piece ends after a newline if it contains a newline, else between two characters."""
+    """Yield the bytes of a file in pieces of about PIECE_BYTES. Each piece ends after a newline, or between two characters if it
+    contains no newline."""
     rest = b""
     while data := stream.read(PIECE_BYTES):
         data = rest + data
@@ -146,7 +146,8 @@ def _cut(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def _cut_text(text: str) -> Iterator[str]:
-    """Yield pieces of at most PIECE_BYTES characters. A piece ends after a newline if it contains a newline."""
+    """Yield the text in pieces of at most PIECE_BYTES characters. Each piece except the last ends after a newline, if it contains
+    one."""
     start = 0
     while len(text) - start > PIECE_BYTES:
         stop = text.rfind("\n", start, start + PIECE_BYTES) + 1 or start + PIECE_BYTES

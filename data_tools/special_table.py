@@ -1,4 +1,5 @@
-"""Makes the table of special tokens of the shards and finds their chat template, as --tokenizer and other options say."""
+"""Makes the table of special tokens of the shards, and finds their chat template. Both depend on --tokenizer and other
+options."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from mpidp.runtime.log import log
 
 
 def table_of(tokenizer: str, eod: str | None) -> SpecialTokens:
-    """Return the table of special tokens of --tokenizer. If the tokenizer will be made from the corpus, the table is empty.
-    Independent."""
+    """Return the special tokens of the tokenizer that --tokenizer names. The table is empty if --tokenizer is byte, char or
+    bpe:VOCAB. `eod`: the value of --eod. Independent."""
     given = given_tokenizer(tokenizer, eod)
     if given is None:
         return SpecialTokens(None, ())
@@ -30,10 +31,9 @@ def table_of(tokenizer: str, eod: str | None) -> SpecialTokens:
 
 
 def find_template(options: PrepareOptions, table: SpecialTokens) -> Template:
-    """Return the chat template. It is --chat-template if given, else the template in the tokenizer's table. Log a warning if the
-    template uses special tokens that are not defined. Raises UsageError if there is no template, and DataError if the template is
-    invalid. Independent.
-    """
+    """Return the chat template: the file --chat-template if given, else the template in `table`. Log a warning if the template
+    uses special tokens that are not defined. Raises UsageError if there is no template, and DataError if the template is invalid.
+    Independent."""
     file, tokenizer = options.chat_template, options.tokenizer
     args = {**table.template_args, **template_args(options.template_arg)}
     text = read_template(Path(file)) if file else table.template
@@ -55,7 +55,8 @@ def find_template(options: PrepareOptions, table: SpecialTokens) -> Template:
 
 
 def completed_table(table: SpecialTokens, made: Tokenizer, template: Template | None, options: PrepareOptions) -> SpecialTokens:
-    """Return the table of the shards: the tokenizer's table, changed by the chat template and the options. Pure."""
+    """Return the special tokens of the shards. They are those of `table`, changed as the chat template and the options require.
+    If `table` is empty, they are those of the tokenizer `made`. Pure."""
     if not table.ends:
         table = special_tokens_of(None, made)
     if template is not None:
@@ -65,7 +66,7 @@ def completed_table(table: SpecialTokens, made: Tokenizer, template: Template | 
 
 
 def _writes_bos(template: Template, made: Tokenizer, bos: int | None) -> bool:
-    """Return whether the template writes BOS at the start of a chat. As in transformers, only the template adds BOS to chats.
+    """Return whether the template writes BOS at the start of a chat. If it does not, chats have no BOS, as in transformers.
     Pure."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with suppress(TemplateRejection):

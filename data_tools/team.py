@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Team:
-    """The ranks of a communicator, or a single process if comm is None."""
+    """The ranks of a communicator. If comm is None, the team is a single process."""
 
     def __init__(self, comm: MPI.Intracomm | None) -> None:
         self.comm = comm
@@ -21,8 +21,8 @@ class Team:
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
-        """Run the body. If the body raises an exception on one rank, raise an exception on all ranks. Ranks that finish early
-        sleep. Collective."""
+        """Return a context. If its body raises an exception on any rank, all ranks raise an exception at its end. Ranks that
+        finish early sleep until the others have finished. Collective over comm."""
         if self.comm is None:
             yield
             return
@@ -32,9 +32,9 @@ class Team:
             yield
 
     def bcast(self, value: T | None) -> T:
-        """Broadcast rank 0's value. Collective."""
+        """Return rank 0's value on all ranks. Collective over comm."""
         return value if self.comm is None else self.comm.bcast(value)  # type: ignore[return-value]
 
     def allgather(self, value: T) -> list[T]:
-        """Gather every rank's value, in rank order. Collective."""
+        """Return the values of all ranks, in rank order. Collective over comm."""
         return [value] if self.comm is None else self.comm.allgather(value)

@@ -1,4 +1,4 @@
-"""Writes the tokens of shards in a format of the table (formats/table.py)."""
+"""Writes the tokens of shards in another format. The formats are listed in formats/table.py."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PREFIXED = ("megatron",)  # formats for which OUT is not a folder, but the first
 
 
 def to_tokens(name: str, shards: Path, out: Path) -> list[str]:
-    """Write every split in a format. Return a line of text about each split, and remarks.
+    """Write every split of `shards` in the format `name`. Return lines of text for the user: one about each split, then remarks.
 
-    out: a folder that does not exist, or for Megatron-LM a prefix. A document that begins in train and ends in val becomes two
-    documents. Raises UsageError if a file exists or cannot be written. Raises DataError if the shards are damaged or have a loss
-    mask that the format cannot store. After an error, no file is left. Independent.
+    `out`: a folder that does not exist, or a prefix for Megatron-LM. A document that begins in train and ends in val becomes two
+    documents. Raises UsageError if a file exists or cannot be written. Raises DataError if the shards are damaged, or have a loss
+    mask that the format cannot store. After an error, no incomplete file is left. Independent.
     """
     kind = FORMATS[name]
     streams = [TokenStream(shards, split) for split in TokenStream(shards).index.splits]

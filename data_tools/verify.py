@@ -1,4 +1,5 @@
-"""Checks a folder of shards: `python -m data_tools.verify DIR`. If a file is damaged, prints its name and exits with code 3."""
+"""Checks a folder of shards: `python -m data_tools.verify DIR`. If a file is damaged, the command prints the file's name and
+exits with code 3."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ PIECE_TOKENS = 2**22  # number of tokens that are read at a time
 
 
 def verify(folder: str | Path) -> str:
-    """Check headers, checksums, ids, offsets and tokenizer. Return a summary. Raises DataError if one of these is wrong.
-    Independent."""
+    """Check the headers, checksums, ids, document offsets and tokenizer of the shards in `folder`. Return a summary. Raises
+    DataError if one of them is wrong. Independent."""
     first = TokenStream(folder)
     index = first.index
     index.tokenizer_bytes(first.folder)

@@ -28,7 +28,7 @@ SLOW_CHARACTERS = 16 * 10**6  # length of a training text from which the trainin
 
 
 def check_tokenizer(spec: str) -> None:
-    """Raise UsageError unless spec is byte, char, bpe:VOCAB or an existing path. Independent."""
+    """Raise UsageError unless `spec` is byte, char, bpe:VOCAB or an existing path. Independent."""
     kind, colon, size = spec.partition(":")
     if kind == "bpe" and colon:
         check_bpe_size(int(size) if size.isascii() and size.isdigit() else 0, spec)
@@ -50,15 +50,16 @@ class Corpus:
     reader: SourceReader
 
     def apart(self) -> Corpus:
-        """Return the corpus with separate counts. Otherwise problems would be counted here, and again when the files are
-        encoded."""
+        """Return the corpus with new counts. Use it to read files that are read again later, so that problems are not counted
+        twice."""
         return replace(self, reader=replace(self.reader, counts=Counts()))
 
 
 def make_tokenizer(spec: str, eod: str | None, corpora: list[Corpus], team: Team, ticker: Ticker) -> Tokenizer:
-    """Return the tokenizer of all sources, the same on every rank. Collective over the team.
+    """Return the tokenizer, which is the same on every rank. It is the given one, or is made from the text of all corpora.
+    Collective over the team.
 
-    Rank 0 trains BPE, on at most BPE_TRAINING_CHARACTERS characters.
+    BPE is trained on rank 0, with at most BPE_TRAINING_CHARACTERS characters.
     """
     corpora = [corpus.apart() for corpus in corpora]
     characters: set[str] = set()

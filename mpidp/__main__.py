@@ -1,4 +1,4 @@
-"""`mpidp COMMAND ...` and `python -m mpidp COMMAND ...` start a command. Only the module of this command is imported."""
+"""`mpidp COMMAND ...` and `python -m mpidp COMMAND ...` start a command. Other commands are not imported."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def help_text() -> str:
 
 
 def module_of(command: str) -> ModuleType:
-    """Import and return the module that has the main() of a command. If the command is a package, this is PACKAGE.__main__.
+    """Import and return the module whose main() runs a command. If the command is a package, its module is PACKAGE.__main__.
     Independent."""
     name, _ = COMMANDS[command]
     spec = importlib.util.find_spec(name)
@@ -55,7 +55,7 @@ def module_of(command: str) -> ModuleType:
 
 
 def main() -> None:
-    """Start the command that the first argument names. Collective over COMM_WORLD if the command is collective."""
+    """Start the command that the first argument names. Collective over COMM_WORLD if this command is collective."""
     if not sys.argv[1:]:
         raise UsageError(f"no command is given: choose one of {', '.join(COMMANDS)} (see mpidp --help)")
     command = sys.argv[1]
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def run() -> None:
-    """Entry point of the installed script `mpidp`. Exits with the exit code of the command."""
+    """Start a command, and exit with its exit code. The installed script `mpidp` calls this function."""
     run_entry(main)
 
 

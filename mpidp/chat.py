@@ -1,5 +1,5 @@
-"""`[mpirun -np N] python -m mpidp.chat RUN [--system TEXT] | RUN --messages FILE --out FILE` talks with a model on the terminal,
-or answers a file of chats."""
+"""Talks with a model on the terminal (`[mpirun -np N] python -m mpidp.chat RUN [--system TEXT]`), or answers a file of chats
+(`[mpirun -np N] python -m mpidp.chat RUN --messages FILE --out FILE`)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HELP = "/reset: forget the chat; /help: show this line; /quit, /exit or Ctrl-D: 
 
 
 def main() -> None:
-    """Answer a file of chats, or the messages on standard input. Collective over COMM_WORLD."""
+    """Answer a file of chats, or the messages that are read from standard input. Collective over COMM_WORLD."""
     options, world = begin(lambda: read_options(sys.argv[1:]))
     if options.messages is not None:
         write_rows(Path(options.out), [_with_answer(row) for row in generate(world, options)], world)
@@ -78,10 +78,11 @@ def _with_answer(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def talk(world: Any, options: argparse.Namespace) -> None:
-    """Read messages from standard input of rank 0, and print each answer while it is generated, until the end of input.
+    """Read messages from standard input of rank 0, and print each answer while it is generated. Return at the end of the input.
+    Collective over world.
 
     Raises UsageError if the model has no chat template, or if there are more ranks than one copy of the model needs. Raises
-    DataError if a logit is not finite, and CheckpointError if the run has no valid checkpoint. Collective over world.
+    DataError if a logit is not finite, and CheckpointError if the run has no valid checkpoint.
     """
     from mpidp.errors import UsageError
     from mpidp.inference.chats import template_of
@@ -101,9 +102,7 @@ def talk(world: Any, options: argparse.Namespace) -> None:
     conversation = None
     with raise_together(world):
         template = template_of(encoder.table, options.run, time.time())
-        conversation = Conversation(
-            template, encoder, reader.meta["config"]["model.seq_len"], options.tokens, options.system
-        )
+        conversation = Conversation(template, encoder, reader.meta["config"]["model.seq_len"], options.tokens, options.system)
     if options.exact == "true":
         by_rows(loaded.model)
     sampling, screen, number = Sampling(options.temperature, options.top_k, options.top_p), Screen(world.rank == 0), 0
@@ -129,17 +128,19 @@ def talk(world: Any, options: argparse.Namespace) -> None:
 
 
 class Screen:
-    """The terminal, or the pipes, of rank 0. Hints are shown only on a terminal. Problems go to standard error. Independent."""
+    """The standard input and output of rank 0. Hints are shown only on a terminal. Problems are printed to standard error.
+    Independent."""
 
     def __init__(self, shows: bool) -> None:
-        """shows: whether this rank prints."""
+        """`shows`: whether this rank prints."""
         self._shows, self._hints = shows, shows and sys.stdin.isatty()
         if self._hints:
             with suppress(ImportError):
                 import readline  # noqa: F401 - lets input() edit lines
 
     def next_turn(self, conversation: Any) -> Any:
-        """Return the next Turn of the conversation, or None at the end of the input. Commands such as /reset are executed."""
+        """Return the next Turn of the conversation, or None at the end of the input. Commands in the input, such as /reset, are
+        executed."""
         from mpidp.errors import DataError
 
         while (text := self._line()) is not None:
@@ -179,7 +180,7 @@ class Screen:
                 self.say(HELP)
 
     def say(self, text: str) -> None:
-        """Show a hint if the output is a terminal."""
+        """Show a hint, but only on a terminal."""
         if self._hints:
             print(f"({text})", flush=True)
 
@@ -188,15 +189,15 @@ class Screen:
         print(piece, end="", flush=True)
 
     def end(self, why: str) -> None:
-        """End an answer. why: the reason, which is shown on a terminal."""
+        """End the output of an answer. `why`: the reason for its end, which is shown only on a terminal."""
         if self._shows:
             print(why if self._hints else "", flush=True)
 
 
 @contextmanager
 def ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Return a context in which Ctrl-C (SIGINT) sets a flag instead of raising KeyboardInterrupt. The context yields a function
-    that returns the flag. Independent."""
+    """Return a context in which Ctrl-C (SIGINT) does not raise KeyboardInterrupt. The context yields a function that returns
+    whether Ctrl-C was pressed. Independent."""
     pressed = []
     before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     try:

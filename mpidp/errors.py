@@ -31,39 +31,39 @@ class MpidpError(Exception):
 
 
 class UsageError(MpidpError):
-    """The command line, the configuration or the launch is wrong."""
+    """Raised if the command line, the configuration or the launch is wrong."""
 
     exit_code = 2
 
 
 class DataError(MpidpError):
-    """The sources or shards are invalid."""
+    """Raised if shards, texts, a model's files or other input data are invalid."""
 
     exit_code = 3
 
 
 class CheckpointError(MpidpError):
-    """There is no checkpoint that can be used."""
+    """Raised if there is no checkpoint that can be used."""
 
     exit_code = 4
 
 
 class Stopped(MpidpError):
-    """The run stopped on request, after a checkpoint. The same command resumes the run."""
+    """Raised if the run stopped on request. A training run saves a checkpoint before, and the same command resumes it."""
 
     exit_code = 75
 
 
 class Damaged(MpidpError):
-    """The run must return to the last checkpoint. One reason is that replicas differ and it is not known which of them is right.
-    Another is that several batches in a row could not be used for an update."""
+    """Raised if the run must return to its last checkpoint. For example, replicas differ and there is no majority, or too many
+    batches in a row were skipped."""
 
     next_batch = 0  # the batch with which the run resumes, after skipping earlier ones; 0: the first batch after the checkpoint
 
     @classmethod
     def at_batch(cls, message: str, next_batch: int) -> Self:
-        """Return an error that every rank raises with the same message. After this error, the run resumes with batch
-        next_batch."""
+        """Return an error that every rank raises with the same message. After the return to the checkpoint, the run continues
+        with batch number `next_batch`."""
         error = cls.on_every_rank(message)
         error.next_batch = next_batch
         return error

@@ -1,6 +1,6 @@
 """`[mpirun -np N] python -m mpidp.evaluate RUN [--data DIR | --text FILE | --choices FILE | --tasks NAMES] [--json]` evaluates a
-trained model. It computes the loss on a validation split or a text, the accuracy on multiple-choice questions, or the figures of
-tasks of lm-eval. The work is divided among the ranks."""
+trained model. It computes one of these: the loss on a split of shards, the loss on a text, the accuracy on multiple-choice
+questions, or the metrics of lm-eval tasks. The work is divided among the ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mpidp.runtime.options import (
 
 
 def main() -> None:
-    """Evaluate a model and print the figures on rank 0. Collective over COMM_WORLD."""
+    """Evaluate a model, and print the results on rank 0. Collective over COMM_WORLD."""
     options, world = begin(lambda: read_options(sys.argv[1:]))
     if options.text is not None:
         found = evaluate_text(options, world)
@@ -134,12 +134,12 @@ def _summary(found: dict[str, Any]) -> str:
 
 
 def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
-    """Return {loss, perplexity, bits_per_byte, tokens, step} of --text. The text is one document after BOS or an end-of-document
-    token.
+    """Return {loss, perplexity, bits_per_byte, tokens, step} for the file --text. BOS or an end-of-document token precedes the
+    text.
 
-    Each token is a target once. The context of a token has at least seq_len - stride tokens, or all earlier tokens if there are
-    fewer. The number of ranks does not change the results. Raises UsageError if --stride is invalid, DataError if the text or the
-    tokenizer is invalid, and CheckpointError if the run has no valid checkpoint. Collective over world.
+    Each token is a target once. Its context has at least seq_len - stride tokens, or all earlier tokens if there are fewer. The
+    number of ranks does not change the results. Raises UsageError if --stride is invalid, DataError if the text or the tokenizer
+    is invalid, and CheckpointError if the run has no valid checkpoint. Collective over world.
     """
     from mpidp.errors import UsageError
     from mpidp.inference.loading import open_model
@@ -165,10 +165,9 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
 
 
 def evaluate_choices(options: argparse.Namespace, world: Any) -> dict[str, Any]:
-    """Return {accuracy, accuracy_norm, accuracy_token, items, chance, cut_items, step} of --choices. See inference/choices.py.
-    The number of ranks does not change the results. Raises DataError if the questions or the tokenizer are invalid, and
-    CheckpointError if the run has no valid checkpoint. Collective over world.
-    """
+    """Return {accuracy, accuracy_norm, accuracy_token, items, chance, cut_items, step} for the file --choices.
+    inference/choices.py defines the three accuracies. The number of ranks does not change the results. Raises DataError if the
+    questions or the tokenizer are invalid, and CheckpointError if the run has no valid checkpoint. Collective over world."""
     from mpidp.inference.choices import accuracies, encode, read_choices
     from mpidp.inference.loading import open_model
     from mpidp.inference.rows import warn_of_names
@@ -187,12 +186,12 @@ def evaluate_choices(options: argparse.Namespace, world: Any) -> dict[str, Any]:
 
 
 def evaluate_tasks(options: argparse.Namespace, world: Any) -> dict[str, Any]:
-    """Evaluate --tasks and write --out. Return {tasks: {task: {metric: value}}, step} on rank 0 of world, and {step} on other
-    ranks.
+    """Evaluate the model on the tasks --tasks, and write the file --out. Return {tasks: {task: {metric: value}}, step} on rank 0
+    of `world`, and {} on other ranks.
 
-    On any number of ranks, the figures are those of lm-eval for the exported model. A metric has lm-eval's name, such as "acc" or
-    "acc_stderr", followed by ",FILTER" if the task has filters. Raises UsageError or DataError if the harness, a task or its data
-    is missing, and CheckpointError if the run has no valid checkpoint. Collective over world.
+    On any number of ranks, the values are those of lm-eval for the exported model. A metric has lm-eval's name, such as "acc" or
+    "acc_stderr", followed by ",FILTER" if the task has filters. Raises UsageError or DataError if lm-eval, a task or its data is
+    missing, and CheckpointError if the run has no valid checkpoint. Collective over world.
     """
     from mpidp.inference.base_folder import BaseFolder
     from mpidp.inference.harness import figures_of, prefix_of, run_tasks, write_results
@@ -216,9 +215,7 @@ def evaluate_tasks(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     config, home = reader.meta["config"], home_of(reader)
     prefix = prefix_of(encoder, isinstance(reader, BaseFolder) or (home / "hf").is_dir())
     requests = SharedRequests(loaded, encoder, config["train.micro_batch"])
-    found = run_tasks(
-        requests, tasks, wanted, str(home), prefix, config["model.seq_len"], samples=options.out is not None
-    )
+    found = run_tasks(requests, tasks, wanted, str(home), prefix, config["model.seq_len"], samples=options.out is not None)
     with raise_together(world):
         if found is not None and options.out is not None:
             write_results(Path(options.out), found)
@@ -226,8 +223,8 @@ def evaluate_tasks(options: argparse.Namespace, world: Any) -> dict[str, Any]:
 
 
 def _figures(loss: float, tokens: int, text_bytes: int | None) -> dict[str, Any]:
-    """Return {loss, perplexity, bits_per_byte, tokens}. loss: the mean over the tokens. text_bytes: the number of bytes of these
-    tokens, or None if it is not known."""
+    """Return {loss, perplexity, bits_per_byte, tokens}. `loss`: the mean loss over the tokens. `tokens`: the number of tokens.
+    `text_bytes`: the number of bytes of these tokens, or None if it is not known."""
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
@@ -243,13 +240,13 @@ def evaluate(
     """Return {loss, perplexity, bits_per_byte, tokens, step} of a split, in windows of the run's seq_len.
 
     Each token except the first is a target once, unless the loss mask excludes it. bits_per_byte is the sum of the losses in
-    bits, divided by the number of bytes of the same tokens. It is None if this number is not known. The number of ranks does not
-    change the results.
+    bits, divided by the number of bytes of the same tokens. If the number of bytes is not known, bits_per_byte is None. The
+    number of ranks does not change the results.
 
-    run: a run or a Hugging Face folder. data: the folder of shards. If it is "" or None, the shards of the run are used. For a
-    Hugging Face folder, `data` is required. seq_len: the context length of a Hugging Face folder. For 0, see BaseFolder. kind:
-    the user's --model.kind, for a run with a custom model. Raises DataError if the data was prepared with another tokenizer, or
-    if the loss is not finite. Collective over world.
+    `run`: a run or a Hugging Face folder. `data`: the folder of shards, or "" or None for the run's shards. For a Hugging Face
+    folder, `data` is required. `seq_len`: the context length for a Hugging Face folder, or 0 for the model's own (at most
+    USUAL_SEQ_LEN). `kind`: the value of --model.kind, for a run with a custom model. Raises DataError if the shards have another
+    tokenizer than the model, or if the loss is not finite. Collective over world.
     """
     from mpidp.data.shards import TokenStream
     from mpidp.errors import DataError, UsageError

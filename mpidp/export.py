@@ -1,5 +1,4 @@
-"""Exports a model in Hugging Face's format: `python -m mpidp.export RUN --out DIR [--dtype bfloat16]` (see
-docs/huggingface.md)."""
+"""`python -m mpidp.export RUN --out DIR [--dtype bfloat16]` exports a model in Hugging Face's format (docs/huggingface.md)."""
 
 from __future__ import annotations
 
@@ -61,12 +60,13 @@ def export(
     world: Any, run: str, out: str, dtype: str = "float32", max_file_bytes: int = 5 * 10**9, base: str = "", form: str = "hf",
     consumer: str = "", llama_cpp: str = "",
 ) -> str:
-    """Export a run's newest valid checkpoint to the folder `out`. Return a one-line summary on rank 0. Only rank 0 writes.
+    """Export a run's newest valid checkpoint to `out`. Return a one-line summary on rank 0. Only rank 0 writes.
 
-    base: for a LoRA run, the new path of its base model, or "" if the base model was not moved. form: "hf" for a folder, "gguf"
-    for a file of llama.cpp. consumer: a program in mpidp.hf.consumers that must compute this model correctly, or "" if there is
-    no such requirement. llama_cpp: see write_gguf(). Raises CheckpointError if the run has no valid checkpoint. Raises UsageError
-    if the model is not a Transformer, if `out` exists, or if `consumer` cannot compute this model. Collective over world.
+    `base`: for a LoRA run, the new path of its base model, or "" if the base model was not moved. `form`: "hf" for a folder, or
+    "gguf" for a file of llama.cpp. `consumer`: a program in mpidp.hf.consumers that must compute this model correctly, or "".
+    `llama_cpp`: the folder of llama.cpp, or "" for the installed converter. Raises CheckpointError if the run has no valid
+    checkpoint. Raises UsageError if the model is not a Transformer, if `out` exists, or if `consumer` cannot compute this model.
+    Collective over world.
     """
     from mpidp.checkpoint.manifest import readable
     from mpidp.checkpoint.resume import open_run

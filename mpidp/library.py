@@ -10,8 +10,8 @@
             optimizer.backward(loss)                                           # in place of loss.backward()
             optimizer.step()
 
-Start it with `mpirun -np N python -m mpi4py program.py`. With the default settings, N ranks compute the same bits as one rank,
-because the order in which lanes are added does not depend on the number of ranks (reducers/tree.py). See docs/library.md.
+Start this program with `mpirun -np N python -m mpi4py program.py`. With the default settings, N ranks compute the same bits as
+one rank. See docs/library.md.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ from mpidp.training.data_parallel import share_memory
 
 
 class TorchOptimizer:
-    """Adapts a torch.optim optimizer to the interface that strategies use. Independent.
+    """Gives a torch.optim optimizer the interface that strategies use. Independent.
 
-    The torch optimizer receives the averaged gradient. It uses its own learning rate, and keeps its own state.
+    The torch optimizer gets the averaged gradient. It uses its own learning rate, and keeps its own state.
     """
 
     def __init__(
@@ -65,7 +65,8 @@ class TorchOptimizer:
         self._gradients = [(p, view) for (_, _, p), view in zip(layout.placed(), layout.views(gradients), strict=True)]
 
     def step(self, lr: float) -> None:
-        """Update all parameters with the averaged gradient. The argument lr is ignored."""
+        """Update all parameters with the averaged gradient. `lr` is ignored, because the torch optimizer has its own learning
+        rate."""
         before = [p.grad for p, _ in self._gradients]
         for p, view in self._gradients:
             p.grad = view
@@ -75,19 +76,19 @@ class TorchOptimizer:
         self.updates += 1
 
     def set_updates(self, updates: int) -> None:
-        """Set the number of updates made."""
+        """Set the number of updates made so far."""
         self.updates = updates
 
     def moments(self) -> dict[str, Tensor]:
-        """Return nothing: the optimizer keeps its own state."""
+        """Return an empty dict, because the torch optimizer keeps its own state."""
         return {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return nothing: the optimizer keeps its own state."""
+        """Return an empty dict, because the torch optimizer keeps its own state."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Do nothing: the optimizer keeps its own state."""
+        """Do nothing, because the torch optimizer keeps its own state."""
 
 
 @dataclass(frozen=True)
@@ -106,21 +107,22 @@ class SharingPlan:
 
 
 class DataParallel:
-    """Data-parallel training of a model by all ranks. This class replaces the optimizer in a training loop."""
+    """Trains a model on all ranks with data parallelism. It replaces the optimizer in a training loop."""
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer], items: Items,
         settings: Mapping[str, Any] | None = None, steps: int = 0, clip: float = 0.0, threads: int = 0,
         comm: MPI.Intracomm | None = None,
     ) -> None:
-        """Broadcast rank 0's parameters and buffers and set up the strategy.
+        """Broadcast rank 0's parameters and buffers, and set up the strategy.
 
         optimizer: a torch.optim optimizer, or a function that makes one from model.parameters(). items: the result of
-        from_dataset. Its seed also determines the random numbers that forward draws. settings: settings of the sections strategy
-        and comm of mpidp.train, as {"section.key": value}. steps: total number of updates, for strategies that do not synchronize
-        at each step. Such strategies synchronize the models at the last step. clip: largest gradient norm (0: no clipping).
-        threads: CPU threads per rank (0: as with train.threads=0). Raises UsageError if a setting, the model or the optimizer is
-        not supported. Collective over comm (COMM_WORLD).
+        from_dataset. Its seed also seeds the random numbers of forward, such as dropout. settings: settings of the sections
+        strategy and comm of mpidp.train, as {"section.key": value}. steps: total number of updates. It is required if the
+        strategy does not synchronize at each step. Such a strategy synchronizes the models at the last step. clip: largest
+        gradient norm, or 0 for no clipping. threads: CPU threads per rank, or 0 for as many as with train.threads=0. comm: the
+        ranks (default: COMM_WORLD). Raises UsageError if a setting, the model or the optimizer is not supported. Collective over
+        comm.
         """
         mesh = make_grid(comm or start_mpi()).replicas
         self.model, self.items, self.comm, self.lanes = model, items, mesh.dp, items.lanes
@@ -196,10 +198,9 @@ class DataParallel:
         return named
 
     def micro_batches(self) -> Iterator[Any]:
-        """Yield this rank's micro-batches of the rest of the epoch, as returned by collate. torch's generator is seeded for each
-        micro-batch, so dropout depends on the data and not on the rank. Raises UsageError if the loop omits backward or step.
-        Collective over comm: all ranks must iterate to the end.
-        """
+        """Yield this rank's micro-batches of the rest of the epoch. Each is a value that the collate function of `items`
+        returned. torch's generator is seeded for each micro-batch, so dropout does not depend on the rank. Raises UsageError if
+        the loop does not call backward() and step(). Collective over comm: all ranks must iterate to the end."""
         items = self.items
         epoch = items.next_batch // len(items)
         while items.next_batch // len(items) == epoch:
@@ -220,20 +221,20 @@ class DataParallel:
                 self.step()  # this rank has no items of the batch
 
     def _skip_empty(self) -> bool:
-        """Skip the empty micro-batches of an epoch's last batch. Return whether another micro-batch remains."""
+        """Skip empty micro-batches, which only the last batch of an epoch has. Return whether a micro-batch remains."""
         while not self._updated and self._remaining and not self.items.count(self.items.next_batch, self._remaining[0]):
             with self.strategy.micro_batch(self._remaining[0], len(self._remaining) == 1):
                 self._remaining.pop(0)
         return bool(self._remaining)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Do nothing: gradients are cleared at the start of each batch. Independent."""
+        """Do nothing, because gradients are cleared at the start of each batch. Independent."""
 
     def backward(self, loss: Tensor, count: int | None = None) -> None:
         """Compute gradients. Call backward() once per micro-batch, in place of loss.backward(). Independent.
 
-        loss: the mean over the micro-batch's items, or over `count` other units (e.g. tokens). The update uses the mean over the
-        whole batch. Raises UsageError if backward() is called twice for a micro-batch, or if p.grad was replaced.
+        loss: the mean over the items of the micro-batch, or over `count` other units, such as tokens. count: the number of these
+        units, or None for items. Raises UsageError if backward() is called twice for a micro-batch, or if p.grad was replaced.
         """
         if not self._remaining:
             raise UsageError("backward() was called twice for one micro-batch: add the losses and call it once")
@@ -249,9 +250,8 @@ class DataParallel:
                 self._loss_sums[:, v] = loss.item() * count, count
 
     def step(self) -> bool:
-        """Update the parameters if this rank's last micro-batch of a batch is done. Otherwise do nothing. Return whether the
-        update was made. Collective over comm if the strategy synchronizes at this step.
-        """
+        """Update the parameters if backward() has been called for all of this rank's micro-batches of the batch. Otherwise do
+        nothing. Return whether this call completed the batch. Collective over comm if the strategy synchronizes at this step."""
         if self._updated or self._skip_empty():
             return False
         strategy = self.strategy
@@ -268,12 +268,12 @@ class DataParallel:
         return True
 
     def sha256(self) -> str:
-        """Return the SHA-256 of the parameters, in the order of their names. Independent."""
+        """Return the SHA-256 of all parameters. Independent."""
         return weights_sha256(self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this rank's state. Call state_dict() between batches, at the same step on all ranks. At this step, the strategy
-        must synchronize the ranks.
+        """Return this rank's state. All ranks must call state_dict() between the same two batches, after a step at which the
+        strategy synchronized them.
 
         With strategy.name=synchronous and no compression, all ranks have the same state, and any number of ranks can load it.
         Otherwise each rank must save and load its own state. Independent.
@@ -283,7 +283,8 @@ class DataParallel:
                 "items": self.items.state_dict(), "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a state, before the first micro-batch. Raises UsageError if the dataset has changed. Independent."""
+        """Load the result of state_dict(). Call this before the first micro-batch. Raises UsageError if the dataset has changed.
+        Independent."""
         self.items.load_state_dict(state["items"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch would use the tensors of `state`
@@ -291,7 +292,7 @@ class DataParallel:
         self.steps = state["steps"]
 
     def close(self) -> None:
-        """Free shared memory. The model keeps its parameters. A call at the end of a program is not needed. Collective over
+        """Free shared memory. The model keeps its parameters. At the end of a program, this call is not needed. Collective over
         comm."""
         kept = [p.detach().clone() for p in self.strategy.parameters]
         self._balance.close()

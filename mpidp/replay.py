@@ -21,7 +21,7 @@ from mpidp.runtime.options import add_data, add_json, add_opening, program
 
 
 def main() -> None:
-    """Replay steps and print the differences. If there are differences, exit with code 1. Collective over COMM_WORLD."""
+    """Replay steps and print the differences. Exit with code 1 if there are differences. Collective over COMM_WORLD."""
     options, world = begin(lambda: read_options(sys.argv[1:]))
     from mpidp.training.replayer import print_on_rank_0
 
@@ -52,7 +52,8 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def inspect_step(options: argparse.Namespace, world: Any) -> dict[str, Any]:
-    """Replay up to options.step, compare with the record, and list the micro-batches of this step. Collective over world."""
+    """Replay up to options.step, compare the results with the record, and list the micro-batches of options.step. Return the
+    results as plain values. Collective over world."""
     from mpidp.training.replayer import Replay, print_on_rank_0, read_record
 
     record = read_record(options.run, world)
@@ -77,8 +78,8 @@ def inspect_step(options: argparse.Namespace, world: Any) -> dict[str, Any]:
 
 
 def _show(world: Any, rows: list[dict[str, Any]]) -> None:
-    """Print a line per micro-batch. In the lines with the largest values, and with values that are not finite, name these values
-    and show the training windows."""
+    """Print a line for each micro-batch in `rows`, on rank 0. If its loss or gradient norm is the largest or is not finite, the
+    line says so and shows the training windows of the micro-batch."""
     from mpidp.training.replayer import print_on_rank_0
 
     print_on_rank_0(world, f"{'micro-batch':>11} {'lane':>5} {'loss':>11} {'grad_norm':>11}" if rows else "")
@@ -91,7 +92,8 @@ def _show(world: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def against(options: argparse.Namespace, world: Any) -> dict[str, Any]:
-    """Find the first step and tensor in which two runs differ, from their records and replays. Collective over world."""
+    """Compare two runs, options.run and options.against, by their records and replays. Return the results as plain values, with
+    the first step and tensor that differ. Collective over world."""
     from mpidp.faults.audit import checksum
     from mpidp.training.replayer import FIGURES, Replay, print_on_rank_0, read_record
 

@@ -40,8 +40,8 @@ def main() -> None:
 
 
 def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
-    """Parse and check the command line. Raises UsageError if the command line is invalid. Pure, except for reading
-    CONFIG.toml."""
+    """Return the parsed command line, and the configuration with its settings. Raises UsageError if the command line is invalid.
+    Pure, except for reading CONFIG.toml."""
     parser = Parser(
         prog=program("mpidp.train"), usage="[mpirun -np N] %(prog)s [CONFIG.toml] [--section.key=value ...] [--dry-run]",
         description=DESCRIPTION, epilog=command_line.settings_help(), formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -52,10 +52,11 @@ def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
 
 
 def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | None = None) -> dict[str, Any] | None:
-    """Plan the run, then make attempts until an attempt reaches the end of the run. Return the content of the `end` line.
+    """Plan the run, and repeat attempts until one reaches the end of the run. Return the content of the `end` line of
+    metrics.jsonl.
 
-    New runs, resumed runs and runs with failed ranks all use this function. dry: only plan the run. crew: the facts about the run
-    that a replacement rank has received, or None on other ranks. Collective over world.
+    This function also resumes runs. `dry`: only plan the run, and return None. `crew`: the facts about the run that a replacement
+    rank has received, or None on other ranks. Collective over world.
     """
     from mpidp.errors import Damaged
     from mpidp.runtime.ulfm import RankFailure
@@ -83,7 +84,8 @@ def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | No
 
 
 def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> RunPlan:
-    """Check the configuration and the data, and log a summary. Prepare the default corpus if needed. Collective over world."""
+    """Check the configuration and the data, log a summary, and return the plan. Prepare the default corpus if needed. Collective
+    over world."""
     from mpidp.errors import UsageError
     from mpidp.faults.respawn import LAUNCH, obstacle_to_respawn
     from mpidp.parallel.grid import make_grid
@@ -103,8 +105,8 @@ def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> RunPlan:
 
 
 def prepare_default_corpus(config: Config, world: MPI.Intracomm, corpus: Mapping[str, Any]) -> None:
-    """Prepare shards of the embedded corpus if data.path is the default and has no shards. Rank 0 prepares them, and other ranks
-    sleep. Collective over world."""
+    """Prepare shards of the default corpus if data.path has its default value and contains no shards. `corpus`: arguments of
+    data_tools.prepare.prepare(). Rank 0 prepares the shards while the other ranks sleep. Collective over world."""
     from mpidp.runtime.world import raise_together
 
     path = Path(config.data.path)

@@ -17,7 +17,8 @@ BUFFER_BYTES = 2**20  # read buffer of a column; without it, pyarrow reads whole
 
 
 def pyarrow(path: Path) -> Any:
-    """Import pyarrow with the submodules that are needed, and return it. Raises UsageError if pyarrow is missing. Independent."""
+    """Return the package pyarrow, with the submodules that the readers need. Raises UsageError if pyarrow is not installed.
+    `path`: the file to name in the error message. Independent."""
     try:
         import pyarrow as library
         import pyarrow.compute
@@ -29,9 +30,9 @@ def pyarrow(path: Path) -> Any:
 
 
 def read_ipc(path: Path, shown: Path, offset: int = 0, length: int | None = None) -> Iterator[Any]:
-    """Yield the record batches of an Arrow file, in Arrow's stream format (as save_to_disk writes) or file format. offset,
-    length: the part of the file in bytes. Raises DataError if the file cannot be read. Independent.
-    """
+    """Yield the record batches of an Arrow file. The file may have Arrow's stream format, which save_to_disk writes, or Arrow's
+    file format. `offset`, `length`: the Arrow data in the file, in bytes. `shown`: the path in error messages. Raises DataError
+    if the file cannot be read. Independent."""
     library = pyarrow(shown)
     try:
         with library.memory_map(str(path)) as mapped:
@@ -62,8 +63,8 @@ def read_parquet(path: Path, options: ReadOptions) -> Iterator[Any]:
 
 
 def batch_blocks(batches: Iterable[Any], where: Path, options: ReadOptions) -> Iterator[TokenBlock]:
-    """Yield the rows of record batches as blocks. Raises DataError if a column of ids, masks, labels or documents does not have
-    lists of integers. Independent."""
+    """Yield the rows of record batches as blocks. `where`: the path in error messages. Raises DataError if a column of ids,
+    masks, labels or document boundaries does not hold lists of integers. Independent."""
     first = 0
     for batch in batches:
         columns: dict[str, np.ndarray] = {}
@@ -98,7 +99,8 @@ def _wanted(schema: Any, options: ReadOptions, where: Path) -> list[str]:
 
 
 def _flat(column: Any, name: str, where: Path, first: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values of all rows of a list column, (n,), and the number of values of each row."""
+    """Return (values, counts) of a list column. values: (n,) the values of all rows, one row after the other. counts: (r,) the
+    number of values of each row."""
     library = pyarrow(where)
     types = library.types
     kind = column.type

@@ -1,5 +1,5 @@
-"""Blocks of tokens, which readers of all formats yield and writers of all formats take. A block is only a part of a file, so the
-memory use does not grow with the file."""
+"""Blocks of tokens. The readers of all formats yield blocks, and the writers of all formats take them. A block is only a part of
+a file, so the memory use does not grow with the file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOCK_TOKENS = 2**18  # approximate number of tokens of a block
 
 @dataclass(frozen=True)
 class TokenBlock:
-    """Consecutive tokens of a source. A document may continue in the next block."""
+    """Consecutive tokens of a source. The last document of a block may continue in the next block."""
 
     ids: np.ndarray  # (n,) integers
     starts: np.ndarray | None = None  # (d,) int64, ascending: starts of documents or rows; None: the format does not store them
@@ -29,7 +29,7 @@ class TokenBlock:
 
 @dataclass
 class ReadOptions:
-    """The options for readers. Readers add their remarks for the user, and their counts."""
+    """The options of readers. Readers also record remarks for the user and counts here."""
 
     vocab_size: int
     scratch: Path  # a folder for temporary files
@@ -40,14 +40,14 @@ class ReadOptions:
     divided: bool = False  # whether columns divide rows into several documents
 
     def remark(self, text: str) -> None:
-        """Add a remark, unless it was added before."""
+        """Add a remark for the user. A remark that was added before is not added again."""
         if text not in self.remarks:
             self.remarks.append(text)
 
 
 @dataclass(frozen=True)
 class SourcePart:
-    """One file or one folder of a source. split: "train" or "val"."""
+    """One file or folder of a source. `split`: the split to which it belongs, "train" or "val"."""
 
     path: Path
     split: str = "train"
@@ -55,7 +55,7 @@ class SourcePart:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Run the body, and convert errors of reading a file into a DataError that names the file. Independent."""
+    """Return a context in which an OSError becomes a DataError that names the file. Independent."""
     try:
         yield
     except OSError as error:
@@ -63,9 +63,12 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def read_array(path: Path, dtype: Any, offset: int = 0, count: int = -1, unit: str = "tokens") -> Iterator[np.ndarray]:
-    """Yield the numbers of a file in pieces. offset: the position of the first number, in bytes. count: how many numbers to read
-    (-1: all). unit: what the numbers are, for messages. Raises DataError if the file cannot be read or is too short, or if its
-    last number is incomplete and count is -1. Independent."""
+    """Yield the numbers of a file, as arrays of at most BLOCK_TOKENS numbers.
+
+    `offset`: the position of the first number in bytes. `count`: how many numbers to read (-1: all). `unit`: what the numbers
+    are, for messages. Raises DataError if the file cannot be read or is too short. Also raises DataError if `count` is -1 and the
+    last number is incomplete. Independent.
+    """
     kind = np.dtype(dtype)
     with readable(path), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size - offset
@@ -86,13 +89,13 @@ def read_array(path: Path, dtype: Any, offset: int = 0, count: int = -1, unit: s
 
 
 def whole_array(path: Path, dtype: Any, offset: int = 0, count: int = -1, unit: str = "entries") -> np.ndarray:
-    """Return all numbers of a file. See read_array. Independent."""
+    """Return the numbers of a file as one array. The parameters and errors are those of read_array. Independent."""
     return np.concatenate([np.empty(0, dtype), *read_array(path, dtype, offset, count, unit)])
 
 
 def with_starts(pieces: Iterable[tuple[np.ndarray, np.ndarray | None]], starts: np.ndarray) -> Iterator[TokenBlock]:
-    """Yield the tokens of one file as blocks. pieces: (ids, mask) of consecutive tokens. starts: (d,) int64, the positions in the
-    file where documents start. Pure."""
+    """Yield the tokens of one file as blocks. `pieces`: (ids, mask) of consecutive tokens; the mask may be None. `starts`: (d,)
+    int64, the positions in the file at which documents start. Pure."""
     at = 0
     for ids, mask in pieces:
         low, high = np.searchsorted(starts, [at, at + len(ids)])
@@ -101,8 +104,8 @@ def with_starts(pieces: Iterable[tuple[np.ndarray, np.ndarray | None]], starts: 
 
 
 def checked_ids(block: TokenBlock, options: ReadOptions, where: object, at: int) -> TokenBlock:
-    """Return the block, with its loss mask as uint8. Raises DataError if an id of the block is not an id of the tokenizer. at:
-    position of the block in the source. Pure."""
+    """Return the block, with its loss mask as uint8. Raises DataError if an id is not one of the tokenizer's ids. `where`, `at`:
+    the file and the position of the block in it, for the error message. Pure."""
     ids = block.ids
     if not len(ids):
         return block

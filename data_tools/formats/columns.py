@@ -1,4 +1,4 @@
-"""The columns of rows of tokens: which column has the ids, and what masks, labels and boundaries mean. Pure.
+"""The meaning of the columns in datasets whose rows are tokens. A packed row has several documents. Pure.
 
 | column | meaning |
 |---|---|
@@ -48,9 +48,11 @@ def id_column(names: Collection[str], options: ReadOptions, where: object) -> st
 
 
 def wanted_columns(names: Collection[str], options: ReadOptions, where: object, arrays: Collection[str]) -> list[str]:
-    """Return the names of the columns to read. The ids come first, then the known columns that mask tokens or show where the
-    documents of a packed row begin. arrays: the columns that hold arrays of numbers. Raises DataError if a column in `arrays` has
-    a name that is not known, but that suggests that it holds the documents of packed rows (for example `doc_bounds`). Pure.
+    """Return the names of the columns to read. The ids come first. The other columns are those of the table above that mask
+    tokens or show where the documents of a packed row start.
+
+    `names`: all columns. `arrays`: the columns that hold arrays of numbers. Raises DataError if there is no column of ids. Also
+    raises DataError if the name of an unknown column in `arrays` suggests document boundaries, such as `doc_bounds`. Pure.
     """
     ids = id_column(names, options, where)
     others = [name for name in names if name != ids and (name in MASKS or name in DIVIDERS and name in arrays)]
@@ -62,11 +64,12 @@ def wanted_columns(names: Collection[str], options: ReadOptions, where: object, 
 
 
 def part_starts(name: str, values: np.ndarray, counts: np.ndarray, lengths: np.ndarray, where: object, first: int) -> np.ndarray:
-    """Return where the documents of packed rows start, int64, from a column of lengths or of sums of lengths.
+    """Return the document starts of packed rows, int64, from a column of lengths (LENGTHS) or of sums of lengths (SUMS).
+    Positions are counted from the first token of the first row.
 
-    name: name of the column. values: the column's values of all rows, one after the other. counts, lengths: (r,) numbers of
-    values and of tokens of each row. first: the number of the first row. Raises DataError if the values do not agree with the
-    numbers of tokens. Pure.
+    `name`: name of the column. `values`: its values in all r rows, one row after the other. `counts`: (r,) how many of these
+    values each row has. `lengths`: (r,) number of tokens of each row. `first`: number of the first row, for messages. Raises
+    DataError if the values do not agree with `lengths`. Pure.
     """
     ends, bases = np.cumsum(counts), np.cumsum(lengths) - lengths
     of_row = np.repeat(np.arange(len(counts)), counts)
@@ -92,8 +95,8 @@ def part_starts(name: str, values: np.ndarray, counts: np.ndarray, lengths: np.n
 
 
 def labels_of(block: TokenBlock) -> np.ndarray | None:
-    """Return the labels of a block, (n,) int64: the id, or -100 if the token is not in the loss. Return None if the block has no
-    loss mask. Pure."""
+    """Return the labels of a block, (n,) int64. The label of a token is its id if the token is in the loss, else -100. Return
+    None if the block has no loss mask. Pure."""
     return None if block.mask is None else np.where(block.mask > 0, block.ids.astype(np.int64), IGNORED)
 
 
@@ -101,13 +104,15 @@ def block_of_rows(
     columns: Mapping[str, np.ndarray], lengths: np.ndarray, where: object, first_row: int, options: ReadOptions,
     parts: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> TokenBlock:
-    """Make a block of whole rows. Rows without tokens are counted in `options`.
+    """Make a block of whole rows. Rows without tokens are counted in `options`. Pure, except for `options`.
 
-    columns: the columns with a value for each token, the ids first. Each is of shape (n,) and has the values of all rows, one
-    after the other. lengths: (r,) number of values of each row. parts: the columns with a value for each document. Each is a
-    pair: the values of all rows, and the number of values of each row, (r,). Raises DataError if a column does not hold integers,
-    if a label is neither -100 nor the id, if positions do not count from 0 in each document, or if the lengths of documents do
-    not add up to the length of their row. Pure, except for `options`.
+    `columns`: the columns with a value for each token, by name, the ids first. Each column is an array (n,) with the values of
+    all rows, one row after the other. `lengths`: (r,) number of tokens of each row. `parts`: the columns with a value for each
+    document, by name. Each is a pair of arrays: the values of all rows, and the number of values of each row, (r,). `first_row`:
+    number of the first row, for messages.
+
+    Raises DataError if a column does not hold integers, or if a label is neither -100 nor the id. Also raises DataError if
+    positions do not count from 0 in each document, or if the lengths of documents do not add up to the length of their row.
     """
     columns = {name: _integers(name, values, where) for name, values in columns.items()}
     ids, *_ = columns.values()
@@ -158,14 +163,15 @@ def block_of_rows(
 
 
 def _after_larger(numbers: np.ndarray, of_rows: np.ndarray) -> np.ndarray:
-    """Return (n,) bool: for each number, whether a number above 0 precedes it in its row. of_rows: (n,) bool, true where a row
-    begins."""
+    """Return (n,) bool: for each of the `numbers`, whether a number above 0 precedes it in its row. `of_rows`: (n,) bool, true
+    where a row begins."""
     before = np.concatenate([[0], np.cumsum(numbers > 0)])[:-1]
     return before > np.maximum.accumulate(np.where(of_rows, before, 0))
 
 
 def _integers(name: str, values: np.ndarray, where: object) -> np.ndarray:
-    """Return the values of a column as integers. A mask may have floats, if all are 0 or 1. Raises DataError for other values."""
+    """Return the values of a column as integers. A mask may also have floats that are all 0 or 1. Raises DataError for other
+    values."""
     if values.dtype.kind in "iub":
         return values
     if values.dtype.kind == "f" and name in ("attention_mask", *LOSS_MASKS):

@@ -1,8 +1,9 @@
 """Reads and writes datatrove's token files, which nanotron reads. NAME.ds has the ids. NAME.ds.index has the end of each document
 (uint64, in tokens).
 
-NAME.ds.loss is optional. It has a byte per token, which is 0 if the token is not in the loss. NAME.ds.metadata has three lines:
-tokenizer|bytes per token, the number of tokens, and this number in words. (datatrove, pipeline/tokens/tokenizer.py.)
+NAME.ds.loss is optional. It has one byte per token, which is 0 if the token is not in the loss. NAME.ds.metadata has three lines:
+the tokenizer and the bytes per token, separated by "|"; the number of tokens; this number in words. (Source: datatrove,
+pipeline/tokens/tokenizer.py.)
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ MAX_METADATA_BYTES = 2**16
 
 
 def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
-    """Yield the ids of a .ds file. Raises DataError if the file does not agree with the files beside it. Independent."""
+    """Yield the tokens of a .ds file as blocks. Raises DataError if the file does not agree with the files beside it.
+    Independent."""
     head, index, loss = head_of(path), Path(f"{path}.index"), Path(f"{path}.loss")
     check_head(path, head)
     if not index.exists():
@@ -57,7 +59,8 @@ def _has_metadata(path: Path) -> bool:
 
 
 def _token_bytes(path: Path, size: int) -> int:
-    """Return the number of bytes per token, as stated in NAME.ds.metadata."""
+    """Return the number of bytes per token that NAME.ds.metadata states. `size`: the size of NAME.ds. Raises DataError if they
+    disagree."""
     about = Path(f"{path}.metadata")
     with readable(about), open_regular(about) as file:
         lines = file.read(MAX_METADATA_BYTES).decode("utf-8", "replace").splitlines()

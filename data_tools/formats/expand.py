@@ -20,10 +20,11 @@ CODECS = ("zstd", "gz", "bz2")
 
 @contextmanager
 def expanded(path: Path, codec: str, size: int | None, scratch: Path) -> Iterator[Path]:
-    """Return a context with a temporary file that has the decompressed bytes of `path`.
+    """Return a context that yields the path of a temporary file with the decompressed bytes of `path`.
 
-    codec: the name of the codec, perhaps with a level ("zstd:3"). size: the number of decompressed bytes, if it is known. More
-    bytes are never written. Raises DataError if the codec is unknown or the file is damaged. Independent.
+    `codec`: the name of the codec, perhaps with a level ("zstd:3"). `size`: the number of decompressed bytes, or None if unknown.
+    `scratch`: the folder of the temporary file. Raises DataError if the codec is unknown, if the file is damaged, or if it does
+    not decompress to `size` bytes. Never writes more than `size` bytes. Independent.
     """
     name = codec.partition(":")[0]
     if name not in CODECS:

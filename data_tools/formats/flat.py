@@ -1,4 +1,4 @@
-"""Determines the type of ids in files without document boundaries, and detects files of other formats."""
+"""For files that store nothing but ids: determines the type of the ids, and detects files of other formats."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ OTHERS = (  # (first bytes of a file, what the file is, what to do)
 
 
 def head_of(path: Path) -> bytes:
-    """Return the first bytes of a file. Raises DataError if the file cannot be read. Independent."""
+    """Return the first HEAD_BYTES bytes of a file. Raises DataError if the file cannot be read. Independent."""
     with readable(path), open_regular(path) as file:
         return file.read(HEAD_BYTES)
 
 
 def check_head(path: Path, head: bytes) -> None:
-    """Raise DataError if the first bytes are those of another format. Pure."""
+    """Raise DataError if `head`, the first bytes of the file, shows another format, for example parquet or gzip. Pure."""
     for magic, what, way in OTHERS:
         if head.startswith(magic):
             raise DataError(f"{path} is {what}: {way}")
@@ -45,10 +45,9 @@ def check_head(path: Path, head: bytes) -> None:
 
 
 def type_of_ids(path: Path, head: bytes, options: ReadOptions) -> np.dtype[Any]:
-    """Return the type of the ids in a file without header. It is --dtype if given. Otherwise it is uint16, or uint32 if the
-    tokenizer has more than 65,536 ids. Raises DataError if every second number of `head` is 0, as in a file of a wider type.
-    Pure.
-    """
+    """Return the type of the ids in a file without header. The type is --dtype if given. Otherwise it is uint16, or uint32 if the
+    tokenizer has more than 65,536 ids. `head`: the first bytes of the file. Raises DataError if every second number of `head` is
+    0, because the type is then probably wider. Pure."""
     kind = np.dtype(options.dtype).newbyteorder("<") if options.dtype else token_dtype(options.vocab_size)
     wider, numbers = kind.itemsize, np.frombuffer(head[: len(head) // 16 * 16], kind)
     if kind.itemsize < 8 and len(numbers) >= 8 and not numbers[1::2].any() and numbers[::2].any():

@@ -1,9 +1,8 @@
-"""Reads and writes token datasets of Hugging Face: folders of Arrow files that save_to_disk wrote (also for a DatasetDict), and
-.parquet files with a column of ids.
+"""Reads and writes token datasets of Hugging Face. These are folders of Arrow files that save_to_disk wrote for a Dataset or a
+DatasetDict, and .parquet files with a column of ids.
 
 state.json lists the Arrow files of a Dataset. dataset_dict.json lists the splits of a DatasetDict. A row is a document, or a part
-of a stream that was cut into rows of one length. Labels of -100 and loss masks determine the loss mask, and attention masks
-determine the padding, which is left out (columns.py).
+of a stream that was cut into rows of one length. The other columns are explained in columns.py.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ SPLITS = {"train": "train", "val": "validation"}  # the names of the splits in H
 
 
 def find(source: Path, remarks: list[str]) -> list[SourcePart]:
-    """Return the Arrow or parquet files of a source. Raises DataError if there are no such files. Independent."""
+    """Return the Arrow or parquet files of a source. Add remarks for the user to `remarks`. Raises DataError if there are no such
+    files. Independent."""
     if (source / DICT).is_file():
         names = read_json(source / DICT).get("splits", [])
         folders = [file_below(source, name, source / DICT) for name in names]
@@ -41,7 +41,7 @@ def find(source: Path, remarks: list[str]) -> list[SourcePart]:
 
 
 def _saved(folder: Path) -> list[Path]:
-    """Return the Arrow files of a Dataset in their order."""
+    """Return the Arrow files of a Dataset, in the order in which state.json lists them."""
     state = read_json(folder / STATE)
     if state.get("_indices_data_files"):
         raise DataError(f"{folder}: an old version of datasets saved this folder with a table of indices: load the dataset, call "
@@ -57,16 +57,16 @@ def _saved(folder: Path) -> list[Path]:
 
 
 def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
-    """Yield the rows of an Arrow or parquet file. Raises DataError if the file is damaged, or if no column holds ids.
+    """Yield the rows of an Arrow or parquet file as blocks. Raises DataError if the file is damaged, or if no column holds ids.
     Independent."""
     batches = read_parquet(path, options) if head_of(path).startswith(b"PAR1") else read_ipc(path, path)
     yield from batch_blocks(batches, path, options)
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write OUT/SPLIT-00000-of-00001.parquet, with a row for each document. Its columns are input_ids and, if there is a loss
-    mask, labels. load_dataset of the package datasets can load the folder. Return remarks for the user. Raises OSError if a file
-    cannot be written. Independent."""
+    """Write OUT/SPLIT-00000-of-00001.parquet, with one row per document. The column input_ids has the ids. If there is a loss
+    mask, the column labels has the labels. The function load_dataset of the package datasets can load the folder. Return remarks
+    for the user. Raises OSError if a file cannot be written. Independent."""
     path = out / f"{SPLITS.get(tokens.split, tokens.split)}-00000-of-00001.parquet"
     library = pyarrow(path)
     kinds = {"input_ids": library.list_(library.int32())}

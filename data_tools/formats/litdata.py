@@ -1,10 +1,10 @@
-"""Reads and writes datasets of LitData: a folder with index.json and chunks. A sample is a tensor of ids (for the TokensLoader),
-or a dict whose columns are tensors.
+"""Reads and writes datasets of LitData: a folder with index.json and chunks. A sample is a tensor of ids, which LitData reads
+with TokensLoader, or a dict whose columns are tensors.
 
-A chunk has the number of samples (uint32), the offset of each sample and of the end (uint32), and then the samples. A sample for
-the TokensLoader has only the ids. Other samples have the sizes of their columns (uint32), and then the columns. Dicts of lists
-may instead be in an Arrow file at the end of a chunk. index.json names the type of each column. Columns of pickles are never
-read. (litdata, streaming/writer.py, serializers.py and framed_zstd.py.)
+A chunk has the number of samples (uint32), the offsets of all samples and of the end (uint32), and then the samples. A sample for
+TokensLoader has only the ids. Other samples have the sizes of their columns (uint32), and then the columns. Samples that are
+dicts of lists may be in an Arrow file at the end of a chunk. index.json names the type of each column. Columns of pickles are
+never read. (Source: litdata, streaming/writer.py, serializers.py and framed_zstd.py.)
 """
 
 from __future__ import annotations
@@ -39,17 +39,19 @@ MAX_ITEM_BYTES = 2**30  # largest size of a compressed sample
 
 
 def find(source: Path, remarks: list[str]) -> list[SourcePart]:
-    """Return the folders with LitData chunks. Raises DataError if there are no such folders. Independent."""
+    """Return the folders with LitData chunks. Add remarks for the user to `remarks`. Raises DataError if there are no such
+    folders. Independent."""
     return folders_with_index(source, is_one, "LitData", "litdata.optimize", remarks)
 
 
 def is_one(folder: Path) -> bool:
-    """Return whether a folder has an index of LitData chunks. Raises DataError if index.json is not JSON. Independent."""
+    """Return whether a folder has the index.json of LitData chunks. Raises DataError if index.json is not JSON. Independent."""
     return has_index(folder, chunks=list, config=dict)
 
 
 def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
-    """Yield the rows of a folder. Raises DataError if the folder is damaged, or if no column holds ids. Independent."""
+    """Yield the samples of a folder as blocks. Raises DataError if the folder is damaged, or if no column holds ids.
+    Independent."""
     index = path / "index.json"
     about = read_json(index)
     config = about["config"]
@@ -75,8 +77,8 @@ def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
 
 
 def _columns(config: dict[str, Any], index: Path) -> list[str]:
-    """Return the names of the columns of a sample. If a sample is a dict, these are its keys. If a sample is a single tensor, its
-    only column is named input_ids."""
+    """Return the names of the columns of a sample. The columns of a dict are named by its keys. The only column of a single
+    tensor is named input_ids. Raises DataError for other samples."""
     _, spec = json.loads(config["data_spec"])
     if not spec.get("children_spec"):
         return ["input_ids"]
@@ -195,8 +197,8 @@ def _decoded(data: bytes, kind: str, shown: Path) -> np.ndarray:
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write OUT/SPLIT, with a sample for each document. Without a loss mask, a sample is a tensor for the TokensLoader. With a
-    loss mask, it is a dict of input_ids and labels. The ids are uint16 or int32, because torch has few functions for uint32.
+    """Write the folder OUT/SPLIT, with one sample per document. Without a loss mask, a sample is a tensor for TokensLoader. With
+    a loss mask, it is a dict of input_ids and labels. The ids are uint16, or int32 because torch has few functions for uint32.
     Return remarks for the user. Raises OSError if a file cannot be written. Independent."""
     folder, masked = out / tokens.split, tokens.has_loss_mask
     folder.mkdir()

@@ -1,9 +1,9 @@
 """Reads and writes llm.c's .bin files: a header of 256 int32, then the ids. Documents are found by their end-of-document token.
 
-The header begins with a magic number, a version, and the number of tokens. For GPT-2 (ids uint16) the magic number is 20240520
-and the version is 1. For Llama 3 (ids uint32) the magic number is 20240801 and the version is 7. llm.c writes the end-of-document
-token before each document (for Llama 3: the token that begins a text). A document may continue in the next file. modded-nanogpt
-uses the same files. (llm.c, dev/data/data_common.py and fineweb.py.)
+The header begins with a magic number, a version, and the number of tokens. For GPT-2 (uint16 ids) the magic number is 20240520
+and the version is 1. For Llama 3 (uint32 ids) the magic number is 20240801 and the version is 7. llm.c writes the end-of-document
+token before each document. For Llama 3 it writes the token that begins a text instead. A document may continue in the next file.
+modded-nanogpt uses the same files. (Source: llm.c, dev/data/data_common.py and fineweb.py.)
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ FILE_TOKENS = 10**8  # largest number of tokens of a file, as in llm.c's fineweb
 
 
 def is_one(path: Path) -> bool:
-    """Return whether a file begins like llm.c's files of tokens. Independent."""
+    """Return whether a file begins with a magic number of llm.c. Independent."""
     return int.from_bytes(head_of(path)[:4], "little") in (*KINDS, EVALUATION)
 
 
 def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
-    """Yield the ids of a .bin file. Raises DataError if the file is damaged or has another format. Independent."""
+    """Yield the ids of a .bin file as blocks. Raises DataError if the file is damaged or has another format. Independent."""
     head = head_of(path)
     first, version, tokens = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
     if first not in KINDS or len(head) < HEADER_BYTES:
@@ -50,8 +50,8 @@ def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write OUT/tokens_SPLIT_NUMBER.bin with at most FILE_TOKENS tokens each. Return remarks for the user. Raises OSError if a
-    file cannot be written. Independent."""
+    """Write files OUT/tokens_SPLIT_NUMBER.bin of at most FILE_TOKENS tokens each. Return remarks for the user. Raises OSError if
+    a file cannot be written. Independent."""
     first = GPT2 if tokens.dtype.itemsize == 2 else LLAMA3
     version, kind = KINDS[first]
     number, left, file = 0, 0, None

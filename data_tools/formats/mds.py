@@ -1,9 +1,9 @@
-"""Reads and writes MDS, the format of MosaicML Streaming: a folder with index.json and shards. The tokens of a sample are in one
+"""Reads and writes MDS, the format of MosaicML Streaming: a folder with index.json and shards. A sample has its tokens in one
 column, of type bytes or ndarray.
 
-A shard has the number of samples (uint32), the offset of each sample and of the end (uint32), a configuration, and then the
-samples. A sample has the sizes of the columns without a fixed size (uint32), and then the columns. An ndarray may begin with its
-type and its shape. Columns of pickles are never read. (mosaicml-streaming, base/format/mds.)
+A shard has the number of samples (uint32), the offsets of all samples and of the end (uint32), a configuration, and then the
+samples. A sample has the sizes (uint32) of those columns that have no fixed size, and then all columns. An ndarray may begin with
+its type and its shape. Columns of pickles are never read. (Source: mosaicml-streaming, base/format/mds.)
 """
 
 from __future__ import annotations
@@ -32,17 +32,19 @@ NAMES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64
 
 
 def find(source: Path, remarks: list[str]) -> list[SourcePart]:
-    """Return the folders with MDS shards. Raises DataError if there are no such folders. Independent."""
+    """Return the folders with MDS shards. Add remarks for the user to `remarks`. Raises DataError if there are no such folders.
+    Independent."""
     return folders_with_index(source, is_one, "MosaicML Streaming", "MDSWriter", remarks)
 
 
 def is_one(folder: Path) -> bool:
-    """Return whether a folder has an index of MDS shards. Raises DataError if index.json is not JSON. Independent."""
+    """Return whether a folder has the index.json of MDS shards. Raises DataError if index.json is not JSON. Independent."""
     return has_index(folder, shards=list)
 
 
 def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
-    """Yield the rows of a folder. Raises DataError if the folder is damaged, or if no column holds ids. Independent."""
+    """Yield the samples of a folder as blocks. Raises DataError if the folder is damaged, or if no column holds ids.
+    Independent."""
     yield from gather(_rows(path, options), path, options)
 
 
@@ -126,7 +128,8 @@ def _decoded(data: np.ndarray, encoding: str, name: str, shown: Path, options: R
 
 
 def _of_bytes(data: np.ndarray, name: str, shown: Path, options: ReadOptions) -> np.ndarray:
-    """Return the ids of a column of bytes. Their type is --dtype if given, else int64, which LLM Foundry writes."""
+    """Return the ids in a column of bytes. Their type is --dtype if given, else int64, which LLM Foundry writes. Raises DataError
+    if the bytes are not ids of this type. `name`, `shown`: the column and the path in the error message."""
     kind: np.dtype[Any] = np.dtype(options.dtype or "int64").newbyteorder("<")
     values = np.frombuffer(data.tobytes(), kind) if len(data) % kind.itemsize == 0 else None
     if values is None or not options.dtype and len(values) and not (values.min() >= -100 and values.max() < 2**32):
@@ -136,8 +139,8 @@ def _of_bytes(data: np.ndarray, name: str, shown: Path, options: ReadOptions) ->
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write OUT/SPLIT, with a row for each document. The columns are tokens, which has the ids, and labels if there is a loss
-    mask. Return remarks for the user. Raises OSError if a file cannot be written. Independent."""
+    """Write the folder OUT/SPLIT, with one sample per document. The column tokens has the ids. If there is a loss mask, the
+    column labels has the labels. Return remarks for the user. Raises OSError if a file cannot be written. Independent."""
     folder = out / tokens.split
     folder.mkdir()
     columns = {"labels": "ndarray:int64"} if tokens.has_loss_mask else {}
@@ -156,7 +159,7 @@ def write(tokens: SplitTokens, out: Path) -> list[str]:
 
 
 def _encoded(values: np.ndarray) -> bytes:
-    """Return the encoding of an array of one dimension: a byte, the length, and the values. The byte has the type of the length
-    in its lowest 2 bits. The other bits have the number of dimensions, 1."""
+    """Return the MDS encoding of an array of one dimension: a byte, the array's length, and the values. The lowest 2 bits of the
+    byte encode the type of the length. The other bits have the number of dimensions, 1."""
     width = sum(len(values) >= 2**bits for bits in (8, 16, 32))
     return bytes([1 << 2 | width]) + np.array([len(values)], SHAPES[width]).tobytes() + values.tobytes()

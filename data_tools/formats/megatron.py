@@ -1,10 +1,13 @@
 """Reads and writes Megatron-LM's indexed dataset: PREFIX.bin (the concatenated ids of all sequences) and PREFIX.idx (the index).
 
-PREFIX.idx is little-endian. Its fields are the bytes b"MMIDIDX\\0\\0", the version 1 (uint64), the type of the ids (uint8), the
-number of sequences S (uint64), the number of document bounds (uint64), the length of each sequence in tokens (S x int32), the
-offset of each sequence in PREFIX.bin in bytes (S x int64), and the document bounds (int64). Document d consists of
-the sequences [bounds[d], bounds[d + 1]). Multimodal datasets have one more byte per sequence, its mode. Text has mode 0.
-(Megatron-Core, datasets/indexed_dataset.py.)
+PREFIX.idx is little-endian, and has these fields:
+
+  bytes b"MMIDIDX\\0\\0", the version 1 (uint64), the type of the ids (uint8)
+  the number of sequences S (uint64), the number of document bounds (uint64)
+  the length of each sequence in tokens (S x int32), its offset in PREFIX.bin in bytes (S x int64)
+  the document bounds (int64): document d consists of the sequences [bounds[d], bounds[d + 1])
+
+Multimodal datasets add one byte per sequence, its mode. Text has mode 0. (Source: Megatron-Core, datasets/indexed_dataset.py.)
 """
 
 from __future__ import annotations
@@ -33,13 +36,14 @@ ADVICE = "free space on its disk, or choose another prefix"
 
 
 def dtype_code(vocab_size: int) -> int:
-    """Return the type of ids that Megatron-LM uses: uint16 for small vocabularies, else int32. Pure."""
+    """Return the number of the type of ids that Megatron-LM uses: 8 (uint16) for vocabularies below 65,500, else 4 (int32).
+    Pure."""
     return 8 if vocab_size < 65500 else 4
 
 
 class MegatronWriter:
-    """Writes PREFIX.bin and PREFIX.idx, with one sequence per document. Raises UsageError if these files exist or cannot be
-    written. Independent."""
+    """Writes PREFIX.bin and PREFIX.idx, with one sequence per document. Raises UsageError if one of these files exists or cannot
+    be written. Independent."""
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
         self._files = [Path(f"{prefix}{end}") for end in (".bin", ".idx")]
@@ -51,13 +55,13 @@ class MegatronWriter:
             self._tokens = create_file(self._parts[0])  # close() closes the file
 
     def add(self, ids: np.ndarray) -> None:
-        """Append ids. The document boundaries are given to close()."""
+        """Append ids. They may be of any part of a document: close() gets the document boundaries."""
         with writing(self._files[0], ADVICE):
             self._tokens.write(ids.astype(DTYPES[self._code]).tobytes())
 
     def close(self, starts: np.ndarray, tokens: int) -> None:
-        """Write the index and move both files to their final names. starts: the start of each document, (d,). tokens: total
-        number of tokens."""
+        """Write the index and move both files to their final names. `starts`: (d,) the start of each document. `tokens`: the
+        total number of tokens."""
         lengths = np.diff(np.append(starts, tokens).astype(np.int64))
         if lengths.max(initial=0) >= 2**31:
             raise UsageError(f"a document has {lengths.max()} tokens, but the format stores only lengths below 2^31")
@@ -85,7 +89,7 @@ class MegatronWriter:
 
 
 class MegatronReader:
-    """Reads the documents of PREFIX. Raises DataError if the two files are inconsistent. Independent."""
+    """Reads the documents of PREFIX.bin and PREFIX.idx. Raises DataError if the two files are inconsistent. Independent."""
 
     def __init__(self, prefix: Path) -> None:
         self.path, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
@@ -124,7 +128,7 @@ class MegatronReader:
         self._bytes = np.memmap(self.path, dtype="u1", mode="r") if size else np.empty(0, dtype="u1")
 
     def documents(self) -> Iterator[np.ndarray]:
-        """Yield the concatenated ids of each document's sequences. Sequences before the first bound are one more document."""
+        """Yield the ids of each document. Sequences before the first document bound form one more document."""
         edges = [0, *self._bounds.tolist()]
         for low, high in zip(edges, edges[1:], strict=False):
             if low < high or low != 0:
@@ -136,8 +140,9 @@ class MegatronReader:
 
 
 def find(source: Path, remarks: list[str]) -> list[SourcePart]:
-    """Return the prefixes of a source: PREFIX, or PREFIX_train and PREFIX_val, or the prefixes in a folder. Raises DataError if a
-    folder has no prefixes. Independent."""
+    """Return the prefixes of a source. `source`: a prefix, a folder that contains prefixes, or PREFIX if there are
+    PREFIX_train and perhaps PREFIX_val. Add remarks for the user to `remarks`. Raises DataError if a folder contains no
+    prefix. Independent."""
     if source.is_dir():
         return in_splits([path.with_suffix("") for path in files_in(source, "*.idx")], source, remarks)
     if source.suffix in (".bin", ".idx") and source.exists():
@@ -149,7 +154,7 @@ def find(source: Path, remarks: list[str]) -> list[SourcePart]:
 
 
 def read(prefix: Path, options: ReadOptions) -> Iterator[TokenBlock]:
-    """Yield the documents of PREFIX. Raises DataError if its two files are inconsistent. Independent."""
+    """Yield the documents of PREFIX as blocks. Raises DataError if PREFIX.bin and PREFIX.idx are inconsistent. Independent."""
     reader = MegatronReader(prefix)
     if other := reader.not_text:
         options.remark(f"{prefix}: {counted(other, 'sequence')} with a mode other than 0 (multimodal data) "
@@ -159,8 +164,8 @@ def read(prefix: Path, options: ReadOptions) -> Iterator[TokenBlock]:
 
 
 def write(tokens: SplitTokens, prefix: Path) -> list[str]:
-    """Write PREFIX_SPLIT.bin and .idx, with one sequence per document. Return remarks for the user. Raises UsageError if these
-    files exist or cannot be written. Independent."""
+    """Write PREFIX_SPLIT.bin and PREFIX_SPLIT.idx, with one sequence per document. Return remarks for the user. Raises UsageError
+    if one of these files exists or cannot be written. Independent."""
     path = Path(f"{prefix}_{tokens.split}")
     with writing(f"{path}.bin", "choose another prefix"):
         prefix.parent.mkdir(parents=True, exist_ok=True)

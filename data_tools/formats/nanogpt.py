@@ -1,8 +1,8 @@
-"""Reads and writes nanoGPT's train.bin and val.bin: the ids of a split as uint16, without header. Documents are found by their
-end-of-document token.
+"""Reads and writes nanoGPT's train.bin and val.bin. They have the ids of a split without a header, as uint16, or as uint32 if the
+tokenizer has more than 65,536 ids. Documents are found by their end-of-document token.
 
-meta.pkl, the pickled vocabulary of nanoGPT's character-level examples, is not read. If the tokenizer has more than 65,536 ids,
-the usual type is uint32. (nanoGPT, data/openwebtext/prepare.py.)
+meta.pkl, the pickled vocabulary of nanoGPT's character-level examples, is not read. (Source: nanoGPT,
+data/openwebtext/prepare.py.)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from data_tools.formats.stream import SplitTokens
 
 
 def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
-    """Yield the ids of a .bin file. Raises DataError if the file has another format. Independent."""
+    """Yield the ids of a .bin file as blocks. Raises DataError if the file has another format. Independent."""
     head = head_of(path)
     check_head(path, head)
     yield from (TokenBlock(ids) for ids in read_array(path, type_of_ids(path, head, options)))

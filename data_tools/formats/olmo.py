@@ -1,9 +1,8 @@
 """Reads and writes the .npy files of OLMo, OLMo-core and dolma: ids as uint16 or uint32, without numpy's header.
 
-NAME.csv.gz has the ranges of the documents, one "start,end,..." per line. Without this file, documents end with their
-end-of-document token. Beside token_ids_part_N.npy there may be labels_mask_part_N.npy (bool), which is true for tokens in the
-loss. Files that numpy.save wrote, with a header, are read too. (OLMo-core, data/utils.py; open-instruct,
-convert_sft_data_for_olmocore.py.)
+NAME.csv.gz has one line "start,end,..." per document. Without this file, documents are found by their end-of-document token. The
+file labels_mask_part_N.npy (bool) may exist beside token_ids_part_N.npy. It is true for tokens in the loss. Files with a header,
+which numpy.save wrote, are read too. (Source: OLMo-core, data/utils.py; open-instruct, convert_sft_data_for_olmocore.py.)
 """
 
 from __future__ import annotations
@@ -31,13 +30,14 @@ FILE_TOKENS = 2**28  # approximate number of tokens of a file
 
 
 def find(source: Path, remarks: list[str]) -> list[SourcePart]:
-    """Return the .npy files of a source that hold ids. Raises DataError if there are no such files. Independent."""
+    """Return the .npy files of a source that hold ids. Add remarks for the user to `remarks`. Raises DataError if there are no
+    such files. Independent."""
     found = [path for path in files_in(source, "*.npy") if not path.name.startswith(MASKS) or path == source]
     return in_splits(found, source, remarks)
 
 
 def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
-    """Yield the ids of a .npy file. Raises DataError if the file is damaged or has another format. Independent."""
+    """Yield the tokens of a .npy file as blocks. Raises DataError if the file is damaged or has another format. Independent."""
     head = head_of(path)
     if head.startswith(NUMPY):
         kind, offset, tokens = _numpy_header(path)
@@ -88,7 +88,8 @@ def _in_step(
 
 
 def _starts(path: Path, tokens: int) -> np.ndarray | None:
-    """Return the document starts in NAME.csv.gz, or None if there is no such file."""
+    """Return the document starts that NAME.csv.gz lists, or None if there is no such file. `tokens`: the number of tokens of
+    NAME.npy. Raises DataError if the table does not fit the tokens."""
     table = path.with_suffix(".csv.gz")
     if not table.exists():
         return None
@@ -112,8 +113,8 @@ def _starts(path: Path, tokens: int) -> np.ndarray | None:
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write OUT/SPLIT/token_ids_part_N.npy, its .csv.gz and, if there is a loss mask, labels_mask_part_N.npy. Each file ends with
-    the end of a document. Return remarks for the user. Raises OSError if a file cannot be written. Independent."""
+    """Write OUT/SPLIT/token_ids_part_N.npy and .csv.gz. If there is a loss mask, also write OUT/SPLIT/labels_mask_part_N.npy.
+    Each file contains whole documents. Return remarks for the user. Raises OSError if a file cannot be written. Independent."""
     folder, number, written = out / tokens.split, -1, FILE_TOKENS
     folder.mkdir()
     for block in whole_documents(tokens.blocks()):

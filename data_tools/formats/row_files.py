@@ -1,5 +1,5 @@
-"""Files of rows in the layout of LitData and MDS: the number of rows (uint32), the offset of each row and of the end (uint32), a
-description, then the rows."""
+"""Files of rows in the layout of LitData and MDS. A file has the number of rows (uint32), the offsets of all rows and of the end
+(uint32), a description, and then the rows."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ MAX_BYTES = 2**32  # offsets are uint32
 
 
 class RowFiles:
-    """Writes rows to files of about FILE_BYTES. Raises OSError if a file cannot be written, and UsageError if a row is too long.
-    Independent."""
+    """Writes rows to files of about FILE_BYTES bytes. Raises OSError if a file cannot be written, and UsageError if a row is too
+    long. Independent."""
 
     def __init__(self, name: Callable[[int], Path], about: bytes = b"") -> None:
-        """name: a function that returns the path of a file by its number. about: the description in each file."""
+        """`name`: a function that returns the path of file number 0, 1, and so on. `about`: the description that each file
+        contains."""
         self.written: list[tuple[Path, int, int, int]] = []  # for each file: path, bytes, rows and tokens
         self.digest = hashlib.sha256()
         self._name, self._about = name, about
@@ -34,7 +35,7 @@ class RowFiles:
         self._size, self._tokens = 8 + len(self._about), 0
 
     def add(self, row: bytes, tokens: int) -> None:
-        """Append a row. A row that is larger than FILE_BYTES gets its own file."""
+        """Append a row, which has `tokens` tokens. A row of more than FILE_BYTES bytes gets its own file."""
         if self._rows and self._size + len(row) + 4 > FILE_BYTES:
             self.close()
         self._rows.append(row)
@@ -59,8 +60,8 @@ class RowFiles:
 
 
 def documents(blocks: Iterable[TokenBlock]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Yield (ids, labels) of each document. The labels, int64, are the ids, or -100 for tokens that are not in the loss. They are
-    None if there is no loss mask. Pure."""
+    """Yield (ids, labels) of each document. labels is None if there is no loss mask. Otherwise it is an int64 array: the id of
+    each token in the loss, and -100 for the other tokens. Pure."""
     for block in whole_documents(blocks):
         assert block.starts is not None
         labels = labels_of(block)
@@ -75,10 +76,11 @@ def mapped(path: Path) -> np.ndarray:
 
 
 def offsets_of(data: np.ndarray, rows: int, shown: Path, count_at: int = 0, table_at: int = 4) -> np.ndarray:
-    """Return the offsets of the rows and of the end, (rows + 1,) int64.
+    """Return the offsets of all rows and of the end, (rows + 1,) int64.
 
-    data: the bytes of a file. count_at, table_at: the positions of the number of rows and of the offsets. Raises DataError if the
-    number or the offsets are not valid. Pure.
+    `data`: the bytes of a file. `count_at`: where the number of rows is stored in `data`. `table_at`: where the offsets are
+    stored. `shown`: the path in error messages. Raises DataError if the stored number is not `rows`, or if the offsets are not
+    valid. Pure.
     """
     if len(data) < table_at + 4 * (rows + 1) or int(data[count_at : count_at + 4].view("<u4")[0]) != rows:
         raise DataError(f"{shown}: it does not begin with its number of samples, {rows}; copy the dataset again")

@@ -18,9 +18,11 @@ MAX_JSON_BYTES = 256 * 2**20
 
 
 def gather(rows: Iterable[Mapping[str, np.ndarray]], where: Path, options: ReadOptions) -> Iterator[TokenBlock]:
-    """Yield blocks of whole rows. rows: the columns of each row by name. The ids come first. Columns with a value for each token
-    have the same shape (n,). Rows without tokens are counted. Raises DataError if these shapes differ, if a column does not have
-    one dimension, and in the cases of block_of_rows. Independent.
+    """Yield blocks of whole rows. Raises DataError as block_of_rows does, and if the columns of a row have wrong shapes.
+    Independent.
+
+    `rows`: the columns of each row by name, the ids first. All columns are arrays of one dimension. Those with a value for each
+    token have the same length. Rows without tokens are counted in `options`.
     """
     held: list[Mapping[str, np.ndarray]] = []
     tokens = first = 0
@@ -46,7 +48,7 @@ def _block(held: list[Mapping[str, np.ndarray]], where: Path, first: int, option
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file that describes a dataset. Raises DataError if the file cannot be read. Independent."""
+    """Return the content of a JSON file that describes a dataset. Raises DataError if the file cannot be read. Independent."""
     try:
         with open_regular(path) as file:
             data = file.read(MAX_JSON_BYTES + 1)
@@ -60,7 +62,8 @@ def read_json(path: Path) -> Any:
 
 
 def file_below(folder: Path, name: Any, index: Path) -> Path:
-    """Return FOLDER/NAME. Raises DataError if this path is not below the folder, because an index is not trusted. Independent."""
+    """Return FOLDER/NAME. `index`: the file that names it, which is not trusted. Raises DataError if the path is not below the
+    folder. Independent."""
     parts = name.replace("\\", "/").split("/") if isinstance(name, str) else []
     if not parts or any(part in ("", ".", "..") for part in parts):
         raise DataError(f"{index} names the file {name!r}, which is not a plain path below its folder")
@@ -68,7 +71,7 @@ def file_below(folder: Path, name: Any, index: Path) -> Path:
 
 
 def has_index(folder: Path, **kinds: type) -> bool:
-    """Return whether FOLDER/index.json has the keys of `kinds`, with values of the given types. Raises DataError if the file is
-    not JSON. Independent."""
+    """Return whether FOLDER/index.json has all keys of `kinds`, each with a value of the given type. Raises DataError if the file
+    is not JSON. Independent."""
     about = read_json(folder / "index.json") if (folder / "index.json").is_file() else None
     return isinstance(about, dict) and all(isinstance(about.get(key), kind) for key, kind in kinds.items())

@@ -1,4 +1,4 @@
-"""Determines to which split a file or folder of a dataset belongs, by the words of its name. Pure."""
+"""Determines the split to which a file or folder of a dataset belongs. The words of its name show the split. Pure."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ WORD = re.compile(r"[^a-z0-9]+|(?<=[a-z])(?=[0-9])")
 
 
 def split_of(name: str) -> str:
-    """Return "val", "test" or "train" for a name such as data/validation-00000-of-00001.parquet. Pure."""
+    """Return "val", "test" or "train", as the words of a name suggest. An example of a name is
+    data/validation-00000-of-00001.parquet. Pure."""
     words = set(WORD.split(name.lower()))
     return "val" if words & set(VALIDATION) else TEST if TEST in words and "train" not in words else "train"
 
 
 def in_splits(paths: Iterable[Path], root: Path, remarks: list[str]) -> list[SourcePart]:
-    """Assign the files or folders of a dataset to train and val. Leave out the split "test", and folders that repeat a part of
-    another folder (SUBSETS). Add a remark about what was left out.
+    """Assign the files or folders of a dataset to the splits train and val. Leave out the split test. Also leave out folders that
+    repeat a part of another folder (SUBSETS). Add a remark about what was left out to `remarks`.
 
-    root: a folder whose own name is ignored. Raises DataError if nothing is left for training. Pure.
+    `root`: the folder of the dataset, whose own name is ignored. Raises DataError if nothing is left for training. Pure.
     """
     all_paths = list(paths)
     again = {path for path in all_paths for end in SUBSETS
@@ -48,8 +49,8 @@ def in_splits(paths: Iterable[Path], root: Path, remarks: list[str]) -> list[Sou
 def folders_with_index(
     source: Path, is_one: Callable[[Path], bool], program: str, writer: str, remarks: list[str]
 ) -> list[SourcePart]:
-    """Return the folders with an index.json for which is_one(folder) is true, by split. source: a folder, or an index.json.
-    program, writer: names for the error message. Raises DataError if there are no such folders. Independent."""
+    """Return the folders whose index.json is_one(folder) accepts, each with its split. `source`: a folder, or an index.json.
+    `program`, `writer`: names for the error message. Raises DataError if there are no such folders. Independent."""
     folder = source.parent if source.name == "index.json" else source
     parts = [path.parent for path in files_in(folder, "index.json") if is_one(path.parent)]
     if not parts:
@@ -58,15 +59,15 @@ def folders_with_index(
 
 
 def visible(source: Path, *patterns: str) -> list[Path]:
-    """Return the files, in a folder and in the folders below it, whose names match one of the patterns. The files are sorted.
-    Hidden files are left out. Independent."""
+    """Return the sorted files in a folder, and in the folders below it, whose names match one of the patterns. Hidden files and
+    the files in hidden folders are left out. Independent."""
     return sorted({path for pattern in patterns for path in source.rglob(pattern)
                    if path.is_file() and not any(part.startswith(".") for part in path.relative_to(source).parts)})
 
 
 def files_in(source: Path, *patterns: str) -> list[Path]:
-    """Return the file `source`, or the files that visible() finds in the folder `source`. Raises DataError if there are no such
-    files. Independent."""
+    """Return [source] if the source is a file. If it is a folder, return the files that visible() finds. Raises DataError if
+    there are no such files. Independent."""
     if source.is_dir():
         if not (found := visible(source, *patterns)):
             raise DataError(f"{source} holds no file {' or '.join(patterns)}: give the folder or the file that has the tokens")
@@ -77,6 +78,6 @@ def files_in(source: Path, *patterns: str) -> list[Path]:
 
 
 def finder(pattern: str) -> Callable[[Path, list[str]], list[SourcePart]]:
-    """Return a function of (source, remarks). It finds the files of the source whose names match the pattern, and assigns these
-    files to splits. See files_in and in_splits. Pure."""
+    """Return a function find(source, remarks). It returns the files of the source whose names match the pattern, each with its
+    split. See files_in() and in_splits(). Pure."""
     return lambda source, remarks: in_splits(files_in(source, pattern), source, remarks)

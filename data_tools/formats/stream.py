@@ -1,4 +1,4 @@
-"""Reads the tokens of a split of shards as blocks, for the writers of formats."""
+"""Reads the tokens of one split of shards as blocks. The writers of all formats use SplitTokens."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from mpidp.data.shards import TokenStream
 
 
 class SplitTokens:
-    """One split of shards, for the writers of formats. It yields the blocks of the split, and counts tokens and documents
-    meanwhile. Independent."""
+    """One split of shards. blocks() yields its tokens, and counts tokens and documents meanwhile. Independent."""
 
     def __init__(self, stream: TokenStream, bos: int | None, ticker: Ticker) -> None:
-        """bos: the id of BOS, which may begin documents."""
+        """`stream`: the tokens of the split. `bos`: the id of BOS, which may begin documents, or None."""
         self.split, self.dtype, self.vocab_size = stream.split, stream.dtype, stream.vocab_size
         self.has_loss_mask, self.tokenizer_kind = stream.has_loss_mask, stream.index.tokenizer_kind
         self._stream, self._bos, self._ticker = stream, bos, ticker
@@ -26,9 +25,9 @@ class SplitTokens:
     def blocks(self) -> Iterator[TokenBlock]:
         """Yield all tokens with their document starts and loss mask.
 
-        The first token always starts a document. If a document began in the previous split, its rest is a separate document. In
-        packed shards (Index.window), the end-of-document tokens that fill windows are left out. Raises DataError if an id is not
-        smaller than the vocabulary size.
+        The first token of the split always starts a document, even if its document began in the previous split. In packed shards
+        (Index.window), the end-of-document tokens that fill windows are left out. Raises DataError if an id is not smaller than
+        the vocabulary size.
         """
         stream, window = self._stream, self._stream.index.window
         size = max(1, BLOCK_TOKENS // window) * window if window else BLOCK_TOKENS
@@ -61,8 +60,8 @@ class SplitTokens:
 
 
 def _without_fill(block: TokenBlock, eod: int) -> TokenBlock:
-    """Return the block without the end-of-document tokens that fill windows. At the end of a document, these are the tokens that
-    follow another end-of-document token and are not in the loss."""
+    """Return a block of packed shards without the end-of-document tokens that fill windows. These are the tokens at the end of a
+    document that follow another end-of-document token and are not in the loss."""
     ids, starts, mask = block.ids, block.starts, block.mask
     assert starts is not None
     if not len(starts):  # the token after the last window
@@ -77,7 +76,7 @@ def _without_fill(block: TokenBlock, eod: int) -> TokenBlock:
 
 
 def whole_documents(blocks: Iterable[TokenBlock]) -> Iterator[TokenBlock]:
-    """Yield the same tokens in blocks that end at the end of a document. This needs memory for the largest document. Pure."""
+    """Yield the same tokens in blocks of whole documents. The longest document must fit in memory. Pure."""
     parts: list[TokenBlock] = []  # parts of the document that has not ended
     for block in blocks:
         assert block.starts is not None

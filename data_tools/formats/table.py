@@ -1,4 +1,4 @@
-"""The table of the formats that convert reads and writes. A new format is a new file in this folder, and a new row of the
+"""The table of the token formats that convert reads and writes. To add a format, add a file to this folder and a row to the
 table."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STORED, ROWS, IDS = "stored", "rows", "ids"  # how documents are found: stored b
 
 @dataclass(frozen=True)
 class TokenFormat:
-    """A format of tokens."""
+    """A format of tokens: how to recognize, read and write it."""
 
     what: str  # the name of the format in messages
     documents: str  # STORED, ROWS or IDS
@@ -33,8 +33,8 @@ class TokenFormat:
 
 
 def _any(source: Path, pattern: str, accept: Callable[[Path], bool] = lambda path: True) -> bool:
-    """Return whether accept() is true for a file whose name matches the pattern. The file is the source. If the source is a
-    folder, it is the first such file that visible() finds in the folder."""
+    """Return whether a file of the source matches `pattern` and accept(file) is true. If the source is a folder, only the first
+    matching file that visible() finds is examined."""
     if source.is_dir():
         found = visible(source, pattern)
         return bool(found) and accept(found[0])
@@ -85,13 +85,14 @@ KINDS = ((".bin", ".idx"), (".ds",), (".mds",), (".npy",), (".parquet", ".arrow"
 
 
 def mixed(source: Path) -> list[str]:
-    """Return which kinds of files with tokens a folder contains, as one suffix for each kind. Independent."""
+    """Return the kinds of files with tokens that a folder contains. Each kind is named by one suffix, such as ".ds".
+    Independent."""
     found = ([end for end in ends if _any(source, f"*{end}")] for ends in KINDS) if source.is_dir() else ()
     return [ends[0] for ends in found if ends]
 
 
 def recognized(source: Path) -> str | None:
-    """Return the name of the format that a source looks like, or None. Independent."""
+    """Return the name of the format that a source seems to have, or None if it has none of the formats. Independent."""
     for name, one in FORMATS.items():
         try:
             if one.recognize(source):

@@ -1,4 +1,5 @@
-"""The base class of the process group. It answers torch's queries about the group, starts calls, and shuts the group down."""
+"""The base class of the process group. The class answers torch's queries about the group, starts calls, and shuts the group
+down."""
 
 from __future__ import annotations
 
@@ -26,18 +27,18 @@ def as_list(tensors: Tensors) -> list[torch.Tensor]:
 
 
 def op_of(opts: Any) -> Any:
-    """Return the reduction that a call's options name, or SUM if there are no options. Pure."""
+    """Return the reduction (ReduceOp) that the options of a call name, or SUM if there are no options. Pure."""
     return getattr(opts, "reduceOp", ReduceOp.SUM if opts is None else opts)
 
 
 def root_of(opts: Any) -> int:
-    """Return the root rank that a call's options name, or 0 if there are no options. Pure."""
+    """Return the root rank that the options of a call name, or 0 if there are no options. Pure."""
     return int(getattr(opts, "rootRank", opts or 0))
 
 
 def check(valid: bool, name: str, message: str) -> None:
-    """Raise ValueError with `name` and `message` unless `valid` is true. Call this function before anything is sent, so that the
-    group stays usable after the error. Pure."""
+    """Raise ValueError, with `name` and `message` in its text, unless `valid` is true. Call this function before anything is
+    sent, so that the group stays usable after the error. Pure."""
     if not valid:
         raise ValueError(f"mpi4py: {name}: {message}")
 
@@ -46,14 +47,11 @@ _ProcessGroup: Any = ProcessGroup  # typed as Any: Python methods cannot match t
 
 
 class Base(_ProcessGroup):
-    """A process group that owns its communicator and frees it.
-
-    shutdown is Collective over the group. The other methods are Independent.
-    """
+    """A process group that owns its communicator. shutdown() is Collective over the group. The other methods are Independent."""
 
     def __init__(self, comm: MPI.Intracomm, timeout: timedelta, name: str, store: Any, blocking: bool) -> None:
-        """Make a group that owns `comm`. timeout: the timeout of calls that specify none. store: a torch store that only this
-        group uses, or None. blocking: see Calls."""
+        """Make a group that owns `comm`. `timeout`: the timeout of calls that specify none. `name`: the name of the group.
+        `store`: a torch store that only this group uses, or None. `blocking`: see Calls."""
         super().__init__(comm.rank, comm.size)
         self.comm = comm
         self.store = store
@@ -125,16 +123,14 @@ class Base(_ProcessGroup):
     getSequenceNumberForGroup = _get_sequence_number_for_group
 
     def shutdown(self) -> None:
-        """Wait for all started calls, then free the communicator. Later calls of shutdown do nothing.
-
-        The communicator is not freed if a call has timed out.
-        """
+        """Wait for all started calls, then free the communicator. If a call has timed out, the communicator is not freed. Later
+        calls of shutdown() do nothing."""
         if self.comm != MPI.COMM_NULL and self._turns.close() and all(message.close() for message in self._messages):
             self.comm.Free()
 
     def abort(self) -> None:
-        """End running calls with an error on this rank. If MPI supports ULFM, its fault-tolerance extension, end them on all
-        ranks of the group."""
+        """End the running and queued calls with an error on this rank. If the MPI library supports fault tolerance (ULFM), end
+        them on all ranks of the group."""
         self._turns.abort(DistBackendError(f"mpi4py: group {self._name} was aborted"))
         with suppress(MPI.Exception, NotImplementedError):
             self.comm.Revoke()
@@ -147,8 +143,8 @@ class Base(_ProcessGroup):
 
     def _begin(self, name: str, work: Callable[[], None], inputs: list[torch.Tensor], result: Any, opts: Any,
                timeout: Any = None) -> Promise:
-        """Queue the collective `work`, and return its Work object. name: torch's name of the call. A space and details may
-        follow the name."""
+        """Queue the collective `work`, and return its Work object. `name`: torch's name of the call, perhaps followed by a space
+        and details. `inputs`: the input tensors. `result`: the output tensors."""
         if self.comm == MPI.COMM_NULL:
             raise DistBackendError(f"mpi4py: {name}: group {self._name} was destroyed")
         self._sequence += 1

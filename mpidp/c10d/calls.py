@@ -1,8 +1,8 @@
 """Collectives over contiguous host tensors. This module chooses the MPI functions and splits large tensors.
 
-All ranks must call the same MPI functions. The choice depends only on sizes, dtypes and `blocking`, which are the same on all
-ranks. Large messages are split for two reasons: MPI counts are 32-bit integers, and MPICH and Open MPI allocate new memory to
-reduce large messages (comm/transport.py).
+All ranks must call the same MPI functions. The choice therefore depends only on sizes, dtypes and `blocking`, which are the same
+on all ranks. Large messages are split because MPI counts are 32-bit integers, and because MPICH and Open MPI allocate new memory
+to reduce large messages (comm/transport.py).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def numbers(tensor: torch.Tensor) -> list[Any]:
 
 
 def parts(tensor: torch.Tensor, lengths: Sequence[int]) -> list[Any]:
-    """Return an mpi4py buffer that divides the tensor into one range per rank. lengths: bytes in each range. Independent."""
+    """Return an mpi4py buffer that divides the tensor into one range per rank. `lengths`: bytes of each range. Independent."""
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     return [memory(tensor), (list(lengths), starts), MPI.BYTE]
 
@@ -65,12 +65,12 @@ class Calls:
     """The collectives of one communicator. Only one thread at a time may use the object. Methods are Collective over comm unless
     their docstrings say Independent.
 
-    Tensors must be contiguous and on the host. kind: the reduction, a key of sums.OPS.
+    Tensors must be contiguous and on the host. The parameter `kind` names the reduction by a key of sums.OPS.
     """
 
     def __init__(self, comm: MPI.Intracomm, blocking: bool) -> None:
-        """blocking: use MPI's blocking calls for large reductions. With Open MPI they are up to 2.7 times as fast,
-        but a rank that waits keeps its core busy."""
+        """`blocking`: whether to use MPI's blocking calls for large reductions. With Open MPI, blocking calls are up to 2.7 times
+        as fast, but a rank that waits in one keeps its core busy."""
         self.comm = comm
         self.blocking = blocking
         self.aborted: Callable[[], bool] = lambda: False
@@ -83,18 +83,16 @@ class Calls:
         wait_for(request, self.aborted)
 
     def scratch(self, name: str, like: torch.Tensor, elements: int) -> torch.Tensor:
-        """Return a buffer of shape (elements,) that is reused between calls with the same name, because allocating a new one
-        takes longer than the sum itself. Independent."""
+        """Return a buffer of shape (elements,) with the dtype of `like`. The next call with the same name returns the same
+        memory. This is faster than allocating memory for each reduction. Independent."""
         buffer, needed = self._space.get(name), elements * like.element_size()
         if buffer is None or buffer.numel() < needed:
             buffer = self._space[name] = torch.empty(needed, dtype=torch.uint8)
         return buffer[:needed].view(like.dtype)
 
     def shared_memory(self, tensor: torch.Tensor, reduced: bool = False) -> SharedMemory | None:
-        """Return the object that runs collectives in shared memory. Return None if the ranks do not share memory, or if this
-        tensor should use messages. The first large collective finds out whether the ranks share memory.
-
-        reduced: whether the collective is a reduction."""
+        """Return the object that runs collectives in shared memory, or None if this tensor must be sent in messages. The first
+        call for a large tensor tries to share memory. `reduced`: whether the collective is a reduction."""
         least = SMALL_BYTES if reduced and tensor.dtype in HALVES else NEAR_BYTES
         if tensor.nbytes < least or (reduced and tensor.dtype not in ADDED):
             return None
@@ -105,7 +103,7 @@ class Calls:
         return self._shared
 
     def exchange(self, numbers: list[int]) -> list[list[int]]:
-        """Gather each rank's list of numbers and return one list per rank. The call also synchronizes the ranks."""
+        """Return the lists `numbers` of all ranks, in order of ranks. The call also synchronizes the ranks."""
         table = torch.empty(self.comm.size, len(numbers), dtype=torch.int64)
         table[self.comm.rank] = torch.tensor(numbers)
         self.wait(self.comm.Iallgather(MPI.IN_PLACE, [memory(table), 8 * len(numbers), MPI.BYTE]))
@@ -116,7 +114,7 @@ class Calls:
         self.wait(self.comm.Ibarrier())
 
     def bcast(self, tensor: torch.Tensor, root: int) -> None:
-        """Broadcast the root's tensor into the tensors of the other ranks."""
+        """Copy the tensor of rank `root` into the tensors of the other ranks."""
         flat = tensor.view(-1)
         if shared := self.shared_memory(flat):
             shared.bcast(flat.view(torch.uint8), root)
@@ -125,7 +123,7 @@ class Calls:
             self.wait(self.comm.Ibcast(octets(flat[begin:end]), root))
 
     def allreduce(self, tensor: torch.Tensor, kind: str) -> None:
-        """Reduce the tensor over all ranks, in place."""
+        """Reduce the tensor over all ranks. The result replaces the tensor on every rank."""
         flat = tensor.view(-1)
         if self.comm.size == 1:
             return
@@ -144,8 +142,8 @@ class Calls:
             average(flat, self.comm.size)
 
     def _allreduce_by_hand(self, piece: torch.Tensor, kind: str) -> None:
-        """Reduce a tensor whose dtype MPI cannot reduce. Each rank reduces one range in float32. Then the ranks gather the
-        ranges."""
+        """Reduce a tensor whose dtype MPI cannot reduce, in place. Each rank reduces one range in float32, then all ranges are
+        gathered."""
         ranks, length = self.comm.size, piece.numel()
         share = -(-length // ranks)
         padded = self.scratch("padded", piece, share * ranks)
@@ -162,7 +160,8 @@ class Calls:
         fold(got.view(self.comm.size, -1), kind, target.view(-1))
 
     def reduce(self, tensor: torch.Tensor, kind: str, root: int) -> None:
-        """Reduce the tensor to the root, in place. On other ranks the tensor is unchanged."""
+        """Reduce the tensor over all ranks, and store the result in the tensor of rank `root`. Other ranks' tensors are
+        unchanged."""
         flat = tensor.view(-1)
         if self.comm.size > 1 and tensor.dtype not in DATATYPES:
             whole = flat if self.comm.rank == root else flat.clone()
@@ -178,7 +177,8 @@ class Calls:
             average(flat, self.comm.size)
 
     def reduce_scatter(self, source: torch.Tensor, target: torch.Tensor, kind: str) -> None:
-        """Reduce source (ranks, n) over all ranks. Rank r stores row r of the result in target (n,), which may overlap source."""
+        """Reduce `source` (ranks, n) over all ranks. Rank r stores row r of the result in `target` (n,), which may overlap
+        `source`."""
         ranks, rows, out = self.comm.size, source.view(self.comm.size, -1), target.view(-1)
         if shared := self.shared_memory(source, reduced=True):
             result = self.scratch("kept", source, out.numel()) if overlap(source, target) else out
@@ -212,7 +212,7 @@ class Calls:
             self.wait(self.comm.Ireduce_scatter_block(source, numbers(got), op))
 
     def allgather(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Gather each rank's source (n,) into target (ranks, n). source may be a view of target."""
+        """Copy the `source` (n,) of rank r into row r of every rank's `target` (ranks, n). `source` may be a view of `target`."""
         ranks, flat, rows = self.comm.size, source.view(-1), target.view(self.comm.size, -1)
         shared = self.shared_memory(target)
         if shared or target.nbytes <= LARGEST_BYTES:
@@ -231,7 +231,7 @@ class Calls:
             rows[:, begin:end].copy_(got.view(ranks, -1))
 
     def allgatherv(self, source: torch.Tensor, target: torch.Tensor, lengths: Sequence[int]) -> None:
-        """Concatenate all ranks' sources into target. lengths: bytes of each rank's source."""
+        """Concatenate the `source` tensors of all ranks in every rank's `target`. `lengths`: bytes of each rank's `source`."""
         if target.nbytes <= LARGEST_BYTES:
             self.wait(self.comm.Iallgatherv(octets(source), parts(target, lengths)))
             return
@@ -241,7 +241,7 @@ class Calls:
             self.bcast(part, rank)
 
     def gather(self, source: torch.Tensor, target: torch.Tensor | None, root: int) -> None:
-        """Gather each rank's source (n,) into the root's target (ranks, n). target is None on other ranks."""
+        """Copy the `source` (n,) of rank r into row r of `target` (ranks, n) on rank `root`. On other ranks, `target` is None."""
         flat = source.view(-1)
         for begin, end in pieces(0, flat.numel(), flat.element_size() * self.comm.size):
             piece = octets(flat[begin:end])
@@ -253,7 +253,7 @@ class Calls:
             target.view(self.comm.size, -1)[:, begin:end].copy_(got.view(self.comm.size, -1))
 
     def scatter(self, source: torch.Tensor | None, target: torch.Tensor, root: int) -> None:
-        """Scatter the rows of the root's source (ranks, n). Rank r gets row r in target (n,). source is None on other ranks."""
+        """Copy row r of `source` (ranks, n) on rank `root` into `target` (n,) of rank r. On other ranks, `source` is None."""
         flat = target.view(-1)
         for begin, end in pieces(0, flat.numel(), flat.element_size() * self.comm.size):
             piece = flat[begin:end]
@@ -265,9 +265,9 @@ class Calls:
             self.wait(self.comm.Iscatter([memory(sent), piece.nbytes, MPI.BYTE], octets(piece), root))
 
     def alltoall(self, source: torch.Tensor, target: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> None:
-        """Send range r of source to rank r, and store the received ranges in target, in order of ranks.
+        """Send range r of `source` to rank r, for every r. Store the received ranges in `target`, in order of their senders.
 
-        sent, received: the number of bytes to each rank, and from each rank.
+        `sent`: the bytes of each range of `source`. `received`: the bytes of each range of `target`.
         """
         most = LARGEST_BYTES // self.comm.size
         if max(*sent, *received) <= most:
@@ -289,7 +289,7 @@ class Calls:
             part[: len(new)].copy_(new)
 
     def sparse_allreduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the sum of all ranks' sparse COO tensors. Entries with equal indices are added."""
+        """Return the sum of the sparse COO tensors of all ranks. Entries with equal indices are added."""
         tensor = tensor.coalesce()
         counts = torch.zeros(self.comm.size, dtype=torch.int64)
         self.allgather(torch.tensor([tensor._nnz()], dtype=torch.int64), counts)

@@ -18,18 +18,18 @@ from mpidp.c10d.works import Message, Promise
 
 
 class MpiGroup(Reductions, Moves):
-    """The "mpi4py" process group. send and recv are Collective over the two ranks, other methods over the group."""
+    """The "mpi4py" process group. send() and recv() are Collective over sender and receiver, other methods over the group."""
 
     def barrier(self, opts: object = None, timeout: timedelta | None = None) -> Promise:
-        """Return a Work that completes when all ranks have called barrier()."""
+        """Return a Work object that completes when all ranks have called barrier()."""
         seconds = opts if isinstance(opts, timedelta) else timeout
         return self._begin("barrier", self._calls.barrier, [], [], opts, seconds)
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
-        """Wait until all ranks have called monitored_barrier(). Raises RuntimeError if a rank does not call this method
-        before the timeout.
+        """Wait until all ranks have called monitored_barrier(). Raises RuntimeError if a rank does not call it before the
+        timeout.
 
-        Rank 0's error names the first missing rank, or all missing ranks if wait_all_ranks is true.
+        The error on rank 0 names the first missing rank, or all missing ranks if `wait_all_ranks` is true.
         """
         self._barriers += 1
         seconds = self.seconds if timeout is None else timeout.total_seconds()
@@ -46,18 +46,20 @@ class MpiGroup(Reductions, Moves):
         return message
 
     def send(self, tensors: Tensors, dst: int, tag: int = 0) -> Promise:
-        """Start sending a tensor to rank dst. The tensor may be overwritten when the returned work is complete."""
+        """Start sending a tensor to rank `dst`, and return a Work object. The tensor must not be overwritten before the work is
+        complete."""
         hosted, record = self._hosted("send", tensors)
         return self._message(send(self.comm, hosted.load(), dst, tag), hosted, False, f"send to rank {dst}, tag {tag}", record)
 
     def recv(self, tensors: Tensors, src: int, tag: int = 0) -> Promise:
-        """Start receiving a tensor from rank src. The tensor may be read when the returned work is complete."""
+        """Start receiving a tensor from rank `src`, and return a Work object. The tensor must not be read before the work is
+        complete."""
         hosted, record = self._hosted("recv", tensors)
         requests = receive(self.comm, hosted.empty(), src, tag)
         return self._message(requests, hosted, True, f"recv from rank {src}, tag {tag}", record)
 
     def recv_anysource(self, tensors: Tensors, tag: int = 0) -> Promise:
-        """Start receiving a tensor from any rank. torch reads the sender's rank from the returned work."""
+        """Start receiving a tensor from any rank, and return a Work object. Its method source_rank() returns the sender."""
         hosted, record = self._hosted("recvAnySource", tensors)
         requests = receive(self.comm, hosted.empty(), MPI.ANY_SOURCE, tag)
         return self._message(requests, hosted, True, f"recv from any rank, tag {tag}", record)

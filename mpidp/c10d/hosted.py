@@ -1,7 +1,8 @@
-"""Host buffers, which MPI reads and writes. A host buffer is the caller's tensor itself, or a contiguous copy in host memory.
+"""Host buffers, which MPI reads and writes. The host buffer of a tensor is the tensor itself if it is contiguous and on the host.
+Otherwise it is a contiguous copy in host memory.
 
-A CUDA tensor is copied through pinned memory. The copy to the host waits for the caller's current CUDA stream. A call completes
-only after the copy back to the device has finished, so any stream may read the result.
+A CUDA tensor is copied through pinned memory. The copy to the host waits for the work on the caller's current CUDA stream. A call
+completes only after the copy back to the device has finished, so any stream may read the result.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import torch
 
 
 class HostBuffer:
-    """The host buffer of one tensor of a call. Independent."""
+    """The host buffer of one tensor that a call reads or writes. Independent."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        """Make the buffer in the caller's thread, because the constructor records an event on the caller's current stream."""
+        """Make the host buffer of `tensor`. The constructor records an event on the current CUDA stream. Call it in the thread
+        that starts the collective."""
         self.tensor = tensor.detach()
         self._host: torch.Tensor | None = None
         self._written: Any = None
@@ -24,8 +26,8 @@ class HostBuffer:
             self._written = torch.cuda.current_stream(self.tensor.device).record_event()
 
     def empty(self) -> torch.Tensor:
-        """Return a contiguous host tensor of the same shape, for the caller to fill. If the original tensor is contiguous and on
-        the host, return the original."""
+        """Return the host buffer without copying the tensor's values into it. It has the shape of the tensor. The caller fills
+        it."""
         if self._host is None:
             plain = self.tensor.device.type == "cpu" and self.tensor.is_contiguous()
             cuda = self.tensor.device.type == "cuda"
@@ -35,7 +37,7 @@ class HostBuffer:
         return self._host
 
     def load(self) -> torch.Tensor:
-        """Return the host tensor, filled with the original tensor's values."""
+        """Return the host buffer, with the values of the tensor."""
         host = self.empty()
         if self._written is not None:
             self._written.synchronize()
@@ -44,7 +46,7 @@ class HostBuffer:
         return host
 
     def store(self) -> None:
-        """Copy the host tensor back into the original tensor."""
+        """Copy the values of the host buffer back into the tensor."""
         if self._host is not None and self._host.data_ptr() != self.tensor.data_ptr():
             self.tensor.copy_(self._host)
             if self.tensor.device.type == "cuda":

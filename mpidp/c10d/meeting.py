@@ -1,8 +1,8 @@
 """Registration with torch.distributed: the `mpi://` rendezvous, the creation of groups, and the end of the process.
 
-Ranks and sizes come from MPI. Each group gets its own communicator, made from MPI's world. torch dispatches functional
-collectives to the group's methods. The exception is all_gather_into_tensor_out, which torch dispatches to the C++ base class, so
-this file registers a kernel for all_gather_into_tensor_out.
+Ranks and sizes come from MPI. Each group gets its own communicator, which is made from world(). torch calls the group's methods
+for functional collectives. The exception is all_gather_into_tensor_out, which calls the C++ base class instead. For it, this file
+registers a kernel that calls the group's method.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _failed = False
 
 
 def use(comm: MPI.Intracomm) -> None:
-    """Make later groups from this communicator instead of COMM_WORLD, for example from the remaining ranks after a failure.
+    """Make later groups from `comm` instead of COMM_WORLD. For example, `comm` may have the remaining ranks after a failure.
     Independent."""
     global _world
     _world = comm
@@ -57,10 +57,10 @@ def world() -> MPI.Intracomm:
 
 
 def rendezvous(url: str, timeout: timedelta = MEETING_TIMEOUT, **_: Any) -> Iterator[tuple[Any, int, int]]:
-    """Yield (store, rank, size) for torch's rendezvous with init_method="mpi://". Collective over the world.
+    """Yield (store, rank, size). torch calls this function for init_method="mpi://". Collective over world().
 
-    The store is a TCPStore on rank 0 at a free port (comm/store.py). Rank 0 broadcasts the store's address with MPI. Raises
-    RuntimeError on all ranks if any rank cannot connect to the store.
+    The store is a TCPStore on rank 0 at a free port (comm/store.py). Raises RuntimeError on all ranks if any rank cannot connect
+    to the store.
     """
     global _server
     comm = world()
@@ -73,9 +73,10 @@ def rendezvous(url: str, timeout: timedelta = MEETING_TIMEOUT, **_: Any) -> Iter
 
 
 def make_group(opts: Any, backend_options: Any = None) -> MpiGroup:
-    """Create a process group. torch calls this function. Collective over the group's ranks only.
+    """Create a process group when torch needs one. Collective over the ranks of the new group. `opts`: torch's description of the
+    group.
 
-    Raises RuntimeError if torch's rank differs from MPI's.
+    Raises RuntimeError if the rank that torch was given is not the rank in MPI.
     """
     comm, ranks = world(), list(opts.global_ranks_in_group)
     ranks = ranks or list(range(opts.group_size))
@@ -94,10 +95,8 @@ def make_group(opts: Any, backend_options: Any = None) -> MpiGroup:
 
 
 def _blocking(comm: MPI.Intracomm) -> bool:
-    """Return whether ranks may use MPI's blocking calls, which keep a core busy while they wait. Collective over comm.
-
-    All ranks get the same result.
-    """
+    """Return whether the ranks of `comm` may use MPI's blocking calls, which keep a core busy while they wait. All ranks get the
+    same result. Collective over comm."""
     rows = comm.allgather((socket.gethostname(), sorted(os.sched_getaffinity(0)), os.environ.get(WAIT, "")))
     choices = {choice for _, _, choice in rows if choice}
     if choices:
@@ -117,7 +116,7 @@ def _all_gather_out(input: torch.Tensor, group_size: int, group_name: Any, *, ou
 
 
 def _prepare() -> None:
-    """Register the kernel and the exit handlers. Later calls have no effect."""
+    """Register the kernel of all_gather_into_tensor_out and the exit handlers. Only the first call has an effect."""
     global _library
     if _library is not None:
         return
@@ -142,8 +141,8 @@ def _notice_failure() -> None:
 def _leave() -> None:
     """Shut down the groups at the end of the process.
 
-    After an uncaught error, abort all ranks. Otherwise MPI_Finalize could wait forever for other ranks, which wait for this rank.
-    Also abort if a group's thread is still inside MPI because other ranks did not join a call.
+    After an uncaught error, abort all ranks, because MPI_Finalize could wait forever for ranks that wait for this rank. Also
+    abort if a group's thread is still inside MPI because other ranks did not join a call.
     """
     groups = [group for group in distributed_c10d._world.pg_map if isinstance(group, MpiGroup)]
     for group in groups if not _failed else ():
@@ -159,7 +158,7 @@ def _leave() -> None:
 
 
 def register() -> None:
-    """Register the backend and mpi:// with torch.distributed. Independent."""
+    """Register the backend "mpi4py" and the rendezvous mpi:// with torch.distributed. Independent."""
     dist.Backend.register_backend(NAME, make_group, extended_api=True, devices=["cpu", "cuda"])
     dist.register_rendezvous_handler("mpi", rendezvous)
 

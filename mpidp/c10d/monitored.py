@@ -1,4 +1,5 @@
-"""A barrier that names the missing ranks, like torch.distributed.monitored_barrier with gloo. All ranks report to rank 0."""
+"""A barrier that names the missing ranks, like torch.distributed.monitored_barrier of the backend gloo. All ranks report to rank
+0."""
 
 from __future__ import annotations
 
@@ -9,12 +10,11 @@ from mpi4py import MPI
 
 
 def monitored_barrier(comm: MPI.Intracomm, number: int, seconds: float, wait_all_ranks: bool, tag: int) -> None:
-    """Wait until all ranks have called this function. Raises RuntimeError if a rank is missing after `seconds`. Collective over
-    comm.
+    """Wait until all ranks have called this function. Raises RuntimeError on every rank that called it if a rank is missing after
+    `seconds`. Collective over comm.
 
-    Rank 0's error names the first missing rank, or all missing ranks if wait_all_ranks is true. Rank 0 then does not answer the
-    other ranks, so they also time out and raise RuntimeError. number: the number of this barrier in the group, counted from 1.
-    tag: a tag that no other messages use.
+    The error on rank 0 names the first missing rank, or all missing ranks if `wait_all_ranks` is true. `number`: the number of
+    this barrier in the group, counted from 1. `tag`: a tag that no other messages use.
     """
     end = time.monotonic() + seconds
     message, milliseconds = np.array([number]), round(1000 * seconds)
@@ -44,8 +44,8 @@ def monitored_barrier(comm: MPI.Intracomm, number: int, seconds: float, wait_all
 
 
 def _reported(comm: MPI.Intracomm, rank: int, number: int, end: float, tag: int) -> bool:
-    """Return whether `rank` reports that it reached barrier `number` before the time `end`. Collective over `rank` and this
-    rank."""
+    """Return True if `rank` reports that it has reached barrier `number`. Return False if it does not before the time `end` (of
+    time.monotonic). Collective over `rank` and this rank."""
     received = np.zeros(1, dtype=int)
     while received[0] < number:
         report = comm.Irecv(received, rank, tag)
@@ -57,7 +57,7 @@ def _reported(comm: MPI.Intracomm, rank: int, number: int, end: float, tag: int)
 
 
 def _wait_for(request: MPI.Request, end: float) -> bool:
-    """Return whether the request completes before the time `end`. Independent."""
+    """Return True when the request completes, or False if it does not before the time `end` (of time.monotonic). Independent."""
     pause = 2e-5
     while not request.Test():
         if time.monotonic() > end:

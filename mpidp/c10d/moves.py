@@ -1,5 +1,5 @@
-"""Collectives that move data without reducing it. Methods are defined under torch.distributed's old and new names. They are
-Collective over the group."""
+"""Collectives that move data without reducing it. Methods that torch.distributed has renamed are defined under both names. All
+methods are Collective over the group."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from mpidp.c10d.works import Promise
 
 
 class Moves(Base):
-    """Broadcast, gather, scatter and all-to-all. Shapes and semantics are those of torch.distributed."""
+    """Broadcast, gather, scatter and all-to-all. Shapes and semantics are those of torch.distributed. Each method returns a Work
+    object."""
 
     def broadcast(self, tensors: Tensors, opts: Any = None, timeout: timedelta | None = None) -> Promise:
-        """Broadcast the root's tensors into the tensors of the other ranks."""
+        """Copy the tensors of the root into the tensors of the other ranks."""
         given, root = as_list(tensors), root_of(opts)
         hosted = [HostBuffer(tensor) for tensor in given]
 
@@ -32,13 +33,13 @@ class Moves(Base):
         return self._begin(f"broadcast from rank {root}", work, given, given, opts, timeout)
 
     def all_gather_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> Promise:
-        """Gather all ranks' inputs into one output tensor."""
+        """Concatenate the inputs of all ranks in one output tensor."""
         return self.all_gather_single_coalesced([output], [input], opts)
 
     _allgather_base = all_gather_single
 
     def all_gather_single_coalesced(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> Promise:
-        """Run all_gather_single for several tensors."""
+        """Run all_gather_single() for each input and output."""
         outs, ins = as_list(outputs), as_list(inputs)
         check(all(o.numel() == i.numel() * self.comm.size and o.dtype == i.dtype for o, i in zip(outs, ins, strict=True)),
                "all_gather", "the output must have the input's dtype and (number of ranks) times its elements")
@@ -54,12 +55,13 @@ class Moves(Base):
     allgather_into_tensor_coalesced = all_gather_single_coalesced
 
     def allgather(self, outputs: Any, inputs: Tensors, opts: Any = None) -> Promise:
-        """Gather each input from all ranks into a list with one output per rank. Sizes may differ between ranks."""
+        """Gather each input from all ranks into a list of output tensors, one per rank. The sizes of the inputs may differ
+        between ranks."""
         ins, lists = as_list(inputs), [outputs] if isinstance(inputs, torch.Tensor) else list(outputs)
         return self._gathered("all_gather", [list(row) for row in lists], ins, opts)
 
     def allgather_coalesced(self, output_lists: Any, inputs: Tensors, opts: Any = None) -> Promise:
-        """Run allgather for several inputs. output_lists: one list per rank. Each list has one tensor for each input."""
+        """Run allgather() for several inputs. `output_lists`: one list per rank. Each of these lists has one tensor per input."""
         return self._gathered("all_gather", [list(row) for row in zip(*output_lists, strict=True)], as_list(inputs), opts)
 
     def _gathered(self, name: str, lists: list[list[torch.Tensor]], ins: list[torch.Tensor], opts: Any) -> Promise:
@@ -83,7 +85,7 @@ class Moves(Base):
         return self._begin(name, work, ins, lists, opts)
 
     def gather(self, outputs: Any, inputs: Tensors, opts: Any = None, *, root: int | None = None) -> Promise:
-        """Gather all ranks' inputs into a list on the root."""
+        """Gather the inputs of all ranks into a list on the root."""
         source, at = HostBuffer(as_list(inputs)[0]), root_of(opts) if root is None else root
         is_root = self.comm.rank == at
         every = list(outputs if not outputs or isinstance(outputs[0], torch.Tensor) else outputs[0]) if is_root else []
@@ -102,7 +104,7 @@ class Moves(Base):
         return self._begin("gather", work, [source.tensor], [every], opts)
 
     def scatter(self, outputs: Tensors, inputs: Any, opts: Any = None, *, root: int | None = None) -> Promise:
-        """Scatter a list of tensors from the root, one to each rank."""
+        """Send the list of tensors on the root to the ranks, one tensor to each rank."""
         target, at = HostBuffer(as_list(outputs)[0]), root_of(opts) if root is None else root
         is_root = self.comm.rank == at
         every = list(inputs if not inputs or isinstance(inputs[0], torch.Tensor) else inputs[0]) if is_root else []
@@ -120,9 +122,9 @@ class Moves(Base):
 
     def all_to_all_single(self, output: torch.Tensor, input: torch.Tensor, output_splits: Any = (), input_splits: Any = (),
                           opts: Any = None) -> Promise:
-        """Send a range of the input to each rank, and store the received ranges in the output, in order of ranks.
+        """Send a range of `input` to each rank, and store the received ranges in `output`, in order of their senders.
 
-        input_splits, output_splits: length of each rank's range along dimension 0. If they are empty, all ranges have equal
+        `input_splits`, `output_splits`: the length of each range along dimension 0. If they are empty, all ranges have equal
         lengths.
         """
         source, target = HostBuffer(input), HostBuffer(output)
@@ -137,7 +139,7 @@ class Moves(Base):
     alltoall_base = all_to_all_single
 
     def _lengths(self, tensor: torch.Tensor, splits: list[int]) -> list[int]:
-        """Return the size of each rank's range in bytes."""
+        """Return the size in bytes of each rank's range of the tensor. Raises ValueError if `splits` does not fit the tensor."""
         if not splits:
             check(tensor.dim() > 0 and tensor.shape[0] % self.comm.size == 0, "all_to_all",
                    "without splits, dimension 0 must be a multiple of the number of ranks")
@@ -163,7 +165,7 @@ class Moves(Base):
 
 
 def unpack(whole: torch.Tensor, targets: list[HostBuffer]) -> None:
-    """Copy the bytes of `whole` into the targets, one after another."""
+    """Copy the bytes of `whole` into the targets, one target after the other."""
     for part, target in zip(whole.split([target.tensor.nbytes for target in targets]), targets, strict=True):
         host = target.empty()
         host.view(-1).view(torch.uint8).copy_(part)

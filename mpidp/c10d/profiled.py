@@ -1,5 +1,5 @@
-"""Records calls in torch's profiler. A record lasts from the call's start to its completion, in any thread. The record shows the
-shapes of the call's tensors."""
+"""Records calls in torch's profiler. A record begins when the call starts. It ends when the call completes, even if this happens
+in another thread. The record shows the shapes of the call's tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 
 
 def recorded(name: str, tensors: Sequence[torch.Tensor]) -> Callable[[], None] | None:
-    """Start a profiler record and return the function that ends it. Returns None if the profiler is off. Independent."""
+    """Start a profiler record for the call `name`. Return the function that ends the record, or None if the profiler is off.
+    Independent."""
     if not torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
         return None
     handle = torch.autograd._record_function_with_args_enter(name, *tensors)  # type: ignore[attr-defined]

@@ -1,5 +1,5 @@
-"""Collectives that reduce tensors. Methods are defined under torch.distributed's old and new names. They are Collective over the
-group."""
+"""Collectives that reduce tensors. Methods that torch.distributed has renamed are defined under both names. All methods are
+Collective over the group."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mpidp.c10d.works import Promise
 
 
 class Reductions(Base):
-    """Collectives that reduce tensors. Shapes and semantics are those of torch.distributed."""
+    """Collectives that reduce tensors. Shapes and semantics are those of torch.distributed. Each method returns a Work object."""
 
     def allreduce(self, tensors: Tensors, opts: Any = None, timeout: timedelta | None = None) -> Promise:
-        """Reduce tensors over all ranks, in place."""
+        """Reduce each tensor over all ranks. The results replace the tensors on every rank."""
         given, op = as_list(tensors), op_of(opts)
         if any(tensor.is_sparse for tensor in given):
             return self._sparse_allreduce(given, op, opts)
@@ -46,7 +46,7 @@ class Reductions(Base):
         return self._begin("all_reduce of sparse tensors", work, given, given, opts)
 
     def reduce(self, tensors: Tensors, opts: Any = None, *, op: Any = None) -> Promise:
-        """Reduce tensors to the root, in place."""
+        """Reduce each tensor over all ranks. The results replace the tensors of the root."""
         given, root = as_list(tensors), root_of(opts)
         kinds = [kind_of(op_of(opts) if op is None else op, tensor.dtype) for tensor in given]
         hosted = [HostBuffer(tensor) for tensor in given]
@@ -60,13 +60,13 @@ class Reductions(Base):
         return self._begin("reduce", work, given, given, opts)
 
     def reduce_scatter_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> Promise:
-        """Reduce the input over all ranks, and divide the result into equal ranges. Rank r gets range r as output."""
+        """Reduce `input` over all ranks, and divide the result into equal ranges. `output` gets range r on rank r."""
         return self.reduce_scatter_single_coalesced([output], [input], opts)
 
     _reduce_scatter_base = reduce_scatter_single
 
     def reduce_scatter_single_coalesced(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> Promise:
-        """Run reduce_scatter_single for several tensors."""
+        """Run reduce_scatter_single() for each input and output."""
         outs, ins = as_list(outputs), as_list(inputs)
         kinds = [kind_of(op_of(opts), tensor.dtype) for tensor in ins]
         check(all(o.numel() * self.comm.size == i.numel() and o.dtype == i.dtype for o, i in zip(outs, ins, strict=True)),
@@ -83,8 +83,8 @@ class Reductions(Base):
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
     def reduce_scatter(self, outputs: Tensors, inputs: Any, opts: Any = None) -> Promise:
-        """Reduce each input of a list over all ranks. The list has one input for each rank, and rank r gets the r-th result. The
-        sizes of the inputs may differ."""
+        """Reduce each tensor of a list over all ranks. The list has one tensor per rank, and rank r gets the result of tensor r.
+        The tensors of a list may differ in size."""
         outs, lists = as_list(outputs), [inputs] if isinstance(outputs, torch.Tensor) else list(inputs)
         kind = kind_of(op_of(opts), outs[0].dtype)
         rows = [([HostBuffer(i) for i in every], HostBuffer(o)) for every, o in zip(lists, outs, strict=True)]

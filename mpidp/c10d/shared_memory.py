@@ -1,10 +1,9 @@
-"""Large collectives within a node, which use staging buffers in shared memory instead of MPI messages.
+"""Large collectives within a node. They use buffers in shared memory instead of MPI messages.
 
 A tensor passes through the buffers in pieces that fit in the processor's cache. An all_reduce has three phases for each piece.
-First, every rank copies the piece to its own buffer. Second, every rank reduces one range of all ranks' buffers into a common
-buffer. Third, every rank copies the reduced piece from the common buffer. Each buffer has two halves, so that three successive
-pieces are in different phases at the same time. The ranks therefore synchronize only once per piece. Reading other ranks' tensors
-with process_vm_readv was slower, because the kernel looks up every page (docs/results/2026-11-30-c10d.md).
+First, every rank copies the piece to its own buffer. Second, every rank reduces one range of all ranks' buffers, and stores the
+result in a common buffer. Third, every rank copies the reduced piece from the common buffer. Each buffer has two halves, so that
+successive pieces can be in different phases at the same time. The ranks therefore synchronize only once per piece.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ Phase = Callable[[int], None]  # a function that processes the piece with the gi
 
 
 def _made(size: int) -> tuple[int, list[int]]:
-    """Make an anonymous file of `size` bytes that begins with random integers. Return its file descriptor and these integers. The
-    descriptor is -1 if the system cannot make the file, for example because the process cannot open more files."""
+    """Make an anonymous file of `size` bytes that begins with random integers. Return (descriptor, integers). The descriptor is
+    -1 if the system cannot make the file, for example because the process cannot open more files."""
     token = torch.frombuffer(bytearray(os.urandom(8 * TOKEN)), dtype=torch.int64)
     handle = -1
     try:
@@ -46,12 +45,14 @@ def _made(size: int) -> tuple[int, list[int]]:
 class SharedMemory:
     """Collectives of a group whose ranks all run on one node. Public methods are Collective over the group.
 
-    Tensors must be flat, contiguous and on the host. For reductions their dtype must be in sums.ADDED. kind: the reduction, a key
-    of sums.OPS. Methods raise RuntimeError on all ranks if the ranks call different methods or pass different sizes or dtypes.
+    Tensors must be contiguous and on the host. For reductions, their dtype must be in sums.ADDED. The parameter `kind` names the
+    reduction by a key of sums.OPS. Methods raise RuntimeError on all ranks if the ranks call different methods, or pass different
+    sizes or dtypes.
     """
 
     def __init__(self, exchange: Exchange, synchronize: Callable[[], None], rank: int, ranks: int) -> None:
-        """exchange: an allgather of numbers over the group. synchronize: a barrier over the group."""
+        """`exchange`: a function that gathers a list of numbers from every rank of the group. `synchronize`: a barrier over the
+        group."""
         self.rank, self.ranks = rank, ranks
         self._exchange, self._synchronize = exchange, synchronize
         self._piece = max(ALIGN * 8, min(PIECE_BYTES, BUFFER_BYTES // ranks) // (ALIGN * 8) * (ALIGN * 8))
@@ -71,8 +72,8 @@ class SharedMemory:
         return every
 
     def _map(self, path: str, size: int, token: list[int]) -> bool:
-        """Map rank 0's file. Return False if the path cannot be opened. Also return False if rank 0 is on another node, so that
-        the path on this node leads to a file of an unrelated process."""
+        """Map the file of rank 0. Return False if this is not possible, for example because rank 0 is on another node. The random
+        integers `token` show whether the file at `path` is the one that rank 0 made."""
         try:
             handle = os.open(path, os.O_RDWR)
         except OSError:
@@ -88,7 +89,8 @@ class SharedMemory:
             os.close(handle)
 
     def _begin(self, tensor: torch.Tensor, call: str) -> None:
-        """Check that all ranks make the same call, and wait until the buffers are free."""
+        """Wait until all ranks have begun a call and the buffers are free. Raises RuntimeError if the ranks make different
+        calls."""
         table = self._exchange([tensor.nbytes, zlib.crc32(f"{call} {tensor.dtype}".encode())])
         for rank, found in enumerate(table):
             if found != table[0]:
@@ -98,8 +100,8 @@ class SharedMemory:
                 )
 
     def _run(self, count: int, *phases: Phase) -> None:
-        """Run all phases on each of `count` pieces. A piece enters a phase when all ranks have completed the piece's previous
-        phase."""
+        """Run all phases on each of `count` pieces. A piece enters a phase after all ranks have finished the previous phase of
+        this piece."""
         turns = count + len(phases) - 1
         for turn in range(turns if count else 0):
             for place, phase in enumerate(phases):
@@ -109,11 +111,12 @@ class SharedMemory:
                 self._synchronize()
 
     def _buffers(self, k: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return the buffers for piece k, of shape (ranks + 1, elements)."""
+        """Return the buffers for piece k: those of all ranks and, last, the common buffer, (ranks + 1, elements)."""
         return self._halves[k % 2].view(dtype)
 
     def _reduce(self, sources: list[torch.Tensor], kind: str, out: torch.Tensor) -> None:
-        """Reduce the sources into out, in order of ranks. Half-precision values are added in float32 and rounded once."""
+        """Reduce the sources into `out`, in order of ranks. Half-precision values are reduced in float32, and the result is
+        rounded once."""
         add, half = ADDERS[kind], out.dtype in HALVES
         total = self._wide[: len(out)].copy_(sources[0]) if half else sources[0]
         for source in sources[1:]:
@@ -124,7 +127,7 @@ class SharedMemory:
             out.copy_(total)
 
     def allreduce(self, flat: torch.Tensor, kind: str) -> None:
-        """Reduce a tensor over all ranks, in place."""
+        """Reduce `flat` (n,) over all ranks. The result replaces `flat` on every rank."""
         self._begin(flat, f"all_reduce {kind}")
         step, rank = self._piece // flat.element_size(), self.rank
         pieces = flat.split(step) if len(flat) else ()
@@ -146,7 +149,8 @@ class SharedMemory:
         self._run(len(pieces), copy_in, reduce, lambda k: pieces[k].copy_(self._buffers(k, flat.dtype)[-1, : len(pieces[k])]))
 
     def reduce_scatter(self, rows: torch.Tensor, out: torch.Tensor, kind: str) -> None:
-        """Reduce rows (ranks, n) over all ranks. Rank r stores row r of the result in out (n,), which must not overlap rows."""
+        """Reduce `rows` (ranks, n) over all ranks. Rank r stores row r of the result in its `out` (n,), which must not overlap
+        `rows`."""
         self._begin(rows, f"reduce_scatter {kind}")
         step = self._piece // self.ranks // ALIGN * ALIGN // rows.element_size() or 1
 
@@ -167,7 +171,7 @@ class SharedMemory:
         self._run(-(-len(out) // step), copy_in, reduce)
 
     def allgather(self, rows: torch.Tensor) -> None:
-        """Copy row r of rank r into row r of every other rank. rows: (ranks, n)."""
+        """Copy row r of `rows` (ranks, n) from rank r to all other ranks, for every r."""
         self._begin(rows, "all_gather")
         step = self._piece // rows.element_size()
         pieces = [rows[:, begin : begin + step] for begin in range(0, rows.shape[1], step)]
@@ -183,7 +187,7 @@ class SharedMemory:
         self._run(len(pieces), copy_in, copy_out)
 
     def bcast(self, flat: torch.Tensor, root: int) -> None:
-        """Copy the root's tensor into the tensors of the other ranks."""
+        """Copy `flat` (n,) from rank `root` to all other ranks."""
         self._begin(flat, f"broadcast from rank {root}")
         pieces = flat.split(self._piece // flat.element_size()) if len(flat) else ()
 

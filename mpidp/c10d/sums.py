@@ -1,5 +1,5 @@
-"""The MPI datatypes and operations for torch's dtypes and reductions. MPI has no bfloat16 or float16, so torch reduces these
-types."""
+"""The MPI datatypes and operations for torch's dtypes and reductions. MPI has no bfloat16 and no float16, so torch reduces
+tensors of these dtypes."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ _BITS = ("BAND", "BOR", "BXOR")
 
 
 def kind_of(op: Any, dtype: torch.dtype) -> str:
-    """Return the reduction's name, for example "SUM". Raises ValueError if the reduction is unknown, and TypeError if it is not
-    defined for dtype. Pure."""
+    """Return the name of the reduction `op`, for example "SUM". Raises ValueError if `op` is not supported, and TypeError if it
+    is not defined for `dtype`. Pure."""
     name = next((name for name, known in _KINDS.items() if op == known), None)
     if name is None:
         raise ValueError(f"mpi4py: reduction {op} is not supported: use one of {', '.join(OPS)}")
@@ -52,12 +52,12 @@ def kind_of(op: Any, dtype: torch.dtype) -> str:
 
 
 def mpi_op(kind: str, dtype: torch.dtype) -> MPI.Op:
-    """Return MPI's operation for a reduction. For bool, return the corresponding logical operation. Pure."""
+    """Return MPI's operation for a reduction. For dtype bool, it is a logical operation, for example LOR for SUM. Pure."""
     return OF_BOOLS[kind] if dtype == torch.bool else OPS[kind]
 
 
 def average(tensor: torch.Tensor, ranks: int) -> None:
-    """Divide a sum over ranks by the number of ranks, in place. Integers round toward zero. Independent."""
+    """Divide a sum over ranks by the number of ranks, in place. Integer results are rounded toward zero. Independent."""
     if tensor.is_floating_point() or tensor.is_complex():
         tensor.div_(ranks)
     else:
@@ -65,8 +65,8 @@ def average(tensor: torch.Tensor, ranks: int) -> None:
 
 
 def fold(blocks: torch.Tensor, kind: str, out: torch.Tensor) -> None:
-    """Reduce blocks (ranks, n) over ranks into out (n,). Values are reduced in float32, in order of ranks. The result is then
-    rounded once to the dtype of out. Independent."""
+    """Reduce `blocks` (ranks, n) over the ranks in float32. Round the result once to the dtype of `out` (n,), and store it there.
+    Independent."""
     blocks = blocks.float()
     if kind in ("SUM", "AVG"):
         done = blocks.sum(0)

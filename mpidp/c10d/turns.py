@@ -1,9 +1,9 @@
 """Runs a group's collectives in order, and checks their timeouts.
 
-Collectives of a group run one after another in the group's thread. If the group is idle, a collective may run in the caller's
+The collectives of a group run one after another in the group's thread. If the group is idle, a collective may run in the caller's
 thread. If a call takes too long, a watch thread ends it with an error that names the call and the missing ranks. To find the
-missing ranks, each rank that has waited for some time writes its rank and call to the group's store. A rank that has written
-nothing when the timeout expires is reported as missing.
+missing ranks, each rank that has waited for some time writes its rank and its call to the group's store. A rank is missing if it
+has written nothing by the end of the timeout.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ NAMED = 8  # most ranks listed in one message
 
 
 class Turns:
-    """The queue of one group's collectives. Independent, but all ranks must submit the same collectives in the same order."""
+    """The queue of one group's collectives. All ranks must submit the same collectives in the same order. Independent."""
 
     def __init__(self, calls: Calls, name: str, store: Any) -> None:
-        """store: a torch.distributed store used by this group only, or None."""
+        """`calls`: runs the collectives. `name`: the name of the group. `store`: a torch store that only this group uses, or
+        None."""
         self.calls = calls
         self.name = name
         self.broken: BaseException | None = None
@@ -49,10 +50,10 @@ class Turns:
         _watch.add(self)
 
     def submit(self, work: Queued, at_once: bool) -> Queued:
-        """Queue a collective, or run it immediately if `at_once` is true and the group is idle.
+        """Queue a collective, and return it. Run it immediately instead if `at_once` is true and the group is idle.
 
-        at_once: true if the caller waits for the collective immediately after this call. A collective that is submitted by the
-        group's own thread, in a future's callback, always runs immediately.
+        `at_once`: whether the caller will wait for the collective at once. A collective that the group's own thread submits, in
+        the callback of a future, always runs immediately. Without THREAD_MULTIPLE, every collective runs immediately.
         """
         if self.broken is not None:
             work.drop(self.broken)
@@ -91,9 +92,9 @@ class Turns:
                 self.abort(work.error)
 
     def close(self) -> bool:
-        """Finish the queued calls and stop the thread. Returns True.
+        """Finish the queued calls, stop the thread, and return True.
 
-        If the group is broken, returns False without waiting, because the thread of a broken group may never return from MPI.
+        If the group is broken, do not wait and return False, because its thread may never return from MPI.
         """
         _watch.remove(self)
         if self.broken is not None:
@@ -105,7 +106,7 @@ class Turns:
         return True
 
     def abort(self, error: BaseException) -> None:
-        """End the running call, the queued calls and all later calls with this error."""
+        """Mark the group as broken. The running call, the queued calls and all later calls end with `error`."""
         self.broken = self.broken or error
         work = self.running
         if work is not None:
@@ -119,8 +120,8 @@ class Turns:
                 waiting.drop(self.broken)
 
     def check_timeout(self) -> None:
-        """If the running call has waited for some time, write this to the store. If its timeout has passed, abort the group. The
-        watch thread calls this method."""
+        """Abort the group if the timeout of the running call has passed. Before that, once the call has waited for some time,
+        write this rank and the call to the store. The watch thread calls this method."""
         work = self.running
         if work is None or work.ended or work.began == 0.0 or self.broken is not None:
             return
@@ -142,7 +143,8 @@ class Turns:
             _quietly(lambda: self._store.append(self._key(work.number), f"{self.calls.comm.rank} {work.name};"))
 
     def _timeout_message(self, work: Queued) -> str:
-        """Return a message that names the call, the ranks that did not join it, and the ranks that are in another call."""
+        """Return the message about a call that timed out. It names the ranks that did not join the call, and the ranks that are
+        in another call."""
         size = self.calls.comm.size
         key = self._key(work.number)
         entries = _quietly(lambda: self._store.get(key).decode(errors="replace")) if self._store is not None else None
@@ -160,20 +162,20 @@ class Turns:
 
 
 def waiting_ranks(entries: str, size: int) -> dict[int, str]:
-    """Return the call in which each rank waits. entries: the store's text, which has "RANK CALL;" for each waiting rank. Text of
-    any other form is ignored, because any process that reaches the store can write to it. Pure."""
+    """Return {rank: the call in which it waits}. `entries`: the text in the store, which has "RANK CALL;" for each waiting rank.
+    Other text is ignored, because any process that reaches the store can write to it. Pure."""
     found = re.findall(r"(?:^|;)(\d{1,9}) ([ -:<-~]{1,80})(?=;)", entries)
     return {int(rank): name for rank, name in found if int(rank) < size}
 
 
 def format_ranks(ranks: list[int]) -> str:
-    """Return a text like "rank 3" or "ranks 1, 2 and 5 more". Pure."""
+    """Return a text such as "rank 3" or "ranks 1, 2 and 5 more". Pure."""
     more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:NAMED]))}{more}"
 
 
 def _quietly(work: Callable[[], Any]) -> Any:
-    """Return work(), or None if it raises an exception, for example because the store's server has exited."""
+    """Return the result of work(), or None if work() raises an exception, for example because the store's server has exited."""
     try:
         return work()
     except Exception:
@@ -181,7 +183,7 @@ def _quietly(work: Callable[[], Any]) -> Any:
 
 
 class Watch:
-    """One thread that checks the timeouts of all groups of the process."""
+    """A thread that checks the timeouts of all groups of the process."""
 
     def __init__(self) -> None:
         self._all: weakref.WeakSet[Turns] = weakref.WeakSet()

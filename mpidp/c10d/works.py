@@ -1,4 +1,4 @@
-"""The torch.distributed Work objects of running calls, and their futures."""
+"""The Work objects that torch.distributed returns for running calls, and the futures of these objects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FOREVER = timedelta(0)  # torch passes zero if no timeout is given
 
 
 def tensors_in(result: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors of a nested list. Pure."""
+    """Yield all tensors of a nested list. Pure."""
     if isinstance(result, torch.Tensor):
         yield result
     else:
@@ -30,7 +30,7 @@ def tensors_in(result: Any) -> Iterator[torch.Tensor]:
 
 
 class Promise(Work):
-    """A Work that completes once, with a result or an error. Independent."""
+    """A Work object. It completes once, with a result or with an error. Independent."""
 
     def __init__(self, result: Any, name: str) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Promise(Work):
         self.record: Callable[[], None] | None = None  # ends the profiler's record
 
     def end(self, error: BaseException | None = None) -> None:
-        """Complete the work, with an error if one is given. Only the first call has an effect."""
+        """Complete the work, with `error` if it is given. Only the first call has an effect."""
         with self._lock:
             if self.finished.is_set():
                 return
@@ -61,8 +61,8 @@ class Promise(Work):
         return self.finished.is_set()
 
     def wait(self, timeout: timedelta = FOREVER) -> bool:
-        """Wait for completion. Raises the call's error if the call failed, and DistBackendError if it is not complete after the
-        timeout."""
+        """Wait until the work is complete, and return True. Raises the error of the call if the call failed. Raises
+        DistBackendError if the work is not complete after `timeout`."""
         seconds = timeout.total_seconds() if timeout else 0.0
         if not self._wait(seconds if seconds > 0 else None):
             raise DistBackendError(f"mpi4py: Timed out after {seconds:g} s, waiting for {self.name}")
@@ -74,7 +74,7 @@ class Promise(Work):
         return self.finished.wait(seconds)
 
     def synchronize(self) -> None:
-        """Wait for completion, like wait()."""
+        """Wait until the work is complete, like wait()."""
         self.wait()
 
     def is_completed(self) -> bool:
@@ -90,11 +90,7 @@ class Promise(Work):
         return list(tensors_in(self._result))
 
     def get_future(self) -> Any:
-        """Return a future of the result.
-
-        If the call failed, the future's callback raises the call's error, so that C++ code also receives the error.
-        Future.set_exception would store the error as a value, which crashes DDP's reducer.
-        """
+        """Return a future of the result. If the call fails, the future gets the call's error, which C++ code also receives."""
         with self._lock:
             if self._future is not None:
                 return self._future
@@ -116,7 +112,8 @@ class Queued(Promise):
     """A collective in a group's queue (turns.py)."""
 
     def __init__(self, work: Callable[[], None], result: Any, name: str, seconds: float) -> None:
-        """work: runs the collective. result: the output tensors. name: the call's name in messages. seconds: the timeout."""
+        """`work`: a function that runs the collective. `result`: the output tensors. `name`: the call's name in messages.
+        `seconds`: the timeout."""
         super().__init__(result, name)
         self.seconds = seconds
         self.number = 0  # number of the collective in its group, counted from 1
@@ -142,13 +139,13 @@ class Queued(Promise):
             self.end()
 
     def drop(self, error: BaseException) -> None:
-        """Complete the work with an error, without running the collective."""
+        """Complete the work with `error`, without running the collective."""
         self._work = None
         self.end(error)
 
 
 class Message(Promise):
-    """A nonblocking send or receive. Its methods test MPI's requests."""
+    """The Work object of a nonblocking send or receive."""
 
     def __init__(self, requests: list[MPI.Request], hosted: HostBuffer, receives: bool, name: str, seconds: float) -> None:
         super().__init__([hosted.tensor], name)
@@ -161,7 +158,7 @@ class Message(Promise):
         self._testing = threading.Lock()
 
     def progress(self) -> bool:
-        """Test the requests, and complete the work if all requests are complete. Returns whether the work is complete."""
+        """Complete the work if all its MPI requests are complete. Return whether the work is complete."""
         with self._testing:
             if self.ended:
                 return True
@@ -201,7 +198,7 @@ class Message(Promise):
         return True
 
     def close(self) -> bool:
-        """Cancel a receive that has no matching send. Returns whether the message is complete."""
+        """Cancel the message if it is a receive without a matching send. Return whether the work is complete."""
         if not self.progress() and self._receives:
             with self._testing:
                 for request in self._requests:
@@ -214,7 +211,7 @@ class Message(Promise):
         return self.progress()
 
     def get_future(self) -> Any:
-        """Return a future of the result. A thread polls the requests until they complete."""
+        """Return a future of the result. A new thread polls the MPI requests until they complete."""
         future = super().get_future()
         if not self.progress():
             threading.Thread(target=self._poll, name="mpidp-c10d-message", daemon=True).start()
@@ -227,14 +224,14 @@ class Message(Promise):
             self.end(error)
 
     def source_rank(self) -> int:
-        """Return the sender's rank in the group, or -1 before completion."""
+        """Return the rank of the sender in the group, or -1 if the message has not arrived."""
         return self._source
 
     _source_rank = source_rank
 
 
 class Coalesced(Promise):
-    """A Work that stands for several coalesced calls."""
+    """A Work object that stands for several calls. It completes when all of them are complete."""
 
     def __init__(self, works: list[Promise]) -> None:
         super().__init__([work.result() for work in works], " + ".join(work.name for work in works) or "nothing")
@@ -252,5 +249,5 @@ class Coalesced(Promise):
         return self.ended
 
     def get_future(self) -> Any:
-        """Return a future that completes with the last call."""
+        """Return a future of the results. It completes when all calls are complete."""
         return torch.futures.collect_all([work.get_future() for work in self._works]).then(lambda _: self._result)

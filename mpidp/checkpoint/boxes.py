@@ -1,5 +1,5 @@
-"""Boxes of global tensors. Ranks that hold the same tensors divide them into boxes. Each rank writes its boxes to a safetensors
-file."""
+"""Divides the global tensors of a checkpoint into boxes. If several ranks hold the same tensors, each rank writes only some of
+the boxes. A rank writes all its boxes to one safetensors file."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ Box = list[list[int]]  # [start, stop) along each dimension; empty for a scalar
 
 
 def tensor_of(key: str) -> str:
-    """Return the name of the tensor that contains box `key`. The boxes of one tensor are named NAME#0, NAME#1 and so on. If the
-    tensor has only one box, the box is named NAME. Pure."""
+    """Return the name of the tensor that contains the box `key`. If a tensor has one box, the box has the name of the tensor. If
+    it has several, they are named NAME#0, NAME#1 and so on. Pure."""
     return key.partition("#")[0]
 
 
 def boxes_of_run(shape: tuple[int, ...], low: int, high: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Divide the elements [low, high) of a tensor, counted in row-major order, into boxes. Return [(first indices, shape)], one
-    pair for each box.
+    """Divide the elements [low, high) of a tensor, counted in row-major order, into boxes. Return one pair per box: (indices of
+    its first element, shape of the box).
 
-    A matrix gives at most three boxes: the end of one row, complete rows, and the beginning of another row. Pure."""
+    A range of a matrix gives at most three boxes: the end of one row, complete rows, and the beginning of another row. Pure.
+    """
     if low >= high:
         return []
     if len(shape) <= 1:
@@ -57,7 +58,7 @@ def boxes_of_run(shape: tuple[int, ...], low: int, high: int) -> list[tuple[tupl
 
 
 def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return (rows along dim 0, elements per row). A scalar has one row."""
+    """Return (number of rows along dimension 0, number of elements per row) of a tensor. A scalar has one row."""
     rows = shape[0] if shape else 1
     elements = 1
     for length in shape[1:]:
@@ -66,9 +67,8 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def share_out(shapes: Mapping[str, tuple[int, ...]], rank: int, size: int) -> dict[str, tuple[int, int]]:
-    """Divide the rows of replicated tensors among `size` writers. Return {name: (start, stop)}, the rows that writer `rank`
-    writes. These rows have about 1/size of all elements. Every row is written by exactly one writer. rank: from 0 to size - 1.
-    Pure."""
+    """Divide the rows of tensors that all ranks hold among `size` writers. Return {tensor's name: (start, stop)}: the rows that
+    writer number `rank` writes. Each writer gets about 1/size of all elements. Each row belongs to exactly one writer. Pure."""
     total = sum(rows * elements for rows, elements in map(_rows, shapes.values()))
     low, high = rank * total // size, (rank + 1) * total // size
     share, offset = {}, 0
@@ -83,7 +83,8 @@ def share_out(shapes: Mapping[str, tuple[int, ...]], rank: int, size: int) -> di
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a global tensor that one rank writes. The box begins at the indices `at` and has the shape of `tensor`."""
+    """A box of a global tensor that this rank writes. `at`: the indices of the box's first element in the global tensor.
+    `tensor`: the values of the box."""
 
     name: str  # name in the file: the tensor's name, or NAME#0, NAME#1, ... for several boxes of a tensor
     tensor: Tensor
@@ -91,15 +92,16 @@ class Piece:
 
     @property
     def box(self) -> Box:
-        """The box in the form in which manifests store it."""
+        """The box as manifests store it: one pair [start, stop] per dimension. stop is excluded."""
         return [[start, start + length] for start, length in zip(self.at, self.tensor.shape, strict=True)]
 
 
 def pieces_of(entries: Mapping[str, Entry], share: tuple[int, int] | None) -> list[Piece]:
     """Return the pieces that this rank writes, in the order of its file.
 
-    share: (index of this rank, number of ranks) among the ranks that write replicated tensors, or None if this rank writes no
-    replicated tensors. In addition, a rank writes all tensors that no other rank holds. Independent."""
+    `share`: which part of the replicated tensors this rank writes: (index of this rank among their writers, number of writers).
+    None means no part. This rank also writes all boxes that no other rank holds. Independent.
+    """
     found = []
     replicated = {name: tuple(e.tensor.shape) for name, e in entries.items() if e.layout == "replicated"}
     for name, (start, stop) in (share_out(replicated, *share) if share else {}).items():
@@ -113,7 +115,7 @@ def pieces_of(entries: Mapping[str, Entry], share: tuple[int, int] | None) -> li
 
 
 def describe(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """Return the shape, dtype and layout of each entry's tensor, for a manifest. Independent."""
+    """Return {tensor's name: its shape, dtype and layout}, as manifests store it. Independent."""
     return {
         tensor_of(name): {
             "shape": list(e.shape if e.shape is not None else e.tensor.shape),
@@ -126,8 +128,9 @@ def describe(entries: Mapping[str, Entry]) -> dict[str, Any]:
 def write_pieces(path: Path, pieces: Sequence[Piece], blocks: Iterable[memoryview]) -> tuple[int, int]:
     """Write a safetensors file and fsync it. Return (size in bytes, crc32).
 
-    blocks: the bytes of the pieces, in order. Other threads can run during the writes. If a write fails, removes the incomplete
-    file and raises OSError, which names the file. Independent."""
+    `blocks`: the bytes of all pieces, in the order of `pieces`. If a write fails, removes the incomplete file and raises OSError,
+    which names the file. Independent.
+    """
     about: dict[str, Any] = {}
     offset = 0
     for piece in pieces:

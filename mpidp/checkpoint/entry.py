@@ -1,4 +1,4 @@
-"""The entries of a checkpoint, which are named global tensors that are distributed over the ranks."""
+"""The entries of a checkpoint. An entry is one rank's part of a named global tensor."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ Layout = Literal["replicated", "sharded", "additive"]
 class Entry:
     """One rank's box of a named global tensor.
 
-    at: the indices in the global tensor at which the box begins. If `at` is empty, the box begins at the first element. shape:
-    the shape of the global tensor, or None if the box is the whole tensor. layout is one of:
+    `tensor`: the values of the box. `at`: the indices of the box's first element in the global tensor; () means that it is the
+    first element. `shape`: the shape of the global tensor, or None if the box is the whole tensor. `layout` is one of:
 
-    replicated: all replicas hold the same values, so any replica may write the tensor. sharded: only this rank holds the box.
-    additive: the global tensor is the sum of the ranks' tensors, which are residuals of error feedback. If the checkpoint is
-    loaded on the same number of ranks, each rank gets its own summand. Otherwise rank 0 gets the sum.
+    replicated: all replicas hold the same values. Any replica may write the tensor.
+
+    sharded: no other rank holds the box.
+
+    additive: the global tensor is the sum of one tensor per rank, for example of residuals. If a checkpoint is loaded on the same
+    number of ranks, each rank gets its own tensor back. Otherwise rank 0 gets the sum.
     """
 
     tensor: Tensor

@@ -1,4 +1,4 @@
-"""The parameters that a rank holds. They are whole, or the rank holds boxes of them (strategies/gathered.py)."""
+"""The parameters that a rank holds. A rank holds either whole parameters, or boxes of them (strategies/gathered.py)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mpidp.model.lora import saved_names
 
 
 class Shards(Protocol):
-    """The attribute `shards` of a parameter of which each rank stores a part. The values of the parameter itself may be missing.
-    """
+    """The type of the attribute `shards`. A parameter has it if each rank stores only a part of the parameter. The parameter's
+    own memory may then be empty."""
 
     def entries(self, name: str) -> dict[str, Entry]:
-        """Return this rank's boxes of the parameter, as NAME#0, NAME#1 and so on. Independent."""
+        """Return this rank's boxes of the parameter, named NAME#0, NAME#1 and so on. Independent."""
 
     def whole(self) -> Tensor:
         """Return the whole parameter. Collective over the ranks that hold shards of it."""
@@ -30,8 +30,8 @@ def _shards_of(p: Tensor) -> Shards | None:
 
 
 def parameters_of(model: torch.nn.Module) -> dict[str, Entry]:
-    """Return the parameters to save, by name. With LoRA these are only the adapters, because the base model does not change.
-    Independent."""
+    """Return {name: entry} of the parameters to save. With LoRA these are only the adapters, because the base model does not
+    change. Independent."""
     found, saved = dict(model.named_parameters()), dict[str, Entry]()
     for name in saved_names(list(found)):
         shards = _shards_of(found[name])
@@ -40,14 +40,14 @@ def parameters_of(model: torch.nn.Module) -> dict[str, Entry]:
 
 
 def whole(p: Tensor) -> Tensor:
-    """Return the whole parameter. Collective over the ranks that hold shards of it."""
+    """Return the whole parameter `p`. Collective over the ranks that hold shards of it, if any. Otherwise Independent."""
     shards = _shards_of(p)
     return p.detach() if shards is None else shards.whole()
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
-    """Return the sha256 of the float32 parameters in name order, as little-endian bytes. Shards are gathered one parameter at a
-    time. Collective over the ranks that hold shards, if any."""
+    """Return the sha256 of all parameters: as float32 in name order, little-endian. Shards are gathered one parameter at a time.
+    Collective over the ranks that hold shards, if any."""
     digest = hashlib.sha256()
     for _, p in sorted(model.named_parameters()):
         digest.update(whole(p).float().cpu().contiguous().numpy().tobytes())
@@ -55,7 +55,7 @@ def weights_sha256(model: torch.nn.Module) -> str:
 
 
 def boxes_held(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
-    """Return the sharded entries as {tensor's name: {box's name: entry}}. Pure."""
+    """Return those entries that are boxes of sharded tensors, as {tensor's name: {box's name: entry}}. Pure."""
     found: dict[str, dict[str, Entry]] = {}
     for key, entry in entries.items():
         if entry.shape is not None and entry.layout == "sharded":
@@ -64,8 +64,8 @@ def boxes_held(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
 
 
 def load_boxes(state: Mapping[str, Tensor], held: Mapping[str, Entry], optimizer: Any) -> None:
-    """Copy loaded boxes of optimizer state into the tensors of `held`. Raises ValueError if an entry of `state` belongs to no
-    parameter. Independent."""
+    """Copy loaded boxes of optimizer state into the optimizer's tensors. `state`: {name: loaded box}. `held`: {name: entry with
+    the tensor to fill}. Raises ValueError if a name in `state` belongs to no parameter. Independent."""
     for name, value in state.items():
         if name.endswith("/step"):
             optimizer.set_updates(int(value))
@@ -76,8 +76,8 @@ def load_boxes(state: Mapping[str, Tensor], held: Mapping[str, Entry], optimizer
 
 
 def bytes_by_use(**tensors: Iterable[Tensor]) -> dict[str, int]:
-    """For each argument NAME=tensors, return the bytes of memory that these tensors occupy, by name. Memory that several tensors
-    of one NAME share is counted once. Independent."""
+    """Return {NAME: bytes of memory that the tensors occupy} for the arguments NAME=tensors. Memory that several tensors of one
+    argument share is counted once. Independent."""
     return {
         what: sum({s.data_ptr(): s.nbytes() for t in some if (s := t.untyped_storage()).nbytes()}.values())
         for what, some in tensors.items()

@@ -1,13 +1,12 @@
-"""Checkpoints on disk. A checkpoint has one file for each rank that writes, and a manifest with checksums. The manifest is
-written last. Then a rename commits the checkpoint.
+"""Checkpoints on disk. A checkpoint is a folder with one file per rank that writes, and a manifest with checksums. The manifest
+is written last. Then the folder gets its final name, which commits the checkpoint.
 
     RUN/checkpoints/step_00000100/rank_00000.safetensors ...   named boxes of global tensors, one file per rank
                                  /manifest.json                 sizes and crc32 of files, the place of each box
     RUN/latest                                                  the name of the newest committed checkpoint
 
-Pieces are boxes of *global* tensors, so a checkpoint loads on any number of ranks. A checkpoint is valid only if its folder has
-the final name. In addition, the crc32 of the manifest must be correct, and the sizes and crc32 of the files must match the
-manifest.
+Pieces are boxes of *global* tensors, so a checkpoint can be loaded on any number of ranks. A checkpoint is valid if its folder
+has its final name and the crc32 of the manifest is correct. The sizes and crc32 of the files must also be those in the manifest.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class _Tensor(TypedDict):
 
 
 class Manifest(TypedDict, total=False):
-    """The entries of a manifest that readers use. The other entries of a manifest are the state of the run."""
+    """The entries of a manifest that readers use. A manifest has further entries, which describe the state of the run."""
 
     files: Required[list[_File]]
     tensors: Required[dict[str, _Tensor]]
@@ -64,10 +63,12 @@ class Manifest(TypedDict, total=False):
 
 
 def commit(temporary: Path, body: Mapping[str, Any], keep: int) -> Path:
-    """Rename the complete folder `temporary` to step_XXXXXXXX, then delete all but the newest `keep` checkpoints.
+    """Write the manifest into the folder `temporary`, rename the folder to step_XXXXXXXX, and return the new path. Then delete
+    all but the newest `keep` checkpoints.
 
-    body: the content of the manifest. All files that the manifest lists must exist. Raises OSError if a file is incomplete or if
-    the rename fails. Errors after the rename are ignored. Independent."""
+    `body`: the content of the manifest. Raises OSError if a file that it lists is missing or incomplete, or if the rename fails.
+    Errors after the rename are ignored. Independent.
+    """
     for record in body["files"]:
         with open(temporary / record["file"], "rb") as file:  # open the file, because a file server then reports its current size
             if os.fstat(file.fileno()).st_size != record["bytes"]:
@@ -100,8 +101,8 @@ def _seal(body: Mapping[str, Any]) -> bytes:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints. Each folder is renamed before it is deleted, so that no folder with a final
-    name is incomplete."""
+    """Delete all but the newest `keep` checkpoints, and the unfinished folders of killed jobs. Each folder is renamed before it
+    is deleted. A folder with a final name is therefore always complete."""
     for path in [*folder.glob(".old_*"), *folder.glob(".writing_*")]:  # left behind by killed jobs
         shutil.rmtree(path, ignore_errors=True)
     for path in committed(folder)[keep:]:
@@ -113,15 +114,15 @@ def _prune(folder: Path, keep: int) -> None:
 def committed(folder: Path) -> list[Path]:
     """Return the checkpoint folders with final names, newest first. The checkpoints may be invalid. Independent.
 
-    While a folder is being replaced, the old folder is included until the new folder has its final name.
+    If a checkpoint is being replaced, its old folder is also in the list, after its new folder.
     """
     found = [p for p in folder.iterdir() if _STEP_DIR.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(found, key=lambda p: (int(p.name.rpartition("_")[2]), not p.name.startswith(".")), reverse=True)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint's manifest. Raises CheckpointError if the manifest is missing, incomplete or modified.
-    Independent."""
+    """Return the content of the manifest in the checkpoint folder `path`. Raises CheckpointError if the manifest is missing,
+    incomplete or modified. Independent."""
     file = path / "manifest.json"
     try:
         with open_regular(file) as opened:
@@ -144,8 +145,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Return a context manager that converts errors from reading a checkpoint to CheckpointError. Such errors are possible even
-    if the checksums are correct, because another program may have written the file. Independent."""
+    """Return a context that converts errors from reading a checkpoint to CheckpointError. Even with correct checksums such errors
+    can occur, because another program may have written the file. Independent."""
     try:
         yield
     except (OSError, TypeError, ValueError, LookupError, AttributeError, RuntimeError, safetensors.SafetensorError) as error:
@@ -154,7 +155,8 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def check_file(path: Path, record: Mapping[str, Any]) -> None:
-    """Check one file of a checkpoint. Raises CheckpointError if the file's size or crc32 is wrong. Independent."""
+    """Check the file of the checkpoint folder `path` that `record`, an entry of the manifest, describes. Raises CheckpointError
+    if the file's size or crc32 is wrong. Independent."""
     file = path / record["file"]
     if file.parent != path:
         raise CheckpointError(f"{path / 'manifest.json'}: {record['file']} is not in the same folder")
@@ -170,9 +172,9 @@ def check_file(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def newest_valid(run_dir: Path, comm: MPI.Intracomm) -> tuple[Path | None, list[str]]:
-    """Return the newest valid checkpoint, and the reasons why newer checkpoints were skipped. Each rank checks some of the files.
-    Returns (None, []) if there are no checkpoints. Raises CheckpointError if there are checkpoints but none is valid. Collective
-    over comm."""
+    """Return (checkpoint, reasons). checkpoint: the folder of the newest valid checkpoint, or None if there are no checkpoints.
+    reasons: why each newer checkpoint was skipped. Each rank checks some of the files. Raises CheckpointError if there are
+    checkpoints but none is valid. Collective over comm."""
     names = comm.bcast([p.name for p in committed(run_dir / "checkpoints")] if comm.rank == 0 else None, root=0)
     reasons: list[str] = []
     for name in names:

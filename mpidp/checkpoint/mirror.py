@@ -4,9 +4,8 @@
     ADDRESS/config.toml, metrics.jsonl, ...       the other files of RUN that belong to the checkpoints
     ADDRESS/checkpoints/step_00000100/...         as in RUN; manifest.json is written last
 
-A checkpoint on the mirror is complete only if its manifest is there. Errors in the thread do not stop training. The thread prints
-a warning and continues with the next checkpoint. The thread opens all files of a checkpoint before it copies the first file,
-because the run may delete the checkpoint meanwhile.
+A checkpoint on the mirror is complete only if its manifest is there. Errors of the thread do not stop training. The thread prints
+a warning and continues with the next checkpoint.
 """
 
 from __future__ import annotations
@@ -29,10 +28,11 @@ AGAIN_SECONDS = 5.0  # pause before copying of the last checkpoint is tried agai
 
 
 class Mirror:
-    """Copies the checkpoints of a run in a thread. Only the main thread of one rank calls the methods. They are Independent."""
+    """Copies the checkpoints of a run in a thread. Only the main thread of one rank may call the methods. Methods are
+    Independent."""
 
     def __init__(self, run_dir: Path, folder: MirrorFolder, keep: int) -> None:
-        """keep: the number of checkpoints to keep on the mirror."""
+        """`run_dir`: RUN. `folder`: the mirror. `keep`: the number of checkpoints to keep on the mirror."""
         self._run_dir, self._folder, self._keep = run_dir, folder, keep
         self._waiting: Path | None = None  # the newest checkpoint that was committed and is not being copied
         self._failed: Path | None = None  # the newest checkpoint, if it could not be copied
@@ -42,14 +42,14 @@ class Mirror:
         self._thread.start()
 
     def add(self, checkpoint: Path) -> None:
-        """Make the thread copy this checkpoint. An earlier checkpoint that is still waiting is not copied."""
+        """Let the thread copy this checkpoint next. If an earlier checkpoint is still waiting, it is not copied."""
         with self._changed:
             self._waiting = checkpoint
             self._changed.notify_all()
 
     def finish(self, seconds: float) -> bool:
-        """Wait at most `seconds` until the newest checkpoint is copied. If copying fails, try again. Return whether the mirror
-        has the newest checkpoint. Do not call add() after this method."""
+        """Wait at most `seconds` until the newest checkpoint is copied. Copying is repeated after errors. Return whether the
+        mirror has the newest checkpoint. Do not call add() after this method."""
         until, told = time.monotonic() + seconds, False
         with self._changed:
             self._ending = True
@@ -103,7 +103,10 @@ class Mirror:
         return False
 
     def _copy(self, checkpoint: Path) -> int:
-        """Copy a checkpoint and the files of the run. Return the number of bytes."""
+        """Copy a checkpoint and the other files of the run that belong to it. Return the number of copied bytes.
+
+        All files are opened before the first is copied, because the run may delete the checkpoint meanwhile.
+        """
         name, size = f"checkpoints/{checkpoint.name}", 0
         with ExitStack() as stack:
             manifest = stack.enter_context(open_regular(checkpoint / "manifest.json"))
@@ -124,7 +127,8 @@ class Mirror:
 
 
 def open_mirror(run_dir: Path, address: str, resume: str, keep: int) -> Mirror:
-    """Open the mirror of a run with open_mirror_folder(). If the mirror lacks the newest checkpoint, start copying it.
+    """Open the mirror of a run as open_mirror_folder() does, and return it. If the mirror lacks the newest checkpoint of RUN,
+    start to copy this checkpoint. `resume`: the value of run.resume. `keep`: the number of checkpoints to keep on the mirror.
     Independent."""
     folder = open_mirror_folder(run_dir, address, resume)
     mirror = Mirror(run_dir, folder, keep)

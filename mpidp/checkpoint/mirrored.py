@@ -1,4 +1,4 @@
-"""The folder of a mirror (mirror.py). Lists the checkpoints in the folder, finds out to which run they belong, and fetches the
+"""The folder of a mirror (mirror.py). This module lists its checkpoints, finds out to which run they belong, and fetches the
 newest checkpoint."""
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ MARK = "mirror.json"
 
 
 class MirrorFolder:
-    """A mirror, which is a folder at an address. Every method may raise DataError if the server fails. Independent."""
+    """A mirror, which is a folder at an address. A request that fails is repeated for RETRY_SECONDS. Then the method raises
+    DataError. Independent."""
 
     def __init__(self, address: str) -> None:
         self._store = open_store(address, "run.mirror")
@@ -40,20 +41,20 @@ class MirrorFolder:
         self._retries = Retries(RETRY_SECONDS, "run.mirror")
 
     def close(self) -> None:
-        """Stop repeating failed requests. Independent."""
+        """Do not repeat failed requests any more. Independent."""
         self._retries.close()
 
     def names(self) -> list[str]:
-        """Return the names of the files of all checkpoints. Independent."""
+        """Return the names of all files that belong to checkpoints. Independent."""
         found = self._retries.call(self.address, lambda: self._store.names("checkpoints"))
         return [name for name in found if _OURS.fullmatch(name)]
 
     def steps(self) -> list[int]:
-        """Return the steps of the complete checkpoints, newest first. Independent."""
+        """Return the steps of all complete checkpoints, newest first. Independent."""
         return sorted({_step_of(name) for name in self.names() if name.endswith("/manifest.json")}, reverse=True)
 
     def write(self, name: str, content: IO[bytes], size: int) -> None:
-        """Write the first `size` bytes of the file `content` to the mirror. Independent."""
+        """Write the first `size` bytes of the open file `content` to the file `name` of the mirror. Independent."""
         def attempt() -> None:
             content.seek(0)
             self._store.write(name, content, size)
@@ -61,13 +62,13 @@ class MirrorFolder:
         self._retries.call(self.address / name, attempt)
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete files of the mirror. Independent."""
+        """Delete the files `names` of the mirror. Independent."""
         names = list(names)
         self._retries.call(self.address, lambda: self._store.delete(names))
 
     def prune(self, keep: int) -> None:
         """Delete all but the newest `keep` complete checkpoints. Also delete incomplete checkpoints that are older than the
-        newest checkpoint. Independent."""
+        newest complete one. Independent."""
         names = self.names()
         complete = sorted({_step_of(name) for name in names if name.endswith("/manifest.json")})
         old = [name for name in names if complete and _step_of(name) < complete[-1] and _step_of(name) not in complete[-keep:]]
@@ -75,7 +76,8 @@ class MirrorFolder:
             self.delete(sorted(old, key=lambda name: not name.endswith("/manifest.json")))
 
     def read(self, name: str) -> bytes | None:
-        """Return the content of a small file, or None if the file does not exist. Independent."""
+        """Return the whole content of the file `name`, or None if the file does not exist. Use fetch() for large files.
+        Independent."""
         where = self.address / name
         try:
             version = self._retries.call(where, lambda: self._store.version(name))
@@ -84,7 +86,7 @@ class MirrorFolder:
             return None
 
     def fetch(self, name: str, target: Path) -> None:
-        """Copy a file to the path `target`. Raises CheckpointError if the file is missing on the mirror. Independent."""
+        """Copy the file `name` to the path `target`. Raises CheckpointError if the file is not on the mirror. Independent."""
         where = self.address / name
         try:
             version = self._retries.call(where, lambda: self._store.version(name))
@@ -103,12 +105,13 @@ def _step_of(name: str) -> int:
 
 
 def open_mirror_folder(run_dir: Path, address: str, resume: str) -> MirrorFolder:
-    """Open the mirror of a run. If RUN has no checkpoint, fetch the newest checkpoint of the mirror. resume: the value of
+    """Open the mirror of a run. If RUN has no checkpoint, fetch the newest valid checkpoint of the mirror. `resume`: the value of
     run.resume.
 
     Raises UsageError if the mirror belongs to another run or has a newer checkpoint than RUN. Raises CheckpointError if a
-    checkpoint must be fetched but none is valid. If the server fails, raises DataError. There is one exception: if RUN has
-    checkpoints and already belongs to a mirror, logs a warning instead. Independent."""
+    checkpoint must be fetched but none is valid. Raises DataError if the server fails, unless RUN has checkpoints and already
+    belongs to a mirror. In that case, logs a warning instead. Independent.
+    """
     folder = MirrorFolder(address)
     local = [int(path.name.rpartition("_")[2]) for path in committed(run_dir / "checkpoints")]
     own = _own_id(run_dir)
@@ -142,8 +145,8 @@ def open_mirror_folder(run_dir: Path, address: str, resume: str) -> MirrorFolder
 
 
 def settings_on(address: str) -> dict[str, Any]:
-    """Return the content of config.toml on a mirror, by section. Return {} if the mirror has no complete checkpoint. Raises
-    CheckpointError if the file is damaged, and DataError if the server fails. Independent."""
+    """Return the content of config.toml on the mirror at `address`, as {section: {key: value}}. Return {} if the mirror has no
+    complete checkpoint. Raises CheckpointError if the file is damaged, and DataError if the server fails. Independent."""
     folder = MirrorFolder(address)
     content = folder.read("config.toml") if folder.steps() else None
     try:
@@ -159,7 +162,8 @@ def _own_id(run_dir: Path) -> str | None:
 
 
 def _id_of(folder: MirrorFolder) -> str | None:
-    """Return the id of the run that the mirror belongs to, or None if the mirror is new."""
+    """Return the id of the run to which the mirror belongs, or None if the mirror is new. Raises UsageError if the folder has
+    checkpoints but no id."""
     content = folder.read(MARK)
     if content is None:
         if folder.names():
@@ -172,7 +176,8 @@ def _id_of(folder: MirrorFolder) -> str | None:
 
 
 def _fetch_newest(folder: MirrorFolder, steps: list[int], run_dir: Path) -> None:
-    """Copy the newest valid checkpoint, and the files of the run, to RUN."""
+    """Copy the newest valid checkpoint, and metrics.jsonl if RUN lacks it, to RUN. `steps`: the steps of the checkpoints, newest
+    first. Raises CheckpointError if none is valid."""
     reasons = []
     for step in steps:
         name = f"step_{step:08d}"
@@ -205,7 +210,7 @@ def _fetch_newest(folder: MirrorFolder, steps: list[int], run_dir: Path) -> None
 
 
 def _fetch_run_files(folder: MirrorFolder, run_dir: Path) -> None:
-    """Copy metrics.jsonl to RUN if RUN does not have it. The run itself writes the other files again."""
+    """Copy metrics.jsonl to RUN if RUN does not have it. The other files of a run are written again when the run starts."""
     if not (run_dir / "metrics.jsonl").exists():
         with suppress(CheckpointError):
             folder.fetch("metrics.jsonl", run_dir / "metrics.jsonl")

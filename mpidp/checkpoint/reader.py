@@ -17,7 +17,7 @@ from mpidp.errors import CheckpointError
 
 
 class Reader(Mapping[str, Tensor]):
-    """The global tensors of a checkpoint, by name. A tensor is assembled from its pieces when it is accessed. Independent."""
+    """The global tensors of a checkpoint, by name. The files are read when a tensor is accessed. Independent."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -32,7 +32,7 @@ class Reader(Mapping[str, Tensor]):
 
     @property
     def num_bytes(self) -> int:
-        """The total size of the checkpoint's files."""
+        """The total size of the checkpoint's files in bytes."""
         return self._bytes
 
     def __iter__(self) -> Iterator[str]:
@@ -42,20 +42,20 @@ class Reader(Mapping[str, Tensor]):
         return len(self._pieces)
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the whole tensor. The summands of an additive tensor are added in order of ranks. Raises CheckpointError if a
-        piece is missing."""
+        """Return the whole tensor. If its layout is additive, return the sum of all ranks' tensors, added in order of ranks.
+        Raises CheckpointError if a piece is missing."""
         return self.part(name)
 
     def part(self, name: str, at: Sequence[int] = (), shape: Sequence[int] | None = None) -> Tensor:
-        """Return the box that begins at the indices `at` and has this shape. The default is the whole tensor. Only the box is
-        read. Raises CheckpointError if elements of the box are missing."""
+        """Return the box of the tensor that begins at the indices `at` and has this shape. By default, return the whole tensor.
+        Only the box is read. Raises CheckpointError if elements of the box are missing."""
         with readable(self.path):
             whole = tuple(self.meta["tensors"][name]["shape"])
             return self._assembled(name, self._pieces[name], tuple(at) or (0,) * len(whole), whole if shape is None else shape)
 
     def box(self, name: str, entry: Entry) -> Tensor:
-        """Return the box of the tensor that `entry` describes. Raises CheckpointError if the global shapes of the tensor and the
-        entry differ, or if elements of the box are missing."""
+        """Return the box of the tensor that `entry` describes. Raises CheckpointError if the tensor does not have the global
+        shape of `entry`, or if elements of the box are missing."""
         with readable(self.path):
             there, shape = tuple(self.meta["tensors"][name]["shape"]), entry.tensor.shape if entry.shape is None else entry.shape
             if there != tuple(shape):
@@ -72,9 +72,7 @@ class Reader(Mapping[str, Tensor]):
         for file, key, box in pieces:
             if any(not 0 <= start <= stop <= length for (start, stop), length in zip(box, about["shape"], strict=True)):
                 raise ValueError(f"{name}: box {box} is outside shape {about['shape']}")
-            ranges = [
-                (max(start, a), min(stop, a + length)) for (start, stop), a, length in zip(box, at, shape, strict=True)
-            ]
+            ranges = [(max(start, a), min(stop, a + length)) for (start, stop), a, length in zip(box, at, shape, strict=True)]
             if any(low >= high for low, high in ranges) and found.numel():
                 continue
             with safetensors.safe_open(self.path / file, "pt") as opened:
@@ -96,10 +94,12 @@ class Reader(Mapping[str, Tensor]):
     def under(
         self, prefix: str, rank: int = 0, size: int = 1, boxes: Mapping[str, Mapping[str, Entry]] | None = None
     ) -> dict[str, Tensor]:
-        """Return {name without prefix: tensor} for all tensors whose names begin with `prefix`. For additive tensors, see own().
+        """Return {name without prefix: tensor} for all tensors whose names begin with `prefix`. Additive tensors are returned by
+        own().
 
-        boxes: {tensor's name: {box's name: entry}}, for tensors of which this rank holds only some boxes. Of such a tensor, only
-        these boxes are read. The result has them by the boxes' names."""
+        `boxes`: the tensors of which this rank holds only some boxes, as {tensor's name: {box's name: entry}}, without prefix. Of
+        such a tensor, only these boxes are read. The result has each box under the box's name.
+        """
         found = {}
         for name in (name for name in self if name.startswith(prefix)):
             held = (boxes or {}).get(name.removeprefix(prefix))
@@ -110,7 +110,9 @@ class Reader(Mapping[str, Tensor]):
         return found
 
     def own(self, name: str, rank: int, size: int) -> Tensor:
-        """Return the whole tensor. Of an additive tensor, return the summand with which rank `rank` of `size` ranks continues."""
+        """Return the whole tensor. If its layout is additive, return the tensor with which rank `rank` of `size` ranks continues.
+        If `size` ranks wrote the checkpoint, this is the tensor that the same rank wrote. Otherwise rank 0 gets the sum, and
+        other ranks get zeros."""
         pieces, about = self._pieces[name], self.meta["tensors"][name]
         if about["layout"] == "additive":  # own summand if as many ranks wrote the tensor; else rank 0 gets the sum
             pieces = pieces[rank : rank + 1] if len(pieces) == size else pieces if rank == 0 else []

@@ -1,4 +1,4 @@
-"""Finds the checkpoint to resume from, and rejects changed settings."""
+"""Finds the checkpoint from which a run resumes, and rejects changed settings."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from mpidp.runtime.world import raise_together
 
 
 def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
-    """Open a checkpoint. path: a checkpoint, or the folder of a run. In a run's folder, the newest valid checkpoint is opened.
-    Raises CheckpointError if there is no valid checkpoint. Collective over comm."""
+    """Open a checkpoint. `path`: a checkpoint, or the folder of a run, whose newest valid checkpoint is opened. Raises
+    CheckpointError if there is no valid checkpoint. Collective over comm."""
     with raise_together(comm):
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such folder")
@@ -45,7 +45,8 @@ def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
 
 
 def changed_base_message(path: Path | str, found: str, wanted: str) -> str:
-    """Return the error message for a run that started from weights other than those in `path`. Pure."""
+    """Return the error message for weights in `path` that are not those from which a run started. `found`: the sha256 of the
+    weights. `wanted`: the sha256 of the weights from which the run started. Pure."""
     return (
         f"the weights in {path} are not those from which the run started: they have changed, or belong to another model "
         f"(weights_sha256 {found}; {wanted} is needed). Give the original weights. A LoRA run does not store its base model, so "
@@ -54,13 +55,13 @@ def changed_base_message(path: Path | str, found: str, wanted: str) -> str:
 
 
 def same_path(one: str, other: str) -> bool:
-    """Return whether two paths name the same folder, for example base, ./base and the absolute path of base. Independent."""
+    """Return whether two paths name the same folder. Examples are base, ./base and the absolute path of base. Independent."""
     return one == other or bool(one and other) and os.path.realpath(one) == os.path.realpath(other)
 
 
 def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
-    """Return the numerics fingerprint: everything that affects the bits of the results, except the data and the other settings.
-    Each checkpoint stores a fingerprint. When a run resumes, differences between the fingerprints are logged. Independent."""
+    """Return the numerics fingerprint of this run (docs/vocabulary.md). Each checkpoint stores the fingerprint. If it differs
+    when a run resumes, the differences are logged. Independent."""
     return {
         "threads": config.train.threads,
         "micro_batch": config.train.micro_batch,
@@ -81,7 +82,8 @@ def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
 
 
 def set_aside(run_dir: Path) -> Path | None:
-    """Move the files of an earlier run to RUN/previous_N, so that run.resume=never deletes nothing. Independent."""
+    """Move the files of an earlier run in RUN to RUN/previous_N. Return this folder, or None if there are no such files.
+    Independent."""
     names = ["checkpoints", "latest", "metrics.jsonl", "config.toml", "tries.json", "timeline.json", "tensorboard", "track"]
     names = [n for n in names if (run_dir / n).exists()]
     if not names:
@@ -97,11 +99,12 @@ def set_aside(run_dir: Path) -> Path | None:
 
 
 def find_checkpoint(run_dir: Path, resume: str, comm: MPI.Intracomm) -> tuple[Reader | None, list[str]]:
-    """Return the checkpoint that run.resume selects, and messages for the user. The checkpoint is None if a new run starts.
+    """Return (reader, messages). reader: the checkpoint that `resume` selects, or None if a new run starts. messages: lines for
+    the user. Collective over comm.
 
-    resume: "auto" selects the newest valid checkpoint, if there are checkpoints. "must" does the same, but raises CheckpointError
-    if there are no checkpoints. "never" selects no checkpoint, and moves the files of an earlier run to RUN/previous_N.
-    Collective over comm.
+    `resume`: the value of run.resume. "auto" selects the newest valid checkpoint, or None if there are no checkpoints. "must"
+    does the same, but raises CheckpointError if there are no checkpoints. "never" selects None, and moves the files of an earlier
+    run to RUN/previous_N. Raises CheckpointError if there are checkpoints but none is valid.
     """
     notes: list[str] = []
     if resume == "never":
@@ -124,9 +127,9 @@ def find_checkpoint(run_dir: Path, resume: str, comm: MPI.Intracomm) -> tuple[Re
 
 
 def reject_changed_settings(saved: Mapping[str, Any], config: Config, checked_base: bool = False) -> None:
-    """Raise UsageError if a setting has changed that must stay the same when a run resumes. saved: {section.key: value} of the
-    checkpoint. checked_base: whether train.init_from may change. It may if the caller later compares the hashes of the weights.
-    Independent."""
+    """Raise UsageError if a setting has changed that must stay the same when a run resumes. `saved`: the settings in the
+    checkpoint, as {section.key: value}. `checked_base`: whether train.init_from may change because the caller compares the hashes
+    of the weights. Independent."""
     changed = [
         f"{key} was {saved[key]!r}, is {value!r}"
         for key, about, value in fields_of(config)

@@ -1,13 +1,13 @@
-"""Asynchronous checkpoints. This module decides which ranks write, and when a save begins. It also ensures that all ranks handle
-a failed save in the same way.
+"""Asynchronous checkpoints. This module decides when a save begins and which ranks write. It ensures that all ranks handle a
+failed save in the same way.
 
-`begin` starts a save. A thread (writer.py) copies the state while the next step is computed. The state does not change before the
-next update, and `wait_for_copy` is called before this update. The thread then writes the copy during training. One rank per node
-writes, and the files have about equal sizes.
+begin() starts a save. A thread (writer.py) copies the state while the next step is computed. Before the next update,
+wait_for_copy() waits for the copy, because the update changes the state. The thread then writes the copy during training. One
+rank per node writes, and the files have about equal sizes.
 
-A save can be due before the previous save has finished. The ranks then sum their flags in the step report
-(training/step_report.py), and decide by the sum. If the previous save has failed, it is dropped and the new save begins. If the
-disk is only slow, the new save is skipped.
+A save can be due before the previous save has finished. The step report (training/step_report.py) then contains the sum of all
+ranks' flags, from which all ranks decide alike. If the previous save has failed, it is dropped and the new save begins. If it is
+still being written, the new save is skipped.
 """
 
 from __future__ import annotations
@@ -34,27 +34,28 @@ NODE_SECONDS = 30 * 86400.0  # assumed mean time between failures of a node
 
 
 def best_interval(cost: float, seconds: float, num_nodes: int, failures: int, trained: float) -> float:
-    """Return the interval between saves, in seconds, that minimizes lost time. The interval is sqrt(2 x cost x mean time between
-    failures) (Young 1974; Daly 2006), but at least twice the duration of a save.
+    """Return the interval between saves that minimizes lost time, in seconds. It is sqrt(2 x cost x mean time between failures)
+    (Young 1974; Daly 2006), but at least twice the duration of a save.
 
-    cost: the core seconds that a save takes from training. seconds: the duration of a save. failures: the number of failures so
-    far. trained: the seconds of training so far. The mean time between failures is estimated from `failures`, from `trained`, and
-    from an assumed rate of one failure per node in 30 days. Pure."""
+    `cost`: the core seconds that a save takes from training. `seconds`: the duration of a save. `failures`, `trained`: the number
+    of failures and the seconds of training so far. The mean time between failures is estimated from these two, and from an
+    assumed rate of one failure per node in 30 days. Pure.
+    """
     return max(2 * seconds, math.sqrt(2 * cost * (NODE_SECONDS / num_nodes + trained) / (1 + failures)))
 
 
 class Saver:
-    """Saves the checkpoints of a job. Each rank has one Saver, and all ranks make the same calls. Methods are Independent unless
-    their docstrings say Collective."""
+    """Saves the checkpoints of a job. Each rank has one Saver, and all ranks must make the same calls. Methods are Independent
+    unless their docstrings say Collective."""
 
     def __init__(
         self, comm: MPI.Intracomm, run_dir: Path, every: int, keep: int, share: tuple[int, int] | None, alone: bool = False,
         may_commit: Callable[[], bool] = lambda: True,
     ) -> None:
-        """every: train.save_every. -1 means that rank 0's clock decides when a save is due. keep: the number of checkpoints to
-        keep. share: (index of this rank, number of ranks) among the ranks that write replicated tensors, which are the first
-        ranks of the nodes. Other ranks pass None. alone: whether this rank holds tensors that no other rank has. may_commit:
-        called on rank 0; returns whether this job still holds the lock of the run. Collective over comm."""
+        """`every`: train.save_every; -1 means that rank 0's clock decides when a save is due. `keep`: the number of checkpoints
+        to keep. `share`: (index of this rank, number of ranks) among the first ranks of the nodes, which write the replicated
+        tensors. Other ranks pass None. `alone`: whether this rank holds tensors that no other rank has. `may_commit`: a function
+        that rank 0 calls. It returns whether this job still holds the lock of the run. Collective over comm."""
         self.comm, self.run_dir, self.every, self.keep, self.share = comm, run_dir, every, keep, share
         rows = comm.allgather((share is not None or alone, secrets.token_hex(4)))
         self._writers, self._token = [rank for rank, (writes, _) in enumerate(rows) if writes], rows[0][1]
@@ -70,31 +71,31 @@ class Saver:
         self._events: list[dict[str, Any]] = []
 
     def resumed_at(self, step: int) -> None:
-        """Record that the newest checkpoint is that of `step`, or that there is none (step -1). Independent."""
+        """Record that the checkpoint of `step` is the newest, or that there is no checkpoint (step -1). Independent."""
         self.step = step
 
     def seen_before(self, failures: int, trained: float) -> None:
-        """Set the number of failures and the seconds of training so far, as recorded in metrics.jsonl. Independent."""
+        """Record the number of failures and the seconds of training so far, which are read from metrics.jsonl. Independent."""
         self.failures, self.trained = failures, trained
 
     def flags(self) -> np.ndarray:
-        """Return four flags for the step report. The first three say whether this rank's thread waits for files of other ranks,
-        whether it writes, and whether its last attempt failed. The fourth says whether a save is due by the clock."""
+        """Return this rank's flags for the step report, (4,), each 0 or 1. Flag 0: the thread waits for files of other ranks.
+        Flag 1: the thread writes. Flag 2: the thread's last attempt has failed. Flag 3: a save is due by the clock."""
         state = self._save.state if self._save else None
         late = self.every < 0 and self.comm.rank == 0 and time.monotonic() >= self._next
         return np.array([*(state == one for one in (WAITS, WRITES, FAILS)), late], dtype=float)
 
     def wait_for_recent_save(self, step: int) -> None:
-        """If a save is due after this step, wait for the previous save, but at most until YOUNG_SECONDS after its start. Call
-        this method before the ranks exchange the step report."""
+        """If a save is due after this step, wait until the previous save has finished, or until YOUNG_SECONDS after its start.
+        Call this method before the ranks exchange the step report."""
         if self.every < 1 or step % self.every:
             return
         while (save := self._save) and save.state in (WAITS, WRITES) and time.monotonic() - save.began < YOUNG_SECONDS:
             time.sleep(0.002)
 
     def due(self, step: int, flags: np.ndarray) -> bool:
-        """Return whether to begin a save after this step. The result is equal on all ranks. flags: the sum of flags() over the
-        ranks."""
+        """Return whether to begin a save after this step. If a save is due but the previous save has failed, drop the failed
+        save. `flags`: the sum of flags() over the ranks. The result is the same on all ranks."""
         waits, writes, fails, late = flags.tolist()
         if not (late if self.every < 0 else self.every and step % self.every == 0) or step == self.step:
             return False
@@ -110,9 +111,11 @@ class Saver:
         return True
 
     def begin(self, step: int, entries: Mapping[str, Entry], meta: Mapping[str, Any], wait: bool = False) -> None:
-        """Begin a save of `entries`. No other save may be running.
+        """Begin a save of `entries`. No other save may be running. `meta`: further content of the manifest.
 
-        The entries must not change before wait_for_copy() returns, or with wait=True before wait_for_save() returns."""
+        The entries must not change before wait_for_copy() returns. With wait=True, they must not change before wait_for_save()
+        returns.
+        """
         began, rank = time.monotonic(), self.comm.rank
         self._note()
         self._next = began + (self._interval or FIRST_SECONDS)
@@ -125,7 +128,7 @@ class Saver:
         self._stalled = time.monotonic() - began
 
     def wait_for_copy(self) -> None:
-        """Wait until this rank's state has been copied. The state may change when this call has returned on all ranks and the
+        """Wait until this rank's state has been copied. The state may change after this call has returned on all ranks and the
         ranks have synchronized."""
         if self._save and not self._save.released.is_set():
             began = time.monotonic()
@@ -133,8 +136,8 @@ class Saver:
             self._stalled += time.monotonic() - began
 
     def wait_for_save(self, must: bool = False, enter: Callable[[str], None] = lambda phase: None) -> None:
-        """Wait for the current save. If the save fails, drop it, and with must=True raise MpidpError on all ranks. enter: a
-        function, which is called with the name of the phase whenever a rank has made progress. Collective over comm."""
+        """Wait until the current save has finished. If it fails, drop it, and if `must` is true raise MpidpError on all ranks.
+        `enter`: a function that is called with the name of the phase whenever a rank has made progress. Collective over comm."""
         before, pause = -1, 1e-3
         while True:
             own_flags = self.flags()[:3]
@@ -161,13 +164,14 @@ class Saver:
                 ) from error
 
     def pop_events(self) -> list[dict[str, Any]]:
-        """Return the events since the last call of pop_events(), and clear them. Ranks other than rank 0 return an empty list."""
+        """Return the events since the last call of pop_events(). Ranks other than rank 0 return an empty list."""
         self._note()
         events, self._events = self._events, []
         return events if self.comm.rank == 0 else []
 
     def _note(self) -> None:
-        """On rank 0, record an event if the newest save has been committed since the last call of this method."""
+        """Record an event if the newest save has been committed since the last call of this method. Only rank 0 ever records
+        one."""
         if self._save and self._save.saved:
             cost, self._save.saved = self._save.saved | {"stall_seconds": self._stalled}, None
             self._events.append({"event": "saved", "step": self._save.step, **cost})
@@ -175,7 +179,8 @@ class Saver:
                 self._pace(cost["cpu_seconds"] + self._stalled, cost["seconds"], self._save.began)
 
     def _pace(self, cost: float, seconds: float, began: float) -> None:
-        """On rank 0, compute the time of the next save from the cost of this save."""
+        """Compute when the next save is due. `cost`, `seconds`: see best_interval(). `began`: the time at which the last save
+        began."""
         num_nodes = self.share[1] if self.share else 1
         before, self._interval = self._interval, best_interval(cost, seconds, num_nodes, self.failures, self.trained)
         self._next = began + self._interval
@@ -184,13 +189,14 @@ class Saver:
                      f"and takes {seconds:.2g} s; {self.failures} failures so far")
 
     def close(self) -> None:
-        """Drop the current save on this rank, and wait until its thread no longer reads the state."""
+        """Drop the current save on this rank. Return when its thread no longer reads the state."""
         if self._save:
             self._save.dropping.set()
             self._save.released.wait()
 
     def _drop(self) -> Exception | None:
-        """Drop the failed save. All ranks call this method when no thread is writing. Return this rank's error, or None."""
+        """Drop the failed save, and return this rank's error or None. All ranks must call this method, at a time when no thread
+        is writing."""
         error = None
         if self._save:
             self._save.dropping.set()

@@ -1,9 +1,9 @@
 """The part of a save that one rank does. A thread copies the state, writes the copy, and on rank 0 commits the checkpoint.
 
-The thread does not use MPI. The ranks exchange files in the folder `.writing_step_XXXXXXXX_<token>`. A rank first writes its data
-file. Then every rank except rank 0 writes a record, which is a small file that describes the data file. When rank 0 has read all
-records, it commits the checkpoint. A write that fails, for example on a full disk, is retried with growing pauses until the main
-thread drops the save. Uncommitted folders are deleted later.
+The thread does not use MPI. All ranks write to the folder `.writing_step_XXXXXXXX_<token>`. A rank first writes its data file.
+Then every rank except rank 0 writes a record, which is a small file that describes the data file. When rank 0 has read all
+records, it commits the checkpoint. If a write fails, for example on a full disk, it is retried with growing pauses until the main
+thread drops the save.
 """
 
 from __future__ import annotations
@@ -38,22 +38,23 @@ IDLE, WAITS, WRITES, FAILS = range(4)  # finished; waiting for records; writing;
 
 
 class Dropped(Exception):  # noqa: N818
-    """Raised in the thread of a save after the main thread has dropped the save."""
+    """Raised in the thread of a save when the main thread has dropped the save."""
 
 
 class PeerFilesError(OSError):
-    """Raised if files of other ranks are missing. Writing this rank's file again would not help."""
+    """Raised on rank 0 if files of other ranks are missing. Rank 0 then does not write its own file again, because that would not
+    help."""
 
 
 class HostMemory:
-    """Host memory that successive saves reuse for their copies of the state."""
+    """Host memory for the copies of the state. Successive saves use the same memory."""
 
     def __init__(self) -> None:
         self._bytes: Tensor | None = None
 
     def allocate(self, size: int, pinned: bool) -> Tensor:
-        """Return a uint8 tensor of shape (size,). The memory is reused if the size is the same as in the last call. pinned:
-        whether to pin the memory, for copies from a GPU. Independent."""
+        """Return a uint8 tensor (size,). It is the tensor of the previous call if that had the same size. `pinned`: whether to
+        pin the memory, for copies from a GPU. Independent."""
         if self._bytes is None or self._bytes.numel() != size:
             self._bytes = None
             self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
@@ -62,7 +63,7 @@ class HostMemory:
 
 @dataclass
 class Save:
-    """One save of this rank's state. The save's thread starts when the object is created. Independent."""
+    """One rank's part of a save. Creating the object starts the save's thread. Independent."""
 
     step: int
     folder: Path  # RUN/checkpoints/.writing_...
@@ -101,7 +102,8 @@ class Save:
             self.state = IDLE
 
     def _try(self, blocks: list[memoryview]) -> None:
-        """Write and commit the save. Retry until this succeeds or the save is dropped."""
+        """Write this rank's file, and on rank 0 commit the checkpoint. Retry after errors until this succeeds or the save is
+        dropped."""
         pause = 1.0
         while True:
             self.state = WRITES
@@ -120,8 +122,8 @@ class Save:
             pause = min(LONGEST_PAUSE, 2 * pause)
 
     def _fail(self, error: Exception, pause: float | None) -> None:
-        """Print a warning, but only the first time. Then sleep for `pause` seconds (None: forever). As soon as the save is
-        dropped, raise Dropped."""
+        """Print a warning if `error` is the first error of this save, unless the main thread waits for the save. Then sleep for
+        `pause` seconds (None: forever). Raises Dropped as soon as the save is dropped."""
         if self.error is None and not self.wait:
             log.warning("warning: rank %d: the checkpoint of step %d could not be written (%s). Training continues, and the save "
                         "is retried", self.rank, self.step, describe_error(error))
@@ -130,8 +132,8 @@ class Save:
             raise Dropped
 
     def _copy(self) -> list[memoryview]:
-        """Return the bytes of the pieces, in order. The bytes are a copy of the state. There is one exception: if the main thread
-        waits for the save and the state is on the CPU, the bytes are the state itself."""
+        """Return the bytes of the pieces, in order, as a copy of the state. Do not copy the state if the main thread waits for
+        the save and the state is on the CPU."""
         try:
             self._pieces = pieces_of(self.entries, self.share)
             if self.wait and self._ready is None:
@@ -169,7 +171,7 @@ class Save:
                 yield block[at : at + BLOCK]
 
     def _write(self, blocks: list[memoryview]) -> None:
-        """Write this rank's file, and a record of the file for rank 0."""
+        """Write this rank's data file. Ranks other than 0 also write the record that describes it."""
         name = f"rank_{self.rank:05d}"
         self.folder.mkdir(parents=True, exist_ok=True)
         size, crc = write_pieces(self.folder / f"{name}.safetensors", self._pieces, self._in_blocks(blocks))
@@ -182,7 +184,8 @@ class Save:
             write_file(self.folder / f"{name}.json", json.dumps(self._records[self.rank]).encode(), sync_folder=False)
 
     def _collect(self) -> None:
-        """Wait for the records of all writers. The folder is listed each time, because a file server may show new files late."""
+        """Wait until the records of all writers have been read. Raises PeerFilesError if some are still missing after a long
+        time. The folder is listed each time, because a file server may show new files late."""
         self.state, began, pause = WAITS, time.monotonic(), 0.002
         until = began + max(LOST_SECONDS, 20 * (began - self.began))
         while missing := [rank for rank in self.writers if rank not in self._records]:
@@ -201,7 +204,7 @@ class Save:
         self.state = WRITES
 
     def _commit(self) -> None:
-        """Commit the checkpoint of this step once all files are complete."""
+        """Commit the checkpoint. All files must be complete. Raises OSError if this job no longer holds the lock of the run."""
         if not self.may_commit():
             raise OSError(f"{self.folder.parents[1]}: this job no longer holds its lock")
         for rank in self.writers:
@@ -218,5 +221,5 @@ def _bytes_of(tensor: Tensor) -> np.ndarray:
 
 
 def describe_error(error: Exception) -> str:
-    """Return the message of an OSError, or the traceback of any other exception. Independent."""
+    """Return the message of an OSError, or the traceback of another exception. Independent."""
     return str(error) if isinstance(error, OSError) else "".join(traceback.format_exception(error)).strip()

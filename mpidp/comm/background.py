@@ -1,5 +1,5 @@
-"""A thread that communicates while the rank computes. The thread runs tasks in the order of submission. If the MPI library does
-not allow calls from two threads at a time, submit() runs each task immediately, in the calling thread."""
+"""A thread that communicates while the rank computes. It runs tasks in the order in which they are submitted. If the MPI library
+does not allow calls from two threads at a time, submit() runs each task immediately, in the calling thread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 
 class Task:
-    """A function call that the background thread makes. The object also stores the call's outcome."""
+    """A function that the background thread calls. The object also stores the exception if the function raises one."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._work = work
@@ -19,7 +19,7 @@ class Task:
         self._error: BaseException | None = None
 
     def run(self) -> None:
-        """Run the task. If the task raises an exception, store the exception for wait(). The background thread calls this method.
+        """Run the task. If it raises an exception, store this exception for wait(). The background thread calls this method.
         Independent."""
         try:
             self._work()
@@ -28,15 +28,15 @@ class Task:
         self._done.set()
 
     def wait(self) -> None:
-        """Wait until the task is done. If the task raised an exception, raise this exception here. If the task is collective, the
-        caller must ensure that the other ranks also run the task. Independent."""
+        """Wait until the task is done. If the task raised an exception, raise it here. If the task is collective, the caller must
+        ensure that the other ranks also submit it. Independent."""
         self._done.wait()
         if self._error is not None:
             raise self._error
 
 
 class Background:
-    """The background thread. The first submitted task starts the thread. Tasks may be collective if all ranks submit the same
+    """The background thread. It starts when the first task is submitted. Tasks may be collective if all ranks submit the same
     tasks in the same order. Independent."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Background:
         self._thread: threading.Thread | None = None
 
     def submit(self, work: Callable[[], None]) -> Task:
-        """Submit a task that calls work() after all earlier tasks have run. Return the task."""
+        """Submit a task that calls work(), and return the task. The thread runs it after all earlier tasks."""
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             task = Task(work)
             task.run()
@@ -57,7 +57,7 @@ class Background:
         return task
 
     def close(self) -> None:
-        """Finish all tasks and stop the thread."""
+        """Wait until all tasks are done, and stop the thread."""
         if self._thread is not None:
             self._tasks.put(None)
             self._thread.join()

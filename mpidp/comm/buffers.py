@@ -1,5 +1,5 @@
 """Describes tensors to mpi4py. For example, buf(tensor) returns the buffer specification that mpi4py's communication methods
-take. Tensors that MPI cannot add or would misread are rejected."""
+take. Tensors that MPI cannot add, or would misread, are rejected."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def memory(tensor: torch.Tensor) -> Any:
     """Return the tensor's memory as an object that mpi4py accepts. Raises ValueError if the tensor is not contiguous.
     Independent.
 
-    CUDA tensors need a CUDA-aware MPI. First synchronize the stream that writes the tensor. MPI does not synchronize the stream,
-    and would silently send old values.
+    CUDA tensors need a CUDA-aware MPI. Before the MPI call, synchronize the CUDA stream that writes the tensor. Otherwise MPI
+    silently sends old values.
     """
     if not tensor.is_contiguous():
         raise ValueError(f"MPI needs contiguous memory, got strides {tensor.stride()} for shape {tuple(tensor.shape)}")
@@ -31,7 +31,7 @@ def memory(tensor: torch.Tensor) -> Any:
 
 
 def datatype(tensor: torch.Tensor) -> Any:
-    """Return the MPI datatype of a tensor's elements. Raises TypeError for dtypes that not every MPI library can sum, such as
+    """Return the MPI datatype of a tensor's elements. Raises TypeError if not every MPI library can sum this dtype. Examples are
     bfloat16 and float16."""
     if tensor.dtype not in _DATATYPES:
         raise TypeError(f"MPI has no portable sum for {tensor.dtype}: reduce in float32, or send bytes and add in torch")
@@ -39,11 +39,12 @@ def datatype(tensor: torch.Tensor) -> Any:
 
 
 def buf(tensor: torch.Tensor) -> list[Any]:
-    """Return the buffer specification of a tensor, for example for `comm.Allreduce(MPI.IN_PLACE, buf(t))`. Independent."""
+    """Return the buffer specification of a tensor. An example of its use is `comm.Allreduce(MPI.IN_PLACE, buf(t))`.
+    Independent."""
     return [memory(tensor), tensor.numel(), datatype(tensor)]
 
 
 def bufv(tensor: torch.Tensor, counts: Sequence[int], offsets: Sequence[int]) -> list[Any]:
-    """Return the buffer specification for collectives with one range of elements per rank, for example Alltoallv. counts: the
-    number of elements in each rank's range. offsets: the first element of each range. Independent."""
+    """Return the buffer specification of a tensor for collectives with one range of elements per rank, such as Alltoallv.
+    `counts`: the number of elements of each range. `offsets`: the first element of each range. Independent."""
     return [memory(tensor), (list(counts), list(offsets)), datatype(tensor)]

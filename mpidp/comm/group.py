@@ -1,11 +1,12 @@
 """Groups of ranks that sum gradients. Within a group, ranks use shared memory. Between groups, they use MPI messages.
 
 A *group* is a set of consecutive ranks that share memory. Each group stores one sum of gradients. Each of the first `num_rails`
-ranks of a group owns one slice of this sum. The owners of the same slice in all groups form a *rail*, and exchange MPI messages.
-Without shared memory every rank is its own group, and there is one rail, which contains all ranks.
+ranks of a group owns one slice of this sum. The owners of the same slice, one in each group, form a *rail* and exchange MPI
+messages. Without shared memory every rank is its own group, and one rail contains all ranks.
 
-With MPI fault tolerance (ULFM), shared memory must survive failed ranks. An MPI window is freed with its communicator. Therefore
-a group maps an anonymous file (memfd) instead. After a failure the remaining ranks keep the memory of their previous group.
+With MPI fault tolerance (ULFM), shared memory must survive failed ranks. MPI windows do not, because they are freed with their
+communicator. A group therefore maps an anonymous file (memfd) instead. After a failure, the remaining ranks keep the memory of
+their previous group.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ FOR_MESSAGES = {"Intel MPI": 16 << 20}
 
 @dataclass
 class Group:
-    """The group of ranks that share memory with this rank, and this rank's rail. Without shared memory, each rank is a group of
-    its own."""
+    """The group of ranks that share memory with this rank, and the rail of this rank. Without shared memory, each rank is its own
+    group."""
 
     node: MPI.Intracomm  # the ranks that share memory
     rail: MPI.Intracomm  # the owners of this rank's slice, in order of groups; COMM_NULL for a rank that owns no slice
@@ -54,16 +55,16 @@ class Group:
         return self.node.rank < self.num_rails
 
     def slice_of(self, num_elements: int) -> slice:
-        """Return this rank's slice of a flat tensor of num_elements. The slice consists of whole norm blocks. It is empty if the
-        rank owns no slice. Independent."""
+        """Return this rank's slice of a flat tensor with `num_elements` elements. The slice consists of whole norm blocks. It is
+        empty if the rank owns no slice. Independent."""
         if not self.owns:
             return slice(0, 0)
         bounds = slice_bounds(num_elements, self.num_rails, NORM_BLOCK)
         return slice(bounds[self.node.rank], bounds[self.node.rank + 1])
 
     def fence(self, wait: Wait | None = None) -> None:
-        """Synchronize the ranks of the group. After this call, every rank sees what the others wrote to shared memory before
-        the call. Collective over node."""
+        """Synchronize the ranks of the group. After this call, every rank sees what the others wrote to shared memory before it.
+        `wait`: how to wait for the other ranks (default: as the group does). Collective over node."""
         if self.node.size > 1:
             for window in self._windows:
                 window.Sync()
@@ -72,11 +73,13 @@ class Group:
                 window.Sync()
 
     def memory(self, elements: int, device: torch.device, room: int = 0) -> list[torch.Tensor]:
-        """Return zeroed float32 memory: one tensor per rank of the group, in order of ranks. This rank's tensor has `elements`
-        elements. Other ranks may request other sizes. With fault tolerance, each tensor has space for `room` elements.
+        """Return one float32 tensor (n,) per rank of the group, in order of ranks. Every rank sees all of them. This rank's
+        tensor has `elements` elements, which are 0. Other ranks may request other sizes. With fault tolerance, this rank's tensor
+        has `room` elements if `room` is larger. Collective over node.
 
-        If this group reuses the memory of a previous group, successive calls return that group's allocations in the same order,
-        with their contents. Collective over node."""
+        If the group reuses the memory of a previous group, return that group's tensors with their contents. Successive calls
+        return them in the order in which that group allocated them.
+        """
         room = max(elements, room) if launched_with_ulfm() else elements
         if found := self._found(elements):
             return found
@@ -98,8 +101,8 @@ class Group:
         return [_floats(window.Shared_query(rank)[0]) for rank in range(self.node.size)]
 
     def _map(self, elements: int) -> list[torch.Tensor]:
-        """Map an anonymous file, which belongs to no communicator. The system frees the file when the last process that maps the
-        file ends. Memory pages are allocated at the first write."""
+        """Return shared memory from an anonymous file: one tensor per rank, in order of ranks. The file belongs to no
+        communicator. The system frees it when no process maps it any more."""
         counts = self.node.allgather(elements)
         handle = -1
         if self.node.rank == 0:
@@ -113,22 +116,22 @@ class Group:
         return list(flat.split(counts))
 
     def common(self, elements: int, device: torch.device) -> torch.Tensor:
-        """Return float32 memory (elements,) that all ranks of the group share. The memory is zeroed, or has the contents of the
-        previous group's memory. Collective over node."""
+        """Return one float32 tensor (elements,) that all ranks of the group share. Its elements are 0, or have the contents of
+        the previous group's memory. Collective over node."""
         held = self.memory(elements if self.node.rank == 0 else 0, device)[0]
         self._given[-1] = [held]
         return held
 
     def own(self, elements: int, device: torch.device) -> torch.Tensor:
-        """Return float32 memory (elements,) that is private to this rank. The memory is zeroed, or has the contents from before
+        """Return a float32 tensor (elements,) that is private to this rank. Its elements are 0, or have the contents from before
         a failure. Independent."""
         if not self._found(elements):
             self._given.append([torch.zeros(elements, device=device)])
         return self._given[-1][0]
 
     def _found(self, elements: int) -> list[torch.Tensor]:
-        """Return the next allocation of the previous group. Return [] if there is none, or if this rank's tensor in the
-        allocation is too small."""
+        """Return the tensors of the previous group's next allocation. Return [] if there is none, or if this rank's tensor is too
+        small."""
         if not self._before:
             return []
         found = self._before.pop(0)
@@ -138,13 +141,14 @@ class Group:
         return found
 
     def reuse_memory(self, before: Group) -> None:
-        """Make memory() return the allocations of a previous group that contained this group's ranks. Independent."""
+        """Make memory() return the tensors of the group `before`, which contained all ranks of this group. Independent."""
         places = MPI.Group.Translate_ranks(self.node.group, list(range(self.node.size)), before.node.group)
         # A single tensor is shared by all ranks, even if the rank that allocated it has failed.
         self._before = [parts if len(parts) == 1 else [parts[place] for place in places] for parts in before._given]
 
     def close(self) -> None:
-        """Free the windows. Tensors in their memory must not be used afterwards. Collective over node, then over rail."""
+        """Free the windows and communicators. The tensors of the windows must not be used afterwards. Collective over node, then
+        over rail."""
         for window in reversed(self._windows):
             window.Unlock_all()
             window.Free()
@@ -183,17 +187,20 @@ def by_node(mesh: Topology) -> Group:
 
 
 def regroup(mesh: Topology, before: Group) -> Group:
-    """Make groups of the remaining ranks after a failure. The new groups share memory if the previous groups did, and they keep
-    the previous groups' memory. Collective over mesh.dp."""
+    """Make new groups of the remaining ranks after a failure, and return this rank's group. The new groups share memory if the
+    previous groups did, and keep its contents. `before`: the previous group of this rank. Collective over mesh.dp."""
     group = by_node(mesh) if before.shares else alone(mesh)
     group.reuse_memory(before)
     return group
 
 
 def make_group(mesh: Topology, transport: str, needed_bytes: int, device: torch.device) -> tuple[Group, str]:
-    """Make the groups for comm.transport=auto, window or messages. Return this rank's group and a description of the transport.
-    needed_bytes: size of the shared memory that this rank will allocate. The free space of /dev/shm is checked first, because a
-    window that does not fit would end the rank with a bus error. All nodes use the same transport. Collective over mesh.dp."""
+    """Make the groups. `transport`: the value of comm.transport (auto, window or messages). Return (this rank's group,
+    description of the transport for the user). All nodes use the same transport. Collective over mesh.dp.
+
+    `needed_bytes`: the size of the shared memory that this rank will allocate. If /dev/shm has too little free space, messages
+    are used. A window that does not fit would end the rank with a bus error.
+    """
     if transport == "messages":
         return alone(mesh), "messages"
     if device.type != "cpu":
@@ -221,8 +228,8 @@ def make_group(mesh: Topology, transport: str, needed_bytes: int, device: torch.
 
 
 def _mpi_agrees(mesh: Topology) -> bool:
-    """Return True if MPI can share memory among the ranks of each host. Under srun, Intel MPI cannot do this if the nodes have
-    different numbers of ranks. Its windows then have 0 bytes. Collective over mesh.dp."""
+    """Return True if MPI can share memory among all ranks of each host. Under srun, Intel MPI cannot if the nodes have different
+    numbers of ranks. Collective over mesh.dp."""
     shared = _sharing(mesh.dp)
     here = MPI.Group.Translate_ranks(shared.group, None, mesh.dp.group)
     first = sum(mesh.node_sizes[: mesh.node_index])

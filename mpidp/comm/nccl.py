@@ -1,9 +1,9 @@
-"""Exchanges gradients between GPUs with NCCL. MPI is used only to set up torch's NCCL process group.
+"""Exchanges gradients between GPUs with NCCL. MPI sets up torch's NCCL process group, and sends all other data.
 
 The reducer `tree` works as it does with MPI. Ranks exchange pieces of their partial sums, add them with torch in the tree's
 order, and exchange the sums. An exchange is a group of NCCL sends and receives, like NCCL's own all-to-all. The reducer
-`allreduce` uses NCCL's allreduce. Exchanges are asynchronous to the host. They run in order with the other work on the device's
-current stream. Only gradients are sent with NCCL. All other data are sent with MPI.
+`allreduce` uses NCCL's allreduce. The host does not wait for exchanges. They run in order with the other work on the device's
+current stream.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ EXCHANGE_SECONDS = 600  # timeout of an exchange; run.hang_seconds is shorter, s
 
 
 class Nccl(Messages):
-    """Exchanges tensors with NCCL between ranks that share no memory. A process can have only one Nccl object, because the object
-    uses torch's default process group. Collective over comm."""
+    """Exchanges tensors with NCCL between ranks that share no memory. A process can have only one Nccl object, because it uses
+    torch's default process group. Collective over comm."""
 
     in_thread = False  # reductions use the same stream as computation, so a thread could not overlap them
 
     def __init__(self, device: torch.device, comm: MPI.Intracomm, backend: str = "nccl") -> None:
-        """Connect the ranks of comm. backend: the torch.distributed backend, for example "gloo" for CPU tensors. Raises
+        """Connect the ranks of `comm`. `backend`: the torch.distributed backend, for example "gloo" for CPU tensors. Raises
         MpidpError if the ranks cannot connect. Collective over comm."""
         super().__init__(device, backend)
         self._comm = comm
@@ -56,7 +56,7 @@ class Nccl(Messages):
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """Run the body. If it fails on any rank, raise MpidpError on every rank. Collective over comm."""
+        """Return a context. If its body fails on any rank, every rank raises MpidpError at its end. Collective over comm."""
         with raise_together(self._comm):
             try:
                 yield
@@ -68,7 +68,8 @@ class Nccl(Messages):
                 ) from error
 
     def _connect(self, store: Any) -> None:
-        """Connect all ranks and test the connections by summing a number over all ranks. This method does not use MPI."""
+        """Connect all ranks through the store, and test the connection by summing a number over all ranks. Raises RuntimeError if
+        the sum is wrong. Collective over comm, without MPI."""
         self._torch.init_process_group(
             self.mode, store=store, rank=self._comm.rank, world_size=self._comm.size,
             timeout=timedelta(seconds=EXCHANGE_SECONDS), device_id=self.device if self.device.type == "cuda" else None,
@@ -82,7 +83,7 @@ class Nccl(Messages):
         return piece
 
     def ready(self) -> None:
-        """Do nothing, because NCCL operations run in stream order."""
+        """Do nothing. NCCL operations run in stream order, so there is nothing to wait for."""
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -101,7 +102,7 @@ class Nccl(Messages):
         self.sent_bytes += 2 * wire.nbytes * (comm.size - 1) // comm.size
 
     def _exchange(self, sends: dict[int, torch.Tensor], takes: dict[int, torch.Tensor]) -> None:
-        """Send sends[rank] to each rank in `sends`. At the same time, receive takes[rank] from each rank in `takes`."""
+        """Send sends[rank] to each rank in `sends`. Meanwhile, receive takes[rank] from each rank in `takes`."""
         steps = [self._torch.P2POp(self._torch.isend, part, rank) for rank, part in sends.items()]
         steps += [self._torch.P2POp(self._torch.irecv, part, rank) for rank, part in takes.items()]
         for work in self._torch.batch_isend_irecv(steps) if steps else ():
@@ -114,14 +115,14 @@ class Nccl(Messages):
 
 
 def _by_rank(parts: RankParts) -> dict[int, torch.Tensor]:
-    """Return the non-empty ranges of the tensor, by rank. Pure."""
+    """Return {rank: its range of the tensor}, without empty ranges. Pure."""
     tensor, lengths, starts = parts
     flat = tensor.view(-1)
     return {rank: flat[at : at + n] for rank, (n, at) in enumerate(zip(lengths, starts, strict=True)) if n}
 
 
 def open_transport(wanted: str, device: torch.device, comm: MPI.Intracomm) -> Messages:
-    """Open the transport for comm.gpu=wanted. Collective over comm."""
+    """Open the transport that comm.gpu=`wanted` selects, and return it. Collective over comm."""
     path = gradient_path(wanted, device, comm)
     return Nccl(device, comm) if path == "nccl" else Messages(device, path)
 
@@ -161,13 +162,14 @@ def has_nccl() -> bool:
 
 
 def gpu_name(device: torch.device) -> str:
-    """Return a name of the GPU. The name contains the GPU's UUID, because GPU numbers are not unique: if a rank sees only one
-    GPU, the number of this GPU is always 0. Independent."""
+    """Return a name of the GPU that is unique on its host. It contains the GPU's UUID, because GPU numbers depend on which GPUs a
+    rank sees. Independent."""
     return f"GPU {torch.cuda.get_device_properties(device).uuid}"
 
 
 def shared_gpus(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """Return a message for each GPU that several ranks share. rows: (host, GPU) of each rank. Pure."""
+    """Return one message for each GPU that several ranks share. `rows`: (host, name of the GPU) of each rank, in order of ranks.
+    Pure."""
     users: dict[tuple[str, str], list[str]] = {}
     for rank, row in enumerate(rows):
         users.setdefault(row, []).append(str(rank))

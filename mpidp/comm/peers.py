@@ -1,4 +1,4 @@
-"""Averages a tensor over a group of ranks, or averages it with the tensor of one other rank."""
+"""Averages a tensor over a group of ranks, or over two ranks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from mpidp.comm.transport import Messages, pieces
 
 
 class Peers:
-    """Averages flat tensors with other ranks, piece by piece. The object keeps a communicator for each group of ranks."""
+    """Averages flat tensors with other ranks, piece by piece. It keeps one communicator for each group of ranks that has
+    averaged."""
 
     def __init__(self, comm: MPI.Intracomm, transport: Messages) -> None:
         self.comm, self.transport = comm, transport
         self._groups: dict[tuple[int, ...], MPI.Intracomm] = {}
 
     def average(self, flat: Tensor, ranks: Sequence[int], spare: Tensor) -> None:
-        """Replace flat by its mean over `ranks`, which must include this rank. flat, spare: tensors (n,); spare is overwritten.
-        All ranks in `ranks` get the same bits. Collective over `ranks`."""
+        """Replace `flat` (n,) by its mean over `ranks`, which must include this rank. All `ranks` get the same bits. `spare`: a
+        tensor (n,) that is overwritten. Collective over `ranks`."""
         if len(ranks) == 2:
             self._exchange(flat, other := ranks[ranks[0] == self.comm.rank], other, spare)
         elif len(ranks) > 2:
@@ -33,13 +34,14 @@ class Peers:
                 self.transport.store(wire, flat[start:stop])
 
     def gossip(self, flat: Tensor, hop: int, spare: Tensor) -> None:
-        """Replace flat by the mean of this rank's flat and the flat of rank (rank - hop) mod size. flat, spare: tensors (n,);
-        spare is overwritten. Collective over comm."""
+        """Replace `flat` (n,) by the mean of two tensors: this rank's `flat`, and `flat` of rank (rank - hop) mod size. `spare`:
+        a tensor (n,) that is overwritten. Collective over comm."""
         if hop % self.comm.size:
             self._exchange(flat, (self.comm.rank + hop) % self.comm.size, (self.comm.rank - hop) % self.comm.size, spare)
 
     def _exchange(self, flat: Tensor, to: int, source: int, spare: Tensor) -> None:
-        """Send flat to rank `to`, receive a tensor from rank `source`, and replace flat by the mean of the two."""
+        """Send `flat` to rank `to`, receive a tensor from rank `source`, and replace `flat` by the mean of the two. `spare` gets
+        the received tensor."""
         for start, stop in pieces(0, flat.numel()):
             wire = self.transport.load(flat[start:stop], "peers")
             received = self.transport.load(spare[start:stop], "received")
@@ -54,6 +56,6 @@ class Peers:
         return self._groups[ranks]
 
     def close(self) -> None:
-        """Free the communicators, in the order of creation. Collective over the ranks of each group."""
+        """Free the communicators, in the order in which they were made. Collective over the ranks of each group."""
         while self._groups:
             self._groups.pop(next(iter(self._groups))).Free()

@@ -1,5 +1,5 @@
-"""Tests whether the MPI library accepts CUDA pointers. The libraries' own answers to this question are unreliable. If the library
-does not accept CUDA pointers, the test causes a segmentation fault, so it runs in a child process."""
+"""Tests whether the MPI library accepts CUDA pointers. The libraries' own answers are unreliable. The test runs in a child
+process, because a library that does not accept CUDA pointers causes a segmentation fault."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ print("device buffers work")
 
 
 def device_buffers_work(timeout_seconds: float = 60.0) -> bool:
-    """Return whether a child process can send, receive and reduce small and large device buffers correctly. Independent."""
+    """Return whether MPI can send, receive and reduce small and large device buffers correctly. A child process tests it.
+    Independent."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_PREFIXES)}
     try:
         child = subprocess.Popen(
@@ -49,11 +50,12 @@ def device_buffers_work(timeout_seconds: float = 60.0) -> bool:
 
 
 def gradient_path(wanted: str, device: torch.device, comm: MPI.Intracomm) -> str:
-    """Return how gradients are exchanged: "host" for CPU tensors, otherwise "staged", "device" or "nccl". With "staged", MPI
-    reads pinned host memory. With "device", MPI reads device memory. With "nccl", MPI is not used.
+    """Return how gradients are exchanged. "host": the tensors are on the CPU. "staged": MPI reads pinned host memory. "device":
+    MPI reads device memory. "nccl": NCCL is used instead of MPI.
 
-    wanted: "staged", "device", "nccl" or "auto". "auto" means "device" if the probe succeeds on every rank, and "staged"
-    otherwise. Collective over comm."""
+    `wanted`: "staged", "device", "nccl" or "auto". For CPU tensors the result is always "host". Otherwise it is `wanted`. "auto"
+    means "device" if the probe succeeds on every node, else "staged". Collective over comm.
+    """
     if device.type == "cpu":
         return "host"
     if wanted != "auto":

@@ -1,4 +1,4 @@
-"""Cuts flat buffers into slices. Computes the norm of a gradient block by block."""
+"""Cuts flat buffers into slices, and computes the norm of a gradient block by block."""
 
 from __future__ import annotations
 
@@ -21,39 +21,35 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def slice_bounds(length: int, size: int, multiple: int = ALIGN) -> list[int]:
-    """Cut `length` elements into `size` slices at multiples of `multiple`, and return the size + 1 bounds. Pure."""
+    """Divide `length` elements into `size` slices that begin at multiples of `multiple`. Return the bounds, which are size + 1
+    numbers. Slice r is [bounds[r], bounds[r + 1]). Pure."""
     units = -(-length // multiple)
     return [min(length, r * units // size * multiple) for r in range(size)] + [length]
 
 
 def squares_of_blocks(flat: torch.Tensor) -> torch.Tensor:
-    """Return the sum of squares of each block of NORM_BLOCK elements: (blocks,), float64. flat: (n,), n a multiple of NORM_BLOCK.
-    The bits do not depend on the number of threads, or on which blocks one call computes. Independent."""
+    """Return the sum of squares of each norm block: (blocks,), float64. `flat`: (n,), n a multiple of NORM_BLOCK. The bits of a
+    block's sum depend only on its elements, and not on the number of threads. Independent."""
     rows = torch.linalg.vector_norm(flat.view(-1, 256), dim=1)  # short rows: torch splits a single long row over threads
     return rows.double().square().view(-1, NORM_BLOCK // 256).sum(1)
 
 
 def sum_in_order(values: Iterable[float]) -> float:
-    """Return the float64 sum of the values, added one after the other. Pure.
-
-    The built-in sum() adds in this way up to Python 3.11. Later versions correct the rounding errors, so the bits differ.
-    """
+    """Return the float64 sum of the values, added one after the other. From Python 3.12 on, the built-in sum() instead corrects
+    rounding errors, so its bits can differ. Pure."""
     return functools.reduce(operator.add, values, 0.0)
 
 
 def norm_of_squares(squares: Tensor) -> float:
-    """Return the square root of the sum of squares, or 0 if the sum is negative. squares: (blocks,), float64. They are added in
-    order. Independent.
+    """Return the square root of the sum of `squares`, or 0 if the sum is negative. `squares`: (blocks,), float64. They are added
+    in order. Independent.
 
-    math.sqrt rounds its result correctly. The result of torch.sqrt can differ in the last bit, also for float64. This was seen
-    with MKL on an AMD CPU.
+    The root is computed with math.sqrt, which is rounded correctly. The last bit of torch.sqrt can differ.
     """
     return math.sqrt(squares.cpu().cumsum(0)[-1].clamp(min=0.0))
 
 
 def global_norm(flat: Tensor) -> float:
-    """Return the L2 norm of a flat gradient, computed in float64. flat: (n,), n a multiple of NORM_BLOCK.
-
-    The blocks and their order are fixed, so the norm does not depend on the number of ranks or threads. Independent.
-    """
+    """Return the L2 norm of a flat gradient. `flat`: (n,), n a multiple of NORM_BLOCK. Sums of more than 256 elements are
+    computed in float64. The result does not depend on the number of ranks or threads. Independent."""
     return norm_of_squares(squares_of_blocks(flat))

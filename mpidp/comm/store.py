@@ -1,8 +1,9 @@
 """Opens the TCP store through which torch's process groups exchange addresses.
 
-torch's TCPStore has no authentication, so every process that can connect to the store can read and change it. If all ranks are on
-one host, the store therefore listens only on loopback. Otherwise the store listens only at the address to which the other hosts
-resolve the name of rank 0's host.
+torch's TCPStore has no authentication, so every process that can connect to the store can read and change it. The store therefore
+listens at one address only. This is loopback if all ranks are on one host. Otherwise it is the address to which the other hosts
+resolve the name of rank 0's host. If it cannot listen there, or if the hosts resolve the name differently, it listens at all
+addresses.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ LOOPBACK, EVERY_INTERFACE, EVERY_IPV4 = "127.0.0.1", "::", "0.0.0.0"
 
 
 def open_store(comm: MPI.Intracomm, timeout: timedelta, name: str = "") -> Any:
-    """Return a connection to the store, which runs on rank 0 at a free port. name: another name or address of rank 0's host, for
-    hosts that cannot connect to its host name. Raises RuntimeError on every rank if any rank cannot connect. Collective over
-    comm."""
+    """Return a connection to a TCPStore that runs on rank 0 at a free port. `name`: another name or address of rank 0's host, for
+    hosts that cannot connect to its host name ("": none). Raises RuntimeError on every rank if any rank cannot connect.
+    Collective over comm."""
     from torch import distributed
 
     here = socket.gethostname()
@@ -61,8 +62,8 @@ def _connected(address: str, port: int, timeout: timedelta) -> Any:
 
 
 def listen(addresses: Collection[str]) -> tuple[str, int, int]:
-    """Listen at a free port. Return (address, port, file descriptor of the socket). addresses: the addresses at which other hosts
-    reach this host. If there are none, listen on loopback. If there are several, or if this host does not have the address,
+    """Listen at a free port. Return (address, port, file descriptor of the socket). `addresses`: the addresses at which other
+    hosts reach this host. If there are none, listen on loopback. If there are several, or if listening at the only one fails,
     listen on every interface. Independent."""
     chosen = LOOPBACK if not addresses else next(iter(addresses)) if len(addresses) == 1 else EVERY_INTERFACE
     while True:
@@ -81,8 +82,8 @@ def listen(addresses: Collection[str]) -> tuple[str, int, int]:
 
 
 def _resolved(name: str) -> str:
-    """Return the address to which this host resolves `name`. Return `name` itself if it cannot be resolved, or if the address is
-    a loopback or link-local address, at which other hosts cannot connect."""
+    """Return the address to which this host resolves `name`. Return `name` itself if it cannot be resolved, or if other hosts
+    could not connect at the address because it is loopback or link-local."""
     try:
         address = str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
         usable = not (ip_address(address).is_loopback or ip_address(address).is_link_local)

@@ -3,7 +3,7 @@
 For a piece of a tensor, `Messages.load` returns a *wire* tensor that MPI may read and write. On the CPU the wire tensor is the
 piece itself. On CUDA the wire tensor depends on the mode. In mode "staged", it is a copy in pinned host memory. In mode "device",
 it is the piece itself, and load() first synchronizes the current stream. Mode "device" is used only if a test has shown that the
-MPI library is CUDA-aware (probe.py). Reducers that use these methods can also use NCCL (nccl.py).
+MPI library is CUDA-aware (probe.py). The class Nccl (nccl.py) has the same methods, but sends gradients with NCCL.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ RankParts = tuple[torch.Tensor, Sequence[int], Sequence[int]]  # (tensor, length
 
 
 class Messages:
-    """Exchanges tensors over MPI. The object counts the bytes that this rank sends, and the seconds that the strategy's exchanges
-    take; see pop_counts(). The bytes include messages between the ranks that share one replica of the model. Independent."""
+    """Exchanges tensors over MPI. Counts the bytes that this rank sends, and the seconds spent in timed(). pop_counts() returns
+    both. The bytes include messages to ranks that hold other parts of the same replica. Independent."""
 
     in_thread = True  # whether a thread may exchange gradients during backward
 
     def __init__(self, device: torch.device, mode: str = "host") -> None:
-        """mode: host (CPU tensors), staged or device (CUDA tensors)."""
+        """`mode`: "host" for CPU tensors. For CUDA tensors, "staged" (through host memory) or "device" (directly)."""
         self.mode = mode
         self.device = device
         self.sent_bytes = 0
@@ -37,7 +37,8 @@ class Messages:
         self._scratch: dict[object, torch.Tensor] = {}
 
     def scratch(self, key: object, elements: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return a wire buffer (elements,). Calls with the same key return the same memory and must have the same dtype."""
+        """Return a wire buffer of shape (elements,). Calls with the same `key` return the same memory, and must pass the same
+        `dtype`."""
         held = self._scratch.get(key)
         if held is None or held.numel() < elements:
             staged = self.mode == "staged"
@@ -46,8 +47,8 @@ class Messages:
         return held[:elements]
 
     def load(self, piece: torch.Tensor, key: object) -> torch.Tensor:
-        """Return a wire tensor with the current values of `piece`. key: the name of the buffer to use if the values are
-        copied."""
+        """Return a wire tensor with the current values of `piece`. If the values must be copied, they are copied to the wire
+        buffer named `key`."""
         if piece.device.type == "cpu":
             return piece
         if self.mode == "staged":
@@ -69,21 +70,21 @@ class Messages:
             torch.cuda.current_stream(self.device).synchronize()
 
     def alltoallv(self, comm: MPI.Intracomm, wait: Wait, source: RankParts, target: RankParts) -> None:
-        """Send range r of source to each rank r, and receive range r of target from each rank r. source and target contain wire
-        tensors. A rank sends nothing to itself. Collective over comm."""
+        """Send range r of `source` to each rank r of `comm`, and receive range r of `target` from it. `source`, `target`: (wire
+        tensor, length of each rank's range, start of each rank's range). Collective over comm."""
         wait(comm.Ialltoallv(bufv(*source), bufv(*target)))
         self.sent_bytes += source[0].element_size() * sum(source[1])
 
     def allgatherv(self, comm: MPI.Intracomm, wait: Wait, whole: RankParts) -> None:
-        """Gather a wire tensor in place. Each rank has written its own range, and receives the ranges of the other ranks.
-        Collective over comm."""
+        """Fill a wire tensor on all ranks, in place. Each rank has written its own range, and receives the ranges of the other
+        ranks. `whole`: (wire tensor, length of each rank's range, start of each rank's range). Collective over comm."""
         wait(comm.Iallgatherv(MPI.IN_PLACE, bufv(*whole)))
         self.sent_bytes += whole[0].element_size() * whole[1][comm.rank] * (comm.size - 1)
 
     def allreduce(self, comm: MPI.Intracomm, wait: Wait, wire: torch.Tensor, blocking: bool) -> None:
-        """Sum a wire tensor over the ranks in place. MPI chooses the order of addition. blocking: use MPI's blocking call. With
-        Open MPI it is up to 2.7 times as fast, but adds in another order, so all ranks must pass the same value. Collective over
-        comm."""
+        """Sum `wire` over the ranks, in place. MPI chooses the order of addition. `blocking`: whether to use MPI's blocking call.
+        With Open MPI, this call is up to 2.7 times as fast, but adds in another order. All ranks must pass the same value.
+        Collective over comm."""
         if blocking:
             comm.Allreduce(MPI.IN_PLACE, buf(wire))
         else:
@@ -98,7 +99,7 @@ class Messages:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Count the time of the body as communication."""
+        """Return a context. The time spent in it is added to the seconds that pop_counts() returns."""
         begin = time.perf_counter()
         yield
         self.synchronize()
@@ -113,8 +114,8 @@ class Messages:
 
 
 def allgather_ranges(transport: Messages, comm: MPI.Intracomm, wait: Wait, flat: torch.Tensor, parts: Sequence[range]) -> None:
-    """Gather a flat tensor in place, in pieces. parts: the range of elements that each rank of comm has written. Collective over
-    comm."""
+    """Fill `flat` on all ranks, in place. Each rank has written its own range, and receives the ranges of the other ranks.
+    `parts`: the range of elements of each rank of `comm`. Collective over comm."""
     step = max(1, PIECE_BYTES // 4 // comm.size)
     for low in range(0, max(map(len, parts)), step):
         now = [part[low : low + step] for part in parts]
@@ -132,7 +133,7 @@ def allgather_ranges(transport: Messages, comm: MPI.Intracomm, wait: Wait, flat:
 
 
 def pieces(start: int, stop: int, element_bytes: int = 4) -> Iterator[tuple[int, int]]:
-    """Cut [start, stop) into ranges of at most PIECE_BYTES. Pure."""
+    """Yield (begin, end) for consecutive pieces of the elements [start, stop). Each piece has at most PIECE_BYTES. Pure."""
     step = PIECE_BYTES // element_bytes
     for begin in range(start, stop, step):
         yield begin, min(begin + step, stop)

@@ -1,16 +1,15 @@
 """Work stealing within a node. A rank that has finished its own lanes takes lanes of other ranks. Counters in shared memory
 ensure that no two ranks take the same lane.
 
-A rank takes lanes of its own range from the left. Other ranks take lanes of this range from the right. Two counters per range
-make work stealing safe without a lock. Every rank that wants a lane first increments `claimed`. If the previous value is less
-than the length of the range, the rank may take one lane. A rank that takes a lane of another rank then increments `stolen`. If
-the previous value is s, the rank takes lane s from the right, counted from 0. Therefore every lane is taken exactly once,
-whatever the delays.
+Each rank owns a range of lanes. A rank takes lanes of its own range from the left. Other ranks take lanes of this range from the
+right. Two counters per range make work stealing safe without a lock. Every rank that wants a lane of a range first increments the
+range's counter `claimed`. If the previous value is less than the length of the range, the rank may take one lane. If the range
+belongs to another rank, the rank then increments the range's counter `stolen`. If the previous value is s, the rank takes lane s
+from the right, counted from 0. Therefore every lane is taken exactly once, whatever the delays.
 
-The counters are accessed only with MPI_Fetch_and_op, in one epoch that lasts until close(). In shared memory, access succeeds
-even if the rank that owns the counter makes no MPI call. With MPICH 4 this is not always so, and steals_freely() tests it. No
-rank loads or stores a counter directly, so MPI ensures that all ranks see the current values. With Open MPI, set
-OMPI_MCA_osc=^ucx before MPI starts, so that Open MPI uses its shared-memory component.
+The counters are accessed only with MPI_Fetch_and_op, so MPI ensures that all ranks see the current values. In shared memory,
+access usually succeeds even if the rank that owns the counter makes no MPI call. With MPICH 4 it may not succeed. steals_freely()
+tests this. With Open MPI, set OMPI_MCA_osc=^ucx before MPI starts, so that Open MPI uses its shared-memory component.
 """
 
 from __future__ import annotations
@@ -32,13 +31,12 @@ SLEEP_SECONDS = 1.0  # the longest time for which steals_freely() makes no MPI c
 class Tickets:
     """Assigns the lanes of this node to its ranks. Independent, except for the constructor and close().
 
-    All ranks of the node must synchronize between their last call of next_own() or steal() in one step and their first call in
-    the next step. The allreduce in every training step synchronizes them.
+    All ranks of the node must synchronize between two steps: after their last call of next_own() or steal() in a step, and before
+    their first call in the next step. The allreduce in every training step synchronizes them.
     """
 
     def __init__(self, node: MPI.Intracomm) -> None:
-        """node: the ranks that share memory. The ranges of lanes given to begin() are in the order of these ranks. Collective
-        over node."""
+        """`node`: the communicator of the ranks that share memory. Collective over node."""
         self.size = node.size
         self._me = node.rank
         self._node = node
@@ -53,8 +51,8 @@ class Tickets:
         node.Barrier()
 
     def begin(self, ranges: Sequence[range]) -> None:
-        """Begin a step in which rank i of the node owns the lanes ranges[i]. All ranks of the node call this method with the same
-        ranges. Raises ValueError unless there is one range per rank."""
+        """Begin a step in which rank i of the node owns the lanes ranges[i]. All ranks of the node must call this method with the
+        same `ranges`. Raises ValueError unless there is one range per rank."""
         if len(ranges) != self.size:
             raise ValueError(f"{len(ranges)} ranges of lanes for {self.size} ranks of a node")
         self._ranges, self._taken = ranges, 0
@@ -69,7 +67,7 @@ class Tickets:
         return self._ranges[self._me][self._taken - 1]
 
     def steal(self) -> int | None:
-        """Take and return a lane of the rank with the most lanes left. Return None if no rank has lanes left."""
+        """Take and return a lane from the rank that has the most lanes left. Return None if no rank has lanes left."""
         while True:
             left = [len(lanes) - self._draw(rank, CLAIMED, 0, MPI.NO_OP) for rank, lanes in enumerate(self._ranges)]
             victim = max(range(self.size), key=left.__getitem__)
@@ -79,8 +77,8 @@ class Tickets:
                 return self._ranges[victim][-1 - self._draw(victim, STOLEN, 1, MPI.SUM)]
 
     def close(self) -> None:
-        """Free the shared memory. Because all ranks must call this method, do not call it after an error on only some of the
-        ranks. Collective over node."""
+        """Free the shared memory. This method waits for all ranks, so do not call it after an error that only some of the ranks
+        have. Collective over node."""
         self._win.Unlock_all()
         self._win.Free()
 
@@ -92,8 +90,8 @@ class Tickets:
             self._draw(self._me, counter, 0, MPI.REPLACE, used)
 
     def _draw(self, rank: int, counter: int, value: int, op: MPI.Op, used: int | None = None) -> int:
-        """Apply an operation to a rank's counter and return its previous value. The operation is complete when this method
-        returns."""
+        """Apply `op` with `value` to a counter of `rank`, and return the counter's previous value. `counter`: CLAIMED or STOLEN.
+        `used`: the set of counters, 0 or 1 (default: the set of this step)."""
         self._given[0] = value
         place = COUNTERS * (self._set if used is None else used) + counter
         self._win.Fetch_and_op([self._given, MPI.INT64_T], [self._found, MPI.INT64_T], rank, place, op)
@@ -102,8 +100,8 @@ class Tickets:
 
 
 def steals_freely(comm: MPI.Intracomm) -> bool:
-    """Return True if a rank of this node can take lanes of a rank that makes no MPI call. The test takes milliseconds if the
-    result is True, and SLEEP_SECONDS if it is False. comm: the ranks of this node. Collective over comm."""
+    """Return True if a rank can take a lane of another rank while the other rank makes no MPI call. The test takes milliseconds
+    if the result is True, and SLEEP_SECONDS if it is False. `comm`: the ranks of this node. Collective over comm."""
     flag = MPI.Win.Allocate_shared(COUNTER_BYTES * (comm.rank == 0), COUNTER_BYTES, comm=comm)
     memory: Any = flag.Shared_query(0)[0]
     drawn = np.frombuffer(memory, dtype=np.int64)  # set by rank 1, without MPI

@@ -31,8 +31,8 @@ def _nearest(word: str, words: Sequence[str]) -> str:
 
 
 def _convert(key: str, raw: Any, about: dataclasses.Field[Any], where: str) -> Any:
-    """Convert a command-line word or a TOML value to the field's type. Check that the value is among the field's choices and
-    within its limits."""
+    """Return the value `raw` of the setting `key`, converted to the type of its field `about`. Raises UsageError if the value has
+    another type, is not one of the choices, or exceeds a limit. `where`: the source of the value, for messages."""
     meta = about.metadata
     kind = {"int": int, "float": float, "bool": bool, "str": str}[str(about.type)]
     raw = 0 if meta["auto"] and raw == "auto" else raw
@@ -75,7 +75,7 @@ def _assign(chosen: dict[str, Any], key: str, raw: Any, where: str) -> None:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Return the settings of a TOML file as {section.key: value}, without checking the values. Raises UsageError if the file
+    """Return the settings of a TOML file as {section.key: value}. The values are not checked. Raises UsageError if the file
     cannot be read."""
     try:
         tree = tomllib.loads(read_whole(path, MAX_TOML_BYTES, may_be_empty=True).replace("\r\n", "\n"))
@@ -91,8 +91,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def read_run_config(path: Path) -> dict[str, Any]:
     """Return the settings of a run's config.toml as {section.key: value}. Only the types of known settings are checked, because
-    another version of mpidp may have had other settings and choices. Raises UsageError if a value has the wrong type.
-    Independent."""
+    the run may be from another version of mpidp. Raises UsageError if a value has the wrong type. Independent."""
     types = {name: about.type for name, about, _ in fields_of()}
     flat = read_toml(path)
     for key, value in flat.items():
@@ -105,10 +104,10 @@ def read_run_config(path: Path) -> dict[str, Any]:
 
 
 def from_args(arguments: Sequence[str]) -> Config:
-    """Build the configuration from command-line arguments.
+    """Return the configuration that command-line arguments describe.
 
-    arguments: at most one configuration file (.toml), and settings as --section.key=value or --section.key value. These settings
-    override those in the file. Raises UsageError if a key or a value is not valid, or if settings contradict each other.
+    `arguments`: at most one path of a .toml file, and settings as --section.key=value or --section.key value. These settings
+    override the settings in the file. Raises UsageError if a key or a value is not valid, or if settings contradict each other.
     Independent."""
     chosen: dict[str, Any] = {}
     words = list(arguments)
@@ -139,8 +138,8 @@ def from_args(arguments: Sequence[str]) -> Config:
 
 
 def parse_with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
-    """Parse a command's own options with argparse, and the other arguments with from_args. Raises UsageError if an argument is
-    not valid."""
+    """Return (options, configuration). `parser` parses the options of the command. from_args() parses all other arguments. Raises
+    UsageError if an argument is not valid."""
     options, settings = parser.parse_known_args(list(arguments))
     return options, from_args(settings)
 

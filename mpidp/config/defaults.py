@@ -1,4 +1,4 @@
-"""Defaults of strategy settings that depend on other settings. Pure: no torch, no MPI."""
+"""Defaults of strategy settings that depend on other settings. This module imports neither torch nor MPI."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ DEFAULTS = {name: getattr(StrategySettings, name) for name in METHODS}
 
 
 def kind(name: str, quorum: float) -> str:
-    """Return the method that strategy.name and strategy.quorum select. The method is "quorum" if the strategy is synchronous and
-    the quorum is below 1. Otherwise it is `name`. Pure."""
+    """Return the method: "quorum" if `name` is "synchronous" and `quorum` is below 1, else `name`. `name`: the value of
+    strategy.name. `quorum`: the value of strategy.quorum. Pure."""
     return "quorum" if name == "synchronous" and quorum < 1 else name
 
 
 def method_of(settings: Settings) -> str:
-    """Return the method that the settings select. Pure."""
+    """Return the method that `settings` ({section.key: value}) select. Pure."""
     return kind(settings["strategy.name"], settings["strategy.quorum"])
 
 
 def sync_intervals(settings: Settings, steps: int) -> tuple[int, int]:
-    """Return (sync_every, meet_every) for a run of this many steps, with automatic values filled in. Raises ValueError if
-    the ranks would never average. Independent."""
+    """Return (sync_every, meet_every): the steps between averages, and the steps between meetings. Automatic values are filled
+    in. `steps`: the length of the run. Raises ValueError if sync_every is more than `steps`. Independent."""
     name, every, meet = method_of(settings), settings["strategy.sync_every"], settings["strategy.meet_every"]
     if name == "synchronous":
         return 1, 1
@@ -43,11 +43,10 @@ def sync_intervals(settings: Settings, steps: int) -> tuple[int, int]:
 
 
 def outer(settings: Settings) -> tuple[float, float]:
-    """Return (outer_lr, outer_momentum), with automatic values filled in if the strategy has an outer step.
+    """Return (outer_lr, outer_momentum). With strategy.name=local and strategy.group=all, automatic values are filled in.
 
-    With overlap, updates arrive late. With sparse compression, they also arrive late, because of error feedback. Momentum repeats
-    these updates even later. The default momentum is therefore smaller with overlap, and 0 with sparse compression (SparseLoCo,
-    Sarfi 2025, section 3). Pure.
+    The default momentum is smaller with strategy.overlap, and 0 with comm.compress=topk or randomk. In both cases updates arrive
+    late, and momentum would repeat them even later (SparseLoCo, Sarfi 2025, section 3). Pure.
     """
     lr, momentum = settings["strategy.outer_lr"], settings["strategy.outer_momentum"]
     if settings["strategy.name"] != "local" or settings["strategy.group"] != "all":
@@ -58,13 +57,14 @@ def outer(settings: Settings) -> tuple[float, float]:
 
 
 def ratio(settings: Settings) -> float:
-    """Return comm.ratio, with the automatic value filled in. The automatic value for topk is larger with strategy.name=local,
-    because averages are rare. Pure."""
+    """Return comm.ratio, the share of values that sparse compression sends. The automatic value is filled in. For topk, the
+    automatic value is larger with strategy.name=local, because averages are rare. Pure."""
     topk = 0.03 if settings["strategy.name"] == "local" else 0.01
     usual = {"topk": topk, "randomk": 0.1}
     return float(settings["comm.ratio"] or usual.get(settings["comm.compress"], 0.0))
 
 
 def known_settings(name: str, **settings: Any) -> dict[str, Any]:
-    """Return those of the given settings that the method `name` uses. Independent."""
+    """Return those entries of `settings` that the method `name` uses. The keys of `settings` are settings strategy.*, without
+    "strategy.". Independent."""
     return {key: value for key, value in settings.items() if name in METHODS[key]}

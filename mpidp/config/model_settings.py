@@ -77,7 +77,7 @@ class ModelSettings:
 
 
 def transformer_shape(m: ModelSettings, vocab_size: int) -> TransformerShape:
-    """Return the shape of the Transformer with automatic values filled in. Pure."""
+    """Return the shape of the Transformer. Automatic values are filled in. Pure."""
     return TransformerShape(
         vocab_size, m.num_layers, m.num_heads, m.num_kv_heads or m.num_heads, m.model_dim,
         m.hidden_dim or default_hidden_dim(m.model_dim), m.seq_len, m.dropout, m.tie_embeddings, m.rope_theta,
@@ -86,7 +86,7 @@ def transformer_shape(m: ModelSettings, vocab_size: int) -> TransformerShape:
 
 
 def automatic(m: ModelSettings) -> dict[str, int]:
-    """Return the values of the Transformer's automatic settings, in the form in which they are saved. Pure."""
+    """Return the Transformer's settings that can be automatic, as {name: value}. Automatic values are filled in. Pure."""
     shape = transformer_shape(m, 1)
     return {"num_kv_heads": shape.num_kv_heads, "hidden_dim": shape.hidden_dim, "position_rows": shape.table_rows}
 

@@ -17,7 +17,8 @@ from mpidp.runtime.environment import launched_with_ulfm
 
 
 def check_shards(level: int) -> None:
-    """Raise UsageError if sharding is combined with ULFM, because the shard of a failed rank would be lost. Independent."""
+    """Raise UsageError if `level` (mesh.shard) is above 0 and the job was started with ULFM. The shard of a failed rank would be
+    lost. Independent."""
     if level and launched_with_ulfm():
         raise UsageError(
             f"mesh.shard={level} is not supported with mpirun --with-ft ulfm: the shard of a failed rank would be lost, and the "
@@ -27,8 +28,8 @@ def check_shards(level: int) -> None:
 
 
 def resolve_reducer(config: Config) -> str:
-    """Return the name of the reducer. The value auto means tree for synchronous training without compression and with mesh.shard
-    below 2. Otherwise auto means allreduce. Pure."""
+    """Return the name of the reducer. The value auto means tree for synchronous training without compression, and allreduce
+    otherwise. Pure."""
     if config.comm.reducer != "auto":
         return config.comm.reducer
     plain = kind_of(config) == "synchronous" and config.comm.compress == "none"
@@ -41,8 +42,8 @@ def kind_of(config: Config) -> str:
 
 
 def workers(config: Config, size: int) -> int:
-    """Return the number of ranks that compute gradients, which are all ranks but the servers. Raises UsageError if all ranks are
-    servers. Pure."""
+    """Return the number of ranks that compute gradients. These are all `size` ranks except parameter servers. Raises UsageError
+    if all ranks are servers. Pure."""
     serving = (config.strategy.servers or 1) if config.strategy.name == "server" else 0
     if serving >= size:
         raise UsageError(
@@ -53,9 +54,9 @@ def workers(config: Config, size: int) -> int:
 
 
 def model_shape(config: Config, vocab_size: int) -> Shape:
-    """Return the model's shape with automatic values filled in. A user's own model is also created and tested.
+    """Return the model's shape. Automatic values are filled in. A user's own model is also created and tested.
 
-    vocab_size: number of tokens in the tokenizer. Raises UsageError if model.vocab_size is smaller than this number, or if the
+    `vocab_size`: number of tokens in the tokenizer. Raises UsageError if model.vocab_size is smaller than this number, or if the
     model cannot be trained. Independent."""
     m = config.model
     if m.vocab_size and m.vocab_size < vocab_size:
@@ -77,9 +78,9 @@ def model_shape(config: Config, vocab_size: int) -> Shape:
 
 
 def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, device: torch.device, dtype: torch.dtype) -> Config:
-    """Return the config with all automatic values filled in. This config is printed and saved, and compared when a run resumes.
+    """Return the config with all automatic values filled in. `device`, `dtype`: where and in which precision the run computes.
 
-    Raises UsageError if sharding is combined with ULFM, or if the ranks would never average. Pure."""
+    Raises UsageError if sharding is combined with ULFM, or if strategy.sync_every is more than the number of steps. Pure."""
     check_shards(config.mesh.shard)
     t, m = config.train, config.model
     steps = t.steps or 300

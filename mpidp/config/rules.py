@@ -32,7 +32,7 @@ def _is_not(key: str, value: object) -> Callable[[Settings], bool]:
 
 
 def method_setting(name: str, quorum: float) -> str:
-    """Return the setting that selects the method, as written on the command line. Pure."""
+    """Return the setting that selects the method, as written on the command line, for example "strategy.quorum=0.5". Pure."""
     return f"strategy.quorum={quorum:g}" if kind(name, quorum) == "quorum" else f"strategy.name={name}"
 
 
@@ -52,6 +52,8 @@ _SHARDS, _TWO = "mesh.shard=1|2|3", "mesh.shard=2|3"
 _shards, _two = _is_not("mesh.shard", 0), _is("mesh.shard", 2, 3)
 _THREE, _three = "mesh.shard=3", _is("mesh.shard", 3)
 _lora = _is_not("model.lora_rank", 0)
+_HEAD = "model.lora_rank with head in model.lora_targets"
+_head: Callable[[Settings], bool] = lambda s: _lora(s) and "head" in s["model.lora_targets"].replace(" ", "").split(",")  # noqa: E731
 _TIMES, _times = "mesh.interleave above 1", _is_not("mesh.interleave", 1)
 _partial = _is_not("strategy.group", "all")
 _tasks = _is_not("train.eval_tasks", "")
@@ -126,16 +128,15 @@ RULES = [
          "gradients are reduced in backward by the same thread"),
     Rule(_TWO, "comm.transport=window", _two, _is("comm.transport", "window"), "shards are sent as MPI messages"),
     Rule(_TWO, "comm.copies=node", _two, _is("comm.copies", "node"), "ranks exchange shards in messages and share no memory"),
-    Rule(_CUT, "model.lora_rank", _cut, _lora, "adapters are not split; use data parallelism only (mesh.dp)"),
+    Rule(_CUT, _HEAD, _cut, _head, "the adapter of the head is not split; use other model.lora_targets"),
     Rule(_NOT, "model.lora_rank", _not, _lora, "LoRA is implemented for the built-in Transformer only"),
     Rule(_SLICES, _OTHERS, _slices, _other, "not tested"),
     Rule(_SLICES, "comm.compress", _slices, _is_not("comm.compress", "none"),
          "what is lost depends on the place of a gradient on its rank, and so on mesh.tp"),
-    Rule(_SLICES, _TWO, _slices, _two, "the norm over slices needs the whole gradient of each parameter on one rank"),
     Rule(_SLICES, "model.tie_embeddings with mesh.pp above 1", _slices,
          lambda s: s["model.tie_embeddings"] and s["mesh.pp"] > 1,
          "the two gradients of the shared matrix would be added in another order than on one stage"),
-    Rule(_SLICES, "model.lora_rank", _slices, _lora, "adapters are not split"),
+    Rule(_SLICES, _HEAD, _slices, _head, "the adapter of the head is not split; use other model.lora_targets"),
     Rule(_SLICES, "train.compile", _slices, _is("train.compile", True), "tensor parallelism cannot be compiled"),
     Rule(_SLICES, "train.eval_tasks", _slices, _tasks, "slices have no key-value cache; use mpidp evaluate --tasks"),
     Rule(_NOT, _SLICES, _not, _slices, "only the built-in Transformer can be cut into slices"),
@@ -203,10 +204,11 @@ MAX_STEPS = 100  # maximum number of steps in a timeline
 
 
 def steps_of(timeline: str) -> tuple[int, int]:
-    """Return (first, last), the steps of a timeline. Steps are counted from 1, and both are included. Return (0, 0) if there is
-    no timeline.
+    """Return (first, last), the first and the last step of a timeline. Steps are counted from 1. Return (0, 0) if there is no
+    timeline.
 
-    Raises ValueError if the text does not have the form FIRST:LAST, or if a step is not valid. Pure."""
+    `timeline`: the value of metrics.timeline. Raises ValueError if it does not have the form FIRST:LAST, or if a step is not
+    valid. Pure."""
     if not timeline:
         return 0, 0
     words = timeline.split(":")
@@ -219,7 +221,7 @@ def steps_of(timeline: str) -> tuple[int, int]:
 
 
 def _kind_problems(settings: Settings) -> Iterator[str]:
-    """Yield the problems of model.kind and of settings that only some kinds of model use."""
+    """Yield a message for each problem of model.kind, and for each setting that has no effect with this kind of model."""
     model = settings["model.kind"]
     module, colon, factory = model.partition(":")
     if model not in KINDS and not (colon and factory.isidentifier() and all(map(str.isidentifier, module.split(".")))):
@@ -232,7 +234,7 @@ def _kind_problems(settings: Settings) -> Iterator[str]:
 
 
 def table() -> str:
-    """Return the table of unsupported combinations for docs/methods.md. Independent."""
+    """Return the table of unsupported combinations, in Markdown, for docs/methods.md. Independent."""
     rows = [("setting", "cannot be combined with", "reason")]
     rows += [(f"`{rule.one}`", f"`{rule.other}`", rule.why) for rule in RULES]
     lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]

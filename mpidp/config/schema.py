@@ -46,16 +46,17 @@ class Config:
     energy: EnergySettings = field(default_factory=EnergySettings)
 
     def with_values(self, **sections: Mapping[str, Any]) -> Config:
-        """Return a copy with changed values, for example config.with_values(train={"lanes": 8}). Values are not checked."""
+        """Return a copy with the given values, for example config.with_values(train={"lanes": 8}). The values are not checked."""
         return dataclasses.replace(self, **{s: dataclasses.replace(getattr(self, s), **v) for s, v in sections.items()})
 
     def flat(self) -> dict[str, Any]:
-        """Return {section.key: value} of all settings. Pure."""
+        """Return all settings as {section.key: value}. Pure."""
         return {key: value for key, _, value in fields_of(self)}
 
 
 def fields_of(config: Config | None = None) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
-    """Yield (section.key, field, value) for each setting, in order."""
+    """Yield (section.key, field, value) for each setting, in order. The values are those of `config`, or the defaults if it is
+    None."""
     config = config or Config()
     for section in dataclasses.fields(Config):
         part = getattr(config, section.name)
@@ -64,7 +65,8 @@ def fields_of(config: Config | None = None) -> Iterator[tuple[str, dataclasses.F
 
 
 def checked(config: Config) -> Config:
-    """Check the config and return it unchanged. Raises UsageError if settings contradict each other. Independent."""
+    """Check the config and return it unchanged. Raises UsageError if a setting is not valid, or if settings contradict each
+    other. Independent."""
     model, train, optim, comm = config.model, config.train, config.optim, config.comm
     problems = []
     if train.global_batch < train.micro_batch:
@@ -123,7 +125,7 @@ def checked(config: Config) -> Config:
 
 
 def stops_by_loss(config: Config) -> list[str]:
-    """Return the settings, as KEY=VALUE, that end the run early because of its validation loss. Pure."""
+    """Return those settings, as KEY=VALUE, that can end the run early because of its validation loss. Pure."""
     values = {"train.target_loss": config.train.target_loss, "train.patience": config.train.patience}
     return [f"{key}={value}" for key, value in values.items() if value]
 

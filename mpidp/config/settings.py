@@ -20,9 +20,9 @@ def setting(
 ) -> Any:
     """Return a dataclass field whose metadata contain the setting's limits and its description for --help.
 
-    low, high: limits of the value, both included. resume: FIXED if the setting must not change when a run resumes, else FREE.
-    methods: for a setting strategy.*, the methods that use the setting. "quorum" means strategy.name=synchronous with
-    strategy.quorum below 1. auto: whether the value 0 may be written as auto.
+    `low`, `high`: limits of the value, both included. `resume`: FIXED if the setting must not change when a run resumes, else
+    FREE. `methods`: for a setting strategy.*, the methods that use it. "quorum" means strategy.name=synchronous with
+    strategy.quorum below 1. `auto`: whether the value 0 may be written as auto.
     """
     about = {
         "text": text, "unit": unit, "choices": tuple(choices), "low": low, "high": high, "resume": resume,
@@ -135,7 +135,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class StrategySettings:
-    """Settings strategy.*: how ranks synchronize. `methods` lists the methods that use a setting."""
+    """Settings strategy.*: how ranks synchronize. The argument `methods` names the methods that use a setting."""
 
     name: str = setting(
         "synchronous", "training strategy (docs/methods.md)", "", ("synchronous", "delayed", "local", "server"), resume=FIXED,
@@ -194,8 +194,8 @@ class CommSettings:
     """Settings comm.*: how gradients are reduced, compressed and sent."""
 
     reducer: str = setting(
-        "auto", "gradient reduction; auto: allreduce with compression, mesh.shard above 1 or a strategy that is not synchronous, "
-        "else tree (bit-identical on any number of ranks)", "",
+        "auto", "gradient reduction; auto: tree (bit-identical on any number of ranks) for synchronous training without "
+        "compression, else allreduce", "",
         ("auto", "tree", "allreduce", "naive", "root"),
     )
     compress: str = setting(
@@ -290,7 +290,7 @@ class MetricsSettings:
 
 @dataclass(frozen=True)
 class EnergySettings:
-    """Settings energy.*: emissions and prices for mpidp.report."""
+    """Settings energy.*: the carbon intensity of electricity and the price of a node-hour, for mpidp.report."""
 
     grams_per_kwh: float = setting(0.0, "carbon intensity of your electricity (CO2e), for mpidp.report; 0: unknown", "g/kWh",
                                    low=0.0)

@@ -53,8 +53,8 @@ SYNONYMS = {  # for each setting, its names in other programs (transformers, nan
 
 
 def suggestion(key: str, known: Collection[str]) -> str:
-    """Return the setting in `known` that the user most likely meant by the unknown `key`. Another program may call this setting
-    `key`, another section may have a setting of this name, or the spelling of this setting may be closest. Pure."""
+    """Return the setting in `known` that the user most likely meant by the unknown name `key`. The user may have used another
+    program's name, a wrong section or a wrong spelling. Pure."""
     key = key.lower().replace("-", "_")
     section, _, name = key.rpartition(".")
     other = {word: setting for setting, words in SYNONYMS.items() if setting in known for word in words.split()}

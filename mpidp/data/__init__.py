@@ -2,7 +2,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """Import from_dataset on first use, so that importing another module of mpidp.data does not import mpidp.data.dataset."""
+    """Import and return from_dataset when it is first used. Imports of other modules of mpidp.data then need not import it."""
     if name == "from_dataset":
         from mpidp.data.dataset import from_dataset
 

@@ -18,15 +18,15 @@ CHARACTERS_PER_TOKEN = 64
 
 
 class BatchEncoder:
-    """Encodes texts. The results do not depend on the program that computes them. Names of special tokens in a text are encoded
-    like any other text.
+    """Encodes texts with the `tokenizers` library or with tiktoken. Both programs give the same ids. Names of special tokens in a
+    text are encoded like any other text.
 
-    program: "tiktoken", or "the tokenizers library" with the reason why tiktoken is not used. It is "" until enough text was
-    encoded to choose between them.
+    `program`: the program that encodes: "tiktoken", or "the tokenizers library" and the reason why it is not tiktoken. Before the
+    program is chosen, it is "".
     """
 
     def __init__(self, text: str, library: Any) -> None:
-        """text: the contents of a tokenizer.json. library: the same tokenizer, as an object of the `tokenizers` library."""
+        """`text`: the contents of a tokenizer.json. `library`: the same tokenizer, as an object of the `tokenizers` library."""
         self.program = ""
         self._text, self._library = text, library
         self._left = CHARACTERS + CHARACTERS_PER_TOKEN * library.get_vocab_size()
@@ -45,7 +45,7 @@ class BatchEncoder:
         return found
 
     def placed(self, text: str) -> Placed:
-        """Return the ids of a text, and the range of characters of each id. Independent."""
+        """Return the ids of a text, and for each id the range of characters that it encodes. Independent."""
         if self._fast is not None:
             try:
                 return self._fast.placed(text)
@@ -56,8 +56,8 @@ class BatchEncoder:
         return found
 
     def _count(self, texts: Sequence[str], found: list[np.ndarray]) -> None:
-        """Count the characters that the library has encoded. When there are enough, start tiktoken, and check that tiktoken gives
-        the same ids as the library for these texts."""
+        """Count the characters of `texts`, which the `tokenizers` library has encoded. When enough are counted, use tiktoken from
+        now on if it gives the same ids for these texts. `found`: the library's ids of each text."""
         before, self._left = self._left, self._left - sum(map(len, texts))
         if before > 0 >= self._left:
             try:

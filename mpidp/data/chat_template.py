@@ -47,8 +47,8 @@ class Template:
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def of(self, tools: Any) -> Template:
-        """Return the template for chats with these tools. If `tools` is None, this is the default template. transformers chooses
-        in the same way."""
+        """Return the template for chats with these tools. If `tools` is None, return the default template. The choice is the same
+        as in transformers."""
         return self if tools is None or self.tool_text is None else self._for_tools
 
     @cached_property
@@ -78,7 +78,7 @@ class Template:
         assert self._compiled is not None and self.of([])._compiled is not None
 
     def undefined_names(self) -> list[str]:
-        """Return the names of special tokens (*_token) that the template uses although they have no value."""
+        """Return the names of special tokens (*_token) that the template uses but that have no value."""
         from jinja2 import meta
 
         used = meta.find_undeclared_variables(_environment(self.moment).parse(self.text))
@@ -90,8 +90,9 @@ class Template:
     ) -> str:
         """Return the text of a chat. Raises TemplateRejection if the template rejects the chat.
 
-        prompt: whether the text ends with the generation prompt. args: variables for this chat. They override the variables in
-        the attributes `names` and `args`. In the text, BEGIN and END enclose the parts that {% generation %} marks.
+        `prompt`: whether the text ends with the generation prompt. `args`: variables for this chat. They override variables of
+        the same name in the attributes `names` and `args`. In the text, BEGIN and END enclose each part that {% generation %}
+        marks.
         """
         jinja2, template = _library(), self.of(tools)._compiled
         given = {**self.names, **self.args, **(args or {})} | {
@@ -120,8 +121,8 @@ class Template:
 
 
 def _message(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message as transformers passes it to templates. Null values are removed. If the message has reasoning, it is
-    stored under the keys that templates usually read."""
+    """Return a message in the form in which transformers passes it to templates. Null values are removed. If the message has
+    reasoning, it is stored under the keys "thinking" and "reasoning_content"."""
     message = {key: value for key, value in given.items() if value is not None}
     reasoning = next((message[key] for key in REASONING if key in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
@@ -129,8 +130,8 @@ def _message(given: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Return a context with limited CPU time and memory, if the system supports limits. Raises TimeoutError or MemoryError if the
-    code in the context exceeds a limit."""
+    """Return a context with limited CPU time and memory, where the system supports limits. Code that exceeds a limit raises
+    TimeoutError or MemoryError."""
     with _limited_memory(), _limited_time():
         yield
 
@@ -188,7 +189,7 @@ def _environment(moment: float) -> Any:
     from jinja2.utils import Namespace as Plain
 
     class Generation(Extension):
-        """The tag {% generation %}, which marks the assistant's parts."""
+        """Implements the tag {% generation %}, which marks the assistant's parts of a chat."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -201,7 +202,7 @@ def _environment(moment: float) -> Any:
             return f"{BEGIN}{caller()}{END}"
 
     class Sandbox(ImmutableSandboxedEnvironment):
-        """Limits the integers that a template can compute."""
+        """Raises an error if a template computes too large an integer."""
 
         intercepted_binops = frozenset({"**", "*"})
         timeouts = 0  # number of renderings that took too long
@@ -214,7 +215,8 @@ def _environment(moment: float) -> Any:
             return super().call_binop(context, operator, left, right)
 
     class Namespace(Plain):
-        """Rejects attributes that give access to the interpreter."""
+        """Raises an error if a template sets an attribute that begins with "_". Such attributes could give access to the
+        interpreter."""
 
         def __setitem__(self, name: str, value: Any) -> None:
             if name.startswith("_"):

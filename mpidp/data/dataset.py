@@ -1,7 +1,7 @@
 """Batches of any map-style dataset. An epoch contains each item exactly once, for any number of ranks. Independent.
 
-Item permute(k) is at position k of epoch e. Here permute is a Feistel permutation keyed by (seed, e), so no list of indices is
-stored. A global batch consists of the next `batch` positions. It is divided into micro-batches and lanes as in training
+If `shuffle` is True, item permute(k) is at position k of epoch e. The function permute is a Feistel permutation keyed by (seed,
+e). A global batch consists of the next `batch` positions. It is divided into micro-batches and lanes as in training
 (mpidp/data/lanes.py). The last batch of an epoch may be shorter. The only state is the number of the next batch.
 """
 
@@ -52,9 +52,10 @@ class Items:
         return self._order[1][places.start : places.stop]
 
     def read(self, batch: int, v: int) -> tuple[int, Any]:
-        """Return (number of items, collated items) of a micro-batch, or (0, None) if the micro-batch is empty.
+        """Return (number of items, collated items) of micro-batch v of a global batch. Return (0, None) if the micro-batch is
+        empty.
 
-        Raises DataError if the dataset raises an exception. The message names the item.
+        Raises a DataError that names the item, if the dataset raises an exception for an item.
         """
         found = []
         for i in self.indices(batch, v):
@@ -71,12 +72,12 @@ class Items:
         return len(found), self._collate(found)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of the next batch, and the settings that load_state_dict() compares."""
+        """Return the number of the next batch, the number of items, the size of a global batch, and the seed."""
         return {"batch": self.next_batch, "items": self.num_items, "global_batch": self.lanes.global_batch, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue with the batch whose number is in `state`. The number of ranks may differ from that of the earlier run. Raises
-        UsageError if `state` has other settings."""
+        """Continue with the batch whose number is in `state`. The number of ranks may differ from the run that made `state`.
+        Raises UsageError if the number of items, the size of a global batch or the seed differs."""
         now = self.state_dict()
         changed = [f"{key} was {state.get(key)}, is {now[key]}" for key in now if state.get(key) != now[key] and key != "batch"]
         if changed:
@@ -90,10 +91,11 @@ def from_dataset(
 ) -> Items:
     """Return the batches of a map-style dataset for mpidp.library.
 
-    dataset: an object with len() and [i]. batch: number of items per step, over all ranks. micro_batch: number of items per
-    forward pass (default: 0). 0 means an eighth of the batch, so that up to 8 ranks can share a batch. lanes: see the setting
-    train.lanes. collate: a function that makes a batch from a list of items (default: torch's default_collate). Raises UsageError
-    if an argument is invalid, and DataError if there are no items. Independent.
+    `dataset`: an object with len() and [i]. `batch`: number of items per step, over all ranks. `micro_batch`: number of items per
+    forward pass. The default 0 means an eighth of the batch, so that up to 8 ranks can share a batch. `lanes`: number of lanes.
+    The default 0 means one lane per micro-batch, up to 64. `collate`: a function that makes a batch from a list of items
+    (default: torch's default_collate). Raises UsageError if an argument is invalid, and DataError if there are no items.
+    Independent.
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise UsageError(

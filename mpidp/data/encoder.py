@@ -1,5 +1,5 @@
-"""Encodes texts with a tokenizer, BOS and special tokens. prepare, generate and evaluate use this module, so that they encode in
-the same way."""
+"""Encodes texts with a tokenizer, and adds BOS. The commands prepare, generate and evaluate use this module, so that they encode
+in the same way."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ class Encoder:
     special: str = "text"  # "tokens": names of special tokens in a text ("<|im_end|>") become ids; "text": names stay text
 
     def batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Encode several texts, without BOS. Independent."""
+        """Return the ids of each text, without BOS: int64 arrays (n,). Independent."""
         if self.special == "text":
             return self.tokenizer.encode_batch(texts)
         return [placed.ids for placed in self.placer(texts)]
 
     def pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Encode a text that is given in pieces. The text may be cut anywhere. Yield the ids of the whole text in parts, without
-        BOS. Independent."""
+        """Encode one text that is given in pieces. A piece may end anywhere, also within a token. Yield the ids of the whole text
+        in parts, without BOS. Independent."""
         if self.special == "text":
             return self.tokenizer.encode_pieces(pieces)
         return encode_pieces(pieces, lambda text: self.placer([text])[0])
 
     def ids(self, text: str) -> np.ndarray:
-        """Return the ids of a text of any length, without BOS: (n,) int64. Raises DataError also if the text contains half of a
-        surrogate pair. Independent."""
+        """Return the ids of a text of any length, without BOS: int64 (n,). Raises DataError if a character has no id, or if the
+        text contains half of a surrogate pair. Independent."""
         try:
             text.encode()
         except UnicodeEncodeError as error:  # the tokenizers library would raise a TypeError that does not name the reason
@@ -48,18 +48,19 @@ class Encoder:
         return self.tokenizer.encode(text) if self.special == "text" else np.concatenate(list(self.pieces([text])))
 
     def begins(self, ids: np.ndarray) -> np.ndarray:
-        """Return the ids of a text, with BOS in front if the training data has BOS. BOS is not added twice. Pure."""
+        """Return `ids` with BOS in front, if the training data has BOS. If `ids` already begins with BOS, return it unchanged.
+        Pure."""
         return ids if self.table.bos is None or self._has_bos(ids) else np.insert(ids, 0, self.table.bos)
 
     def document(self, text: str) -> np.ndarray:
-        """Return the ids of a text, with BOS or the end-of-document token in front, so that the text's first token has a context.
-        Independent."""
+        """Return the ids of a text that begin with BOS or, if the training data has no BOS, with the end-of-document id. The
+        text's first token then has a context. Independent."""
         ids = self.ids(text)
         return ids if self._has_bos(ids) else np.insert(ids, 0, self.begin)
 
     def prompt(self, text: str) -> list[int]:
-        """Return the ids of a prompt, with BOS in front if the training data has BOS. An empty prompt becomes BOS or the
-        end-of-document token. Independent."""
+        """Return the ids of a prompt, with BOS in front if the training data has BOS. If the prompt is empty and there is no BOS,
+        return the end-of-document id. Independent."""
         found: list[int] = self.begins(self.ids(text)).tolist()
         return found or [self.begin]
 
@@ -70,14 +71,15 @@ class Encoder:
 
     def named(self, texts: Sequence[str]) -> tuple[str, int]:
         """Count the texts in which the name of a special token is encoded as plain text. Return (one of these names, number of
-        these texts). If there are none, return ("", 0). Pure."""
+        texts), or ("", 0) if there are none. Pure."""
         names = self.names if self.special == "text" else None
         found = [match[0] for text in texts if names is not None and (match := names.search(text))]
         return (found[0], len(found)) if found else ("", 0)
 
     @cached_property
     def placer(self) -> Callable[[list[str]], list[Placed]]:
-        """A function that encodes several texts. For each text, it returns the ids, and the range of characters of each id."""
+        """A function that encodes several texts. For each text it returns the ids, and for each id the range of characters that
+        it encodes."""
         return placer(self.tokenizer, self.special)
 
     @cached_property

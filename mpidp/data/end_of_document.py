@@ -1,4 +1,4 @@
-"""Chooses the token that ends a document: the token that the model's files declare, or a token with one of the usual names.
+"""Chooses the token that ends a document. It is the token that the model's files declare, or a token with one of the usual names.
 Independent."""
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|eot|>", 
 def find_eod(vocab: Mapping[str, int], eod: str | int | None, declared: str | None = None) -> int:
     """Return the id of the end-of-document token. Raises DataError if there is no such token.
 
-    vocab: the id of each token. eod: the end-of-document token, or its id. None: not known. declared: the model's eos_token. It
-    is chosen if `eod` is None, unless the token ends a turn of a chat. If a token ends turns, the model's pretraining data ends
-    documents with another token. If `declared` is not chosen, the first token of USUAL_EOD that is in the vocabulary is chosen.
+    `vocab`: the id of each token. `eod`: the end-of-document token, its id, or None if it is not known. `declared`: the model's
+    eos_token, or None. If `eod` is None, `declared` is chosen, unless this token ends a turn of a chat. (Pretraining data end
+    documents with another token.) Otherwise the first token of USUAL_EOD that is in `vocab` is chosen.
     """
     if isinstance(eod, int) and eod in vocab.values():
         return eod

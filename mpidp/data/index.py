@@ -1,4 +1,4 @@
-"""index.json, which describes a folder of shards. The file is validated when it is read. It is written atomically."""
+"""Reads index.json, which describes a folder of shards, and validates it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class SplitRecord:
 
 @dataclass(frozen=True)
 class Index:
-    """A validated index.json."""
+    """The validated contents of an index.json."""
 
     vocab_size: int
     eod: int  # end-of-document id
@@ -68,11 +68,12 @@ class Index:
         return _content(folder, "tokenizer.json", self.tokenizer_sha256)
 
     def special_tokens_bytes(self, folder: Path) -> bytes | None:
-        """Return the contents of special_tokens.json, or None if these shards have no such file (special_tokens.py)."""
+        """Return the contents of special_tokens.json, or None if these shards have no such file (special_tokens.py). Raises
+        DataError if the file is missing or has changed."""
         return _content(folder, "special_tokens.json", self.special_tokens_sha256) if self.special_tokens_sha256 else None
 
     def to_json(self) -> str:
-        """Return the contents of index.json. They depend only on the shards, so equal shards have equal indexes."""
+        """Return the contents of index.json. Equal shards have equal contents."""
         tokenizer = {"kind": self.tokenizer_kind, "file": "tokenizer.json", "sha256": self.tokenizer_sha256}
         optional: dict[str, Any] = {"window": self.window} if self.window else {}
         if self.special_tokens_sha256:
@@ -85,8 +86,8 @@ class Index:
 
 
 def read_index(folder: Path, name: str = "index.json", shown: str = "") -> Index:
-    """Read the index of a folder of shards. name: the name of the index file. shown: the folder that error messages name. "":
-    `folder`. Raises DataError if the index is missing or invalid. Independent."""
+    """Read the index of a folder of shards. `name`: the name of the index file. `shown`: the name of the folder in error messages
+    (default: `folder`). Raises DataError if the index is missing or invalid. Independent."""
     path = folder / name
     named = f"{shown or folder}/{name}"
     try:

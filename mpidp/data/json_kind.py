@@ -13,11 +13,11 @@ BEGIN_BYTES = 2**20  # the first bytes of a file; in most cases they contain the
 
 
 def json_kind(stream: BinaryIO, wanted: Collection[str]) -> tuple[str, str]:
-    """Return (kind, reason) of a JSON file. kind: "lines", "array" or, if the file has no rows, "text". reason: why the file has
-    no rows, or "" if it has rows. Independent.
+    """Return (kind, reason) of a JSON file. `kind`: "lines" for one object per line, "array" for an array of objects, or "text"
+    if the file has no rows. `reason`: why the file has no rows, or "" if it has rows. Independent.
 
-    wanted: names of fields. If a file has only one object, this object must have one of these fields. If a file has an array, the
-    first object of the array must have one. If `wanted` is empty, any object is accepted.
+    `wanted`: names of fields. If a file has only one object, this object must have one of these fields. If a file has an array,
+    the first object of the array must have one of these fields. If `wanted` is empty, any object is accepted.
     """
     lines = _begin(stream)
     first, begun = lines[0], b"".join(lines).strip()
@@ -42,9 +42,8 @@ def parse_object(line: bytes) -> dict[str, Any] | None:
 
 
 def _begin(stream: BinaryIO) -> list[bytes]:
-    """Return the first lines of a file that are not blank: at least two lines, with at least BEGIN_BYTES in total. If the file
-    has fewer lines or bytes, return all of them.
-    """
+    """Return the first lines of a file that are not blank. These are at least two lines with at least BEGIN_BYTES in total, or
+    the whole file if it has less."""
     found: list[bytes] = []
     size = 0
     for line in lines_of(stream):
@@ -57,7 +56,7 @@ def _begin(stream: BinaryIO) -> list[bytes]:
 
 
 def _of_array(begun: bytes, wanted: Collection[str]) -> tuple[str, str]:
-    """Return the result of json_kind() for an array. begun: the beginning of the array, without the opening bracket."""
+    """Return the result of json_kind() for an array. `begun`: the beginning of the array, without the opening bracket."""
     if not begun.startswith(b"{"):
         return "text", "a JSON array whose items are not objects"
     try:

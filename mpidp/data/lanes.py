@@ -1,8 +1,9 @@
 """Divides the global batch into lanes, in a way that does not depend on the number of ranks. Pure.
 
-A global batch of G sequences is split into V = ceil(G / micro_batch) micro-batches (the last may be shorter). The micro-batches
-are divided into L lanes. Lane l consists of micro-batches [l V // L, (l + 1) V // L). Their gradients are accumulated in order. V
-and L are fixed for a run. The gradient of a lane has the same bits on any rank.
+A global batch of G sequences is split into V = ceil(G / micro_batch) micro-batches. The last micro-batch may be shorter. The
+micro-batches are divided into L lanes. Lane l consists of micro-batches [l V // L, (l + 1) V // L). The gradients of a lane's
+micro-batches are accumulated in order. V and L are fixed for a run. Therefore the gradient of a lane has the same bits on any
+rank.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ MAX_DEFAULT_LANES = 64
 
 
 def even_ranges(num_lanes: int, size: int) -> list[range]:
-    """Split lanes into `size` contiguous ranges, as equal in length as possible. Pure."""
+    """Split lanes 0..num_lanes-1 into `size` contiguous ranges of nearly equal length, and return the ranges. Pure."""
     return [range(i * num_lanes // size, (i + 1) * num_lanes // size) for i in range(size)]
 
 
@@ -47,12 +48,12 @@ class Lanes:
         return ((v + 1) * self.num_lanes - 1) // self.num_micro_batches
 
     def of_rank(self, rank: int, world_size: int) -> range:
-        """Return the lanes of a rank, which are a contiguous range. The ranks' ranges are as equal in length as possible. If
-        rank >= world_size, the range is empty."""
+        """Return the contiguous range of lanes of a rank. The ranges of the ranks have nearly equal lengths. If rank >=
+        world_size, the range is empty."""
         if rank >= world_size:
             return range(self.num_lanes, self.num_lanes)
         return even_ranges(self.num_lanes, world_size)[rank]
 
     def sequences(self, v: int) -> range:
-        """Return the positions of micro-batch v's sequences in the global batch."""
+        """Return the positions, in the global batch, of the sequences of micro-batch v."""
         return range(v * self.micro_batch, min((v + 1) * self.micro_batch, self.global_batch))

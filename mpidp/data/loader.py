@@ -1,8 +1,8 @@
-"""The data loader. A thread reads, checks and pins micro-batches ahead of time. The thread never calls MPI.
+"""The data loader. A thread reads and checks micro-batches ahead of time, and pins their memory. The thread never calls MPI.
 
 The only state is one integer, next_batch. The loader prefetches the micro-batches that this rank is expected to compute. Other
 micro-batches are read on demand, because lanes may move between ranks. On CUDA, the tokens that a rank needs stay in the device's
-memory if there is enough space. A micro-batch is then made with one gather operation.
+memory if there is enough space.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ class MicroBatch:
 
     @classmethod
     def of(cls, v: int, tokens: np.ndarray, counts: np.ndarray | None, starts: np.ndarray | None) -> MicroBatch:
-        """Make a micro-batch in host memory. v: its index in the global batch. tokens: the training windows, (b, T + 1) int64.
-        Pure.
+        """Make a micro-batch in host memory. `v`: its index in the global batch. `tokens`: the training windows, (b, T + 1)
+        int64. Pure.
 
-        counts: (b, T + 1) bool, true for tokens that are targets; None means all tokens. starts: (b, T + 1) bool, true for tokens
-        that start a document; None means that documents are not kept apart. The first token of a document is not a target,
-        because nothing precedes it. Tokens of a window before the first start of a document belong to an earlier document.
+        `counts`: (b, T + 1) bool, true for tokens that are targets, or None if all tokens are targets. `starts`: (b, T + 1) bool,
+        true for tokens that start a document, or None if documents are not kept apart. If documents are kept apart, the first
+        token of a document is not a target, because it has no context. Tokens before the first start in a window belong to an
+        earlier document.
         """
         targets, positions, doc_ids = tokens[:, 1:].copy(), None, None
         if counts is not None:
@@ -65,7 +66,7 @@ class MicroBatch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Return the micro-batch on the device. The copy is asynchronous. Independent."""
+        """Return the micro-batch on `device`. On CUDA, the copy is asynchronous. Independent."""
         return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
 
@@ -73,7 +74,7 @@ class MicroBatch:
 class Batch:
     """One global batch. batch[v] is micro-batch v, which is prefetched or read on demand. Access is thread-safe.
 
-    Raises IndexError if v is out of range. If reading fails, closes the loader and raises DataError.
+    Raises IndexError if v is out of range. If reading fails, the loader is closed and DataError is raised.
     """
 
     batch: int  # numbered from 0 over all epochs
@@ -89,9 +90,7 @@ class Batch:
 
 
 def check_targets(stream: TokenStream, first: int) -> None:
-    """Raise DataError if the loss mask excludes all of the first `first` targets. Reading stops at the first included target.
-    Independent.
-    """
+    """Raise DataError if the loss mask excludes all of the first `first` targets of the stream. Independent."""
     if not stream.has_loss_mask:
         return
     first = min(first, stream.num_tokens - 1)
@@ -107,11 +106,11 @@ def check_targets(stream: TokenStream, first: int) -> None:
 class Loader:
     """An endless iterator of Batch objects, starting at start_batch. Independent.
 
-    micro_batches: indices v of the micro-batches that this rank is expected to compute. prefetch: number of batches to read
-    ahead. resident: whether the tokens of these micro-batches stay on a CUDA device: "true", "false" or "auto". "auto" keeps them
-    there if they need less than a quarter of the device's free memory. resident has no effect on CPUs, with a loss mask, or if
-    documents are kept apart. If an error occurs in the thread, for example DataError for an id outside the vocabulary, every
-    later call of next() raises this error.
+    `micro_batches`: indices v of the micro-batches that this rank is expected to compute. `prefetch`: number of batches to read
+    ahead. `resident`: whether the tokens of these micro-batches stay on a CUDA device ("true", "false" or "auto"). "auto" means
+    "true" if the tokens need less than a quarter of the device's free memory. resident has no effect on CPUs, with a loss mask,
+    or if documents are kept apart. If the thread has an error, such as DataError for an id outside the vocabulary, every later
+    call of next() raises it.
     """
 
     def __init__(
@@ -152,13 +151,13 @@ class Loader:
     def expect(self, micro_batches: Sequence[int]) -> None:
         """Set the micro-batches that the thread prefetches from now on. The tokens in the device's memory stay the same.
 
-        Batches that are already prefetched contain the earlier micro-batches. In these batches, other micro-batches are read on
-        demand.
+        Batches that were prefetched before contain the previous micro-batches. In these batches, the new micro-batches are read
+        on demand.
         """
         self._micro_batches = tuple(micro_batches)
 
     def close(self) -> None:
-        """Stop the thread. Later calls do nothing."""
+        """Stop the thread. Further calls of close() do nothing."""
         self._closed.set()
         while self._thread.is_alive():
             try:
@@ -194,8 +193,8 @@ class Loader:
         return self._resident is not None and self._resident.holds(self._sampler.extent([v]))
 
     def _read(self, batch: int, v: int) -> MicroBatch:
-        """Read micro-batch v into host memory. If its tokens are already on the device, return a micro-batch that contains the
-        numbers of its windows instead of tokens. This method is thread-safe."""
+        """Return micro-batch v in host memory. If its tokens are already on the device, the micro-batch contains the numbers of
+        its windows instead of tokens. This method is thread-safe."""
         sampler, stream, seq_len = self._sampler, self._stream, self._sampler.seq_len
         windows = sampler.windows(batch, v)
         if self._is_resident(v):
@@ -215,8 +214,8 @@ class Loader:
         return found.pinned() if self._device.type == "cuda" else found
 
     def _advise(self, batch: int, v: int) -> None:
-        """Start reading ahead the blocks of the pools that contain this micro-batch, and of the pool after each of them. A pool
-        is read ahead only once."""
+        """Start reading ahead the pools that contain this micro-batch, and the pool after each of these pools. Each pool is read
+        ahead only once."""
         if self._is_resident(v):
             return
         for pool in self._sampler.pools(batch, v):
@@ -256,7 +255,8 @@ class _Resident:
     def make(
         cls, stream: TokenStream, sampler: Sampler, micro_batches: Sequence[int], device: torch.device, resident: str
     ) -> _Resident | None:
-        """Load the tokens to the device. Return None if the tokens must be read from the shards instead."""
+        """Copy the tokens of these micro-batches to the device. Return None if the tokens must be read from the shards
+        instead."""
         windows = sampler.extent(micro_batches)
         if device.type != "cuda" or resident == "false" or stream.has_loss_mask or stream.apart or not windows:
             return None
@@ -270,7 +270,7 @@ class _Resident:
         return self._windows.start <= windows.start and windows.stop <= self._windows.stop
 
     def gather(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (tokens, targets), each (b, T) int64, of the windows with these numbers (b,)."""
+        """Return (tokens, targets) of some windows, each (b, T) int64. `windows`: the numbers of the windows, (b,)."""
         starts = (windows * self._seq_len - self._first).to(self._device, non_blocking=True)
         block = self._tokens[starts[:, None] + self._offsets].to(torch.int64) & self._mask
         return block[:, :-1].contiguous(), block[:, 1:].contiguous()

@@ -1,11 +1,11 @@
 """Encodes a text of any length in windows of bounded size. The result equals the ids of the whole text.
 
 If two pieces of a text are encoded separately, their ids can differ from the ids of the whole text. A tokenizer may put a space
-before each piece, and a token may cross the cut. Therefore the windows overlap. The cut is at a character at which a token begins
-in both windows. From this character on, both windows must have the same tokens. The last tokens of the first window are not
-compared, because the end of this window may change them. Tokens before the cut are taken from the first window. Tokens after the
-cut are taken from the second window. In byte-pair encoding, a sequence of tokens is valid if each pair of neighbouring tokens is
-valid. Therefore the result is correct.
+before each piece, and a token may cross the border between the pieces. Therefore consecutive windows overlap. The cut between two
+windows is at a character at which a token begins in both windows. From this character on, both windows must have the same tokens.
+The last tokens of the first window are not compared, because the end of this window may change them. Tokens before the cut are
+taken from the first window, and tokens after the cut from the second window. In byte-pair encoding, a sequence of tokens is valid
+if each pair of neighbouring tokens is valid. Therefore the result is correct.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ MIN_AGREED = 4  # number of tokens that must be equal after a cut
 
 @dataclass(frozen=True)
 class Placed:
-    """The ids of a text, and the range of characters [start, stop) of each id. All arrays are int64 (n,)."""
+    """The ids of a text, and the range of characters [start, stop) that each id encodes. All arrays are int64 (n,)."""
 
     ids: np.ndarray
     starts: np.ndarray
     stops: np.ndarray
 
     def holds(self, start: int, stop: int) -> np.ndarray:
-        """Return bool (n,), true for each token that contains at least one of the characters [start, stop). Pure."""
+        """Return bool (n,), true for each token that encodes at least one of the characters [start, stop). Pure."""
         return (self.stops > start) & (self.starts < stop)
 
 
@@ -39,19 +39,19 @@ Encode = Callable[[str], Placed]
 
 
 def joined(encodings: list[tuple[int, Any]]) -> Placed:
-    """Join the encodings of consecutive parts of a text. encodings: for each part, the position of its first character in the
-    text, and its encoding. Pure."""
+    """Join the encodings of consecutive parts of a text. `encodings`: for each part, (position of its first character in the
+    text, its encoding by the `tokenizers` library). Pure."""
     places = [np.array(one.offsets, dtype=np.int64).reshape(-1, 2) + at for at, one in encodings]
     ids, both = [np.array(one.ids, dtype=np.int64) for _, one in encodings], np.concatenate(places)
     return Placed(np.concatenate(ids), both[:, 0], both[:, 1])
 
 
 def encode_pieces(pieces: Iterable[str], encode: Encode) -> Iterator[np.ndarray]:
-    """Encode a text that is given in pieces. The text may be cut anywhere. Yield the ids of the whole text in parts. encode: a
+    """Encode one text that is given in pieces. A piece may end anywhere. Yield the ids of the whole text in parts. `encode`: a
     function that encodes a text and returns a Placed. Independent.
 
-    If no place for a cut is found within MAX_WINDOW characters, the text is cut at an arbitrary token. Ids near this cut may
-    differ from those of the whole text.
+    If no suitable cut is found within MAX_WINDOW characters, the text is cut at an arbitrary token. Ids near this cut may differ
+    from those of the whole text.
     """
     text, given, limit = "", 0, WINDOW  # the ids of text[:given] were yielded before
     for piece in pieces:
@@ -77,8 +77,8 @@ def _first(starts: np.ndarray, place: int) -> int:
 
 
 def _find_cut(text: str, placed: Placed, encode: Encode) -> tuple[int, int] | None:
-    """Return a cut, or None if no cut is found. A cut consists of two positions of characters: where the next window begins, and
-    from where on the tokens of the next window are used."""
+    """Return (start, place) of a cut, or None if no cut is found. `start`: the character at which the next window begins.
+    `place`: the character from which on the tokens of the next window are used."""
     for overlap in (OVERLAP, 8 * OVERLAP):
         if overlap <= len(text) // 2:
             for start in _starts_of_window(text, placed.starts, len(text) - overlap, overlap // 4):
@@ -89,8 +89,8 @@ def _find_cut(text: str, placed: Placed, encode: Encode) -> tuple[int, int] | No
 
 
 def _starts_of_window(text: str, starts: np.ndarray, low: int, width: int) -> Iterator[int]:
-    """Yield positions of characters at which the next window could begin, near `low`. These are first the beginnings of lines and
-    words, then the beginnings of tokens, then positions shortly before the first of these tokens."""
+    """Yield positions of characters near `low` at which the next window could begin. The first positions are beginnings of lines
+    and words. Then beginnings of tokens follow, and then positions shortly before the first of these tokens."""
     seen = set()
     tokens = starts[_first(starts, low) :][:8].tolist()
     lines = [text.find("\n", low, low + width) + 1, text.find(" ", low, low + width), text.find(" ", low, low + width) + 1]
@@ -101,8 +101,8 @@ def _starts_of_window(text: str, starts: np.ndarray, low: int, width: int) -> It
 
 
 def _agreement(first: Placed, second: Placed, start: int, stop: int) -> int | None:
-    """Return the position of the character from which two windows have the same tokens, up to character `stop`. Return None if
-    there is no such character. start: the character of the first window at which the second window begins."""
+    """Return the first character from which on two windows have the same tokens, until character `stop`. Return None if there is
+    no such character. Positions are counted in the first window. `start`: where the second window begins."""
     ids, starts, stops = first.ids, first.starts, first.stops
     other_ids, other_starts = second.ids, second.starts + start
     end = _first(starts, stop)
@@ -117,7 +117,7 @@ def _agreement(first: Placed, second: Placed, start: int, stop: int) -> int | No
 
 
 def _last_token(placed: Placed, low: int) -> tuple[int, int]:
-    """Return a cut (see `_find_cut`) at the beginning of the last token that begins before character number `low`. If that token
-    begins at 0, the cut is at `low`."""
+    """Return (start, place) of a cut, as _find_cut() does. Both are the beginning of the last token that begins before character
+    `low`. If this token begins at 0, both are `low`."""
     place = int(placed.starts[max(0, _first(placed.starts, low) - 1)]) or low
     return place, place

@@ -1,4 +1,4 @@
-"""Reads files in a model's folder other than the weights and tokenizer.json: JSON objects and chat templates."""
+"""Reads the JSON files and the chat templates in a model's folder."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def optional_object(path: Path) -> dict[str, Any] | None:
 
 
 def chat_templates_of(folder: Path) -> dict[str, str]:
-    """Return the chat templates in a folder, by name. "tool_use" is for chats with tools. "default" is for other chats.
-    Independent.
+    """Return the chat templates in a folder, by name. The template "tool_use" is for chats with tools, and "default" is for other
+    chats. Independent.
 
-    The templates come from the first source that exists: the files chat_template.jinja and additional_chat_templates/NAME.jinja,
-    the entry `chat_template` of tokenizer_config.json, or the same entry of chat_template.json. Raises DataError if a file cannot
-    be read.
+    The templates come from the first source that exists: the files chat_template.jinja and
+    additional_chat_templates/tool_use.jinja; the entry `chat_template` of tokenizer_config.json; the entry `chat_template` of
+    chat_template.json. Raises DataError if a file cannot be read.
     """
     files = {"default": folder / TEMPLATE, "tool_use": folder / TEMPLATES / "tool_use.jinja"}
     if found := {name: read_template(file) for name, file in files.items() if file.exists()}:

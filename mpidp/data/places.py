@@ -1,7 +1,7 @@
-"""Encodes text, and finds the characters of each token. The result shows which tokens contain a given range of characters.
+"""Encodes text, and finds the characters that each token encodes.
 
 With special="tokens", names of special tokens in the text, such as "<|im_end|>", become the tokens' ids, as in transformers. With
-special="text", the names stay text, as in Tokenizer.encode.
+special="text", these names are encoded as plain text, as in Tokenizer.encode().
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from mpidp.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, placed
 
 
 def placer(tokenizer: Tokenizer, special: str) -> Callable[[list[str]], list[Placed]]:
-    """Return a function that encodes several texts with this tokenizer. For each text, this function returns a Placed. special:
-    "tokens" or "text", as explained above. Independent."""
+    """Return a function that encodes several texts with this tokenizer. The function returns a Placed for each text. `special`:
+    whether names of special tokens in a text become their ids ("tokens") or are plain text ("text"). Independent."""
     if isinstance(tokenizer, ByteTokenizer):
         return lambda texts: [_single(tokenizer.encode(text), _of_bytes(text)) for text in texts]
     if isinstance(tokenizer, CharTokenizer):

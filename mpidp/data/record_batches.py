@@ -18,7 +18,7 @@ TOKENS = ("input_ids", "token_ids", "tokens")  # usual names of columns of token
 @contextmanager
 def reading_columns(path: str, kind: str) -> Iterator[None]:
     """Return a context for reading a file with pyarrow. In this context, an error of pyarrow becomes a DataError that names the
-    file. Raises UsageError if pyarrow is missing. Independent."""
+    file. `kind`: the suffix of the file, for messages. Raises UsageError if pyarrow is missing. Independent."""
     try:
         import pyarrow
     except ImportError:
@@ -32,9 +32,8 @@ def reading_columns(path: str, kind: str) -> Iterator[None]:
 def record_batches(path: str, kind: str, columns: Collection[str]) -> Iterator[Any]:
     """Yield pyarrow record batches of at most BATCH_ROWS rows. Call this function inside reading_columns().
 
-    kind: "parquet", or "arrow" for an Arrow file or an Arrow stream. Hugging Face's datasets library writes streams.
-    columns: the columns to read. If it is empty, all columns are read. Raises DataError if a column is missing. Also raises
-    pyarrow's errors. Independent.
+    `kind`: "parquet", or "arrow" for an Arrow file or an Arrow stream. `columns`: the columns to read. If it is empty, all
+    columns are read. Raises DataError if a column is missing. Errors of pyarrow are not caught. Independent.
     """
     import pyarrow.ipc
     import pyarrow.parquet

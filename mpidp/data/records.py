@@ -1,4 +1,5 @@
-"""Reads the rows of a file, which may be JSON lines, a JSON array, a .csv table, or a .parquet or .arrow file. Independent."""
+"""Reads the rows of a file. The file contains JSON lines or a JSON array, or is a .csv, .tsv, .parquet or .arrow file.
+Independent."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from mpidp.errors import DataError
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a file. fields: the values by name, or None if the row is malformed. reason: for a malformed row, the problem."""
+    """A row of a file. `fields`: the values by name, or None if the row is malformed. `reason`: why the row is malformed, or
+    ""."""
 
     path: str
     unit: str  # what `number` counts: line, item or row
@@ -29,15 +31,15 @@ class Row:
 
     @property
     def place(self) -> str:
-        """The row's place: FILE:LINE, or FILE and the number of the item or row."""
+        """Where the row is: FILE:LINE, or FILE and the number of the item or row."""
         return f"{self.path}:{self.number}" if self.unit == "line" else f"{self.path}: {self.unit} {self.number}"
 
 
 def records(file: TextFile, columns: Collection[str] = (), surrogates: bool = False) -> Iterator[Row]:
     """Yield the rows of a file of kind lines, array, table, parquet or arrow. Blank lines are skipped. Independent.
 
-    columns: the columns to read from a .parquet or .arrow file. If it is empty, all columns are read. surrogates: True to keep
-    unpaired surrogates. False to replace them. Raises DataError if the file cannot be read, and UsageError if a library is
+    `columns`: the columns to read from a .parquet or .arrow file. If it is empty, all columns are read. `surrogates`: True to
+    keep unpaired surrogates, False to replace them. Raises DataError if the file cannot be read, and UsageError if a library is
     missing.
     """
     kinds = {"lines": _lines, "array": _array, "table": _table}
@@ -59,7 +61,7 @@ def records(file: TextFile, columns: Collection[str] = (), surrogates: bool = Fa
 
 
 def decoded(raw: bytes) -> tuple[str, bool]:
-    """Return (text, whether invalid bytes were replaced). Pure."""
+    """Decode UTF-8. Return (text, whether invalid bytes were replaced). Pure."""
     try:
         return raw.decode(), False
     except UnicodeDecodeError:
@@ -150,8 +152,8 @@ def _columns(file: TextFile, columns: Collection[str]) -> Iterator[Found]:
 
 
 def _values(column: Any) -> Any:
-    """Return a column in which all strings are cast to bytes. Otherwise pyarrow would raise an exception for a string that is not
-    UTF-8."""
+    """Return the column with all strings cast to bytes. For a string that is not UTF-8, pyarrow would otherwise raise an
+    exception."""
     import pyarrow
 
     types = pyarrow.types
@@ -173,8 +175,7 @@ def _values(column: Any) -> Any:
 def _as_text(value: Any) -> tuple[Any, bool]:
     """Decode all bytes objects in a value. Return (decoded value, whether invalid bytes were replaced).
 
-    Keys with the value null are removed from objects. In Arrow, all objects of a column have the same keys. The value of a
-    missing key is null.
+    Keys with the value null are removed from objects. Arrow stores null for keys that an object does not have.
     """
     if isinstance(value, bytes):
         return decoded(value)

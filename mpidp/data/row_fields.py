@@ -1,4 +1,4 @@
-"""The fields of a row. These functions parse values, and write names of fields in messages. Pure."""
+"""Functions for the fields of a row. They parse values, and format names of fields for messages. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAX_NAME = 40  # characters of a name that are shown
 
 
 class RowSkipped(ValueError):  # noqa: N818
-    """Raised for a row that cannot be used. kind: the name of the counter in data_tools.counts.Counts that counts this row."""
+    """Raised for a row that cannot be used. `kind`: the counter in data_tools.counts.Counts that counts this row."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -18,8 +18,8 @@ class RowSkipped(ValueError):  # noqa: N818
 
 
 def field_of(fields: Mapping[str, Any], key: str, kind: type) -> Any:
-    """Return the value of a field. If the value is a string, it is parsed as JSON. Return None if the field is absent, null or
-    "". Raises RowSkipped if the value is not of type `kind`."""
+    """Return the value of the field `key`. If the value is a string, it is parsed as JSON. Return None if the field is absent,
+    null or "". Raises RowSkipped if the value is not of type `kind`, or if the string is not JSON."""
     value = fields.get(key) if fields.get(key) != "" else None
     value = parsed_field(key, value) if isinstance(value, str) else value
     if value is not None and not isinstance(value, kind):
@@ -28,8 +28,8 @@ def field_of(fields: Mapping[str, Any], key: str, kind: type) -> Any:
 
 
 def objects_of(fields: Mapping[str, Any], key: str) -> list[Any] | None:
-    """Return the value of a field, which must be a list of objects, or None if the field is absent. The list, or each object, may
-    be a JSON string. Raises RowSkipped if the value is not such a list."""
+    """Return the value of the field `key`, which must be a list of objects. The list may be a JSON string, and so may each
+    object. Return None if the field is absent, null or "". Raises RowSkipped if the value is not such a list."""
     found: list[Any] | None = field_of(fields, key, list)
     found = found and [parsed_field(key, one) if isinstance(one, str) else one for one in found]
     if not all(isinstance(one, dict) for one in found or []):
@@ -38,7 +38,8 @@ def objects_of(fields: Mapping[str, Any], key: str) -> list[Any] | None:
 
 
 def parsed_field(key: str, text: str) -> Any:
-    """Return the JSON value of a string. key: the name of the field. Raises RowSkipped if the string is not JSON."""
+    """Parse the JSON text of a field and return its value. `key`: the name of the field. Raises RowSkipped if the text is not
+    JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -46,23 +47,23 @@ def parsed_field(key: str, text: str) -> Any:
 
 
 def describe(value: Any) -> str:
-    """Return a noun for the type of a JSON value. Pure."""
+    """Return a phrase for the type of a JSON value, for example "a list". Pure."""
     nouns = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return nouns.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
 
 
 def keys_of(names: Iterable[str], shown: int = 12) -> str:
-    """Return the names of fields for a message, separated by commas. shown: the maximum number of names. Pure."""
+    """Return a text that lists names of fields, separated by commas. `shown`: the maximum number of names. Pure."""
     found = [shown_name(name) for name in names]
     return ", ".join(found[:shown]) + (", ..." if found[shown:] else "") or "none"
 
 
 def any_of(names: Collection[str]) -> str:
-    """Return the names of fields for a message, joined by "or". Pure."""
+    """Return a text that lists names of fields, joined by "or". Pure."""
     return " or ".join(f"`{name}`" for name in names)
 
 
 def shown_name(name: str) -> str:
-    """Return the name of a field, shortened and without control characters, as text for a message. Pure."""
+    """Return the name of a field for a message. It is shortened, and control characters are escaped. Pure."""
     printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in name[:MAX_NAME])
     return printable if len(name) <= MAX_NAME else f"{printable}..."

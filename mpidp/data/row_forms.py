@@ -1,5 +1,4 @@
-"""The forms in which rows of chats are published. They are converted to the common form {"messages": [{"role", "content"}, ...]}.
-Pure.
+"""Converts the forms in which rows of chats are published to the common form {"messages": [{"role", "content"}, ...]}. Pure.
 
 | form | a row |
 |---|---|
@@ -8,7 +7,7 @@ Pure.
 | Alpaca | `instruction`, `input`, `output`; `system`, `history` (pairs of a question and an answer) |
 | Dolly | `instruction`, `context`, `response` |
 
-To add a form of instructions, add an entry to INSTRUCTIONS.
+To add a form like Alpaca or Dolly, add an entry to INSTRUCTIONS.
 """
 
 from __future__ import annotations
@@ -38,12 +37,11 @@ PREFERENCES = (
 
 
 def as_messages(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Convert a row to the common form. Return (row, name of the form that the row had). The name is "" if the row is not
-    converted.
+    """Convert a row to the common form {"messages": [{"role", "content"}, ...]}. Return (row, name of the form that the row had).
 
-    Other fields stay in the row. A row that has the common form already, or has an unknown form, is not converted. Raises
-    RowSkipped if the row has preferences, media or an unwanted answer. Also raises RowSkipped if a row of a known form is
-    malformed."""
+    Fields that do not belong to the form stay in the row. A row that already has the common form, or that has an unknown form, is
+    not converted. The returned name is then "". Raises RowSkipped if the row has preferences, media or an answer that it marks as
+    unwanted. Also raises RowSkipped if a row of a known form is malformed."""
     row = {key: value for key, value in fields.items() if value is not None}
     if found := [key for key in MEDIA if row.get(key)]:
         raise RowSkipped("malformed", f"a row with `{found[0]}`: mpidp trains on text only")
@@ -72,10 +70,10 @@ def as_messages(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def as_pair(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Convert a row of instructions to a row with `prompt` and `completion`. The prompt is made with the prompt template of
-    Stanford's Alpaca. Return (row, name of the form that the row had). The name is "" if the row is not converted, because it
-    already has a prompt or has an unknown form. Raises RowSkipped if the row needs --format chat, has preferences or has an
-    unwanted answer."""
+    """Convert a row of instructions to a row with `prompt` and `completion`. The prompt follows the prompt template of Stanford's
+    Alpaca. Return (row, name of the form that the row had). A row that already has a prompt, or that has an unknown form, is not
+    converted. The returned name is then "". Raises RowSkipped if the row needs --format chat, has preferences, or has an answer
+    that it marks as unwanted."""
     row = {key: value for key, value in fields.items() if value is not None}
     if "completion" not in row:
         _refuse_preferences(row, None)
@@ -100,7 +98,8 @@ def _refuse_unwanted(row: Mapping[str, Any]) -> None:
 
 
 def _refuse_preferences(row: Mapping[str, Any], messages: list[Any] | None) -> None:
-    """Raise RowSkipped if the row has preferences (`chosen` and `rejected`), unless its last message is the assistant's."""
+    """Raise RowSkipped if the row has the fields `chosen` and `rejected`. If the last message is from the assistant, do nothing.
+    `messages`: the messages of the row, or None if it has none."""
     last = messages[-1] if messages else None
     ends = isinstance(last, dict) and last.get("role") == "assistant"
     if "chosen" in row and "rejected" in row and not ends:
@@ -108,9 +107,8 @@ def _refuse_preferences(row: Mapping[str, Any], messages: list[Any] | None) -> N
 
 
 def _objects(row: Mapping[str, Any], key: str) -> list[Any] | None:
-    """Return the list of messages in a field, or None if the field has no list. The list may be given as JSON text. Instead of a
-    list of objects, the field may have an object of lists. The datasets library writes this for the feature Sequence({"from":
-    ..., "value": ...})."""
+    """Return the list of messages in the field `key`, or None if the field has no list. The field may also be JSON text, or an
+    object of lists. The datasets library writes an object of lists for the feature Sequence({"from": ..., "value": ...})."""
     value = row[key]
     value = parsed_field(key, value) if isinstance(value, str) else value
     if isinstance(value, dict) and value and all(isinstance(one, list) for one in value.values()):
@@ -121,7 +119,8 @@ def _objects(row: Mapping[str, Any], key: str) -> list[Any] | None:
 
 
 def _of_sharegpt(message: Any) -> dict[str, Any]:
-    """Convert a message of ShareGPT to a message with role and content. A function call becomes tool_calls."""
+    """Convert a message of ShareGPT to a message with role and content. A function call gets the key tool_calls instead of
+    content."""
     if not isinstance(message, dict):
         raise RowSkipped("malformed", f"a message is {describe(message)}, not an object")
     if "from" not in message:
@@ -138,8 +137,8 @@ def _of_sharegpt(message: Any) -> dict[str, Any]:
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:
-    """Return the tool calls in the value of a function_call. The value is an object {"name", "arguments"}, a list of such
-    objects, or one of these as JSON text."""
+    """Return the tool calls of a function_call. `value`: an object {"name", "arguments"}, a list of such objects, or JSON text of
+    either."""
     found = parsed_field("value", value) if isinstance(value, str) else value
     calls = found if isinstance(found, list) else [found]
     if not calls or not all(isinstance(one, dict) and isinstance(one.get("name"), str) and "arguments" in one for one in calls):
@@ -151,8 +150,9 @@ def _calls(value: Any) -> list[dict[str, Any]]:
 
 
 def _with_system(row: Mapping[str, Any], key: str, messages: list[Any]) -> dict[str, Any]:
-    """Return the row without the field `key`, and with these messages in the field `messages`. The field `system` becomes the
-    first message, unless there is already a system message. Tools without a type get the type "function", as in transformers."""
+    """Return the row with `messages` in its field `messages`, and without the field `key`. The text in the field `system` becomes
+    the first message, unless a system message already exists. Tools without a type get the type "function", as in
+    transformers."""
     found = {k: v for k, v in row.items() if k != key} | {"messages": messages}
     if isinstance(system := row.get("system"), str) and not any(one.get("role") == "system" for one in messages):
         del found["system"]
@@ -167,8 +167,8 @@ def _typed(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def _question(row: Mapping[str, Any], instruction: str, more: str, answer: str) -> tuple[tuple[str, str], str]:
-    """Return ((instruction, input), answer) of a row of instructions. instruction, more, answer: the names of the fields. Raises
-    RowSkipped if the answer is empty, or if a value is not a string."""
+    """Return ((instruction, input), answer) of a row of instructions. The arguments `instruction`, `more` and `answer` are the
+    names of these fields. Raises RowSkipped if the answer is empty, or if a value is not a string."""
     words = [row.get(key, "") for key in (instruction, more, answer)]
     for key, value in zip((instruction, more, answer), words, strict=True):
         if not isinstance(value, str):
@@ -179,7 +179,7 @@ def _question(row: Mapping[str, Any], instruction: str, more: str, answer: str) 
 
 
 def _history(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the messages in the field `history` of a row. Each entry of the field is a question and its answer."""
+    """Return the messages in the field `history` of a row. Each entry of this field is a pair of a question and its answer."""
     history = row.get("history") or []
     history = parsed_field("history", history) if isinstance(history, str) else history
     pairs = isinstance(history, list) and all(isinstance(one, list) and len(one) == 2 for one in history)
@@ -189,7 +189,7 @@ def _history(row: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def unknown_form(fields: Mapping[str, Any]) -> str:
-    """Return the reason why a row of an unknown form is skipped."""
+    """Return the reason why a row of an unknown form is skipped, for a message."""
     if isinstance(text := fields.get("text"), str):
         what = "a chat that a template has rendered" if any(mark in text for mark in MARKS) else "a text"
         return (f"no field `messages`, but `text` with {what}; --format text trains on all of it; its fields are: "

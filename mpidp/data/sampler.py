@@ -1,15 +1,15 @@
 """The order of training windows. The windows of a micro-batch are a pure function of (seed, batch, micro-batch). Independent.
 
-Window w consists of tokens [w T, w T + T + 1) of the stream. The first T tokens are the inputs, and the last T tokens are the
-targets. An epoch contains each window exactly once. Batches are numbered over all epochs. The last batch of an epoch may be
-shorter.
+T is the length of a window (seq_len). Window w consists of tokens [w T, w T + T + 1) of the stream. The first T tokens are the
+inputs, and the last T tokens are the targets. An epoch contains each window exactly once. Batches are numbered over all epochs.
+The last batch of an epoch may be shorter.
 
 With order="sequential", window k is at position k of an epoch.
 
-With order="shuffled", each lane reads its own contiguous section of the stream. A section is divided into blocks of about 1 MiB.
-The blocks of a section are permuted. A pool consists of 16 blocks that follow each other in the permuted order. The windows of a
-pool are permuted. Therefore reads are long, and neighbouring windows of the corpus are rarely in the same batch. Permutations are
-Feistel networks keyed by (seed, epoch, lane), so no list of indices is stored.
+With order="shuffled", each lane reads its own contiguous section of the stream. A section is divided into blocks of about 1 MiB,
+and the order of the blocks is permuted. A pool consists of 16 blocks that follow each other in the permuted order. The windows of
+a pool are permuted, too. Therefore reads are long, and neighbouring windows of the corpus are rarely in the same batch. The
+permutations depend only on (seed, epoch, lane).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ORDERS = ("shuffled", "sequential")
 
 
 class Pool(NamedTuple):
-    """Several blocks that are read together. The pools of a lane and epoch are read in the order of their numbers."""
+    """Identifies the blocks that are read together. The pools of a lane are read in the order of their numbers in each epoch."""
 
     lane: int  # with sequential order: the micro-batch v
     epoch: int  # with sequential order: the batch
@@ -74,23 +74,24 @@ class Sampler:
 
     @property
     def bytes_ahead(self) -> int:
-        """The number of bytes of two pools: the pool that a lane reads, and the next pool, which is read ahead."""
+        """The number of bytes of two pools: the pool that a lane reads now, and the next pool, which is read ahead. With
+        sequential order, 0."""
         return 2 * POOL_BLOCKS * BLOCK_BYTES if self.order == "shuffled" else 0
 
     def batch_sequences(self, batch: int) -> int:
-        """Return the number of windows in a global batch."""
+        """Return the number of windows in the global batch with number `batch`."""
         step = batch % self.steps_per_epoch
         return min(self.lanes.global_batch, self.num_windows - step * self.lanes.global_batch)
 
     def part(self, lane: int) -> range:
-        """Return the range of windows that a lane reads in each epoch. Call this only if order is "shuffled"."""
+        """Return the range of windows that `lane` reads in each epoch. Use this method only if `order` is "shuffled"."""
         places, full = self._places(lane), self.steps_per_epoch - 1
         rest = self.batch_sequences(full)  # an epoch's last batch has positions 0..rest-1
         return range(full * places.start + min(places.start, rest), full * places.stop + min(places.stop, rest))
 
     def windows(self, batch: int, v: int) -> np.ndarray:
-        """Return the numbers of the windows in micro-batch v: (b,) int64. In the last batch of an epoch, b may be smaller, or
-        0."""
+        """Return the numbers of the windows in micro-batch v: int64 (b,). In the last batch of an epoch, b may be smaller than
+        usual, or 0."""
         epoch, lane, positions = self._positions(batch, v)
         if self.order == "sequential":
             return np.arange(positions.start, positions.stop, dtype=np.int64)
@@ -107,7 +108,7 @@ class Sampler:
         return np.concatenate(pieces)
 
     def pools(self, batch: int, v: int) -> list[Pool]:
-        """Return the pools that contain windows(batch, v). This is usually one pool."""
+        """Return the pools that contain the windows of micro-batch v. This is usually one pool."""
         epoch, lane, positions = self._positions(batch, v)
         if not positions:
             return []
@@ -116,7 +117,7 @@ class Sampler:
         return self._pools_of(self.part(lane), positions, epoch, lane)
 
     def following(self, pool: Pool) -> Pool | None:
-        """Return the pool that the lane reads after this pool in the same epoch, or None if this is the last pool."""
+        """Return the pool that the lane reads after `pool` in the same epoch, or None if `pool` is the last pool."""
         if self.order == "sequential" or (pool.number + 1) * POOL_BLOCKS >= self._num_blocks(self.part(pool.lane)):
             return None
         return pool._replace(number=pool.number + 1)
@@ -130,7 +131,7 @@ class Sampler:
         return [(part.start + int(b) * size, min(size, len(part) - int(b) * size)) for b in self._blocks(pool)]
 
     def extent(self, micro_batches: Sequence[int]) -> range:
-        """Return the smallest range that contains all windows that these micro-batches read in any epoch."""
+        """Return the smallest range of windows that contains the windows of these micro-batches in every epoch."""
         if self.order == "sequential" or not micro_batches:
             return range(self.num_windows if micro_batches else 0)
         parts = [self.part(self.lanes.lane_of(v)) for v in micro_batches]
@@ -142,8 +143,8 @@ class Sampler:
                      min(micro_batches.stop * self.lanes.micro_batch, self.lanes.global_batch))
 
     def _positions(self, batch: int, v: int) -> tuple[int, int, range]:
-        """Return (epoch, lane, positions) of a micro-batch. If order is "shuffled", positions are counted from the beginning of
-        the lane's section. If order is "sequential", they are counted from the beginning of the epoch."""
+        """Return (epoch, lane, positions) of micro-batch v. If `order` is "shuffled", the positions of its windows are counted
+        from the beginning of the lane's section. If it is "sequential", they are counted from the beginning of the epoch."""
         epoch, step = divmod(batch, self.steps_per_epoch)
         lane, places = self.lanes.lane_of(v), self.lanes.sequences(v)
         stop = max(places.start, min(places.stop, self.batch_sequences(batch)))
@@ -155,8 +156,8 @@ class Sampler:
         return -(-len(part) // self.block_windows)
 
     def _gap(self, part: range, epoch: int, lane: int) -> tuple[int, int]:
-        """Return (end, lacks) of the last block of a section. This block may be shorter than the others. end: the position at
-        which this block ends in the permuted order. lacks: the number of windows by which it is shorter. part: the windows of the
+        """Return (end, lacks) for the last block of a section, which may be shorter than the others. `end`: the position at which
+        this block ends in the permuted order. `lacks`: the number of windows by which it is shorter. `part`: the windows of the
         section."""
         num_blocks = self._num_blocks(part)
         lacks = num_blocks * self.block_windows - len(part)
@@ -168,7 +169,7 @@ class Sampler:
         return positions + np.where(positions >= end, lacks, 0)
 
     def _extent(self, pool: Pool) -> range:
-        """Return the range of positions that a pool has in its lane's section."""
+        """Return the range of positions, within its lane's section, of the windows of a pool."""
         part, full = self.part(pool.lane), self.block_windows * POOL_BLOCKS
         end, lacks = self._gap(part, pool.epoch, pool.lane)
         start, stop = pool.number * full, (pool.number + 1) * full
@@ -180,7 +181,7 @@ class Sampler:
         return [Pool(lane, epoch, number) for number in range(first, last + 1)]
 
     def mixed(self, pool: Pool, positions: range) -> np.ndarray:
-        """Return the windows at these positions of the lane's section. All positions must be in this pool."""
+        """Return the windows at `positions` of the lane's section. All these positions must be in `pool`."""
         extent, part = self._extent(pool), self.part(pool.lane)
         at = np.arange(positions.start - extent.start, positions.stop - extent.start, dtype=np.uint64)
         mixed = permute(at, len(extent), keys_of(self.seed, "window", *pool)).astype(np.int64) + extent.start
@@ -194,8 +195,8 @@ class Sampler:
 
 @lru_cache(maxsize=1024)
 def _run_of(sampler: Sampler, pool: Pool, run: int) -> np.ndarray:
-    """Return the windows at positions run * RUN, ..., (run + 1) * RUN - 1 of the permuted order of a pool. Permuting RUN windows
-    takes hardly longer than permuting the windows of one micro-batch, so they are computed together and cached."""
+    """Return the windows at positions run * RUN, ..., (run + 1) * RUN - 1 of the permuted order of a pool. The result is
+    cached."""
     extent = sampler._extent(pool)
     return sampler.mixed(pool, range(extent.start + run * RUN, min(extent.start + (run + 1) * RUN, extent.stop)))
 

@@ -1,8 +1,8 @@
 """Access to shards in a local folder, or in a folder at an address such as s3://bucket/prefix (mpidp/storage).
 
-Both kinds have an attribute `local`: a local folder with the small files, such as index.json and tokenizer.json. For a folder at
-an address, these are copies. For each shard, both provide a file that HDF5 can open, views of the file's datasets, checksums, and
-reading ahead.
+LocalShards and RemoteShards have an attribute `local`. It is a local folder with the small files, such as index.json and
+tokenizer.json. If the shards are at an address, this folder contains copies. Both classes open shards that have the methods of
+Shard.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from mpidp.storage.store import Version
 
 
 class Slices(Protocol):
-    """A vector in a file. Slicing the vector gives an array."""
+    """A vector in a file. Indexing it with a slice returns an array."""
 
     def __getitem__(self, places: slice, /) -> np.ndarray: ...
 
 
 class Shard(Protocol):
-    """One file of a folder of shards. Independent."""
+    """A file in a folder of shards. Independent."""
 
     size: int
     is_regular: bool
 
     def source(self) -> Any:
-        """Return the object that h5py.File opens. Independent."""
+        """Return the object to pass to h5py.File. Independent."""
 
     def view(self, dtype: np.dtype[Any], offset: int, count: int) -> Slices:
         """Return a vector of `count` elements that begins at byte `offset` of the file. Independent."""
@@ -54,7 +54,7 @@ class Shard(Protocol):
         """Return False if the file has become shorter since it was opened. Independent."""
 
     def forget(self) -> None:
-        """Delete the cached parts of the file, because its checksum is wrong. Independent."""
+        """Delete the cached parts of the file. Call this method if the file's checksum is wrong. Independent."""
 
 
 class LocalShard:
@@ -67,27 +67,27 @@ class LocalShard:
         self._map: mmap.mmap | None = None
 
     def source(self) -> Path:
-        """See Shard. Independent."""
+        """Return the path, which h5py.File opens. Independent."""
         return self._path
 
     def view(self, dtype: np.dtype[Any], offset: int, count: int) -> np.ndarray:
-        """See Shard. Independent."""
+        """Return a vector of `count` elements that begins at byte `offset`, without copying it. Independent."""
         return np.frombuffer(self._mapped(), dtype, count=count, offset=offset)
 
     def advise(self, begin: int, size: int) -> None:
-        """See Shard. Independent."""
+        """Ask the kernel to read bytes [begin, begin + size) ahead of time. Independent."""
         page = begin - begin % mmap.PAGESIZE
         self._mapped().madvise(mmap.MADV_WILLNEED, page, begin + size - page)
 
     def checksums(self) -> tuple[str, str]:
-        """See Shard. Independent."""
+        """Return (crc32, sha256) of the file, in hexadecimal. Independent."""
         return checksums(self._path)
 
     def forget(self) -> None:
-        """See Shard. Independent."""
+        """Do nothing, because a local file has no cache. Independent."""
 
     def is_whole(self) -> bool:
-        """See Shard. Independent."""
+        """Return False if the file has become shorter since it was opened. Independent."""
         return self._map is None or self._map.size() >= self.size  # size() asks for the size of the file, not of the map
 
     def _mapped(self) -> mmap.mmap:
@@ -106,33 +106,33 @@ class RemoteShard:
         self._file, self.size = file, file.size
 
     def source(self) -> RemoteReader:
-        """See Shard. Independent."""
+        """Return a file object, which h5py.File opens. Independent."""
         return RemoteReader(self._file)
 
     def view(self, dtype: np.dtype[Any], offset: int, count: int) -> RemoteArray:
-        """See Shard. Independent."""
+        """Return a vector of `count` elements that begins at byte `offset`. Slices of it are read when they are used.
+        Independent."""
         return RemoteArray(self._file, dtype, offset, count)
 
     def advise(self, begin: int, size: int) -> None:
-        """See Shard. Independent."""
+        """Start fetching bytes [begin, begin + size), and return immediately. Independent."""
         self._file.advise(begin, size)
 
     def checksums(self) -> tuple[str, str]:
-        """See Shard. Independent."""
+        """Return (crc32, sha256) of the file, in hexadecimal. Independent."""
         return checksums_of(io.BufferedReader(RemoteReader(self._file)))
 
     def is_whole(self) -> bool:
-        """See Shard. Independent."""
+        """Return True. Independent."""
         return True
 
     def forget(self) -> None:
-        """See Shard. Independent."""
+        """Delete the cached parts of the file. Independent."""
         self._file.forget()
 
 
 class LocalShards:
-    """A local folder of shards. path: the folder as messages name it. local: the folder that contains index.json and
-    tokenizer.json."""
+    """A local folder of shards. `path`, `local`: the path of this folder."""
 
     def __init__(self, folder: Path) -> None:
         self.path = self.local = folder
@@ -143,17 +143,17 @@ class LocalShards:
         return LocalShard(self.path / name)
 
     def expect(self, versions: Mapping[str, Version]) -> None:
-        """See RemoteFolder. Independent."""
+        """Do nothing. Only RemoteFolder compares versions of files. Independent."""
 
     def check_room(self, size: int) -> None:
-        """See RemoteFolder. Independent."""
+        """Do nothing. Only RemoteFolder has a cache. Independent."""
 
     def report_waits(self, on_wait: Callable[[], None]) -> None:
-        """See RemoteFolder. Independent."""
+        """Do nothing. Only RemoteFolder waits for a server. Independent."""
 
 
 class RemoteShards(RemoteFolder):
-    """A folder of shards at an address. See RemoteFolder."""
+    """A folder of shards at an address. RemoteFolder describes the arguments."""
 
     def open(self, name: str) -> RemoteShard:
         """Open a shard. Raises FileNotFoundError if the shard is missing, and DataError if the server fails. Independent."""

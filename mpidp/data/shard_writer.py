@@ -23,7 +23,7 @@ HDF5_BYTES = 1 << 16  # an upper limit of what HDF5 writes in addition to the da
 
 
 class Written(NamedTuple):
-    """The size in bytes and the checksums of a written file, for the index."""
+    """The size of a written file in bytes, and its checksums."""
 
     size: int
     crc32: str
@@ -34,11 +34,11 @@ def write_shard(
     path: Path, pieces: Iterable[np.ndarray], num_tokens: int, doc_offsets: np.ndarray,
     attributes: dict[str, int | str], mask: Iterable[np.ndarray] | None = None,
 ) -> Written:
-    """Write one shard. pieces: the ids, in arrays with num_tokens ids in total. mask: the loss mask, in arrays, or None.
-    Independent.
+    """Write one shard. `pieces`: the ids, in arrays with num_tokens ids in total. `mask`: the loss mask, in arrays of the same
+    total length, or None. Independent.
 
-    attributes: the shard's attributes, at least split, vocab_size and tokenizer_sha256. The same input gives the same bytes. The
-    file is written atomically: it gets its final name when it is complete and on disk.
+    `doc_offsets`: the positions at which documents start. `attributes`: the shard's attributes, at least split, vocab_size and
+    tokenizer_sha256. The same input gives the same bytes. The file gets its final name when it is complete and on disk.
     """
     dtypes = {"tokens": token_dtype(int(attributes["vocab_size"])), "loss_mask": np.dtype("u1")}
 
@@ -74,7 +74,7 @@ def write_shard(
 
 
 def _reserve(handle: int, size: int) -> None:
-    """Reserve this many bytes on the disk. Raises OSError if the disk has less free space."""
+    """Reserve `size` bytes on the disk for the open file `handle`. Raises OSError if the disk has less free space."""
     try:
         os.posix_fallocate(handle, 0, size)
     except OSError as error:
@@ -84,8 +84,8 @@ def _reserve(handle: int, size: int) -> None:
 
 @contextmanager
 def _closable(file: h5py.File) -> Iterator[None]:
-    """Return a context in which HDF5 writes `file`. If a write fails although space was reserved, HDF5 writes to memory from then
-    on, so that it can close the file. Raises OSError if a write fails, even if HDF5 raised RuntimeError."""
+    """Return a context in which HDF5 writes `file`. If a write fails, the context redirects further writes to memory, so that
+    HDF5 can close the file. It then raises OSError."""
     try:
         yield
     except (OSError, RuntimeError) as error:

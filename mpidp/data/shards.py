@@ -1,5 +1,5 @@
-"""The shard format: HDF5 files of tokens and an index.json. Files are validated, then mapped into memory, or
-read from a server in ranges (shard_folder.py).
+"""The shard format: HDF5 files of tokens and an index.json. Files are validated. Local files are then mapped into memory, and
+remote files are read in ranges (shard_folder.py).
 
     DIR/train_00000.h5 ...  DIR/val_00000.h5 ...  DIR/tokenizer.json  DIR/index.json (written last)
 
@@ -9,15 +9,16 @@ A shard has these datasets. They are contiguous and unfiltered, so that they can
   loss_mask    (n,)  uint8, optional: 0 where a token is not a target
 and the scalar attributes format, version, split, shard, num_shards, vocab_size, eod, tokenizer_sha256.
 
-index.json: format "mpidp-shards", version 1, vocab_size, eod, tokenizer {kind, file, sha256}, source (any), window (optional),
-splits {name: {tokens, documents, text_bytes, loss_mask}}, files [{name, split, tokens, documents, text_bytes, size, crc32,
-sha256}]. text_bytes: the number of UTF-8 bytes of the text. size, crc32, sha256: the size and the checksums of the file. If the
-index has the key `window`, the shards are packed: no document crosses a multiple of `window` tokens, each split ends with one
-more token, and documents must be kept apart. The files of a split, in the order of the index, form one stream of tokens.
+index.json: format "mpidp-shards", version 1, vocab_size, eod, tokenizer {kind, file, sha256}, source (any), window and
+special_tokens (optional), splits {name: {tokens, documents, text_bytes, loss_mask}}, files [{name, split, tokens, documents,
+text_bytes, size, crc32, sha256}]. `text_bytes`: the number of UTF-8 bytes of the text. `size`, `crc32`, `sha256`: the size and
+the checksums of the file. If the index has the key `window`, the shards are packed: no document crosses a multiple of `window`
+tokens, each split ends with one more token, and documents must be kept apart. The files of a split, in the order of the index,
+form one stream of tokens.
 
-An HDF5 file can be malicious. Its external storage and links can refer to any file of the machine. A small file can declare huge
-datasets. Therefore a dataset is mapped only if it is hard-linked, contiguous, unfiltered and inside the file. Its length must be
-the length that the index states.
+An HDF5 file can be malicious: its links can refer to any file of the machine, and a small file can declare huge datasets.
+Therefore a dataset must be hard-linked, contiguous, unfiltered and inside the file. Its length must be the length that the index
+states.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ AUTO_BYTES = 128 * 2**20  # data.verify=auto checks checksums only up to this to
 
 @dataclass
 class _Mapped:
-    """A validated shard."""
+    """An open, validated shard."""
 
     file: Shard
     tokens: Slices
@@ -56,13 +57,13 @@ class _Mapped:
 class TokenStream:
     """All tokens of one split, concatenated over its shards in index order. Independent. Thread-safe.
 
-    The constructor reads only index.json. A shard is opened at its first read. If too many shards are open, the least recently
-    used shard is closed. Raises DataError if the index or the split is missing or invalid.
+    The constructor reads only index.json. It raises DataError if the index or the split is missing or invalid. A shard is opened
+    when it is first read. If too many shards are open, the least recently used shard is closed.
     """
 
     def __init__(self, path: str | Path, split: str = "train", cache: CacheOptions = DEFAULT_CACHE) -> None:
-        """path: a folder, or an address such as s3://bucket/prefix. cache: the options of the local cache for shards at an
-        address."""
+        """`path`: a folder of shards, or an address such as s3://bucket/prefix. `cache`: the options of the local cache, if
+        `path` is an address."""
         self.storage, self.split = open_folder(path, cache), split
         self.path, self.folder = self.storage.path, self.storage.local  # folder: where index.json and tokenizer.json are
         self.index = index = read_index(self.folder, shown=str(self.path))
@@ -89,9 +90,9 @@ class TokenStream:
         self._lock = threading.Lock()  # the loader's thread and the training loop may both read
 
     def keep_apart(self, documents: str, seq_len: int) -> None:
-        """Set whether documents are kept apart. documents: the value of data.documents (auto, joined, apart).
+        """Set whether documents are kept apart. `documents`: the value of data.documents (auto, joined, apart).
 
-        seq_len: the length of a training window. Raises UsageError if the shards are packed and seq_len is not a multiple of
+        `seq_len`: the length of a training window. Raises UsageError if the shards are packed and seq_len is not a multiple of
         their window length. Independent.
         """
         packed = self.index.window
@@ -103,8 +104,8 @@ class TokenStream:
             )
 
     def check(self, files: Iterable[int] | None = None, contents: bool = False) -> None:
-        """Raise DataError if a file is missing, or has a wrong size or header. files: indices of the files to check, by default
-        all. contents: whether to also check the checksums."""
+        """Raise DataError if a file is missing, or has a wrong size or header. `files`: indices of the files to check (default:
+        all). `contents`: whether to check the checksums, too."""
         for i in range(len(self.files)) if files is None else files:
             self._map(i)
             if contents:
@@ -128,8 +129,8 @@ class TokenStream:
         return out
 
     def read_mask(self, start: int, count: int) -> np.ndarray | None:
-        """Return bool (count,) for tokens [start, start + count). It is true for a token that is a target. Return None if the
-        split has no loss mask."""
+        """Return bool (count,) for tokens [start, start + count), true for tokens that are targets. Return None if the split has
+        no loss mask."""
         if not self.has_loss_mask:
             return None
         out = np.empty(count, dtype=np.bool_)
@@ -142,7 +143,7 @@ class TokenStream:
         return out
 
     def read_starts(self, start: int, count: int) -> np.ndarray:
-        """Return bool (count,) for tokens [start, start + count). It is true for a token that starts a document."""
+        """Return bool (count,) for tokens [start, start + count), true for tokens that start a document."""
         out = np.zeros(count, dtype=np.bool_)
         for i, first, n, at in self._pieces(start, count):
             starts = self._map(i).doc_offsets[:] if i in self._checked else self.doc_offsets(i)
@@ -152,8 +153,7 @@ class TokenStream:
         return out
 
     def advise(self, start: int, count: int) -> None:
-        """Start reading tokens [start, start + count) ahead of time, and return immediately. The kernel reads local files
-        (madvise). Threads fetch remote files."""
+        """Start reading tokens [start, start + count) ahead of time, and return immediately."""
         for i, first, n, _ in self._pieces(start, count):
             mapped = self._map(i)
             mapped.file.advise(mapped.offset + first * self.token_bytes, n * self.token_bytes)
@@ -164,12 +164,13 @@ class TokenStream:
         return [i for i, *_ in self._pieces(start, count)]
 
     def locate(self, position: int) -> tuple[str, int]:
-        """Return (file name, position in the file) of a token."""
+        """Return (file name, position in the file) of the token at this position of the stream."""
         i = int(np.searchsorted(self._starts, position, side="right")) - 1
         return self.files[i].name, position - int(self._starts[i])
 
     def check_ids(self, start: int, ids: np.ndarray) -> None:
-        """Raise DataError if an id is not below the vocabulary size. ids: (count,), read from position `start` of the stream."""
+        """Raise DataError if an id is not below the vocabulary size. `ids`: ids that were read from position `start` of the
+        stream."""
         if ids.size and ids.max() >= self.vocab_size:
             bad = int(np.argmax(ids >= self.vocab_size))
             name, at = self.locate(start + bad)
@@ -177,15 +178,16 @@ class TokenStream:
                             f"is damaged: run python -m data_tools.verify {self.path}, then prepare the shards again")
 
     def doc_offsets(self, file: int) -> np.ndarray:
-        """Return the positions in a file at which documents start, (d,) uint64. Raises DataError if these are invalid."""
+        """Return the positions in a file at which documents start, uint64 (d,). Raises DataError if they are outside the file or
+        not in ascending order. `file`: the index of the file."""
         offsets = self._map(file).doc_offsets[:]
         if offsets.size and (offsets[-1] >= self.files[file].tokens or (offsets[1:] <= offsets[:-1]).any()):
             raise self._error(file, "its doc_offsets lie outside the file, or are not in ascending order")
         return offsets
 
     def _pieces(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-        """Split tokens [start, start + count) by file. Yield (index of the file, index of the first token within the file, number
-        of tokens, index of the first token within the range) for each file."""
+        """Split tokens [start, start + count) by file. For each file, yield (index of the file, first token within the file,
+        number of tokens, first token within the range)."""
         if start < 0 or count < 0 or start + count > self.num_tokens:
             raise ValueError(f"tokens [{start}, {start + count}) are outside the stream of {self.num_tokens}")
         i = int(np.searchsorted(self._starts, start, side="right")) - 1
@@ -243,7 +245,7 @@ class TokenStream:
         return _Mapped(shard, views["tokens"], views.get("loss_mask"), views["doc_offsets"], spans["tokens"][0])
 
     def _span(self, i: int, file: h5py.File, name: str, length: int, dtype: np.dtype[Any]) -> tuple[int, int]:
-        """Validate a dataset, and return its offset and size in the file, in bytes."""
+        """Validate the dataset `name` of file number i. Return (offset of the dataset in the file, its size), both in bytes."""
         key = name.encode()
         if not file.id.links.exists(key) or file.id.links.get_info(key).type != h5py.h5l.TYPE_HARD:
             raise self._error(i, f"it has no dataset {name}, or only a link to another file")

@@ -1,7 +1,7 @@
-"""The special tokens of a model, in one table. The table is stored as special_tokens.json in the folder of shards and in RUN.
+"""A table of the special tokens of a model. It is stored as special_tokens.json in the folder of shards and in RUN.
 
-The command prepare writes this file, train copies it to the run, and generate, evaluate and export use it. For a plain tokenizer
-(byte, char, or BPE trained by mpidp), there is no such file. Its table is special_tokens_of(None, tokenizer).
+The command prepare writes this file, train copies it to the run, and generate, evaluate and export use it. Plain tokenizers
+(byte, char, or BPE trained by mpidp) have no such file. Their table is special_tokens_of(None, tokenizer).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ WITHOUT_CLASS = frozenset({"mistral", "mixtral", "phi3", "olmo2"})  # values of 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """A table of special tokens. It describes how the training data of a model uses them."""
+    """The special tokens of a model, and how the model's training data use them."""
 
     bos: int | None  # the id before every document and row; None: there is none
     ends: tuple[int, ...]  # ids that end a text; the end-of-document id is the first
@@ -88,8 +88,8 @@ def read_special_tokens(folder: Path) -> SpecialTokens | None:
 def for_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
     """Return the table of a run. Independent.
 
-    Older runs have no special_tokens.json. If an older run was fine-tuned from a model, its table is made from the files of that
-    model in RUN/hf. Otherwise, the table has no BOS.
+    Runs of older versions have no special_tokens.json. If such a run was fine-tuned from a model, its table is made from this
+    model's files in RUN/hf. Otherwise, its table is made from the tokenizer, without BOS.
     """
     found = read_special_tokens(run_dir)
     if found is not None:
@@ -100,9 +100,10 @@ def for_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
 
 
 def special_tokens_of(folder: Path | None, tokenizer: Tokenizer) -> SpecialTokens:
-    """Return the table of a tokenizer: FOLDER/special_tokens.json, or a table made from the files that transformers reads.
+    """Return the table of a tokenizer. It is FOLDER/special_tokens.json if this file exists. Otherwise it is made from the files
+    that transformers reads.
 
-    folder: the tokenizer's folder, or None if there is no folder. Raises DataError if a file is invalid. Independent.
+    `folder`: the tokenizer's folder, or None if there is no folder. Raises DataError if a file is invalid. Independent.
     """
     if folder is not None and (stored := read_special_tokens(folder)) is not None:
         return with_template(stored, tokenizer, stored.template)
@@ -124,9 +125,9 @@ def special_tokens_of(folder: Path | None, tokenizer: Tokenizer) -> SpecialToken
 
 
 def with_template(table: SpecialTokens, tokenizer: Tokenizer, template: str | None) -> SpecialTokens:
-    """Return a copy of the table that has this chat template. None: no template. Independent.
+    """Return a copy of the table with the chat template `template`, or without a chat template if it is None. Independent.
 
-    If the template writes a special token after an assistant's message, this token is added to `ends` of the copy.
+    If the template writes a special token after an assistant's message, `ends` of the copy contains this token.
     """
     ends, special = [tokenizer.eod, *table.ends], special_names(tokenizer)
     if template is not None:
@@ -135,14 +136,15 @@ def with_template(table: SpecialTokens, tokenizer: Tokenizer, template: str | No
 
 
 def special_names(tokenizer: Tokenizer) -> dict[str, int]:
-    """Return the ids of special tokens whose names can occur in a text, such as <|im_start|>, by name. Independent."""
+    """Return {name: id} of the special tokens whose names can occur in a text, such as <|im_start|>. Independent."""
     about, _ = _stored(tokenizer)
     return {one["content"]: one["id"] for one in about.get("added_tokens") or [] if one.get("special") and one["content"]}
 
 
 def _names(files: Mapping[str, dict[str, Any]], about: Mapping[str, Any]) -> dict[str, str]:
-    """Return the text of each special token by name (bos_token, eos_token, ...), as transformers determines it. The class of the
-    tokenizer has default texts. Texts in the model's files replace these defaults."""
+    """Return {name: text} of the special tokens, for example bos_token, as transformers determines them. Texts in the model's
+    files replace the default texts of the tokenizer's class. `files`: the contents of the model's files. `about`: the contents of
+    tokenizer.json."""
     config = files.get("tokenizer_config.json", {})
     merged = dict(config)
     if "added_tokens_decoder" not in config:
@@ -160,7 +162,7 @@ def _names(files: Mapping[str, dict[str, Any]], about: Mapping[str, Any]) -> dic
 
 
 def _turn_end(template: str, names: Mapping[str, str], special: list[str]) -> Iterator[str]:
-    """If the template writes a special token after an assistant's message, yield this token."""
+    """Yield the special token that the template writes after an assistant's message, if there is one."""
     mark = "\ue000"
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
     with suppress(TemplateRejection, DataError, UsageError):
@@ -171,8 +173,7 @@ def _turn_end(template: str, names: Mapping[str, str], special: list[str]) -> It
 
 
 def _stored(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (contents of tokenizer.json, vocabulary) of a Hugging Face tokenizer. For a byte or char tokenizer, both are
-    empty."""
+    """Return (contents of tokenizer.json, vocabulary) of a tokenizer. Both are empty for a byte or char tokenizer."""
     if tokenizer.kind != "bpe":
         return {}, {}
     about = json.loads(tokenizer.to_json())

@@ -1,4 +1,4 @@
-"""Recognizes the kind of a text file by its name and first bytes. The file may be compressed. Independent.
+"""Recognizes the kind of a file of texts or rows by its name and first bytes. The file may be compressed. Independent.
 
 | kind | names (in any case; also with .gz or .zst) | content |
 |---|---|---|
@@ -45,8 +45,8 @@ MAX_TEXT_BYTES = 2**30  # largest file that is read as one text
 
 
 class NotText(ValueError):  # noqa: N818
-    """Raised for a file that cannot be read as text. The message has no subject: put the name of the file before it. kind:
-    "empty" or "binary"."""
+    """Raised for a file that cannot be read as text. `kind`: "empty" or "binary". To form a sentence, put the name of the file
+    before the message."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -55,8 +55,8 @@ class NotText(ValueError):  # noqa: N818
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file, and how it is read. doubt: for a file that is read as plain text although its name or content suggests rows: what
-    was found in it, for messages. Otherwise ""."""
+    """A file, and how it is read. `doubt`: a text that describes why the file could contain rows, although it is read as plain
+    text. If there is no doubt, it is ""."""
 
     path: str
     kind: str  # lines, array, table, parquet, arrow or text
@@ -72,7 +72,7 @@ class TextFile:
 
 
 def kind_of(name: str) -> tuple[str, str]:
-    """Return (kind, suffix) of a file name. The kind "json" depends on the content: lines, array or text. Pure."""
+    """Return (kind, suffix) of a file name. The kind of a .json file is "json" until its content is known. Pure."""
     path = Path(name.lower())
     suffix = (path.with_suffix("") if path.suffix in SUFFIXES else path).suffix
     return KINDS.get(suffix, "text"), suffix
@@ -82,9 +82,9 @@ def recognize(path: str | Path, name: str | None = None, wanted: Collection[str]
     """Recognize a file by its name and first bytes. Raises NotText if the file is not text, DataError if it cannot be read, and
     UsageError if the decompressor is missing. Independent.
 
-    name: the file's name, if it differs from the name in the path. wanted: names of fields. A .csv or .tsv file, an array of
-    objects, and a file with only one object are read as rows only if they have one of these fields. If `wanted` is empty, any
-    fields are accepted.
+    `name`: the file's name (default: the name in the path). `wanted`: names of fields. Without any of these fields, a .csv or
+    .tsv file, an array of objects, or a file with only one object is not read as rows. If `wanted` is empty, any fields are
+    accepted.
     """
     path = str(path)
     with reading(path):
@@ -114,7 +114,8 @@ def recognize(path: str | Path, name: str | None = None, wanted: Collection[str]
 
 
 def _check_head(head: bytes, kind: str) -> int:
-    """Return the number of bytes of the byte order mark. Raises NotText if these first bytes show that the file is not text."""
+    """Return the length of the byte order mark in bytes. `head`: the first bytes of the file. Raises NotText if they show that
+    the file is not text."""
     if not head:
         raise NotText("empty", "is empty")
     if kind in ("parquet", "arrow"):
@@ -144,7 +145,7 @@ def _header(file: TextFile) -> set[str]:
 
 
 def _is_json(head: bytes) -> bool:
-    """Return whether each complete line in the first bytes is a JSON object."""
+    """Return whether each complete line of `head`, the first bytes of a file, is a JSON object."""
     *lines, last = head.split(b"\n")
     lines = [line for line in (lines if len(head) == PROBE_BYTES else [*lines, last]) if line.strip()]
     return bool(lines) and all(parse_object(line) is not None for line in lines)
@@ -153,8 +154,8 @@ def _is_json(head: bytes) -> bool:
 def read_whole(path: str | Path, limit: int = MAX_TEXT_BYTES, may_be_empty: bool = False) -> str:
     """Return the text of a UTF-8 file, without its byte order mark. Independent.
 
-    may_be_empty: True to return "" for an empty file. Raises DataError if the file is not regular, cannot be read, is empty, is
-    not UTF-8, or has more than `limit` bytes.
+    `may_be_empty`: True to return "" for an empty file, False to raise DataError. Also raises DataError if the file is not
+    regular, cannot be read, is not UTF-8, or has more than `limit` bytes.
     """
     with reading(path):
         if not is_regular(path):

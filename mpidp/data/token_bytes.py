@@ -1,5 +1,4 @@
-"""The UTF-8 bytes of each token. They are used to count the bytes of the tokens whose loss is computed, and to decode tokens one
-after the other. Pure.
+"""The UTF-8 bytes of each token. They are used to compute bits per byte, and to decode tokens one by one. Pure.
 
 The supported tokenizers are mpidp's byte and char tokenizers, byte-level BPE, and SentencePiece with or without byte fallback.
 The end-of-document token has no bytes, because it is not part of a text. Other added tokens have the bytes of their names.
@@ -25,7 +24,7 @@ METASPACE = "\u2581"
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """The bytes of each id of a tokenizer. An id without a token has no bytes."""
+    """The bytes of each id of a tokenizer. The bytes of an id without a token are empty."""
 
     of: list[bytes]
     begin: bool = False  # whether the tokenizer puts a space before each text; this space is not part of the text
@@ -34,7 +33,7 @@ class TokenBytes:
     bos: int | None = None  # the BOS id, which has no bytes at the beginning of a text
 
     def count(self, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """Return the number of bytes of each id, (n,) int64. starts: (n,) bool, true for the first token of each text."""
+        """Return the number of bytes of each id, int64 (n,). `starts`: (n,) bool, true for the first token of each text."""
         if self.bos is None and not self.begin:
             return self._lengths[ids]
         opens = starts & (ids == self.bos)
@@ -62,7 +61,7 @@ class TokenBytes:
 
 @lru_cache(maxsize=4)
 def bytes_of_tokens(tokenizer: Tokenizer) -> TokenBytes | None:
-    """Return the bytes of each id. Return None if mpidp does not know the kind of the tokenizer's decoder. Independent."""
+    """Return the bytes of each id. Return None if mpidp does not support the decoder of this tokenizer. Independent."""
     if isinstance(tokenizer, ByteTokenizer):
         return TokenBytes([*(bytes([i]) for i in range(256)), b""])
     if isinstance(tokenizer, CharTokenizer):
@@ -90,8 +89,8 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> TokenBytes | None:
 
 
 def _nested(part: Any, key: str) -> Iterable[dict[str, Any]]:
-    """Yield the steps of a decoder, a normalizer or a pre-tokenizer. If `part` is a Sequence, yield the steps of this Sequence.
-    key: the key under which a Sequence has its steps."""
+    """Yield the steps of `part`, which is a decoder, a normalizer or a pre-tokenizer. It has several steps if its type is
+    Sequence, and otherwise one. `key`: the key under which a Sequence has its steps."""
     if not isinstance(part, dict):
         return
     if part.get("type") != "Sequence":
@@ -126,8 +125,8 @@ def _sentencepiece(token: str, steps: list[dict[str, Any]], falls_back: bool) ->
 
 
 def _prefix(parsed: dict[str, Any]) -> tuple[bool, bool]:
-    """Return two booleans: whether encoding puts a space before a text, and whether it also puts a space after each added token
-    in a text."""
+    """Return two booleans. First: whether encoding puts a space before a text. Second: whether encoding also puts a space after
+    each added token in a text."""
     first = again = False
     for step in [*_nested(parsed.get("normalizer"), "normalizers"), *_nested(parsed.get("pre_tokenizer"), "pretokenizers")]:
         if step["type"] == "Prepend":
@@ -140,6 +139,6 @@ def _prefix(parsed: dict[str, Any]) -> tuple[bool, bool]:
 
 
 def _scheme(step: dict[str, Any]) -> str:
-    """Return the prepend_scheme of a Metaspace step. It says where encoding adds a space, and decoding removes it. Added tokens
-    divide a text into parts. "always": a space before each part. "first": a space before the first part. "never": no space."""
+    """Return where a Metaspace step adds a space in encoding, and removes it in decoding. Added tokens divide a text into parts.
+    "always": before each part. "first": before the first part. "never": nowhere."""
     return str(step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never"))

@@ -1,4 +1,4 @@
-"""Tokenizers encode text to ids and decode ids to text. A tokenizer is stored as DIR/tokenizer.json.
+"""Defines the tokenizers, which encode text to ids and decode ids to text. A tokenizer is stored as DIR/tokenizer.json.
 
 | kind | vocabulary | end of document (EOD) | file format |
 |---|---|---|---|
@@ -6,7 +6,7 @@
 | char | one id per distinct character of the corpus, by code point | the last id | mpidp's JSON |
 | bpe | byte-level BPE trained on the corpus, or a Hugging Face tokenizer.json | one of its tokens | Hugging Face's |
 
-Encoding never produces the EOD id, even if the text contains the EOD token as text. Independent.
+Encoding never produces the EOD id, even if the text contains the name of the EOD token. Independent.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_VOCAB = 2**24
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return the narrowest dtype in which shards can store ids of this vocabulary size."""
+    """Return the smallest dtype of shards that can store the ids 0..vocab_size-1."""
     return np.dtype("<u2") if vocab_size <= 65536 else np.dtype("<u4")
 
 
@@ -46,25 +46,25 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """Encode a text, without EOD. Raises DataError if a character is not in a char vocabulary."""
+        """Return the ids of a text, without BOS and EOD. Raises DataError if a character is not in a char vocabulary."""
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Encode several texts."""
+        """Return the ids of each text, as encode() does."""
         return [self.encode(text) for text in texts]
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Encode a text that is given in pieces. Yield the ids of the whole text in parts. The text may be cut anywhere. Memory
-        use does not depend on the length of the text."""
+        """Encode one text that is given in pieces. A piece may end anywhere. Yield the ids of the whole text in parts. Memory use
+        does not depend on the length of the text."""
         yield from (self.encode(piece) for piece in pieces)
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Decode ids to text. EOD is dropped. Bytes that are not UTF-8 become U+FFFD."""
+        """Return the text that the ids encode. EOD is dropped. Bytes that are not UTF-8 become U+FFFD."""
 
     @abstractmethod
     def to_json(self) -> str:
-        """Return the contents of tokenizer.json. For a loaded tokenizer, they equal the text of its file, so the sha256 does not
-        change."""
+        """Return the contents of tokenizer.json. If the tokenizer was loaded from a Hugging Face file, they equal the contents of
+        that file."""
 
 
 class ByteTokenizer(Tokenizer):
@@ -86,7 +86,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """One token per character, for small corpora. characters: distinct characters, in the order of their ids."""
+    """One token per character, for small corpora. `characters`: the characters in the order of their ids, without repetition."""
 
     kind = "char"
 
@@ -119,8 +119,9 @@ class CharTokenizer(Tokenizer):
 class HFTokenizer(Tokenizer):
     """A Hugging Face tokenizer.json, used through the `tokenizers` library.
 
-    text: the file's contents. eod, declared: see find_eod(). Raises DataError if the file is malformed or has no end-of-document
-    token. Encoding adds no special tokens and never truncates or pads.
+    `text`: the file's contents. `eod`: the end-of-document token, its id, or None. `declared`: the model's eos_token, or None.
+    Raises DataError if the file is malformed or has no end-of-document token. Encoding adds no special tokens, and does not
+    truncate or pad.
     """
 
     kind = "bpe"
@@ -165,8 +166,7 @@ class HFTokenizer(Tokenizer):
         return self._encoder.program
 
     def _without_eod(self, text: str, ids: np.ndarray) -> np.ndarray:
-        """Return ids of the text that do not contain EOD. ids: the ids of the text. They are returned if they do not contain EOD.
-        Otherwise the text is encoded again (see placed_without)."""
+        """Return `ids`, the ids of the text. If they contain EOD, encode the text again, so that they do not contain EOD."""
         return self._placed(text).ids if (ids == self.eod).any() else ids
 
     def _window(self, text: str) -> Placed:
@@ -178,9 +178,9 @@ class HFTokenizer(Tokenizer):
 
 
 def placed_without(library: Any, text: str, eod: int) -> Placed:
-    """Encode a text with a tokenizer of the `tokenizers` library, so that the ids do not contain `eod`. The whole text is encoded
-    first. If its ids contain `eod`, and the text contains the name of this token, the text is cut in the middle of each
-    occurrence of the name. The parts are then encoded separately. Pure."""
+    """Encode a text so that its ids do not contain `eod`. `library`: a tokenizer of the `tokenizers` library. If the ids of the
+    whole text contain `eod`, the text is cut inside each occurrence of this token's name, and the parts are encoded separately.
+    Pure."""
     encoding = library.encode(text, add_special_tokens=False)
     name = str(library.id_to_token(eod))
     if eod not in encoding.ids or name not in text or len(name) < 2:
@@ -193,10 +193,11 @@ def placed_without(library: Any, text: str, eod: int) -> Placed:
 
 
 def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
-    """Load a tokenizer.json. path: the file, or a folder of shards or of a run that contains it. Independent.
+    """Load a tokenizer.json. `path`: the file, or a folder of shards or of a run that contains it. Independent.
 
-    eod: for Hugging Face files, the token that ends a document, or its id. None: the id in the folder's index.json. If there is
-    no index, find_eod() chooses the token. Raises DataError if the file is missing, malformed or too large.
+    `eod`: for Hugging Face files, the token that ends a document, or its id. If `eod` is None, the id in the folder's index.json
+    is used. If there is no index.json, find_eod() chooses the token. Raises DataError if the file is missing, malformed or too
+    large.
     """
     path = Path(path)
     if path.is_dir():
@@ -219,7 +220,8 @@ def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
 def tokenizer_from_json(text: str, eod: str | int | None = None, declared: str | None = None) -> Tokenizer:
     """Make a tokenizer from the contents of a tokenizer.json (mpidp's or Hugging Face's). Raises DataError if they are malformed.
 
-    eod, declared: see find_eod().
+    For Hugging Face's files, `eod` is the end-of-document token, its id, or None, and `declared` is the model's eos_token, or
+    None.
     """
     try:
         parsed = json.loads(text)
@@ -241,7 +243,8 @@ def tokenizer_from_json(text: str, eod: str | int | None = None, declared: str |
 
 
 def check_bpe_size(vocab_size: int, option: str = "") -> None:
-    """Raise UsageError if byte-level BPE cannot have this size, or if `tokenizers` is missing. Independent."""
+    """Raise UsageError if byte-level BPE cannot have `vocab_size` ids, or if the `tokenizers` library is missing. `option`: the
+    value of --tokenizer, for the message. Independent."""
     if not 257 <= vocab_size <= MAX_VOCAB:
         raise UsageError(f"--tokenizer {option or f'bpe:{vocab_size}'}: the vocabulary size must be in 257..{MAX_VOCAB} "
                          "(at least 256 bytes and EOD)")
@@ -249,8 +252,8 @@ def check_bpe_size(vocab_size: int, option: str = "") -> None:
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> HFTokenizer:
-    """Train byte-level BPE with at most vocab_size ids. Id 0 is EOD, and the next 256 ids are the bytes. The same texts give the
-    same tokenizer.
+    """Train byte-level BPE with at most `vocab_size` ids, and return the tokenizer. Id 0 is EOD, and the next 256 ids are the
+    bytes. The same texts give the same tokenizer.
 
     Raises UsageError if vocab_size is below 257 or the `tokenizers` library is missing. Independent.
     """

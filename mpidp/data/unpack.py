@@ -1,4 +1,5 @@
-"""Opens a file and reads its bytes. Files compressed with gzip or zstandard are decompressed. Memory use is bounded. Independent.
+"""Opens a file for reading its bytes. Files compressed with gzip or zstandard are decompressed. Memory use is bounded.
+Independent.
 
 The compression is recognized by the first bytes of the file. The name does not have to end in .gz or .zst.
 """
@@ -28,8 +29,8 @@ MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Return a context for reading a file. In it, an OSError, EOFError or zlib.error becomes a DataError that names the file.
-    Independent."""
+    """Return a context for reading a file. In this context, an OSError, EOFError or zlib.error becomes a DataError that names the
+    file. Independent."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -38,15 +39,16 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def is_regular(path: str | Path) -> bool:
-    """Return False for a FIFO, a socket, a device or a folder. Opening a FIFO would wait for a writer. Independent."""
+    """Return False for a FIFO, a socket, a device or a folder. Check this before opening a file, because opening a FIFO waits for
+    a writer. Independent."""
     return stat.S_ISREG(os.stat(path).st_mode)
 
 
 def packing(path: str | Path) -> bytes:
     """Return the compression of a file: GZIP, ZSTD, or b"" if it is not compressed. Independent.
 
-    Raises OSError if the name ends in .gz but the content is not gzip data, or if the name ends in .zst but the content is not
-    zstandard data. Raises UsageError if the decompressor is missing.
+    Raises OSError if the name ends in .gz or .zst, but the content is not in this format. Raises UsageError if the decompressor
+    is missing.
     """
     with open(path, "rb") as file:
         head = file.read(4)
@@ -61,7 +63,8 @@ def packing(path: str | Path) -> bytes:
 
 
 def zstandard(path: str | Path) -> Any:
-    """Return the module zstandard. Raises UsageError if it is missing. Independent."""
+    """Import and return the module zstandard. `path`: the file to read, for the message. Raises UsageError if the module is
+    missing. Independent."""
     try:
         import zstandard as library
     except ImportError:
@@ -70,8 +73,8 @@ def zstandard(path: str | Path) -> Any:
 
 
 def open_bytes(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading its decompressed bytes. Raises OSError if the file cannot be opened, and UsageError if the
-    decompressor is missing. Independent."""
+    """Return a stream of the decompressed bytes of a regular file. Raises OSError if the file cannot be opened, and UsageError if
+    the decompressor is missing. Independent."""
     found = packing(path)
     if found == GZIP:
         return gzip.open(path, "rb")  # type: ignore[return-value]
@@ -81,7 +84,8 @@ def open_bytes(path: str | Path) -> BinaryIO:
 
 
 def lines_of(stream: BinaryIO) -> Iterator[bytes | None]:
-    """Yield the lines of a stream, with their newlines. For a line of more than MAX_ROW_BYTES, yield None. Independent."""
+    """Yield the lines of a stream, with their newlines. If a line has more than MAX_ROW_BYTES, yield None instead of the line.
+    Independent."""
     while line := stream.readline(MAX_ROW_BYTES + 1):
         if len(line) <= MAX_ROW_BYTES or line.endswith(b"\n"):
             yield line
@@ -92,11 +96,10 @@ def lines_of(stream: BinaryIO) -> Iterator[bytes | None]:
 
 
 class ZstdStream(io.RawIOBase):
-    """The decompressed bytes of a zstandard file of any number of frames.
+    """A stream of the decompressed bytes of a zstandard file, which may have any number of frames.
 
-    Blocks are decompressed one by one. A block has at most 128 KiB of content. Apart from the frame's window, memory use
-    therefore does not depend on the compression ratio. Reading a truncated file raises OSError. The library's own reader would
-    raise no error.
+    Blocks are decompressed one by one. A block has at most 128 KiB of content. Memory use therefore depends only on the window
+    size of the frames, not on the compression ratio. Reading a truncated file raises OSError.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -146,9 +149,7 @@ class ZstdStream(io.RawIOBase):
         described = self._exactly(1)
         flags = described[0]
         single = flags >> 5 & 1
-        header = ZSTD + described + self._exactly(
-            (not single) + (0, 1, 2, 4)[flags & 3] + (single, 2, 4, 8)[flags >> 6]
-        )
+        header = ZSTD + described + self._exactly((not single) + (0, 1, 2, 4)[flags & 3] + (single, 2, 4, 8)[flags >> 6])
         window = 0
         try:
             window = self._zstandard.get_frame_parameters(header).window_size

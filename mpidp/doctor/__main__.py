@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def show(found: list[CheckResult], cluster: dict[str, Any], as_json: bool) -> None:
-    """Print the results. Independent."""
+    """Print the results as a table, or as JSON if `as_json` is True. Independent."""
     print(json.dumps({"findings": [asdict(one) for one in found], "cluster": cluster}) if as_json else table(found), flush=True)
 
 
@@ -83,20 +83,21 @@ def one_line(result: CheckResult) -> str:
 
 
 def exit_before_mpi(message: str) -> NoReturn:
-    """Print a message and exit. Call this function only before MPI starts. Independent."""
+    """Print a message and exit with code 1. Call this function only before MPI starts. Independent."""
     log.error("mpidp: rank %d on %s: %s", launcher_rank(), socket.gethostname(), message)
     sys.exit(1)
 
 
 class Deadline:
-    """Ends the job with exit code 6 if a check takes too long, and prints the name of the check. Independent."""
+    """Ends the job with exit code 6 if a check takes longer than `seconds`. Before, it prints the name of the check.
+    Independent."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.check, self.since = seconds, "start of MPI", time.monotonic()
         threading.Thread(target=self._watch, name="deadline", daemon=True).start()
 
     def enter(self, check: str) -> None:
-        """Record that a check begins, and start its time limit."""
+        """Record that a check begins, and start its time limit. `check`: the name of the check."""
         self.check, self.since = check, time.monotonic()
 
     def _watch(self) -> None:
@@ -110,8 +111,8 @@ class Deadline:
 
 
 def reject_tiny_memory(environ: Mapping[str, str], options: argparse.Namespace) -> None:
-    """Check the free space of /dev/shm. If MPI may crash when it starts, print a warning. If MPI cannot start, report the shared
-    memory that ended jobs left in /dev/shm, and exit. Independent."""
+    """Check the free space of /dev/shm before MPI starts. If MPI may crash at its start, print a warning. If MPI cannot start,
+    report the shared memory that ended jobs left in /dev/shm, and exit. Independent."""
     host, (place, ranks) = socket.gethostname(), launch.on_this_node(environ)
     room = memory.check_shm({host: facts.shared_memory()}, ranks)
     if room.verdict != WRONG:
@@ -127,9 +128,9 @@ def reject_tiny_memory(environ: Mapping[str, str], options: argparse.Namespace) 
 
 
 def start(launcher: str, deadline: Deadline) -> MPI.Intracomm | None:
-    """Start MPI and return COMM_WORLD. If the MPI library does not fit the launcher, starting MPI could end the process. In this
-    case, the first process of the launcher starts MPI as a job of one rank, which does the remaining checks. All other processes
-    return None. Collective over COMM_WORLD."""
+    """Start MPI and return COMM_WORLD. If the MPI library does not fit the launcher, starting MPI could end the process. In that
+    case, only the first process of the launcher starts MPI, as a job of one rank. All other processes return None. Collective
+    over COMM_WORLD."""
     warnings.filterwarnings("ignore", "suspicious MPI", RuntimeWarning)  # the table reports it in more detail
     import mpi4py
 
@@ -154,15 +155,16 @@ class Checkup:
         self.found: list[CheckResult] = []
 
     def check(self, what: str, check: Callable[..., CheckResult | list[CheckResult]], *given: Any) -> None:
-        """Run a check on rank 0. Independent."""
+        """Run the check `check` with the arguments `given` on rank 0, and add its results. `what`: the name of the check.
+        Independent."""
         self.deadline.enter(what)
         if self.world.rank == 0:
             self.found += run_check(what, check, *given)
 
     def measure(self, what: str, measure: Callable[[], T | CheckResult]) -> list[T]:
-        """Call `measure` on every rank, and return the answers in rank order. `measure` must not communicate. If `measure` cannot
-        give an answer, it returns a CheckResult. The list of answers omits these results, and the first of them is added to the
-        table. Collective over world."""
+        """Call `measure` on every rank, and return the answers in rank order. `measure` must not communicate. If it has no
+        answer, it must return a CheckResult. The list that is returned contains no CheckResult. The first CheckResult is added to
+        the table. Collective over world."""
         self.deadline.enter(what)
         try:
             own = measure()
@@ -176,8 +178,8 @@ class Checkup:
 def examine(
     world: MPI.Intracomm, options: argparse.Namespace, environ: Mapping[str, str], launched: int, deadline: Deadline
 ) -> tuple[list[CheckResult], dict[str, Any]]:
-    """Run all checks. Return the results and the contents of cluster.json. Only rank 0 has all results. launched: the number of
-    ranks that the launcher started. Collective over world."""
+    """Run all checks. Return (results, contents of cluster.json). Only rank 0 has all results. `launched`: the number of ranks
+    that the launcher started. Collective over world."""
     from mpi4py import MPI
 
     name, version = MPI.get_vendor()

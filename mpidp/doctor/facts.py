@@ -20,7 +20,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """Facts about one rank and its machine. The fields have plain values, because ranks exchange them."""
+    """Facts about one rank and its machine. The values can be pickled, because ranks exchange them."""
 
     rank: int
     host: str
@@ -35,7 +35,7 @@ class MachineFacts:
 
 
 def gather(rank: int, library: str) -> MachineFacts:
-    """Return the facts of this process. Imports torch. Independent."""
+    """Return the facts of this process. `rank`: its rank. `library`: name and version of the MPI library. Independent."""
     versions = {"mpidp": mpidp.__version__, "python": platform.python_version(), "MPI": library}
     broken, gpus = {}, []
     for name in ("torch", "numpy", "h5py", "mpi4py"):
@@ -56,7 +56,7 @@ def gather(rank: int, library: str) -> MachineFacts:
 
 
 def shared_memory() -> tuple[int, int]:
-    """Return (size, free space) of /dev/shm in bytes, or zeros if it does not exist. Independent."""
+    """Return (size, free space) of /dev/shm in bytes, or (0, 0) if it does not exist. Independent."""
     with suppress(OSError):
         status = os.statvfs(SHARED_MEMORY)
         return status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize
@@ -64,7 +64,7 @@ def shared_memory() -> tuple[int, int]:
 
 
 def nodes(facts: Sequence[MachineFacts]) -> dict[str, list[MachineFacts]]:
-    """Group facts by host, in rank order. Pure."""
+    """Return {host: facts of its ranks, in rank order}. Pure."""
     found: dict[str, list[MachineFacts]] = {}
     for one in facts:
         found.setdefault(one.host, []).append(one)

@@ -1,4 +1,5 @@
-"""Results of checks, and the table that shows them. A result has a verdict, a text, and a fix: what the user can do. Pure."""
+"""Results of checks, and the table that shows them. A result has a verdict, a text, and a fix, which says what the user can do.
+Pure."""
 
 from __future__ import annotations
 
@@ -24,12 +25,12 @@ class CheckResult:
 
 
 def worst(results: Sequence[CheckResult]) -> CheckResult:
-    """Return the first of the most severe results. Pure."""
+    """Return the most severe result. If several results are equally severe, return the first of them. Pure."""
     return max(results, key=lambda result: VERDICTS.index(result.verdict))
 
 
 def failed_check(what: str, error: Exception) -> CheckResult:
-    """Return the result of a check that raised an exception. Pure."""
+    """Return a warning that the check `what` raised an exception. Pure."""
     return CheckResult(what, "warning", f"could not be checked: {error!r}")
 
 
@@ -61,13 +62,13 @@ def _wrapped(start: str, text: str) -> list[str]:
 
 
 def listed(lines: Sequence[str]) -> str:
-    """Join the first MOST_LINES lines, and add the number of lines that are left out. Pure."""
+    """Join the first MOST_LINES lines. If there are more lines, add "and N more". Pure."""
     more = [f"and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
     return "\n".join([*lines[:MOST_LINES], *more])
 
 
 def size(number: float) -> str:
-    """Format a number of bytes. Pure."""
+    """Format a number of bytes as text, for example "1.5 MiB". Pure."""
     for unit in ("bytes", "KiB", "MiB"):
         if number < 1024:
             return f"{number:.{0 if number >= 100 else 3}{'f' if number >= 100 else 'g'}} {unit}"

@@ -1,4 +1,4 @@
-"""Checks which cores, threads and GPUs each rank uses, and whether several ranks share a core or a GPU. Pure, except `probe`."""
+"""Checks which cores, threads and GPUs each rank uses, and whether several ranks share a core or a GPU. Pure, except probe()."""
 
 from __future__ import annotations
 
@@ -65,15 +65,16 @@ def check_cores(facts: Sequence[MachineFacts], launcher: str) -> CheckResult:
 
 
 def crowded(facts: Sequence[MachineFacts]) -> tuple[int, ...]:
-    """Find cores that ranks must share. Return the smallest set that has fewer cores than ranks bound to it, or () if there is
-    none. Only these sets are considered: the cores of each rank, and the cores of all ranks together. facts: the facts of the
+    """Return the smallest set of cores to which more ranks are bound than the set has cores. Return () if there is no such set.
+    Only two kinds of sets are considered: the cores of one rank, and the cores of all ranks together. `facts`: the facts of the
     ranks of one node. Pure."""
     sets = sorted({one.cores for one in facts} | {tuple(sorted({core for one in facts for core in one.cores}))}, key=len)
     return next((cores for cores in sets if sum(set(one.cores) <= set(cores) for one in facts) > len(cores)), ())
 
 
 def check_threads(facts: Sequence[MachineFacts]) -> list[CheckResult]:
-    """Compare the numbers of threads in environment variables with the number of cores. Pure."""
+    """Check whether the numbers of threads in environment variables exceed the number of cores. Also report OpenMP threads that
+    spin for a long time. Pure."""
     found, each = [], 0
     for host, members in nodes(facts).items():
         cores = len({core for one in members for core in one.cores})
@@ -98,7 +99,7 @@ def check_threads(facts: Sequence[MachineFacts]) -> list[CheckResult]:
 
 
 def spins(facts: MachineFacts) -> bool:
-    """Return whether the environment lets waiting OpenMP threads spin for a long time. Pure."""
+    """Return whether environment variables make waiting OpenMP threads spin for a long time. Pure."""
     count = facts.waiting.get("GOMP_SPINCOUNT", "").strip()
     if count.isdigit():
         return int(count) > 10 * int(SPIN_COUNT)
@@ -111,7 +112,8 @@ def waiting_words(facts: MachineFacts) -> str:
 
 
 def check_gpus(facts: Sequence[MachineFacts], wanted: bool) -> CheckResult:
-    """Check which GPU each rank would train on, which is cuda:{local rank % number of GPUs}. GPUs are compared by UUID. Pure."""
+    """Check that each rank has its own GPU. A rank uses the GPU cuda:{local rank % number of GPUs}. GPUs are compared by UUID.
+    `wanted`: whether GPUs are required. Pure."""
     if not any(one.gpus for one in facts):
         fix = "install a CUDA build of torch, and request GPUs for the job (--gpus-per-node)" if wanted else ""
         return CheckResult("GPUs", "wrong" if wanted else "skipped", "torch finds no GPU on any rank", fix)
@@ -140,7 +142,8 @@ def probe() -> bool:
 
 
 def check_probe(facts: Sequence[MachineFacts], works: Sequence[bool | None]) -> CheckResult:
-    """Report the results of `probe`. works: the result of each rank, or None if the rank did not run the test. Pure."""
+    """Report whether MPI accepts device memory. `works`: the result of probe() on each rank, or None if the rank did not call it.
+    Pure."""
     tried = [one for one in works if one is not None]
     if not any(one.gpus for one in facts):
         return CheckResult("CUDA-aware MPI", "skipped", "no GPU")

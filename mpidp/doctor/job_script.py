@@ -12,8 +12,8 @@ SHORT = {"-G": "--gpus"}
 
 
 def check_job_script(text: str, name: str) -> CheckResult:
-    """Check that a job script requests GPUs only once. For Slurm, --gres=gpu and --gpus-per-node are two requests. text: the
-    contents of the script. name: its name, for the message. Pure."""
+    """Check that a job script requests GPUs only once. For Slurm, --gres=gpu and --gpus-per-node are two requests. `text`: the
+    contents of the script. `name`: its name, for the message. Pure."""
     given = dict(sbatch_options(text))
     gres = [one for one in given.get("--gres", "").split(",") if one.partition(":")[0] == "gpu"]
     others = [f"{option}={given[option]}" for option in GPU_OPTIONS if option in given]
@@ -47,7 +47,7 @@ def sbatch_options(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _count(request: str) -> str:
-    """Return, as a string, the number of GPUs that a request asks for. A request has the form gpu, gpu:N or gpu:TYPE:N. Without
-    N, the number is 1."""
+    """Return the number of GPUs in a request, as a string. A request has the form gpu, gpu:N or gpu:TYPE:N. Without N, the number
+    is 1."""
     last = request.rpartition(":")[2]
     return last if last.isdigit() else "1"

@@ -1,5 +1,5 @@
 """Checks that the launcher and the MPI library fit together. If they fit, a launch of N processes is one job of N ranks. Pure,
-except `mpirun_here`."""
+except mpirun_here()."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ LEVELS = ("single", "funneled", "serialized", "multiple")
 
 
 def launcher_of(environ: Mapping[str, str]) -> str:
-    """Return the launcher that started this process. "Open MPI", "Intel MPI" and "MPICH" mean the mpirun of this library. "srun"
-    means Slurm. "" means that there is no launcher. Pure."""
+    """Return the launcher that started this process. "Open MPI", "Intel MPI" and "MPICH" are the mpirun of the library with this
+    name. "srun" is Slurm's launcher. Return "" if there is no launcher. Pure."""
     if "OMPI_COMM_WORLD_SIZE" in environ:
         return OPEN_MPI
     if "MPI_LOCALNRANKS" in environ:
@@ -31,7 +31,8 @@ def launcher_of(environ: Mapping[str, str]) -> str:
 
 
 def on_this_node(environ: Mapping[str, str]) -> tuple[int, int]:
-    """Return (local rank, number of ranks on this node) from the launcher's variables, or (0, 1) if there are none. Pure."""
+    """Return (local rank, number of ranks on this node). Both are read from the launcher's environment variables. Without these
+    variables, return (0, 1). Pure."""
     local_ranks = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
     counts = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")
     place, count = (next((environ[name] for name in names if name in environ), "") for names in (local_ranks, counts))
@@ -39,12 +40,12 @@ def on_this_node(environ: Mapping[str, str]) -> tuple[int, int]:
 
 
 def incompatible(kind: str, launcher: str) -> bool:
-    """Return True if this launcher cannot start one job with this kind of MPI library. Pure."""
+    """Return True if `launcher` cannot start one job with an MPI library of this `kind`. Pure."""
     return (launcher == OPEN_MPI) != (kind == OPEN_MPI) and launcher in (OPEN_MPI, INTEL, "MPICH")
 
 
 def mpirun_here() -> tuple[str, str]:
-    """Return (path, kind) of the mpirun on the PATH, or ("", "") if there is none. kind is "MPICH", "Open MPI", "Intel MPI" or
+    """Return (path, kind) of the mpirun on the PATH, or ("", "") if there is none. `kind`: "MPICH", "Open MPI", "Intel MPI" or
     "other". Independent."""
     if not (path := shutil.which("mpirun")):
         return "", ""
@@ -55,9 +56,10 @@ def mpirun_here() -> tuple[str, str]:
 
 
 def check_launch(size: int, launched: int, library: str, launcher: str, mpirun: tuple[str, str]) -> CheckResult:
-    """Check that N processes form one job of N ranks, not N jobs of one rank.
+    """Check that the processes form one job of several ranks, and not several jobs of one rank.
 
-    launched: the number of ranks that the launcher started, or 0 if it is unknown. mpirun: the result of mpirun_here(). Pure."""
+    `size`: the number of ranks of this job. `launched`: the number of processes that the launcher started, or 0 if it is unknown.
+    `mpirun`: the result of mpirun_here(). Pure."""
     kind = library.rpartition(" ")[0]
     starter = {"srun": "srun", "": "a launcher"}.get(launcher, f"the mpirun of {launcher}")
     if size == 1 and (launched > 1 or incompatible(kind, launcher)):
@@ -85,7 +87,7 @@ def check_launch(size: int, launched: int, library: str, launcher: str, mpirun: 
 
 
 def check_slurm(size: int, environ: Mapping[str, str]) -> CheckResult:
-    """Compare the number of ranks with the tasks requested from Slurm. Pure."""
+    """Compare the number of ranks, `size`, with the number of tasks that were requested from Slurm. Pure."""
     if "SLURM_JOB_ID" not in environ:
         return CheckResult("Slurm", "skipped", "not in a Slurm job")
     tasks, cores = int(environ.get("SLURM_NTASKS") or 0), environ.get("SLURM_CPUS_PER_TASK")
@@ -103,7 +105,8 @@ def check_slurm(size: int, environ: Mapping[str, str]) -> CheckResult:
 
 
 def check_thread_level(level: int) -> CheckResult:
-    """Check that MPI supports MPI_THREAD_MULTIPLE. Without it, gradients cannot be reduced during the backward pass. Pure."""
+    """Check that `level`, the thread level of MPI, is MPI_THREAD_MULTIPLE. At lower levels, gradients cannot be reduced during
+    the backward pass. Pure."""
     words = f"MPI_THREAD_{LEVELS[level].upper()}"
     if LEVELS[level] == "multiple":
         return CheckResult("MPI threads", "ok", words)
@@ -112,7 +115,7 @@ def check_thread_level(level: int) -> CheckResult:
 
 
 def check_ulfm(library: str, environ: Mapping[str, str]) -> CheckResult:
-    """Check whether the remaining ranks can continue after a rank fails. Pure."""
+    """Check whether ULFM is enabled. With ULFM, the remaining ranks continue after a rank fails. Pure."""
     if environ.get("OMPI_MCA_mpi_ft_enable") not in ("1", "true"):
         words = "the job ends when a rank fails; the same command then resumes from the last checkpoint"
         fix = "to continue without failed ranks, use Open MPI 5 and mpirun --with-ft ulfm --mca coll ^han,adapt"
@@ -125,7 +128,7 @@ def check_ulfm(library: str, environ: Mapping[str, str]) -> CheckResult:
 
 
 def check_versions(facts: Sequence[MachineFacts]) -> list[CheckResult]:
-    """Check that all ranks have the same library versions, as training requires. Pure."""
+    """Check that libraries can be imported, and that they have the same versions on all ranks. Pure."""
     found, first = [], facts[0]
     fix = "give every node the same environment: a shared folder, or a copy (jobs/stage_env.sh)"
     for name, why in {name: why for one in facts for name, why in one.broken.items()}.items():

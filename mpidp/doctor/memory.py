@@ -1,4 +1,4 @@
-"""Checks the size of /dev/shm, and finds the segments that killed jobs left there. Such segments occupy memory until they are
+"""Checks the size of /dev/shm, and finds the segments that killed jobs left there. These segments occupy memory until they are
 removed."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LESS = "MPIR_CVAR_CH4_NETMOD=ofi (MPICH) or I_MPI_FABRICS=ofi (Intel MPI), with 
 
 @dataclass(frozen=True)
 class Segment:
-    """A file of an MPI job in /dev/shm."""
+    """A file of shared memory of an MPI job."""
 
     host: str
     name: str
@@ -44,7 +44,7 @@ class Segment:
 
 
 def find(host: str, folder: Path = Path(SHARED_MEMORY)) -> list[Segment]:
-    """Return all segments of MPI jobs. Independent."""
+    """Return all segments of MPI jobs in `folder`. `host`: the name of this machine. Independent."""
     in_use, found = _in_use(folder), []
     for path in sorted(folder.iterdir()):
         with suppress(OSError):  # the file was removed in the meantime
@@ -59,8 +59,8 @@ def find(host: str, folder: Path = Path(SHARED_MEMORY)) -> list[Segment]:
 
 
 def clean(segments: Sequence[Segment], folder: Path = Path(SHARED_MEMORY)) -> list[Segment]:
-    """Remove those segments of this user that no process uses. This is checked again before each removal. Return the removed
-    segments. Independent."""
+    """Remove those `segments` that belong to this user and that no process uses. Whether a process uses a segment is checked
+    again before its removal. Return the removed segments. Independent."""
     in_use, removed = _in_use(folder), []
     for one in segments:
         if one.own and one.state == "gone" and one.name not in in_use:
@@ -87,8 +87,8 @@ def _in_use(folder: Path) -> set[str]:
 
 @contextmanager
 def _leased(path: Path) -> Iterator[None]:
-    """Return a context that holds a lease on a file. The kernel grants the lease only if no other process, in any container, has
-    the file open or mapped. If the kernel refuses the lease, raises OSError."""
+    """Return a context that holds a lease on a file. The kernel grants the lease only if no other process has the file open or
+    mapped, also in other containers. Raises OSError if the kernel refuses the lease."""
     # If another process opens the file, the kernel sends SIGIO, which by default would end this process.
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -111,7 +111,8 @@ def _state_by_lease(path: Path) -> str:
 
 
 def check_segments(segments: Sequence[Segment], removed: Sequence[Segment]) -> list[CheckResult]:
-    """Report the segments that ended jobs left in /dev/shm. Pure."""
+    """Report the segments that ended jobs left in /dev/shm. `segments`: all segments found. `removed`: those that were removed.
+    Pure."""
     left = [one for one in segments if one.state != "used" and one not in removed]
     own = [one for one in left if one.own and one.state == "gone"]
     others = [one for one in left if one not in own]
@@ -134,10 +135,10 @@ def _these(segments: Sequence[Segment]) -> str:
 
 
 def check_shm(rooms: Mapping[str, tuple[int, int]], starting: int = 0) -> CheckResult:
-    """Check the free space of /dev/shm. It must suffice for a shared window. MPI also needs space when it starts. starting: the
-    number of ranks per node that MPI is about to start, or 0 if MPI has started.
+    """Check that /dev/shm has enough free space for a shared window. If MPI has not started, it also needs space for the start of
+    MPI. `starting`: the number of ranks per node that MPI is about to start, or 0 if MPI has started.
 
-    rooms: (size, free space) of /dev/shm in bytes, by host. Pure."""
+    `rooms`: (size, free space) of /dev/shm in bytes, by host. Pure."""
     host = min(rooms, key=lambda name: rooms[name][1])
     total, free = rooms[host]
     words = f"{SHARED_MEMORY} on {host}: {size(free)} free of {size(total)}"

@@ -1,4 +1,4 @@
-"""Measures the network between ranks: latency, bandwidth and the interface in use. Also compares the clocks of nodes."""
+"""Measures latency and bandwidth between ranks, and finds the network interface in use. Also compares the clocks of nodes."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def _speed(bandwidth: float) -> str:
 
 
 def pairs(hosts: Sequence[str]) -> list[list[tuple[int, int]]]:
-    """Choose the pairs of ranks between which the network is measured. Return one or two lists of pairs. All pairs of a list are
-    measured at the same time. A pair consists of the first rank of a node and the first rank of the next node. If there is only
-    one node, the only pair is ranks 0 and 1. For a job of one rank, return an empty list. hosts: the host of each rank. Pure."""
+    """Choose the pairs of ranks between which the network is measured. Return one or two lists of pairs. The pairs of one list
+    are measured at the same time. A pair consists of the first rank of a node and the first rank of the next node. On a single
+    node, the only pair is ranks 0 and 1. For a job of one rank, return an empty list. `hosts`: the host of each rank. Pure."""
     firsts = [hosts.index(host) for host in dict.fromkeys(hosts)]
     if len(firsts) == 1:
         return [[(0, 1)]] if len(hosts) > 1 else []
@@ -58,8 +58,8 @@ def pairs(hosts: Sequence[str]) -> list[list[tuple[int, int]]]:
 
 
 def measure(world: MPI.Intracomm, hosts: Sequence[str], thorough: bool) -> list[NetworkLink]:
-    """Measure the link of every pair. thorough: use larger messages, for up to 3 s per pair instead of 0.5 s. Collective over
-    world."""
+    """Measure the link between each pair of pairs(hosts). `thorough`: whether to use larger messages, for up to 3 s per pair
+    instead of 0.5 s. Collective over world."""
     from mpidp.runtime.world import polite_barrier
 
     largest, seconds = (64 << 20, 3.0) if thorough else (4 << 20, 0.5)
@@ -81,8 +81,9 @@ def measure(world: MPI.Intracomm, hosts: Sequence[str], thorough: bool) -> list[
 
 
 def ping(comm: MPI.Intracomm, other: int, size: int, most: int, seconds: float) -> list[float]:
-    """Measure round trips of messages of `size` bytes. Rank `other` must call pong(). Return half of the time of each round trip,
-    except the first. Stop when there are `most` such times, or after `seconds` seconds. Collective over the two ranks."""
+    """Measure round trips of messages of `size` bytes to rank `other`, which must call pong(). Return half the seconds of each
+    round trip. The first round trip is left out. Stop after `most` other round trips, or after `seconds` seconds. Collective over
+    the two ranks."""
     comm.send(size, other, TAG)
     out, back, times = bytearray(size), bytearray(size), list[float]()
     began = time.perf_counter()
@@ -104,7 +105,7 @@ def pong(comm: MPI.Intracomm, other: int) -> None:
 
 
 def _sent() -> dict[str, int]:
-    """Return the number of bytes that each interface of this machine has sent so far."""
+    """Return the number of bytes that this machine has sent so far, by interface."""
     found = {}
     with suppress(OSError):
         for line in Path("/proc/net/dev").read_text().splitlines()[2:]:
@@ -117,8 +118,8 @@ def _sent() -> dict[str, int]:
 
 
 def _busiest(before: Mapping[str, int], after: Mapping[str, int], least: float) -> str:
-    """Return the interface that sent the most bytes between two calls of _sent(). before, after: the results of these calls.
-    Return "" if this interface sent fewer than `least` bytes. Pure."""
+    """Return the interface that sent the most bytes between two calls of _sent(), or "" if it sent fewer than `least` bytes.
+    `before`, `after`: the results of the two calls. Pure."""
     grown = {name: count - before.get(name, count) for name, count in after.items()}
     name = max(grown, key=lambda name: grown[name], default="")
     return name if name and grown[name] >= least else ""
@@ -144,8 +145,8 @@ def check_links(links: Sequence[NetworkLink], library: str, environ: Mapping[str
 
 
 def check_clocks(times: Sequence[float], hosts: Sequence[str]) -> CheckResult:
-    """Compare the clocks of nodes, because locks, logs and time limits use the clocks. times: the time of each rank immediately
-    after a barrier. Pure."""
+    """Compare the clocks of nodes. Locks, logs and time limits depend on them. `times`: the time of each rank immediately after a
+    barrier. Pure."""
     if len(set(hosts)) == 1:
         return CheckResult("clocks", "skipped", "only one node")
     late = max(range(len(times)), key=lambda rank: abs(times[rank] - times[0]))

@@ -1,5 +1,5 @@
-"""Finds the session folders that killed mpirun processes of Open MPI left behind. Each folder is named after the process id of
-its mpirun. A later mpirun with the same process id fails to start ("The PMIx server's listener thread failed to start")."""
+"""Finds session folders that killed mpirun processes of Open MPI left behind. The name of a folder contains the process id of its
+mpirun. A later mpirun with the same process id fails to start ("The PMIx server's listener thread failed to start")."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OF_MPIRUN = re.compile(r"(?:ompi|prte\..*)\.(\d+)")
 
 @dataclass(frozen=True)
 class Session:
-    """A folder of this user that was made by an mpirun process which no longer runs."""
+    """A session folder of this user whose mpirun process no longer runs."""
 
     host: str
     path: str
@@ -29,8 +29,8 @@ class Session:
 
 
 def find(host: str, folder: Path | None = None) -> list[Session]:
-    """Return the session folders of this user whose mpirun process no longer runs. folder: the folder that contains the session
-    folders (default: the temporary folder). Independent."""
+    """Return the session folders of this user whose mpirun process no longer runs. `folder`: where to search for session folders
+    (default: the temporary folder). `host`: the name of this machine. Independent."""
     found = []
     for path in sorted((folder or Path(tempfile.gettempdir())).iterdir()):
         with suppress(OSError):  # the folder was removed in the meantime
@@ -42,8 +42,8 @@ def find(host: str, folder: Path | None = None) -> list[Session]:
 
 
 def clean(sessions: Sequence[Session]) -> list[Session]:
-    """Remove session folders. Before the removal, check again that the mpirun process of the folder does not run. Return the
-    removed sessions. Independent."""
+    """Remove session folders, and return the removed ones. A folder is kept if its process id is now that of a running process.
+    Independent."""
     removed = []
     for one in sessions:
         path = Path(one.path)
@@ -55,7 +55,8 @@ def clean(sessions: Sequence[Session]) -> list[Session]:
 
 
 def check_sessions(sessions: Sequence[Session], removed: Sequence[Session]) -> CheckResult:
-    """Report session folders left by killed mpiruns. Pure."""
+    """Report the session folders that killed mpirun processes left. `sessions`: all that were found. `removed`: those that were
+    removed. Pure."""
     left = [one for one in sessions if one not in removed]
     if left:
         words = f"left by killed mpirun processes of yours: {len(left)}\n{listed([str(one) for one in left])}"

@@ -36,7 +36,8 @@ class ReadTest:
 
 
 def read(folder: Path, host: str, rank: int, ranks: int, seconds: float) -> ReadTest:
-    """Read this rank's part of the shards without the page cache. Stop after at most `seconds` seconds. Independent."""
+    """Read this rank's part of the shards for at most `seconds` seconds, without the page cache. `ranks`: the number of ranks.
+    Independent."""
     files = sorted(folder.glob("*.h5"))
     if not (folder / "index.json").is_file() or not files:
         return ReadTest(host, problem=f"{folder} has no index.json with *.h5 files")
@@ -77,8 +78,8 @@ def check_read(found: Sequence[ReadTest], folder: str) -> CheckResult:
 
 
 def make_locked_file(folder: Path) -> int | CheckResult:
-    """Create a file in run.dir and acquire each kind of lock on it. A lock that does not work there is skipped. Return the file
-    descriptor. If the file cannot be created, return a CheckResult. Independent."""
+    """Create a file in run.dir, acquire each kind of lock on the file, and return its file descriptor. Kinds of locks that do not
+    work there are skipped. If the file cannot be created, return a CheckResult. Independent."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / PROBE, os.O_RDWR | os.O_CREAT, 0o600)
@@ -91,9 +92,9 @@ def make_locked_file(folder: Path) -> int | CheckResult:
 
 
 def lock_states(folder: Path) -> dict[str, bool | str] | CheckResult:
-    """Try to acquire each kind of lock on the file that make_locked_file() has created. Return a value for each kind. True:
-    another process holds the lock. False: this process got the lock. A string: the error. If this rank does not see the file,
-    return a CheckResult. Independent."""
+    """Try to acquire each kind of lock on the file of make_locked_file(). Return {kind: state}. The state is True if another
+    process holds the lock, False if this process acquired it, or the text of an error. If this rank does not see the file, return
+    a CheckResult. Independent."""
     found: dict[str, bool | str] = {}
     for name, lock in LOCKS.items():
         try:
@@ -108,14 +109,14 @@ def lock_states(folder: Path) -> dict[str, bool | str] | CheckResult:
 
 
 def lock_states_in_child(folder: Path) -> dict[str, bool | str]:
-    """Run lock_states() in a child process. Use this for a job of one rank, because locks can only be tested by another process.
-    Independent."""
+    """Run lock_states() in a child process, and return its result. A job of one rank needs this, because a process cannot test
+    its own locks. Independent."""
     child = subprocess.run([sys.executable, "-c", _CHILD, str(folder)], capture_output=True, text=True, timeout=60, check=False)
     return {name: f"'{name}': True" in child.stdout for name in LOCKS}
 
 
 def check_locks(states: Sequence[Mapping[str, bool | str]]) -> CheckResult:
-    """Check that locks in run.dir exclude other processes. states: results of lock_states(). Pure."""
+    """Check that a lock in run.dir keeps other processes out. `states`: the results of lock_states() on the other ranks. Pure."""
     bad = {name: next((one[name] for one in states if one[name] is not True), True) for name in LOCKS}
     if all(answer is True for answer in bad.values()):
         return CheckResult("locks", "ok", f"flock and fcntl exclude other processes ({len(states)} tried)")
@@ -126,8 +127,8 @@ def check_locks(states: Sequence[Mapping[str, bool | str]]) -> CheckResult:
 
 
 def check_room(folder: Path) -> CheckResult:
-    """Check that there is space for all checkpoints that exist at the same time: run.keep checkpoints, and the one that is being
-    written. Independent."""
+    """Check that there is space for all checkpoints that exist at the same time. These are run.keep checkpoints, and the
+    checkpoint that is being written. Independent."""
     parent = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     status, keep = os.statvfs(parent), RunSettings.keep
     free, words = status.f_bavail * status.f_frsize, f"{folder}: {size(status.f_bavail * status.f_frsize)} free"

@@ -7,8 +7,8 @@ saved. *Computation*: before gradients are reduced, one lane of each rank is com
 possible, the lanes and the pairs of ranks change from one audit to the next. If the two results are not bit-identical, the step
 is repeated.
 
-On a mesh, each part of the model is compared with the same part of the other replicas. Each rank of a stage holds the gains of
-norms. Therefore these parameters are also compared within the stage. If these parameters differ only within the stage, the run
+On a mesh, each part of the model is compared with the same part of the other replicas. Some parameters, such as the gains of
+norms, are held by each rank of a stage. They are also compared within the stage. If they differ only within the stage, the run
 returns to its last checkpoint.
 """
 
@@ -32,13 +32,13 @@ from mpidp.reducers.buckets import FlatLayout, GradientBuffer
 
 def checksum(tensor: Tensor) -> int:
     """Return a checksum of a float32 tensor. The 32 bits of each value are read as an integer. The checksum is the sum of these
-    integers modulo 2^64. Flipping one bit always changes the sum. The order of addition never changes it. Independent."""
+    integers modulo 2^64, so the order of addition does not matter. Flipping one bit always changes the checksum. Independent."""
     return int(tensor.reshape(-1).view(torch.int32).sum(dtype=torch.int64))
 
 
 def vote(rows: Sequence[tuple[int, ...]]) -> tuple[int | None, list[int]]:
-    """Find the majority among rows. Return (index of a row of the majority, indices of the rows that differ from this row). If no
-    majority exists, that is, at most half of the rows are equal, return (None, all indices). Pure."""
+    """Find the row to which more than half of `rows` are equal. Return (index of this row, indices of the rows that differ from
+    it). If there is no such row, return (None, all indices). Pure."""
     row, count = Counter(rows).most_common(1)[0]
     if 2 * count <= len(rows):
         return None, list(range(len(rows)))
@@ -46,14 +46,14 @@ def vote(rows: Sequence[tuple[int, ...]]) -> tuple[int | None, list[int]]:
 
 
 def suspects(disagreements: Sequence[tuple[int, int]]) -> list[int]:
-    """Return the ranks that occur in the largest number of disagreeing pairs. With three or more ranks, each rank is in two
-    pairs, so a rank that computes wrong results occurs more often than other ranks. Pure."""
+    """Return the ranks that occur in the most pairs of `disagreements`. With three or more ranks, each rank is in two of the
+    compared pairs. A rank that computes wrong results therefore occurs more often than other ranks. Pure."""
     seen = Counter(rank for pair in disagreements for rank in set(pair))
     return sorted(rank for rank, count in seen.items() if count == max(seen.values()))
 
 
 class SpareSlot:
-    """Takes the place of the strategy while a lane is computed only for comparison. Gradients are written to a spare slot."""
+    """Replaces the strategy while a lane is computed only for comparison. Gradients are written to a spare slot."""
 
     def __init__(self, buffer: GradientBuffer, slot: int) -> None:
         self._buffer, self._slot = buffer, slot
@@ -62,7 +62,7 @@ class SpareSlot:
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Return a context for the backward pass of micro-batch v. In this context, gradients are written to the spare slot.
+        """Return a context for the backward pass of a micro-batch. In this context, gradients are written to the spare slot.
         Independent."""
         self._buffer.point(self._slot)
         yield
@@ -78,27 +78,29 @@ class AuditFinding:
 
 
 class Audit:
-    """Chooses the audited lanes and compares results. training/step.py runs the computations."""
+    """Chooses the lanes to audit, and compares the results. training/step.py runs the computations."""
 
     def __init__(
         self, grid: Grid, every: int, replicas: list[range], buffer: GradientBuffer, flats: dict[str, Tensor],
         is_cut: Callable[[str], bool],
     ) -> None:
-        """every: number of steps from one audit to the next, or 0 for no audits. replicas: for each replica, the ranks that share
-        its flat tensors. flats: the flat tensors of parameters and optimizer state, by the suffix that messages add to the name
-        of a parameter. is_cut: a function that takes the name of a parameter. It returns whether this parameter is divided among
-        the ranks of a stage."""
+        """`every`: number of steps from one audit to the next, or 0 for no audits. `replicas`: for each replica, the ranks that
+        share its flat tensors. `flats`: {suffix: flat tensor} of the parameters and the optimizer state. In messages, the suffix
+        follows a parameter's name. `is_cut`: a function that returns whether the parameter of a given name is divided among the
+        ranks of a stage."""
         self.comm, self.every, self.replicas, self.buffer = grid.replicas.dp, every, replicas, buffer
         self._flats, self._grid, self._is_cut = flats, grid, is_cut
         self._lanes: dict[int, int] = {}  # each lane audited in this step -> the rank that owns it
         self._table = np.zeros((3, self.comm.size), dtype=np.int64)
 
     def _rank(self, replica: int) -> int:
-        """Return the rank of the job that has the same part of the model in another replica as this rank. Independent."""
+        """Return the rank of the job that holds, in replica number `replica`, the same part of the model as this rank.
+        Independent."""
         return replica * self._grid.parts + self._grid.model.rank
 
     def _combine(self, *own: AuditFinding | None) -> AuditFinding | None:
-        """Combine the findings of all ranks into one finding, and return it on all ranks. Collective over the job's ranks."""
+        """Combine the findings of all ranks into one, and return it on all ranks. Return None if there are no findings.
+        Collective over the job's ranks."""
         found = [finding for finding in own if finding is not None]
         if self._grid.parts == 1:  # without a mesh, all ranks have the same result
             return found[0] if found else None
@@ -117,8 +119,8 @@ class Audit:
     # Computing -----------------------------------------------------------------------------------------------------------
 
     def begin(self, step: int, ranges: Sequence[range]) -> tuple[int, list[int]]:
-        """Begin the audit of a step. ranges: the lanes of each rank. Return (the lane that this rank computes a second time, the
-        list of all audited lanes). Independent."""
+        """Begin the audit of a step. Return (the lane that this rank computes a second time, all audited lanes). `ranges`: the
+        lanes of each rank. Independent."""
         size, round_ = self.comm.size, step // self.every
         # The offset size / 2 is skipped. With this offset, pairs of ranks would only check each other. A difference would not
         # show which rank of the pair is wrong.
@@ -130,14 +132,15 @@ class Audit:
         return of_rank[(self.comm.rank - offset) % size], of_rank
 
     def record(self, lane: int, gradient: Tensor) -> None:
-        """Record the checksum of a lane that this rank computed in the step. Lanes that are not audited are ignored.
+        """Record the checksum of a lane's gradient that this rank computed in the step. If the lane is not audited, do nothing.
         Independent."""
         if lane in self._lanes:
             self._table[0, self._lanes[lane]] = checksum(gradient)
             self._table[2, self._lanes[lane]] += self.comm.rank
 
     def compare(self, lane: int, gradient: Tensor) -> AuditFinding | None:
-        """Compare the second computation of a lane with the first, on all ranks. Collective over the job's ranks."""
+        """Compare the two computations of each audited lane, on all ranks. Return the difference found, or None. `lane`,
+        `gradient`: the lane that this rank computed a second time, and its gradient. Collective over the job's ranks."""
         whose = self._lanes[lane]
         self._table[1, whose] = checksum(gradient)
         again = np.zeros(self.comm.size, dtype=np.int64)
@@ -156,11 +159,12 @@ class Audit:
     # Weights -------------------------------------------------------------------------------------------------------------
 
     def weights(self) -> AuditFinding | None:
-        """Compare the replicas and repair those that differ from the majority. Collective over the job's ranks."""
+        """Compare the replicas, and repair those that differ from the majority. Return the difference found, or None. Collective
+        over the job's ranks."""
         return self._combine(self._between_replicas(), self._within_stage())
 
     def _views(self) -> dict[str, Tensor]:
-        """Return the views of all parameters and their optimizer state, by name. Independent."""
+        """Return views of all parameters and of their optimizer state, by name. Independent."""
         layout: FlatLayout = self.buffer.layout
         return {
             f"{name}{suffix}": view for suffix, flat in self._flats.items()
@@ -194,9 +198,9 @@ class Audit:
 
 
 def _compare(comm: MPI.Intracomm, views: Mapping[str, Tensor], ranks: Sequence[int]) -> tuple[int | None, list[int], str]:
-    """Compare the checksums of the views between `ranks`. Return three values: the index in `ranks` of a rank of the majority, or
-    None without a majority; the indices of the ranks that differ from the majority; a description of the difference, or "".
-    Collective over comm."""
+    """Compare the checksums of the views between `ranks`. Return (good, bad, what). `good`: the index in `ranks` of a rank of the
+    majority, or None without a majority. `bad`: the indices in `ranks` of the ranks that differ from the majority. `what`: a
+    description of the difference, or "". Collective over comm."""
     row = np.array([checksum(view) for view in views.values()], dtype=np.int64)
     table = np.empty((comm.size, len(row)), dtype=np.int64)
     comm.Allgather(row, table)

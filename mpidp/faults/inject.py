@@ -2,26 +2,26 @@
 
     MPIDP_FAULT="kill:1:5:reduce,after=0.01 delay:2:1,factor=2"
 
-Faults are separated by spaces. The form of a fault is `kind:rank:step[:phase][,name=value...]`. rank: the rank's number when the
-job started. step: the number of the step that is being computed, counted from 1. In the phases evaluate, checkpoint and respawn,
-it is the last completed step. A fault without times= and until= occurs once per process, even if the run returns to a checkpoint
-or continues without failed ranks. This module imports neither torch nor MPI.
+Faults are separated by spaces. The form of a fault is `kind:rank:step[:phase][,name=value...]`. `rank`: the rank's number when
+the job started. `step`: the number of the step that is being computed, counted from 1. In the phases evaluate, checkpoint and
+respawn, `step` is the last completed step. Without times= and until=, all kinds except delay occur once per process, also if the
+run returns to a checkpoint or continues without failed ranks. This module imports neither torch nor MPI.
 
 | kind | what happens |
 |---|---|
 | kill, segv, stop, term, usr1 | the rank sends itself this signal |
 | exit, sysexit, raise | the rank calls os._exit(3), calls sys.exit(3), or raises a RuntimeError |
 | hang, gil | the rank sleeps forever; with gil it also holds the GIL, so that no other thread runs |
-| delay | from this step to step until=, the rank sleeps after a micro-batch that took t s: seconds= + (factor= - 1) x t |
-| nan | the gradient of one batch, or of times= successive batches, is not finite |
-| wrong | the gradient is wrong once, and correct when the step is repeated; with until=, it is wrong up to that step |
-| flip | after the update, one bit flips: bit number bit= (0..31) of the first element of parameter number tensor= |
+| delay | up to step until= (default: no limit), the rank sleeps seconds= + (factor= - 1) x t s after a micro-batch of t s |
+| nan | the gradient of one batch is not finite; with times=, the gradients of this many successive batches |
+| wrong | the gradient is wrong once, and correct when the step is repeated; with until=, it is always wrong up to step until= |
+| flip | after the update, bit number bit= (0..31) of the first element of parameter number tensor= flips |
 
-nan and wrong need comm.reducer=tree, which keeps the gradients of lanes separate. Faults of the first three rows occur when the
-phase begins (default: compute). With `after=SECONDS`, these faults occur this many seconds later, even if another phase has
-begun. sysexit, raise and hang do not support `after`. A step has the phases data, compute, comm_wait and update. An update has
-the phases reduce, apply and publish. After the update the phases evaluate and checkpoint may follow. In the phase respawn, failed
-ranks are replaced.
+The kinds nan and wrong need comm.reducer=tree, which keeps the gradients of lanes separate. The kinds wrong and flip need audits,
+which mesh.shard=2|3 do not support. Faults of the first three rows occur when the phase begins (default: compute). With
+`after=SECONDS`, they occur this many seconds later, even if another phase has begun. The kinds sysexit, raise and hang do not
+support `after`. A step has the phases data, compute, comm_wait and update. An update has the phases reduce, apply and publish.
+After the update, the phases evaluate and checkpoint may follow. In the phase respawn, failed ranks are replaced.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def make_nan(lane: int, gradient: Any) -> None:
 
 
 def make_wrong(lane: int, gradient: Any) -> None:
-    """Add 1 to the first element of the gradient, as a faulty core might."""
+    """Add 1 to the first element of the lane's gradient."""
     gradient[0] += 1.0
 
 
@@ -91,7 +91,7 @@ WHOLE = ("rank", "step", "until", "times", "tensor", "bit")  # integer options; 
 
 @dataclass(frozen=True)
 class Fault:
-    """An injected fault. Raises ValueError if an option is not valid."""
+    """One fault to inject. Raises ValueError if an option is not valid."""
 
     kind: str
     rank: int  # number of the rank when the job started
@@ -119,8 +119,8 @@ class Fault:
 
 
 class InjectedFaults(StepObserver):
-    """The injected faults of a job. It also records the faults that have occurred on this rank. bool() returns False if there are
-    no faults. Independent."""
+    """The injected faults of a job, and a count of those that have occurred on this rank. bool() returns False if there are no
+    faults. Independent."""
 
     def __init__(self, faults: Sequence[Fault] = (), rank: int = 0) -> None:
         self.of_all_ranks = tuple(faults)
@@ -132,12 +132,28 @@ class InjectedFaults(StepObserver):
 
     @property
     def changes_gradients(self) -> bool:
-        """Whether a fault on any rank changes gradients of single lanes. In this case the reducer must keep lanes separate."""
+        """Whether a fault on any rank changes gradients of single lanes. If so, the reducer must keep the gradients of lanes
+        separate."""
         return any(fault.kind in ("nan", "wrong") for fault in self.of_all_ranks)
 
+    def check(self, keeps_lanes: bool, sharded: bool) -> None:
+        """Raise UsageError if a fault on any rank is not possible in this job. keeps_lanes: whether gradients of single lanes or
+        micro-batches can be changed. sharded: whether mesh.shard is 2 or 3."""
+        for fault in self.of_all_ranks:
+            if sharded and fault.kind in ("wrong", "flip"):
+                raise UsageError.on_every_rank(
+                    f"{VARIABLE}: {fault.word!r} is not possible with mesh.shard=2|3, because no two ranks hold the same state, "
+                    "and so no audit can find the fault: use mesh.shard=0"
+                )
+            if fault.kind in ("wrong", "nan") and not keeps_lanes:
+                raise UsageError.on_every_rank(
+                    f"{VARIABLE}: {fault.word!r} changes the gradient of a lane, and only comm.reducer=tree keeps such "
+                    "gradients: use comm.reducer=tree with strategy.name=synchronous and comm.compress=none"
+                )
+
     def enter(self, step: int, phase: str) -> None:
-        """Cause the faults of this rank that end or stop it in this phase of this step. A fault with after=SECONDS is caused by a
-        timer."""
+        """Cause the faults of this rank that belong to this phase of this step, and that end or stop the rank. Faults with
+        after=SECONDS occur later."""
         place = (step, phase)
         for fault in self.of_this_rank:
             if fault.kind in ACTIONS and (fault.step, fault.phase) == place and self._once(fault):
@@ -149,9 +165,9 @@ class InjectedFaults(StepObserver):
                     ACTIONS[fault.kind]()
 
     def gradient_faults(self, step: int, attempt: int = 0) -> list[Callable[[int, Any], None]]:
-        """Return the functions that change the gradient of each lane in this step. attempt: 0 when the step is computed for the
-        first time, and more when it is repeated. nan, and wrong without until=, occur only in attempt 0. wrong with until= occurs
-        in each attempt, like an error of a broken core."""
+        """Return functions that change gradients in this step. Call each of them with (lane, gradient) for every lane. `attempt`:
+        0 when the step is first computed, and more when it is repeated. nan, and wrong without until=, occur only in attempt 0.
+        wrong with until= occurs in every attempt."""
         return [
             make_nan if fault.kind == "nan" else make_wrong for fault in self.of_this_rank
             if (fault.kind == "wrong" and fault.until > fault.step and fault.step <= step <= fault.until)
@@ -160,8 +176,8 @@ class InjectedFaults(StepObserver):
         ]
 
     def flip(self, step: int, parameters: Sequence[Any]) -> None:
-        """Flip the bits that the faults of this rank name for this step. Call this after the update of the step. parameters: all
-        parameters, in order."""
+        """Flip the bits that the faults of this rank name for this step. Call this method after the update of the step.
+        `parameters`: all parameters, in order."""
         for fault in self.of_this_rank:
             if fault.kind == "flip" and fault.step == step and self._once(fault):
                 first = parameters[fault.tensor].detach().view(-1)[:1]
@@ -170,8 +186,8 @@ class InjectedFaults(StepObserver):
                 first.copy_(host)
 
     def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[None] | None:
-        """Return a context in which a micro-batch is computed. At its end, the context sleeps for the injected delay. Return None
-        if no delay is injected in this step, or if `name` is not "micro_batch"."""
+        """Return a context for the computation of a micro-batch. At its end, the context sleeps for the injected delay. Return
+        None if no delay is injected in this step, or if `name` is not "micro_batch"."""
         delays = [f for f in self.of_this_rank if f.kind == "delay" and f.step <= step <= (f.until or step)]
         return self._slowed(delays) if delays and name == "micro_batch" else None
 
@@ -185,7 +201,7 @@ class InjectedFaults(StepObserver):
             time.sleep(pause)
 
     def _once(self, fault: Fault) -> bool:
-        """Return whether the fault should occur now. If so, count the occurrence and print it."""
+        """Return False if the fault has already occurred `times` times. Otherwise count and print the fault, and return True."""
         if self._happened[fault] >= fault.times:
             return False
         self._happened[fault] += 1
@@ -194,16 +210,15 @@ class InjectedFaults(StepObserver):
 
 
 def parse(text: str, rank: int = 0) -> InjectedFaults:
-    """Parse the text of MPIDP_FAULT for a rank. Raises UsageError if the text is not valid. Independent."""
+    """Return the faults in a text of the form of MPIDP_FAULT. `rank`: this rank. Raises UsageError if the text is not valid.
+    Independent."""
     return InjectedFaults([_fault(word) for word in text.split()], rank)
 
 
-def faults_from_environment(
-    rank: int, environment: Mapping[str, str] = os.environ, size: float = math.inf
-) -> InjectedFaults:
-    """Return the faults in MPIDP_FAULT, or no faults if it is not set. Rank 0 prints a warning if there are faults. size: number
-    of ranks that the job can have. Raises UsageError if the variable is not valid, or names a rank that the job cannot have.
-    Independent."""
+def faults_from_environment(rank: int, environment: Mapping[str, str] = os.environ, size: float = math.inf) -> InjectedFaults:
+    """Return the faults in the variable MPIDP_FAULT. If it is not set, there are no faults. Rank 0 prints a warning if there are
+    faults. `size`: the largest number of ranks of the job. Raises UsageError if the variable is not valid, or names a rank that
+    the job cannot have. Independent."""
     text = environment.get(VARIABLE, "").strip()
     faults = parse(text, rank)
     for fault in faults.of_all_ranks:

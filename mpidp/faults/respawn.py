@@ -1,10 +1,9 @@
-"""Replaces a failed rank by a new process. The launcher starts the job's command again, and the new process joins the other ranks
-in one communicator.
+"""Replaces a failed rank by a new process. The new process runs the job's command again, and joins the other ranks in one
+communicator.
 
 The MPI calls that add a process wait for all ranks, without a time limit. Therefore only rank 0 starts the process. Before each
 collective call, the ranks agree that all are present. The call then runs in a thread with a time limit. If a rank fails
-meanwhile, only this attempt to add a rank fails. Each new process is started by a separate call, because processes started by one
-call are not notified of each other's failures.
+meanwhile, only the attempt to add a rank fails, and not the job.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ CONNECT_SECONDS = 20.0  # time limit for a collective call, which takes millisec
 
 
 def obstacle_to_respawn(machines: int) -> str:
-    """Return "" if this job can replace failed ranks. Otherwise return the reason why it cannot. machines: the number of machines
-    of the job. Independent."""
+    """Return the reason why this job cannot replace failed ranks, or "" if it can. `machines`: the number of machines of the job.
+    Independent."""
     if not launched_with_ulfm():
         return "without ULFM, a failed rank ends the job"
     if machines > 1:
@@ -44,7 +43,8 @@ def obstacle_to_respawn(machines: int) -> str:
 
 
 def _ancestor_texts() -> list[bytes]:
-    """Return the command lines and environments of this process's ancestors, which include mpirun or its daemon."""
+    """Return the command line and the environment of each ancestor of this process. One of the ancestors is mpirun or its
+    daemon."""
     found, pid = [], os.getppid()
     with suppress(OSError, IndexError, ValueError):  # processes of other users cannot be read
         while pid > 1:
@@ -54,8 +54,8 @@ def _ancestor_texts() -> list[bytes]:
 
 
 def add_rank(world: MPI.Intracomm, message: Any, alive: Callable[[], None]) -> MPI.Intracomm | None:
-    """Start a new rank and send it rank 0's message. Return a communicator that contains the ranks of world, followed by the new
-    rank. If this fails, return None. alive: a function that is called repeatedly during the wait. Collective over world."""
+    """Start a new rank, and send it the `message` of rank 0. Return a communicator of the ranks of `world`, followed by the new
+    rank. If this fails, return None. `alive`: a function that is called repeatedly during the wait. Collective over world."""
     pair = _with_timeout(_start, START_SECONDS, alive) if world.rank == 0 else MPI.COMM_SELF
     if not agree(world, pair is not None):
         return None
@@ -69,7 +69,7 @@ def add_rank(world: MPI.Intracomm, message: Any, alive: Callable[[], None]) -> M
 
 
 def join() -> tuple[MPI.Intracomm, Any]:
-    """Join the job from the new process. Return (communicator of all ranks, rank 0's message).
+    """Join the job. Only a new process calls this function. Return (communicator of all ranks, rank 0's message).
 
     If this fails, the process kills itself. Collective over all ranks."""
     try:
@@ -87,7 +87,8 @@ def join() -> tuple[MPI.Intracomm, Any]:
 
 
 def _start(late: threading.Event) -> MPI.Intracomm:
-    """Start a new process with this rank's command line. Return a communicator of this rank and the new process. Independent."""
+    """Start a new process with this rank's command line. Return a communicator of this rank and the new process. `late`: an event
+    that is set when the time limit has passed. Independent."""
     # OVERSUBSCRIBE is needed because mpirun does not release the slot of a failed rank.
     info = MPI.Info.Create({"wdir": os.getcwd(), "PMIX_BINDTO": "none", "PMIX_MAPBY": "slot:OVERSUBSCRIBE"})
     parent = MPI.COMM_SELF.Spawn(sys.executable, sys.orig_argv[1:], 1, info)
@@ -99,8 +100,8 @@ def _start(late: threading.Event) -> MPI.Intracomm:
 
 
 def _bridge(world: MPI.Intracomm, pair: MPI.Intracomm) -> MPI.Intercomm:
-    """Return an intercommunicator between world and the new process. pair: a communicator of rank 0 and the new process. Only
-    rank 0 uses it. Collective over world."""
+    """Return an intercommunicator between `world` and the new process. `pair`: on rank 0, a communicator of rank 0 and the new
+    process. Collective over world."""
     duplicate = world.Dup()
     try:
         return duplicate.Create_intercomm(0, pair, 1)
@@ -110,7 +111,7 @@ def _bridge(world: MPI.Intracomm, pair: MPI.Intracomm) -> MPI.Intercomm:
 
 
 def _broadcast(world: MPI.Intracomm, message: Any) -> Any:
-    """Broadcast rank 0's message and return it. Return None on all ranks if this fails. Collective over world."""
+    """Send rank 0's message to all ranks, and return it. If this fails, return None on all ranks. Collective over world."""
     received = None
     if agree(world, True):
         try:
@@ -121,8 +122,9 @@ def _broadcast(world: MPI.Intracomm, message: Any) -> Any:
 
 
 def _with_timeout(call: Callable[[threading.Event], Any], seconds: float, alive: Callable[[], None]) -> Any:
-    """Run `call` in a thread and return its result, or None if it fails or times out. After a timeout, the thread keeps running.
-    `call` gets an event as its argument. The event is set when the time limit has passed or `call` has ended."""
+    """Run `call` in a thread and return its result. Return None if it fails, or if it takes longer than `seconds`. The thread
+    then keeps running. `call` gets an event, which is set when the time limit has passed or `call` has ended. `alive`: a function
+    that is called repeatedly during the wait."""
     found: list[Any] = []
     late = threading.Event()
 

@@ -1,5 +1,5 @@
-"""Limits the number of starts without progress. RUN/tries.json counts the starts from one checkpoint and records the last
-error."""
+"""Limits the number of starts without progress. The file RUN/tries.json contains the number of starts from one checkpoint, and
+the last error."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class _Record(TypedDict):
 
 
 class RestartLog:
-    """Counts successive failed starts from the same checkpoint. Independent."""
+    """Counts successive starts from the same checkpoint. Independent."""
 
     def __init__(self, run_dir: Path, begun: bool = False) -> None:
-        """begun: True in a process that joins a running job. The start of this job is already counted."""
+        """`begun`: True in a process that joins a running job, because the start of this job is already counted."""
         self.path, self._begun = run_dir / "tries.json", begun
 
     def begin(self, step: int, most: int, rank: int) -> None:
-        """Count a start from the checkpoint of this step, or from the beginning if step is -1. Raises UsageError on rank 0 if at
+        """Count a start from the checkpoint of `step`, or from the beginning if `step` is -1. Raises UsageError on rank 0 if at
         least `most` starts from this checkpoint were counted before."""
         self._begun = True
         if rank:
@@ -50,9 +50,9 @@ class RestartLog:
         self._write(self._read() | {"words": message[:2000]})
 
     def ended(self, error: BaseException | None, rank: int) -> None:
-        """Record how this start ended. error: the exception that ended the job, or None. If there is no error, or the job was
-        stopped on request, rank 0 removes the file. If all ranks have the same error, rank 0 writes it to the file. Otherwise
-        each rank with an error writes its own."""
+        """Record how this start ended. `error`: the exception that ended the job, or None. If there is no error, or the job was
+        stopped on request, rank 0 removes the file. If all ranks have the same error, rank 0 records it. Otherwise each rank with
+        an error records its own error."""
         if not self._begun:
             return
         everywhere = isinstance(error, MpidpError) and error.everywhere

@@ -38,14 +38,13 @@ class _Holder(TypedDict, total=False):
 
 
 class RunLock:
-    """The lock file RUN/lock. Rank 0 holds the lock while the job runs. Another job can take over the lock when its holder no
-    longer exists. Independent.
+    """The lock file RUN/lock. Rank 0 holds the lock while the job runs. When the holder no longer runs, another job can take over
+    the lock. Independent.
 
     On one machine, the kernel's lock on the open file (flock) determines the holder. The kernel releases this lock when the
-    holder exits. Between machines, the content of the file determines the holder. A thread of the holder increments a counter in
-    the file. If the counter does not change, the holder no longer runs. A requeued Slurm job takes over the lock of its first
-    launch. If only the Slurm daemon of a node failed, the processes of the first launch may still run. They then find a different
-    token in the file and stop.
+    holder exits. Between machines, the content of the file determines the holder. The holder increments a counter in the file. If
+    the counter does not change, the holder no longer runs. A requeued Slurm job takes over the lock of its earlier launch. If
+    processes of the earlier launch still run, they find a different token in the file and stop.
     """
 
     def __init__(
@@ -54,10 +53,10 @@ class RunLock:
     ) -> None:
         """Acquire the lock. Raises UsageError if the folder is not writable, or if a running job holds the lock.
 
-        patience_seconds: how long to wait for a holder on this machine. A wait is needed because mpirun may exit shortly before
-        its ranks. Infinity: wait until the holder has finished, on any machine. watch_seconds: how long to watch the counter of a
-        holder on another machine. ours: True if the holder was a failed rank of this job. name: the name of the lock file.
-        option: the setting for the folder, for messages."""
+        `patience_seconds`: how long to wait for a holder on this machine to exit. If it is infinity, wait until the holder has
+        finished, on any machine. `watch_seconds`: how long to watch the counter of a holder on another machine. `ours`: whether
+        the holder was a failed rank of this job. `name`: the name of the lock file. `option`: the setting for the folder, for
+        messages."""
         self.path, self._option = run_dir / name, option
         self.lost = False  # True once another job has taken the lock
         self._handle: int | None = None
@@ -74,11 +73,11 @@ class RunLock:
         self._thread.start()
 
     def held(self) -> bool:
-        """Return whether this job still holds the lock. If the lock file has been deleted, return True."""
+        """Return whether this job still holds the lock. A job also holds the lock if the lock file has been deleted."""
         return not self.lost and self._check(write=False)
 
     def release(self) -> None:
-        """Remove the lock, if this job still holds it."""
+        """Remove the lock file, if this job still holds the lock."""
         if self._handle is not None:
             self._stop.set()
             self._thread.join(5.0)
@@ -127,15 +126,15 @@ class RunLock:
             time.sleep(0.1)
 
     def _follows(self, holder: Mapping[str, Any], ours: bool) -> bool:
-        """Return whether this job may take over the lock from the holder. If `ours` is False, this job must be a later start of
-        the holder's Slurm job. If `ours` is True, it must be the same start."""
+        """Return whether this job may take over the lock from `holder`. If `ours` is False, this job must be a later launch of
+        the holder's Slurm job. If `ours` is True, it must be the same launch."""
         job, restart = self._me["job"], self._me["restart"]
         return holder["job"] == job and (holder["restart"] == restart if ours else bool(job) and holder["restart"] < restart)
 
     def _replace(self, confirm: bool) -> None:
-        """Replace the lock file. If the old holder still runs, it will find that the file has changed. Then check that no other
-        job has replaced the file, too. confirm: wait before this check, so that the replacement of another job is noticed. Raises
-        UsageError if another job has replaced the file."""
+        """Replace the lock file. If the old holder still runs, it notices the change and stops. `confirm`: whether to wait, so
+        that a replacement by another job at the same time is noticed. Raises UsageError if another job has replaced the file,
+        too."""
         temporary = self.path.with_name(f".lock.{self._me['token']}")
         self._handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
         _lock_file(self._handle)
@@ -158,8 +157,8 @@ class RunLock:
             self._me["count"] += 1
 
     def _check(self, write: bool) -> bool:
-        """Return whether the file still has this job's token. The file is opened again, so that network file systems read current
-        data. If it cannot be opened, return the previous answer. write: whether to also write the current counter to the file."""
+        """Return whether the file still has this job's token. The file is opened again, because network file systems then read
+        current data. If it cannot be opened, return the previous answer. `write`: whether to write the counter to the file."""
         with suppress(OSError):
             handle = os.open(self.path, os.O_RDWR)
             try:
@@ -178,8 +177,8 @@ class RunLock:
 
 
 def _myself() -> dict[str, Any]:
-    """Return what a holder writes into the file: its process, machine and job. The entry `boot` distinguishes machines with the
-    same name."""
+    """Return what a holder writes into the file: its process, its machine and its job. The entry `boot` distinguishes machines
+    with the same name."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -192,15 +191,15 @@ def _myself() -> dict[str, Any]:
 
 
 def _holder(handle: int) -> dict[str, Any]:
-    """Return the content of the file, or {} if it is incomplete because its writer failed or has not finished."""
+    """Return the content of the lock file. Return {} if the content is incomplete, for example because its writer failed."""
     with suppress(ValueError):
         return {"job": "", "restart": 0, **parse_json(os.pread(handle, 4096, 0), _Holder)}
     return {}
 
 
 def _lock_file(handle: int) -> bool:
-    """Try to acquire the kernel's lock, and return whether this succeeded. On file systems without kernel locks, return True,
-    because only the content of the file counts."""
+    """Try to acquire the kernel's lock on the file, and return whether this succeeded. On file systems without kernel locks,
+    return True."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -211,8 +210,8 @@ def _lock_file(handle: int) -> bool:
 
 
 def _alive(holder: Mapping[str, Any]) -> bool:
-    """Return whether the holder's process is running on this machine. A zombie, or a later process with the same pid, does not
-    count."""
+    """Return whether the holder's process runs on this machine. Return False for a zombie, and for a later process with the same
+    pid."""
     if not 0 < (pid := holder.get("pid", 0)) < 2**31:
         return False
     try:

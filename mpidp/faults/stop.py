@@ -1,4 +1,4 @@
-"""Stop requests. A signal, a file or the job's time limit sets a flag on one rank. The ranks exchange these flags in each step,
+"""Stop requests. A signal, a file or the job's time limit sets a flag on one rank. The ranks exchange their flags in each step,
 because signal handlers must not call MPI."""
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ TAKEN_OVER = "another copy of this job has taken over"
 
 
 class StopRequest:
-    """Detects requests to stop. These are the signals SIGUSR1, SIGTERM and SIGINT, a file STOP in run.dir, the time limit, and
-    the loss of the run's lock. SIGUSR1 is the only signal that the mpirun of both MPICH and Open MPI forwards. Independent."""
+    """Detects requests to stop: the signals SIGUSR1, SIGTERM and SIGINT, a file STOP in run.dir, the time limit, and the loss of
+    the run's lock. Of these signals, SIGUSR1 is the only one that both MPICH's and Open MPI's mpirun forward. Independent."""
 
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
@@ -27,9 +27,9 @@ class StopRequest:
         self, stop_file: Path | None, stop_at: float = math.inf, lost: Callable[[], bool] = lambda: False,
         reason: str = "",
     ) -> None:
-        """stop_file: the path of the file STOP, or None on ranks that do not check for this file. stop_at: the time at which to
-        stop, in seconds since 1970. lost: a function that returns whether another job has taken over the run. reason: why a stop
-        was already requested, or "" if none was requested."""
+        """`stop_file`: the path of the file STOP, or None on ranks that do not check for this file. `stop_at`: the time at which
+        to stop, in seconds since 1970. `lost`: a function that returns whether another job has taken over the run. `reason`: why
+        a stop was requested before, or ""."""
         self.reason = reason
         self._stop_file, self._stop_at, self._lost = stop_file, stop_at, lost
         self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
@@ -48,7 +48,7 @@ class StopRequest:
         return bool(self.reason)
 
     def close(self) -> None:
-        """Restore the signal handlers and remove the stop file."""
+        """Restore the signal handlers. If a stop was requested, remove the file STOP."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._stop_file is not None and self.reason not in ("", TAKEN_OVER):
@@ -56,11 +56,10 @@ class StopRequest:
 
 
 def stop_time(end: float | None, now: float, early_seconds: float) -> float:
-    """Return the time at which a job should stop. end: the time at which Slurm ends the job, or None. The job stops early_seconds
-    before `end`. If early_seconds is more than a tenth of the time from `now` to `end`, the job stops this tenth before `end`.
+    """Return the time at which a job should stop, `early_seconds` before `end`. If `early_seconds` is more than a tenth of the
+    time from `now` to `end`, this tenth is used instead. `end`: the time at which Slurm ends the job, or None.
 
-    Times are in seconds since 1970. Returns infinity if `end` is None or early_seconds is 0. Also returns infinity if `end` is in
-    the past, because such a time belongs to another job. Pure."""
+    Times are in seconds since 1970. Returns infinity if `end` is None or in the past, or if `early_seconds` is 0. Pure."""
     if end is None or end <= now or not early_seconds:
         return math.inf
     return end - min(early_seconds, (end - now) / 10)

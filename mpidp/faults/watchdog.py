@@ -24,24 +24,24 @@ STACKS = 8  # maximum number of ranks per node that print their stacks
 
 
 class Watchdog(StepObserver):
-    """Records this rank's position on the heartbeat board. If no rank has sent a heartbeat for hang_seconds, and for the time of
-    20 usual steps, one rank of each node prints a report. All processes then exit with code 6.
+    """Records this rank's step and phase on the heartbeat board. The job counts as hung if no rank has a heartbeat for
+    hang_seconds, and for the time of 20 usual steps. One rank of each node then prints a report, and all processes exit with code
+    6.
 
-    A Python thread checks the heartbeats. It also runs during blocking MPI calls, because these calls release the GIL. If the GIL
-    is never released, faulthandler's timer ends the process. The first occurrence of a phase may take `first_times` times as
-    long, because it may compile code, open connections or read files that are not cached. Checks begin with the first phase.
-    Independent.
+    A Python thread checks the heartbeats, also during blocking MPI calls. If the GIL is never released, faulthandler's timer ends
+    the process. The first occurrence of a phase may take `first_times` times as long, for example to compile code, to open
+    connections or to read files. Checks begin with the first phase. Independent.
     """
 
     def __init__(
         self, board: HeartbeatBoard | None, hang_seconds: float, first_times: float = 3.0, abort: Callable[[int], Any] = os._exit,
         on_hang: Callable[[str], None] = lambda message: None,
     ) -> None:
-        """board: the heartbeat board, or None to disable the watchdog. abort: a function that ends the whole job with an exit
-        code. on_hang: a function that is called with the message if the job hangs."""
+        """`board`: the heartbeat board, or None to disable the watchdog. `abort`: a function that ends the whole job with a given
+        exit code. `on_hang`: a function that is called with the report's message if the job hangs."""
         self.board, self.hang_seconds, self.first_times = board, hang_seconds, first_times
         self._abort, self._on_hang = abort, on_hang
-        self._at, self._bucket = (0, ""), -1
+        self._at, self._bucket, self._waits = (0, ""), -1, False
         self._entered = self._heard = math.inf
         self._step_began = 0.0
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)  # durations of the last steps, in seconds
@@ -66,11 +66,16 @@ class Watchdog(StepObserver):
     def beat(self) -> None:
         """Record a heartbeat in the current phase."""
         self._heard = time.monotonic()
+        self.waits(self._waits)
+
+    def waits(self, whether: bool) -> None:
+        """Record whether this rank waits for other ranks. This is no heartbeat."""
+        self._waits = whether
         if self.board is not None and self._at[1]:
-            self.board.write(*self._at, self._bucket, self._entered, self._heard)
+            self.board.write(*self._at, self._bucket, self._entered, self._heard, whether)
 
     def progressed(self) -> None:
-        """See beat()."""
+        """Record a heartbeat, as beat() does."""
         self.beat()
 
     def reducing(self, bucket: int) -> None:
@@ -79,13 +84,13 @@ class Watchdog(StepObserver):
         self.beat()
 
     def timeouts(self) -> tuple[float, float]:
-        """Return two numbers of seconds. Without progress for this long, a job counts as hung: (in general, in the current phase
-        of this rank)."""
+        """Return (usual, current), the seconds without progress after which the job counts as hung. `usual`: for phases that have
+        occurred before. `current`: for the current phase of this rank."""
         usual = max(self.hang_seconds, STEPS * statistics.median_low(self._seconds or [0.0]))
         return usual, usual * (1.0 if self._at[1] in self._done else self.first_times)
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching, and close the board."""
         self._stop.set()
         if self.board is not None:
             self.enter(self._at[0] + 1, "end")

@@ -1,1 +1,1 @@
-"""Import and export models of Llama and other families in Hugging Face's format (docs/huggingface.md)."""
+"""Imports and exports models of Llama and other families in Hugging Face's format (docs/huggingface.md)."""

@@ -15,11 +15,11 @@ OF_TOKENIZER = ("tokenizer.model", "vocab.json", "merges.txt")  # other forms of
 
 
 def companions(folder: Path, of_tokenizer: bool) -> dict[str, Path]:
-    """Return the folder's companion files by their names relative to the folder. Independent.
+    """Return {name: path} of the files that accompany the weights. The names are relative to the folder. Independent.
 
-    of_tokenizer: whether to include other files of the tokenizer, such as tokenizer.model. Set it only if the run uses the
-    tokenizer of this folder. Raises DataError if a file is too large, or is a link to a file outside the folder: an export would
-    copy the linked file. Links into the blobs of the Hub's cache are allowed.
+    `of_tokenizer`: whether to include other files of the tokenizer, such as tokenizer.model. Set it only if the run uses the
+    tokenizer of this folder. Raises DataError if a file is too large, or is a link to a file outside the folder. Links into the
+    blobs of the Hub's cache are allowed.
     """
     names = [*FILES, *(OF_TOKENIZER if of_tokenizer else ())]
     names += sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja"))

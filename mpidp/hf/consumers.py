@@ -1,7 +1,7 @@
 """The programs that can read an exported folder, and the restrictions of each program. docs/consumers.md lists versions. Pure.
 
-CONSUMERS maps each program to its restrictions. tests/programs/test_consumers.py tests these with the programs themselves. If no
-restriction refuses a model, the program must compute the same results as mpidp. If a restriction refuses a model, the program
+CONSUMERS maps each program to its restrictions. tests/programs/test_consumers.py runs the programs to test the restrictions. If
+no restriction refuses a model, the program must compute the same results as mpidp. If a restriction refuses a model, the program
 must fail or compute different results.
 """
 
@@ -20,10 +20,10 @@ from mpidp.hf.names import settings_of
 
 @dataclass(frozen=True)
 class Facts:
-    """The contents of config.json, tokenizer.json and tokenizer_config.json of an exported folder, and the options of its model.
+    """The contents of the JSON files of an exported folder, and the options of its model.
 
-    Families describe the same option by different fields of config.json. For example, one family lists the layers with sliding
-    windows in layer_types, and another family has a period. A restriction that reads the options works for both families.
+    Families of models describe the same option by different fields of config.json. For example, one family lists the layers with
+    sliding windows, and another family gives a period. A restriction that reads `options` works for all families.
     """
 
     config: Mapping[str, Any]
@@ -52,7 +52,7 @@ class Facts:
         return bool(self.options["window"] and self.options["window"] < self.config["max_position_embeddings"])
 
     def full_every(self, period: int) -> bool:
-        """Return whether every period-th layer has full attention, and all other layers have a sliding window."""
+        """Return whether every period-th layer has full attention and all other layers have a sliding window."""
         layers = self.options["num_layers"]
         return per_layer(self.options["window_layers"], layers, "w") == per_layer("w" * (period - 1) + "f", layers, "")
 
@@ -70,9 +70,9 @@ class Facts:
 
 @dataclass(frozen=True)
 class Restriction:
-    """A feature that a program does not support. applies: a function that returns whether an exported folder needs the feature.
-    says: a text that says what happens, and what the user can do. refused: whether the export is refused. It is refused if the
-    program fails or computes different results."""
+    """A feature that a program does not support. `applies`: a function that returns whether an exported folder needs the feature.
+    `says`: what happens, and what the user can do. `refused`: whether the program fails or computes different results. If so, the
+    export is refused."""
 
     applies: Callable[[Facts], bool]
     says: str
@@ -180,8 +180,8 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
 
 
 def check(consumer: str, texts: Mapping[str, bytes]) -> list[str]:
-    """Return notes for the user: the restrictions of a program that apply to an exported folder. texts: the contents of the
-    folder's text files, by name. Pure.
+    """Return notes for the user. Each note is a restriction of the program `consumer` that applies to an exported folder.
+    `texts`: the contents of the folder's text files, by name. Pure.
 
     Raises UsageError if the program fails or computes different results with this folder.
     """

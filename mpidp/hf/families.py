@@ -1,8 +1,7 @@
-"""The table of the model families that can be imported and exported. Pure, without torch.
+"""The table FAMILIES of the model families that can be imported and exported. Pure, without torch.
 
-Each family has a row. The row states how fields of config.json are converted to options of the model (fields.py, layers.py,
-rope_fields.py), and how the tensors are named (tensors.py). The row also lists the options that all models of the family have,
-the supported values of other fields, and the fields that do not change the logits.
+A row describes one family. It states how fields of config.json are converted to options of the model (fields.py, layers.py,
+rope_fields.py). It also states the names of the tensors (tensors.py), and the options that all models of the family have.
 """
 
 from __future__ import annotations
@@ -103,10 +102,9 @@ GPT_NEOX = Layout(
 class Family:
     """A model family of the transformers library.
 
-    title: public models of the family. options: the options that all models of the family have. only: for some fields, the values
-    that are supported. free: the fields that do not change the logits. longest: the field with the maximum context length.
-    copies: maps the old name of a field to its new name. Other programs still read the old name, so config.json gets both fields
-    with the same value.
+    title: public models of the family. options: the options that all models of the family have. only: the supported values of
+    some fields. free: the fields that do not change the logits. longest: the name of the field with the maximum context length.
+    copies: maps the old name of a field to its new name. config.json then gets the field under both names.
     """
 
     architecture: str
@@ -128,8 +126,8 @@ WIDTHS = (
 
 
 def sizes(kv: int = 0) -> tuple[Field, ...]:
-    """Return the Fields for the sizes of the model. kv: the number of key-value heads if config.json does not state it. 0: as
-    many as heads."""
+    """Return the Fields for the sizes of the model. kv: the number of key-value heads if config.json does not state it. If `kv`
+    is 0, this number is the number of heads."""
     return (
         *WIDTHS, size("num_key_value_heads", "num_kv_heads", lambda found: kv or found["num_heads"]),
         size("intermediate_size", "hidden_dim"),
@@ -140,23 +138,26 @@ def usual(
     kv: int = 0, head: int = 0, eps: float = 1e-6, ties: bool = False, act: str = "silu", act_key: str = "hidden_act",
     eps_key: str = "rms_norm_eps",
 ) -> tuple[Field, ...]:
-    """Return the Fields that nearly all families have. kv, head, eps, ties, act: the default values of the fields. act_key,
-    eps_key: the names of two fields."""
+    """Return the Fields that nearly all families have. act_key, eps_key: the names of two fields. The other arguments are
+    defaults for missing fields: kv for num_key_value_heads, head for head_dim, eps for `eps_key`, ties for tie_word_embeddings,
+    act for `act_key`."""
     return (*sizes(kv), head_dim(head), number(eps_key, "norm_eps", eps), activation(act_key, act), tied(ties))
 
 
 def bias(key: str = "attention_bias", default: bool = False) -> Field:
-    """Return the Field that determines whether q, k, v and o have biases."""
+    """Return the Field that determines whether q, k, v and o have biases. key: the name of the field. default: the value if the
+    field is missing."""
     return flag(key, default, {"attention_bias": "q,k,v,o"}, {"attention_bias": ""})
 
 
 def mlp_bias(key: str = "mlp_bias") -> Field:
-    """Return the Field that determines whether the feed-forward layer has biases."""
+    """Return the Field that determines whether the feed-forward layer has biases. key: the name of the field."""
     return flag(key, False, {"mlp_bias": True}, {"mlp_bias": False})
 
 
 def query_scale(default: float) -> Field:
-    """Return the Field query_pre_attn_scalar of Gemma. Attention scores are divided by the square root of its value."""
+    """Return the Field query_pre_attn_scalar of Gemma. Attention scores are divided by the square root of its value. default:
+    the value if the field is missing."""
     return number(
         "query_pre_attn_scalar", "attention_scale", default, lambda value, _: value**-0.5,
         lambda scale, options: _whole((scale or head_size(options) ** -0.5) ** -2),

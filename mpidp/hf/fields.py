@@ -1,5 +1,4 @@
-"""Converts fields of config.json to options of the model, and back. families.py combines these conversions. Pure, without
-torch."""
+"""Converts fields of config.json to options of the model, and back. families.py uses these Fields. Pure, without torch."""
 
 from __future__ import annotations
 
@@ -25,13 +24,13 @@ class Given:
         self.config, self.where = config, where
 
     def refuse(self, message: str) -> NoReturn:
-        """Raise DataError with the path before the message. Pure."""
+        """Raise DataError with the path and `message`. Pure."""
         raise DataError(f"{self.where}: {message}")
 
     def number(self, key: str, kind: type = int, default: float | None = None, most: float = MOST) -> Any:
-        """Return the value of a field, which must be a positive number. If the field is missing or null, return the default.
-        kind: int or float. most: the largest value that is accepted. Raises DataError if the field is missing and has no default,
-        or if the value is not accepted. Pure."""
+        """Return the value of the field `key`, which must be positive. If the field is missing or null, return `default`. kind:
+        int or float. most: the largest value that is accepted. Raises DataError if the value is not accepted, or if it is
+        missing and `default` is None. Pure."""
         value = self.config.get(key)
         value = default if value is None else value
         if value is None:
@@ -44,8 +43,8 @@ class Given:
         return kind(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """Return the value of a field, which must be true or false. If the field is missing, return the default. If the value is
-        null, return False. Raises DataError if the value is not a boolean. Pure."""
+        """Return the boolean value of the field `key`. If the field is missing, return `default`. If it is null, return False.
+        Raises DataError if the value is not a boolean. Pure."""
         value = self.config.get(key, default)
         value = False if value is None else value
         if not isinstance(value, bool):
@@ -57,9 +56,9 @@ class Given:
 class Field:
     """One or several fields of config.json, and the options of the model that they determine.
 
-    read: a function that returns the options for a config.json. Its second argument has the options that earlier Fields returned.
-    write: a function that returns the fields for the options of a model. If the fields cannot express an option, config_of()
-    detects this, because it reads the fields again.
+    keys: the names of the fields. options: the names of the options. read(given, found): returns the options that a config.json
+    describes. `found` has the options that earlier Fields returned. write(options): returns the fields that describe a model
+    with these options. If no value of a field can express an option, config_of() raises UsageError.
     """
 
     keys: tuple[str, ...]
@@ -69,8 +68,8 @@ class Field:
 
 
 def size(key: str, option: str, default: Callable[[Options], int] | None = None, most: int = MOST) -> Field:
-    """Return the Field of a positive integer. default: a function that computes the value if the field is missing or null. It
-    gets the options of earlier Fields. None: the field is required."""
+    """Return the Field of a positive integer. default: a function that computes the value of a missing field from the options of
+    earlier Fields. If `default` is None, a missing field is an error. most: the largest value that is accepted."""
 
     def read(given: Given, found: Options) -> Options:
         return {option: given.number(key, int, None if default is None else default(found), most)}
@@ -83,7 +82,7 @@ def number(
     back: Callable[[float, Options], float] = lambda value, _: value, most: float = 2.0**62,
 ) -> Field:
     """Return the Field of a positive number. into: a function that converts the number to the option. back: a function that
-    converts the option to the number."""
+    converts the option to the number. The second argument of both functions has the other options."""
 
     def read(given: Given, found: Options) -> Options:
         return {option: float(into(given.number(key, float, default, most), found))}
@@ -92,8 +91,8 @@ def number(
 
 
 def cap(key: str, option: str, default: float | None) -> Field:
-    """Return the Field of a soft-cap. If the field is null, the model has no soft-cap, and the option is 0. default: the value of
-    a missing field."""
+    """Return the Field of a soft-cap. A field that is null means no soft-cap, and the option is then 0. default: the value if
+    the field is missing."""
 
     def read(given: Given, found: Options) -> Options:
         value = given.config.get(key, default)
@@ -104,7 +103,7 @@ def cap(key: str, option: str, default: float | None) -> Field:
 
 def flag(key: str, default: bool, on: Options, off: Options) -> Field:
     """Return the Field of a boolean that determines several options. on: the options if the boolean is true. off: the options if
-    it is false."""
+    it is false. default: the boolean if the field is missing."""
 
     def write(options: Options) -> dict[str, Any]:
         return {key: any(options[name] == value != off[name] for name, value in on.items())}
@@ -113,7 +112,8 @@ def flag(key: str, default: bool, on: Options, off: Options) -> Field:
 
 
 def activation(key: str, default: str, names: Mapping[str, str] = ACTIVATIONS) -> Field:
-    """Return the Field of the activation function. names: maps each name that the family accepts to the option `activation`."""
+    """Return the Field of the activation function. names: maps each name that the family accepts in config.json to the value of
+    the option `activation`. default: the name if the field is missing."""
 
     def read(given: Given, found: Options) -> Options:
         name = given.config.get(key, default)
@@ -129,18 +129,19 @@ def activation(key: str, default: str, names: Mapping[str, str] = ACTIVATIONS) -
 
 
 def implied(option: str, value: Callable[[Options], Any]) -> Field:
-    """Return a Field for an option that has no field in config.json. value: a function that computes the option from the other
-    options."""
+    """Return a Field for an option that has no field in config.json. value: a function that computes the option from the options
+    of earlier Fields."""
     return Field((), (option,), lambda given, found: {option: value(found)}, lambda options: {})
 
 
 def tied(default: bool) -> Field:
-    """Return the Field tie_word_embeddings."""
+    """Return the Field tie_word_embeddings. default: the value if the field is missing."""
     return flag("tie_word_embeddings", default, {"tie_embeddings": True}, {"tie_embeddings": False})
 
 
 def head_dim(default: int = 0) -> Field:
-    """Return the Field head_dim. default: the value of a missing field. 0: hidden_size / num_attention_heads."""
+    """Return the Field head_dim. default: the value if the field is missing. If `default` is 0, this value is hidden_size /
+    num_attention_heads."""
 
     def read(given: Given, found: Options) -> Options:
         return {"head_dim": given.number("head_dim", default=default or found["model_dim"] // found["num_heads"] or None)}
@@ -149,5 +150,5 @@ def head_dim(default: int = 0) -> Field:
 
 
 def head_size(options: Mapping[str, Any]) -> int:
-    """Return the size of a head. Pure."""
+    """Return the size of a head. options: the options of a model. Pure."""
     return int(options.get("head_dim", 0) or options["model_dim"] // options["num_heads"])

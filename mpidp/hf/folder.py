@@ -1,4 +1,4 @@
-"""Reads a model of a supported family from a Hugging Face folder: config.json, and weights in one or several safetensors files.
+"""Reads a model from a Hugging Face folder. The folder has a config.json, and one or several safetensors files with the weights.
 
 The folder is validated first. No code from the folder is executed, and pickled weights are rejected.
 """
@@ -37,7 +37,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 class ModelFolder:
-    """A model in a Hugging Face folder. If the folder is invalid, raises DataError before weights are loaded. Independent.
+    """A model in a Hugging Face folder. The constructor raises DataError if the folder is invalid. Independent.
 
     settings: the settings of section model. sizes: the shape of each parameter. notes: messages for the user.
     """
@@ -61,8 +61,8 @@ class ModelFolder:
         self._check(tensors)
 
     def box(self, name: str, entry: Entry) -> Tensor:
-        """Read a box of a parameter. Reader.box() does the same for a checkpoint. name: "model/" and the name of the parameter.
-        entry: describes the box. Only the data inside the box is read."""
+        """Return the part of a parameter that lies inside a box, and read only this part. name: "model/" followed by the name of
+        the parameter. entry: `entry.place` is the beginning of the box, and `entry.tensor` has the shape of the box."""
         place = self._places[name.removeprefix("model/")]
         shape = entry.tensor.shape
         first, rest = entry.place[:1], tuple(slice(at, at + n) for at, n in zip(entry.place[1:], shape[1:], strict=True))
@@ -73,15 +73,15 @@ class ModelFolder:
             return boxes[0] if len(boxes) == 1 else torch.cat(boxes) if boxes else torch.empty(shape)
 
     def notes_at(self, seq_len: int) -> list[str]:
-        """Return the messages for the user, for a model with contexts of seq_len tokens. Pure."""
+        """Return messages for the user of a model whose contexts have `seq_len` tokens. Pure."""
         return self.notes + longrope_notes(self.path, self.settings["rope_scaling"], seq_len)
 
     def stored_name(self, name: str) -> str:
-        """Return the name of the tensor in which a parameter is stored. Pure."""
+        """Return the name of the tensor in which the parameter `name` is stored. Pure."""
         return self._places[name].name
 
     def _files(self) -> list[Path]:
-        """Return the weight files. Raises DataError if one is missing, or if the weights are pickled."""
+        """Return the weight files. Raises DataError if a file is missing, or if the weights are pickled."""
         index, alone = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
         if alone.is_file():
             if index.exists():
@@ -104,7 +104,7 @@ class ModelFolder:
         return files
 
     def _headers(self, files: list[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Return (shape, dtype) of each tensor in these files, by name of the tensor."""
+        """Return {name of a tensor: (shape, dtype)} for the tensors in these files."""
         found = {}
         for path in files:
             with _opened(path) as file:
@@ -114,8 +114,8 @@ class ModelFolder:
         return found
 
     def _with_prefix(self, tensors: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Return the tensors by the names that the family uses. If a model was saved without its head, the names in its files
-        lack the family's prefix. The prefix is then added, as in transformers."""
+        """Return the tensors under the names that the family uses. If a model was saved without its head, the names in its files
+        lack the family's prefix. This function then adds the prefix."""
         prefix = self._layout.prefix
         if any(name.startswith(prefix) for name in tensors):
             return tensors
@@ -126,9 +126,9 @@ class ModelFolder:
         return found
 
     def _is_tied(self, tensors: dict[str, tuple[tuple[int, ...], str]]) -> bool:
-        """Return whether embedding and head are one matrix. Call this only if config.json says that they are. If the files have
-        both matrices with different values, the result is False, as in transformers. If the files have only the head, it is also
-        used as the embedding."""
+        """Return whether embedding and head are one matrix, for a config.json with tie_word_embeddings=true. If the files have
+        both matrices with different values, return False. If the files have only the head, rename this tensor in `tensors` to
+        the embedding, and return True."""
         embedding, head = self._embedding, self._head
         if embedding not in tensors and head in tensors:
             tensors[embedding], self._stored[embedding] = tensors.pop(head), self._stored.get(head, head)
@@ -173,9 +173,9 @@ class ModelFolder:
 
 
 def longrope_notes(where: object, scaling: str, seq_len: int) -> list[str]:
-    """Return a list of messages for the user. It has one message if transformers may use other longrope factors than mpidp with
-    contexts of seq_len tokens. Otherwise it is empty. where: the name of the folder in the message. scaling: the model's rope
-    scaling. Pure."""
+    """Return messages for the user about a model with contexts of `seq_len` tokens. There is one message if transformers uses
+    other longrope factors than mpidp for some inputs, and otherwise none. where: the model's folder, for the message. scaling:
+    the option rope_scaling. Pure."""
     found = rope_scaling(scaling)
     if found is None or found.kind != "longrope" or seq_len <= found.original:
         return []
@@ -186,10 +186,11 @@ def longrope_notes(where: object, scaling: str, seq_len: int) -> list[str]:
 
 
 def whole(sizes: dict[str, tuple[int, ...]], name: str) -> Entry:
-    """Return the argument `entry` of box() with which it reads a whole parameter. sizes: the shapes of all parameters. Pure."""
+    """Return an Entry with which ModelFolder.box() reads the whole parameter `name`. sizes: the shapes of all parameters.
+    Pure."""
     return Entry(torch.empty(sizes[name], device="meta"))
 
 
 def _is_name(name: Any) -> bool:
-    """Return whether this is a file name without a folder."""
+    """Return whether `name` is a file name without a folder."""
     return isinstance(name, str) and name == Path(name).name and 0 < len(name.encode(errors="replace")) < 256

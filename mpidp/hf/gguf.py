@@ -1,9 +1,8 @@
-"""Converts an exported folder to a .gguf file with llama.cpp's own converter. This also works for tokenizers that the converter
-alone does not support.
+"""Converts an exported folder to a .gguf file with llama.cpp's own converter.
 
-The converter identifies the pre-tokenizer of a byte-level BPE tokenizer by a hash of the token ids of a fixed text. Therefore it
-knows only some public tokenizers. Here the pre-tokenizer is taken from tokenizer.json. Byte and char tokenizers get the merges
-that llama.cpp needs. The converter runs in a process of its own: `python -m mpidp.hf.gguf FOLDER FILE DTYPE [LLAMA_CPP]`.
+The converter alone supports only some public tokenizers. For other byte-level BPE tokenizers, this module determines the
+pre-tokenizer from tokenizer.json. Byte and char tokenizers get the merges that llama.cpp requires. The converter runs in a
+process of its own: `python -m mpidp.hf.gguf FOLDER FILE DTYPE [LLAMA_CPP]`.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ REGEXES = {LETTERS + r"\p{N}{1,3}" + REST: "llama-bpe", LETTERS + r"\p{N}" + RES
 @dataclass(frozen=True)
 class Vocabulary:
     """The properties of a tokenizer that llama.cpp needs and the converter cannot determine. pre: llama.cpp's name of the
-    pre-tokenizer. merges: the merges to use if tokenizer.json has none. by_bytes: True if each token of the tokenizer is a
-    character. The .gguf file must then have the UTF-8 bytes of each token, written as in byte-level BPE."""
+    pre-tokenizer. merges: the merges to use if tokenizer.json has none. by_bytes: True if each token of the tokenizer is one
+    character. The .gguf file must then spell each token in the byte-level BPE alphabet, one symbol per UTF-8 byte."""
 
     pre: str
     merges: tuple[str, ...] = ()
@@ -42,8 +41,8 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer_json: str) -> Vocabulary | None:
-    """Return the properties of a tokenizer that the converter cannot determine. Return None if mpidp knows no pre-tokenizer of
-    llama.cpp that splits text in the same way. Pure."""
+    """Return the properties of a tokenizer that the converter cannot determine. tokenizer_json: the contents of tokenizer.json.
+    Return None if mpidp knows no pre-tokenizer of llama.cpp that splits text in the same way. Pure."""
     about = json.loads(tokenizer_json)
     model, splits = about["model"], about.get("pre_tokenizer")
     if model.get("type") != "BPE" or model.get("byte_fallback") or about.get("normalizer"):
@@ -62,7 +61,8 @@ def vocabulary(tokenizer_json: str) -> Vocabulary | None:
 
 
 def merges_of_characters(characters: list[str] | dict[str, int]) -> list[str]:
-    """Return merges that join the bytes of each character one after the other. The merges begin with the first byte. Pure."""
+    """Return the BPE merges that build each character from its UTF-8 bytes. A character's first merge joins its first two bytes.
+    Each of its later merges adds the next byte. Pure."""
     found: dict[str, None] = {}
     for character in characters:
         name = _byte_level(character)
@@ -76,9 +76,9 @@ def _byte_level(text: str) -> str:
 
 
 def as_gguf(write: Callable[[Path], str], out: Path, dtype: str, llama_cpp: str = "") -> str:
-    """Write a model to a temporary folder, convert the folder to the file `out`, and remove the folder. write: a function that
-    writes the model to a given folder. Its result is returned. Raises UsageError if `out` exists. Also raises the errors of
-    write_gguf(). Independent."""
+    """Convert a model to the file `out`, and return the result of `write`. write: a function that gets the path of a folder, and
+    writes the model there. dtype: a key of OUTTYPES. llama_cpp: see write_gguf(). Raises UsageError if `out` exists, and in the
+    cases of write_gguf(). Independent."""
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out} exists and is not overwritten: choose another file, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +89,8 @@ def as_gguf(write: Callable[[Path], str], out: Path, dtype: str, llama_cpp: str 
 
 
 def write_gguf(folder: Path, out: Path, dtype: str, llama_cpp: str = "") -> None:
-    """Convert the exported `folder` to the file `out`. llama_cpp: the folder of a checkout of llama.cpp, or "" for the installed
-    converter.
+    """Convert the exported `folder` to the file `out`. dtype: a key of OUTTYPES. llama_cpp: the folder of a checkout of
+    llama.cpp, or "" for the installed converter.
 
     Raises UsageError if there is no converter, or if the converter fails. In these cases `out` is not created. Independent.
     """
@@ -121,8 +121,8 @@ def _run_converter(folder: Path, out: str, dtype: str, llama_cpp: str) -> None:
 
 
 def _teach(model: Any, gguf: Any, found: Vocabulary | None) -> None:
-    """Change the converter so that it uses the properties in `found`. model: the converter's class of text models. gguf: the
-    converter's module gguf."""
+    """Change the converter so that it uses the properties in `found`. model: the converter's class for text models. gguf: the
+    module gguf of llama.cpp."""
     recognized, base, special = model.get_vocab_base_pre, model.get_vocab_base, gguf.SpecialVocab.__init__
 
     def get_vocab_base_pre(self: Any, tokenizer: Any) -> str:

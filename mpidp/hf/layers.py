@@ -1,4 +1,5 @@
-"""Fields of config.json that differ by layer: sliding windows, and layers without rotary positions. Pure, without torch."""
+"""Converts fields of config.json that differ by layer: sliding windows, and layers without rotary positions. Pure, without
+torch."""
 
 from __future__ import annotations
 
@@ -13,20 +14,20 @@ LETTER = {WINDOW: "w", FULL: "f"}
 
 
 def per_layer(pattern: str, layers: int, otherwise: str) -> str:
-    """Return a string with one letter for each layer. The pattern is repeated until there are enough letters. otherwise: the
-    pattern to use if `pattern` is empty. Pure."""
+    """Return a string with one letter for each of the `layers` layers. The letters are those of `pattern`, repeated. If
+    `pattern` is empty, those of `otherwise` are used. Pure."""
     pattern = pattern or otherwise
     return (pattern * (layers // len(pattern) + 1))[:layers]
 
 
 def shortest(letters: str) -> str:
-    """Return the shortest pattern that gives these letters when it is repeated. Pure."""
+    """Return the shortest pattern that gives `letters` when per_layer() repeats it. Pure."""
     return next(letters[:n] for n in range(1, len(letters) + 1) if per_layer(letters[:n], len(letters), "") == letters)
 
 
 def window(default: int | None) -> Field:
-    """Return the Field sliding_window of a family in which all layers have the same window. default: the value of a missing
-    field."""
+    """Return the Field sliding_window of a family in which all layers have the same window. default: the value if the field is
+    missing."""
 
     def read(given: Given, found: Options) -> Options:
         return {"window": _window(given, default) or 0, "window_layers": ""}
@@ -48,10 +49,10 @@ def layered_window(
 ) -> Field:
     """Return the Field of sliding_window and layer_types.
 
-    A layer has the letter "w" if it has a window, and "f" if it has full attention. default: the value of sliding_window if the
-    field is missing. usual: a function that returns the letters of all layers. It is called if layer_types is missing. Its last
-    argument says whether the model has a window. switch: True if the window is used only if use_sliding_window is true. more: the
-    names of other fields that `usual` reads. back: a function that returns these other fields for the options of a model.
+    A layer has the letter "w" if it has a window, and "f" if it has full attention. default: the value of sliding_window if this
+    field is missing. usual(given, found, has_window): returns the letters of all layers if layer_types is missing. `has_window`
+    says whether the model has a window. switch: True if the window counts only when use_sliding_window is true. more: the names
+    of other fields that `usual` reads. back(options): returns these other fields for a model with these options.
     """
 
     def read(given: Given, found: Options) -> Options:
@@ -88,20 +89,20 @@ def _letters(given: Given, kinds: Any, layers: int) -> str:
 
 
 def every(period: int) -> Callable[[Given, Options, bool], str]:
-    """Return a function for the argument `usual` of layered_window(), for a family in which every period-th layer has full
-    attention."""
+    """Return a function for the argument `usual` of layered_window(). Every period-th layer gets full attention, and the other
+    layers get the window."""
     return lambda given, found, has_window: per_layer("w" * (period - 1) + "f", found["num_layers"], "")
 
 
 def every_in(key: str, default: int) -> Callable[[Given, Options, bool], str]:
-    """Return a function for the argument `usual` of layered_window(), for a family in which a field has the period of the layers
-    with full attention. key: the name of this field."""
+    """Return a function for the argument `usual` of layered_window(). It works like every(), with the period from the field
+    `key` of config.json. default: the period if the field is missing."""
     return lambda given, found, has_window: every(given.number(key, default=default, most=2**16))(given, found, has_window)
 
 
 def above(key: str, default: int) -> Callable[[Given, Options, bool], str]:
-    """Return a function for the argument `usual` of layered_window(), for a family in which a field has the index of the first
-    layer with a window. key: the name of this field."""
+    """Return a function for the argument `usual` of layered_window(). The field `key` of config.json contains the index of the
+    first layer with a window. All later layers also have the window. default: the index if the field is missing."""
 
     def letters(given: Given, found: Options, has_window: bool) -> str:
         first = given.config.get(key, default)
@@ -114,14 +115,15 @@ def above(key: str, default: int) -> Callable[[Given, Options, bool], str]:
 
 
 def first_window(options: Options) -> dict[str, Any]:
-    """Return max_window_layers of Qwen: the number of layers before the first layer with a window. Pure."""
+    """Return the field max_window_layers of Qwen as {name: value}. The value is the number of layers before the first layer with
+    a window. Pure."""
     letters = per_layer(options["window_layers"], options["num_layers"], "w")
     return {"max_window_layers": letters.index("w") if options["window"] and "w" in letters else options["num_layers"]}
 
 
 def without_rotary(interval: int) -> Field:
-    """Return the Field of SmolLM3's no_rope_layers and no_rope_layer_interval. In no_rope_layers, a layer with rotary positions
-    has the entry 1. interval: the default of no_rope_layer_interval."""
+    """Return the Field of SmolLM3's no_rope_layers and no_rope_layer_interval. In no_rope_layers, a layer has the entry 1 if it
+    has rotary positions, and otherwise 0. interval: the value of no_rope_layer_interval if this field is missing."""
 
     def read(given: Given, found: Options) -> Options:
         listed, layers = given.config.get("no_rope_layers"), found["num_layers"]
@@ -142,7 +144,7 @@ def without_rotary(interval: int) -> Field:
 
 
 def without_rotary_are_windows(given: Given, found: Options, has_window: bool) -> str:
-    """Return the letters of the layers. This function is for the argument `usual` of layered_window(), for SmolLM3. In SmolLM3,
-    the layers without rotary positions have the window."""
+    """Return the letters of SmolLM3's layers. If the model has a window, the layers without rotary positions have it. Use this
+    function as the argument `usual` of layered_window()."""
     letters = per_layer(found["rotary_layers"], found["num_layers"], "y")
     return "".join("w" if has_window and letter == "n" else "f" for letter in letters)

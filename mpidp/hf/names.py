@@ -1,4 +1,4 @@
-"""Convert config.json to settings of the model and back, for the families of families.py. Pure, without torch."""
+"""Converts config.json to settings of the model, and back. It supports the families of families.py. Pure, without torch."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ HEADS = ("model_dim", "num_heads", "num_kv_heads", "head_dim")
 
 
 def family_of(config: Mapping[str, Any], where: object) -> Family:
-    """Return the family of a config.json. Raises DataError if the family is not supported, or if two fields contradict each
-    other. Pure.
+    """Return the family that a config.json names. Raises DataError if this family is not supported, or if the fields
+    architectures and model_type name different families. Pure.
 
     where: the file's path, for error messages.
     """
@@ -41,7 +41,7 @@ def family_of(config: Mapping[str, Any], where: object) -> Family:
 
 
 def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """Return the settings of section model from a config.json. Pure.
+    """Return the settings of section model that a config.json describes. Pure.
 
     Raises DataError if a field is missing, is not known, or has a value that is not supported. where: the file's path.
     """
@@ -87,13 +87,13 @@ def _read(family: Family, config: Mapping[str, Any], where: object) -> dict[str,
 
 
 def _keys_of(family: Family, *options: str) -> list[str]:
-    """Return the names of the fields of config.json that determine these options."""
+    """Return the names of the fields of config.json that determine the options `options`."""
     return [key for one in family.fields if set(one.options) & set(options) for key in one.keys]
 
 
 def canonical(options: Options) -> Options:
-    """Return the options in a canonical form. For some options, 0 means that the value is computed from other options. If such an
-    option has this computed value, it becomes 0. Patterns of layers become as short as possible. Pure."""
+    """Return equivalent options in a canonical form. In some options, 0 stands for a value that is computed from other options.
+    An option that equals this computed value becomes 0. Patterns of layers become as short as possible. Pure."""
     found = dict(options)
     size, layers = head_size(options), options["num_layers"]
     found["head_dim"] = 0 if size * options["num_heads"] == options["model_dim"] else size
@@ -113,13 +113,13 @@ def canonical(options: Options) -> Options:
 
 
 def shape_of(settings: Mapping[str, Any], seq_len: int = 1) -> TransformerShape:
-    """Return the shape of a model. settings: the result of settings_of(). seq_len: the length of the context. Pure."""
+    """Return the shape of a model with the settings that settings_of() returned. seq_len: the length of the context. Pure."""
     rest = {key: value for key, value in settings.items() if key != "head_dim"}
     return TransformerShape(seq_len=seq_len, head_size=settings["head_dim"], **rest)
 
 
 def options_of(shape: TransformerShape) -> Options:
-    """Return the settings of a model in the form that settings_of() returns. shape: the shape of the model. Pure."""
+    """Return the settings of the model with this shape, as settings_of() would return them. Pure."""
     sizes = ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "model_dim", "hidden_dim", "tie_embeddings", "rope_theta",
              "rope_scaling", "norm_eps")
     found = {name: getattr(shape, name) for name in (*sizes, *DEFAULTS)}
@@ -127,8 +127,8 @@ def options_of(shape: TransformerShape) -> Options:
 
 
 def longest_of(config: Mapping[str, Any], where: object) -> int | None:
-    """Return the maximum context length that config.json states, or None if it states none. Raises DataError if this length is
-    not a positive integer, or if the family is not supported. Pure."""
+    """Return the maximum context length that config.json states, or None if it states none. where: the file's path, for error
+    messages. Raises DataError if this length is not a positive integer, or if the family is not supported. Pure."""
     key = family_of(config, where).longest
     return None if config.get(key) is None else Given(config, where).number(key)
 
@@ -136,11 +136,12 @@ def longest_of(config: Mapping[str, Any], where: object) -> int | None:
 def config_of(
     shape: TransformerShape, dtype: str, ids: Mapping[str, int | None], before: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the contents of config.json for a model. Raises UsageError if no family has the options of the model. Pure.
+    """Return the contents of config.json for a model of this shape. dtype: the name of the dtype of its weights. Raises
+    UsageError if no supported family has the options of the model. Pure.
 
-    ids: the values of bos_token_id, eos_token_id and pad_token_id if `before` does not have these fields. before: the contents of
-    config.json of the model that this model was fine-tuned from. Its family and its other fields are kept. If `before` is empty,
-    the first family that has all options is used. The result has the fields that old and new versions of transformers read.
+    before: the contents of config.json of the model that this model was fine-tuned from, or an empty dict. If `before` is not
+    empty, its family is used. Its fields are kept, except those that contradict the model. Otherwise, the first family that has
+    all options is used. ids: values of bos_token_id, eos_token_id and pad_token_id, each used only if `before` lacks the field.
     """
     wanted = options_of(shape)
     if before:
@@ -172,8 +173,8 @@ def _listed(options: Options) -> str:
 def _written(
     family: Family, shape: TransformerShape, options: Options, dtype: str, ids: Mapping[str, int | None], kept: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the contents of config.json for a family. kept: the fields of an earlier config.json. If they already describe the
-    options, they do not change."""
+    """Return the contents of config.json for a model of this family. kept: the fields of an earlier config.json, or an empty
+    dict. They are kept, except those that contradict the options."""
     usual: dict[str, Any] = {
         "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **ids, "initializer_range": 0.02, "use_cache": True,
         "attention_dropout": 0.0,
@@ -200,7 +201,8 @@ def _old_options(family: Family, kept: Mapping[str, Any]) -> Options:
 
 
 def _differences(family: Family, config: Mapping[str, Any], wanted: Options) -> Options:
-    """Read the options from a config.json. Return those of the wanted options that differ from the options that were read."""
+    """Return the options in `wanted` that are missing from `config`, or have other values there. config: the contents of a
+    config.json."""
     try:
         again = _read(family, config, "config.json")
     except DataError:
@@ -209,5 +211,5 @@ def _differences(family: Family, config: Mapping[str, Any], wanted: Options) -> 
 
 
 def sizes_of(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter, by name. settings: the result of settings_of(). Pure."""
+    """Return {name: shape} for the parameters of a model. settings: the result of settings_of(). Pure."""
     return shapes_of(shape_of(settings, settings["position_rows"] or 1))

@@ -1,5 +1,5 @@
-"""Lists model families that cannot be imported, with the reason and the nearest family that can be imported. Pure, without
-torch."""
+"""Lists model families that cannot be imported. For each, it has the reason, and the nearest family that can be imported. Pure,
+without torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ REFUSED = {  # model_type -> (what mpidp's Transformer does not have, the neares
 
 
 def refusal(architectures: object, model_type: object) -> str:
-    """Return the error message for a model whose family is not supported. Pure."""
+    """Return the error message for a model whose family is not supported. The arguments are two fields of its config.json.
+    Pure."""
     if isinstance(model_type, str) and (near := BY_MODEL_TYPE.get(model_type)):
         return (
             f"architectures={short(architectures)} is not supported. For model_type={short(model_type)}, mpidp supports only "

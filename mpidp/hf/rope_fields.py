@@ -1,5 +1,5 @@
-"""Converts the fields of config.json for rotary positions: theta and scaling. The key of transformers 5 (rope_parameters) and the
-keys of older versions (rope_theta, rope_scaling) are supported. Pure, without torch."""
+"""Converts the fields of config.json for rotary positions to options, and back. It supports rope_parameters (transformers 5) and
+rope_theta with rope_scaling (older versions). Pure, without torch."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def rope(
     theta: float = 10000.0, theta_keys: tuple[str, ...] = ("rope_theta",), partial: float | None = None,
     partial_keys: tuple[str, ...] = ("partial_rotary_factor",), kinds: Mapping[str, str] | None = None, original: int = 0,
 ) -> Field:
-    """Return the fields of a family in which all layers have the same rotary positions.
+    """Return the Field of rotary positions, for a family in which they are the same in all layers.
 
-    theta: the default of theta. theta_keys: the names of the fields outside rope_parameters that may contain theta. If several of
-    these fields are present, they must have the same value. partial: the default of the fraction of a head's dimensions that is
-    rotated. None: the family always rotates all dimensions. partial_keys: the names of the fields outside rope_parameters that
-    may contain this fraction. kinds: maps the family's name of each kind of scaling to mpidp's name, or to None if the names are
-    equal. None: all kinds, with mpidp's names. original: the default of original_max_position_embeddings. 0: the value of
-    max_position_embeddings.
+    theta: used if config.json does not state theta. theta_keys: the names of the fields outside rope_parameters that may contain
+    theta. If several of these are present, they must be equal. partial: the fraction of a head's dimensions that is rotated,
+    used if config.json does not state it. If `partial` is None, the family always rotates all dimensions. partial_keys: the
+    names of the fields outside rope_parameters that may contain this fraction. kinds: maps the family's name of each supported
+    scaling to mpidp's name. If `kinds` is None, all of mpidp's scalings are supported, under mpidp's names. original: used if
+    original_max_position_embeddings is missing. If `original` is 0, max_position_embeddings is used.
     """
     known = dict.fromkeys(KINDS) if kinds is None else kinds
     keys = tuple(dict.fromkeys((*theta_keys, *partial_keys, *OLD)))
@@ -69,11 +69,11 @@ def rope(
 
 
 def two_ropes(theta: float, window_theta: float, window_key: str | None = None) -> Field:
-    """Return the fields of a family in which layers with a window have their own rotary positions.
+    """Return the Field of rotary positions, for a family in which layers with a window have a theta and a scaling of their own.
 
-    theta: the default of theta in layers with full attention. window_theta: the default of theta in layers with a window.
-    window_key: the name of the field outside rope_parameters that may contain window_theta, or None. In Family.fields, this Field
-    must come after the Field of the windows.
+    theta: used for layers with full attention if config.json does not state their theta. window_theta: used for layers with a
+    window if config.json does not state their theta. window_key: the name of the field outside rope_parameters that may contain
+    the theta of layers with a window, or None. In Family.fields, this Field must come after the Field of the windows.
     """
 
     def read(given: Given, found: Options) -> Options:
@@ -137,9 +137,9 @@ def _check_keys(given: Given, scaling: Mapping[str, Any], where: str) -> None:
 def _first(
     given: Given, scaling: Mapping[str, Any], key: str, outside: tuple[str, ...], default: float, most: float = MOST
 ) -> float:
-    """Return a number that config.json may state in several places. The value of `key` in `scaling` (the content of
-    rope_parameters) is used first, then the fields in `outside`, then the default. Raises DataError if the fields in `outside`
-    have different values."""
+    """Return the value of `key` in `scaling`. If it is missing, return the value of the fields in `outside`. If these are
+    missing too, return `default`. scaling: the content of rope_parameters. most: the largest value that is accepted. Raises
+    DataError if the fields in `outside` differ, or if the value is not accepted."""
     values = {name: given.config[name] for name in outside if given.config.get(name) is not None}
     if len(set(map(repr, values.values()))) > 1 and len({float(v) for v in values.values() if isinstance(v, (int, float))}) > 1:
         given.refuse(f"{' and '.join(f'{name}={short(value)}' for name, value in values.items())} contradict each other")
@@ -149,8 +149,8 @@ def _first(
 
 
 def _check_ignored(given: Given, key: str, names: tuple[str, ...], used: float) -> None:
-    """Raise DataError if config.json has the field `key` with a wrong value that transformers ignores. names: the fields outside
-    rope_parameters that transformers reads. used: the value that transformers uses instead."""
+    """Raise DataError if transformers ignores the field `key` of config.json, and this field differs from `used`. names: the
+    fields outside rope_parameters that transformers reads. used: the value that transformers uses."""
     if key not in names and given.config.get(key) is not None and given.config[key] != used:
         where = "this family" if names else "layers with a window of this family"
         given.refuse(
@@ -160,8 +160,9 @@ def _check_ignored(given: Given, key: str, names: tuple[str, ...], used: float) 
 
 
 def scaling_text(given: Given, scaling: Mapping[str, Any], kinds: Mapping[str, str | None]) -> str:
-    """Return the option rope_scaling. scaling: the content of rope_parameters. kinds: see rope(). Raises DataError if the kind of
-    scaling is not supported, or if a value is missing or invalid. Pure."""
+    """Return the option rope_scaling. scaling: the content of rope_parameters. kinds: maps the family's name of each supported
+    scaling to mpidp's name, or to None if the names are equal. Raises DataError if the scaling is not supported, or if one of
+    its values is missing or invalid. Pure."""
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return ""
@@ -188,7 +189,7 @@ def _float(value: Any) -> float:
 
 
 def _lengths(scaling: Mapping[str, Any], given: Given) -> tuple[float, float]:
-    """Return two context lengths: that of the original training, and that of the model."""
+    """Return (context length of the original training, maximum context length of the model)."""
     longest = given.number("max_position_embeddings", default=2048)
     return _float(scaling.get("original_max_position_embeddings") or longest), float(longest)
 
@@ -229,7 +230,7 @@ _NUMBERS: dict[str, Any] = {
 
 
 def scaling_object(text: str) -> dict[str, Any]:
-    """Return the content of rope_parameters, except theta. text: the option rope_scaling. Pure."""
+    """Return the content of rope_parameters without theta. text: the option rope_scaling. Pure."""
     found = rope_scaling(text)
     if found is None:
         return {"rope_type": "default"}

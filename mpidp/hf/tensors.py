@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 @dataclass(frozen=True)
 class Place:
     """Describes which rows of a tensor contain a parameter. name: the name of the tensor. If run is 0, row r of the parameter is
-    row start + r of the tensor. Otherwise it is row start + r // run * stride + r % run.
+    row start + r of the tensor. Otherwise it is row start + (r // run) * stride + r % run of the tensor.
 
-    transposed: whether rows of the parameter are columns of the tensor. run: the number of rows in a group of consecutive rows.
-    stride: the distance in the tensor from one group to the next.
+    transposed: True if the rows of the parameter are columns of the tensor. run: the number of rows in a group of consecutive
+    rows. stride: the number of rows of the tensor from the start of one group to the start of the next.
     """
 
     name: str
@@ -23,7 +23,7 @@ class Place:
     stride: int = 0
 
     def slices(self, first: int, count: int) -> list[slice]:
-        """Return slices of the rows of the tensor. Together they contain the rows first, ..., first + count - 1 of the parameter.
+        """Return slices of the tensor's rows. Together they contain the rows first, ..., first + count - 1 of the parameter.
         Pure."""
         if not self.run:
             return [slice(self.start + first, self.start + first + count)]
@@ -40,11 +40,11 @@ class Place:
 class Layout:
     """The names of the tensors of a family, without .weight and .bias.
 
-    prefix: the beginning of names. It is missing if a model was saved without its head. layer: the name of a layer, with {} for
-    its number. outside: maps the name of a parameter outside the layers to the name of its tensor. inside: the same for
-    parameters inside the layers. fused: maps the name of a tensor that contains several parameters to the names of these
-    parameters, in order. by_head: True if a fused tensor contains the rows of the first head of all its parameters, then those of
-    the second head, and so on. transposed: the parameters that are stored transposed. ignored: the endings of the names of
+    prefix: the beginning of the names. It is missing if a model was saved without its head. layer: the beginning of the names in
+    a layer, with {} in place of the layer's number. outside: maps the name of a parameter outside the layers to the name of its
+    tensor. inside: the same for a parameter inside a layer. fused: maps the name of a tensor that contains several parameters to
+    the names of these parameters, in order. by_head: True if a fused tensor is ordered by head. First come the rows of all its
+    parameters for head 0, then those for head 1. transposed: the parameters that are stored transposed. ignored: name endings of
     tensors that are not parameters.
     """
 
@@ -58,7 +58,7 @@ class Layout:
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
     def name(self, parameter: str) -> str:
-        """Return the name of the tensor in which a parameter is stored. Pure."""
+        """Return the name of the tensor in which `parameter` is stored. Pure."""
         stem, _, kind = parameter.rpartition(".")
         if not stem.startswith("blocks."):
             return f"{self.outside[stem]}.{kind}"
@@ -67,14 +67,13 @@ class Layout:
         return f"{self.layer.format(layer)}.{fused or self.inside[inner]}.{kind}"
 
     def has(self, parameter: str) -> bool:
-        """Return whether the family has a tensor for a parameter. Pure."""
+        """Return whether the family has a tensor for `parameter`. Pure."""
         stem = parameter.rpartition(".")[0]
         inner = stem.split(".", 2)[-1] if stem.startswith("blocks.") else ""
         return stem in self.outside or inner in self.inside or any(inner in members for members in self.fused.values())
 
     def places(self, sizes: Mapping[str, tuple[int, ...]], head_dim: int) -> dict[str, Place]:
-        """Return the Place of each parameter, by name. sizes: the shapes of all parameters. head_dim: the size of a head.
-        Pure."""
+        """Return {name: Place} for all parameters. sizes: the shapes of all parameters. head_dim: the size of a head. Pure."""
         found = {}
         for name in sizes:
             stem, _, kind = name.rpartition(".")
@@ -92,7 +91,8 @@ class Layout:
 
 
 def stored_sizes(sizes: Mapping[str, tuple[int, ...]], places: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor that the family stores, by name. Pure."""
+    """Return {name: shape} for the tensors that the family stores. sizes, places: the shape and the Place of each parameter.
+    Pure."""
     found: dict[str, tuple[int, ...]] = {}
     for name, place in places.items():
         rows, *rest = sizes[name]

@@ -1,4 +1,4 @@
-"""Make the text files of an exported folder. They describe the special tokens of the training data (special_tokens.py).
+"""Makes the text files of an exported folder, such as tokenizer_config.json. They name the special tokens of the training data.
 
 If the run was fine-tuned from a model, the files of that model are kept, except for entries that contradict the training data.
 """
@@ -18,12 +18,8 @@ CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
 
 
 def with_begin(tokenizer_json: str, bos: int | None) -> str:
-    """Return the tokenizer.json, changed so that the ids of each text begin with the id `bos`. If bos is None, no BOS is added.
-    Pure.
-
-    A post-processor often adds BOS. If the training data has no BOS, the embedding of BOS is not trained, so texts must not
-    contain it.
-    """
+    """Return `tokenizer_json`, changed so that it adds exactly one token to a text: the id `bos` at the beginning. If `bos` is
+    None, the result adds no token. Pure."""
     from tokenizers import Tokenizer as Theirs
 
     theirs = Theirs.from_str(tokenizer_json)
@@ -47,11 +43,12 @@ def with_begin(tokenizer_json: str, bos: int | None) -> str:
 def text_files(
     special: SpecialTokens, name_of: Mapping[int, str], kept: Mapping[str, Mapping[str, Any]], longest: int
 ) -> dict[str, Any]:
-    """Return the contents of tokenizer_config.json, generation_config.json and other files, by file name. The contents of a JSON
+    """Return {file name: contents} for tokenizer_config.json, generation_config.json and other files. The contents of a JSON
     file are an object. The contents of another file are a string. Pure.
 
-    special: the special tokens of the run. name_of: the text of each token, by id. kept: the JSON files of the model that the run
-    was fine-tuned from, by file name. It is empty if there is no such model. longest: the maximum number of tokens of a text.
+    special: the special tokens of the run. name_of: maps each token id to its text. kept: maps names of JSON files to their
+    contents in the model that the run was fine-tuned from. It is empty if there is no such model. longest: the maximum number of
+    tokens of a text.
     """
     scratch = not kept
     eod = special.ends[0]
@@ -93,23 +90,23 @@ def text_files(
 
 
 def config_ids(special: SpecialTokens) -> dict[str, Any]:
-    """Return the ids of special tokens for config.json of a run that started from random weights. Pure."""
+    """Return the fields bos_token_id, eos_token_id and pad_token_id of config.json, for a run that started from random weights.
+    Pure."""
     eod = special.ends[0]
     bos = eod if special.bos is None and special.template is None else special.bos
     return {"bos_token_id": bos, "eos_token_id": eod, "pad_token_id": eod if special.pad is None else special.pad}
 
 
 def _ends(before: Any, ends: tuple[int, ...]) -> int | list[int]:
-    """Return the ids that end a text. before: the ids of the model that the run was fine-tuned from. They come first. ends: the
-    ids of the training data. They come next."""
+    """Return the ids that end a text: first those in `before`, then those in `ends`. A single id is returned as an int. before:
+    the field eos_token_id of the model that the run was fine-tuned from. ends: the ids of the training data."""
     first = [i for i in (before if isinstance(before, list) else [before]) if type(i) is int]
     found = list(dict.fromkeys([*first, *ends]))
     return found[0] if len(found) == 1 else found
 
 
 def _named_templates(stored: Any) -> dict[str, str]:
-    """Return the templates in the entry `chat_template` of a tokenizer_config.json, by name. The template "default" is left
-    out."""
+    """Return {name: template} for the entry `chat_template` of a tokenizer_config.json. The template "default" is left out."""
     listed = [one for one in stored if isinstance(one, dict)] if isinstance(stored, list) else []
     found = {str(one.get("name")): one.get("template") for one in listed}
     return {
@@ -123,15 +120,15 @@ def _text(value: Any) -> Any:
 
 
 def _with_arguments(template: str, arguments: Mapping[str, Any]) -> str:
-    """Return the template with assignments at its beginning. They set the template arguments of the command prepare as default
-    values, because apply_chat_template does not know these arguments."""
+    """Return the template with default values for its variables. apply_chat_template can then render it without arguments.
+    arguments: the template arguments of the command prepare."""
     one = "{%- if NAME is not defined %}{%- set NAME = VALUE %}{%- endif %}"
     lines = [one.replace("VALUE", _literal(value)).replace("NAME", name) for name, value in arguments.items()]
     return "".join(lines) + template
 
 
 def _literal(value: Any) -> str:
-    """Return a JSON value as a literal of jinja2."""
+    """Return a JSON value in the syntax of jinja2."""
     if value is None:
         return "none"
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Converts a tokenizer of mpidp to a Hugging Face tokenizer.json with the same ids, and compares two files tokenizer.json.
+"""Converts a tokenizer of mpidp to a Hugging Face tokenizer.json with the same ids. Also compares two tokenizer.json files.
 Independent."""
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ EOD = USUAL_EOD[0]
 
 
 def huggingface_json(tokenizer: Tokenizer) -> str:
-    """Return a Hugging Face tokenizer.json. Hugging Face tokenizers are returned unchanged.
+    """Return the contents of a Hugging Face tokenizer.json for `tokenizer`. A Hugging Face tokenizer does not change.
 
-    Byte and char tokenizers become BPE tokenizers without merges. The result drops unknown characters, while mpidp's char
-    tokenizer raises DataError.
+    Byte and char tokenizers become BPE tokenizers without merges. For a character outside the vocabulary, such a BPE tokenizer
+    gives no id, while mpidp's char tokenizer raises DataError.
     """
     if not isinstance(tokenizer, (ByteTokenizer, CharTokenizer)):
         return tokenizer.to_json()
@@ -41,8 +41,8 @@ def huggingface_json(tokenizer: Tokenizer) -> str:
 
 
 def same(file: Path, used: bytes) -> bool:
-    """Return whether two tokenizers give the same ids. file: the path of a tokenizer.json. used: the contents of another
-    tokenizer.json. Formatting is ignored.
+    """Return whether two tokenizers give the same ids. The formatting of the JSON does not matter. file: the path of a
+    tokenizer.json. used: the contents of another tokenizer.json.
 
     Raises DataError if one of them is not a readable tokenizer.json.
     """
@@ -51,10 +51,10 @@ def same(file: Path, used: bytes) -> bool:
 
 
 def extends(file: Path, used: bytes) -> bool:
-    """Return whether one tokenizer is equal to another, except that it has more added tokens with new ids. file: the path of the
-    tokenizer.json without these tokens. used: the contents of the tokenizer.json with these tokens.
+    """Return whether the tokenizer `used` is the tokenizer in `file`, or differs from it only by more added tokens with new ids.
+    file: the path of a tokenizer.json. used: the contents of another tokenizer.json.
 
-    Raises DataError in the same cases as same().
+    Raises DataError if one of them is not a readable tokenizer.json.
     """
     first, second = _both(file, used)
     known, added = first.pop("added_tokens") or [], second.pop("added_tokens") or []
@@ -73,14 +73,14 @@ def _both(file: Path, used: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def names_of(tokenizer_json: str) -> dict[int, str]:
-    """Return the texts of all tokens of a Hugging Face tokenizer.json, by id. Independent."""
+    """Return {id: text} for all tokens of a Hugging Face tokenizer.json. tokenizer_json: its contents. Independent."""
     from tokenizers import Tokenizer as HFTokenizers
 
     return {i: name for name, i in HFTokenizers.from_str(tokenizer_json).get_vocab(with_added_tokens=True).items()}
 
 
 def _plain(content: bytes) -> dict[str, Any]:
-    """Return the parts of a tokenizer.json that determine ids, in Hugging Face's format."""
+    """Return the parts of a tokenizer.json that determine ids, in Hugging Face's format. content: the contents of the file."""
     text = content.decode()
     try:
         is_mpidp = json.loads(text).get("format") == FORMAT

@@ -1,4 +1,4 @@
-"""Makes the folder in which an export is written before the export is moved to its final place."""
+"""Makes the folder in which an export is written. The complete export is then renamed to its final place."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # fil
 
 @contextmanager
 def work_folder(out: Path) -> Iterator[Path]:
-    """Return a context that creates an empty folder beside `out`, and gives its path. At the end of the context, the folder is
-    removed, unless it was renamed. If a killed export left such a folder, it is emptied first. Raises UsageError if another
+    """Return a context that creates an empty folder beside `out`, and yields its path. At the end of the context, the folder is
+    removed, unless it was renamed. Files that a killed export left in the folder are deleted. Raises UsageError if another
     process is writing `out`. Independent."""
     folder = out.with_name(f".{out.name}.part")
     folder.mkdir(parents=True, exist_ok=True)

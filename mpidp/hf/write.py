@@ -1,4 +1,4 @@
-"""Write a model as a Hugging Face folder for transformers, vLLM and llama.cpp's converter. The folder is created atomically."""
+"""Writes a model as a Hugging Face folder, which transformers, vLLM and llama.cpp's converter can read."""
 
 from __future__ import annotations
 
@@ -36,14 +36,13 @@ def write_folder(
     dtype: str = "float32", max_file_bytes: int = 5 * 10**9, before: Path | None = None,
     consumer: str = "",
 ) -> str:
-    """Create the folder `out`, and return the architecture's name. Raises UsageError if `out` exists or cannot be written, or if
-    no family has the options of the model. Also raises UsageError if a weight is too large for the dtype, or if the program
-    `consumer` does not support the model. Independent.
+    """Write a model to the new folder `out`, and return the name of its architecture. The folder appears only when it is
+    complete. Raises UsageError if `out` exists or cannot be written, or if no family has the options of the model. Also raises
+    UsageError if a weight is too large for the dtype, or if the program `consumer` does not support the model. Independent.
 
-    weight: a function that returns a parameter, given its name in mpidp. tokenizer: the contents of a Hugging Face
-    tokenizer.json. special: the special tokens of the run. before: a folder with the companion files of the model that this model
-    was fine-tuned from. The new folder gets copies of these files. None: there is no such model. Only one weight file is in
-    memory at a time.
+    weight: a function that returns the parameter with this name in mpidp. tokenizer: the contents of a Hugging Face
+    tokenizer.json. special: the special tokens of the run. before: a folder with the companion files (companions.py) of the
+    model that this model was fine-tuned from. The new folder gets copies of them. If `before` is None, there is no such model.
     """
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out} exists and is not overwritten: choose another folder, or remove it")
@@ -64,8 +63,8 @@ def write_folder(
 
 
 def files_of(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Assign tensors to files, in order. Each file has at least one tensor. A file with several tensors has at most max_bytes.
-    Pure."""
+    """Return the names of the tensors of each weight file, in order. sizes: the bytes of each tensor. A file has at most
+    `max_bytes` bytes, or only one tensor. Pure."""
     files: list[list[str]] = []
     room = 0
     for name, size in sizes.items():
@@ -113,8 +112,8 @@ def _stored(
     name: str, size: tuple[int, ...], places: Mapping[str, Place], weight: Callable[[str], Tensor], dtype: torch.dtype,
     not_finite: list[str],
 ) -> Tensor:
-    """Assemble a tensor from the parameters that it contains. places: where the tensor contains each of them. The result is laid
-    out as in the files of the family."""
+    """Return a tensor as the family stores it. places: the Place of each parameter in this tensor. weight, dtype, not_finite:
+    see write_folder() and _converted()."""
     found = torch.empty(size, dtype=dtype)
     for parameter, place in places.items():
         values = _converted(name, weight(parameter), dtype, not_finite)
@@ -127,7 +126,7 @@ def _stored(
 
 
 def _converted(name: str, tensor: Tensor, dtype: torch.dtype, not_finite: list[str]) -> Tensor:
-    """Return the tensor in this dtype. Adds `name` to not_finite if the tensor has nan or inf. Raises UsageError if a finite
+    """Return the tensor in this dtype. Add `name` to `not_finite` if the result has nan or inf. Raises UsageError if a finite
     value is too large for the dtype."""
     found = tensor.to(dtype)
     bad = ~torch.isfinite(found)
@@ -146,8 +145,8 @@ def _converted(name: str, tensor: Tensor, dtype: torch.dtype, not_finite: list[s
 def _text_files(
     shape: TransformerShape, tokenizer: str, special: SpecialTokens, dtype: str, before: Path | None
 ) -> tuple[str, dict[str, bytes], dict[str, Place]]:
-    """Return three values: the name of the architecture, the contents of all files except the weights, by name, and the place of
-    each parameter in the weights."""
+    """Return (architecture, files, places). architecture: its name. files: the contents of each file except the weights, by file
+    name. places: the Place of each parameter in the weights, by name."""
     kept = companions(before, of_tokenizer=True) if before is not None else {}
     objects = {name: read_object(kept[name]) for name in ("config.json", CONFIG, GENERATION) if name in kept}
     ids = {"eos_token_id": special.ends[0]} if objects else config_ids(special)

@@ -1,1 +1,1 @@
-"""Inference: load a trained model, generate text, score texts and multiple-choice questions."""
+"""Loads a trained model, generates text with it, and scores texts and multiple-choice questions."""

@@ -18,11 +18,11 @@ MICRO_BATCH = 8  # windows per forward pass
 
 
 class BaseFolder(ModelFolder):
-    """A Hugging Face folder. Like the Reader of a checkpoint, it has the attributes `path` and `meta` and the method box().
-    Independent.
+    """A Hugging Face folder that can be used like the Reader of a checkpoint. It has the attributes `path` and `meta` and the
+    method box(). Independent.
 
-    seq_len: the length of the context. 0: the model's own length, but at most USUAL_SEQ_LEN. Raises DataError if the folder is
-    invalid, and UsageError if the model's context is shorter than seq_len.
+    seq_len: the length of the context. If `seq_len` is 0, this length is the model's maximum, but at most USUAL_SEQ_LEN. Raises
+    DataError if the folder is invalid, and UsageError if seq_len exceeds the model's maximum.
     """
 
     def __init__(self, path: Path, seq_len: int = 0) -> None:
@@ -45,5 +45,5 @@ class BaseFolder(ModelFolder):
 
 
 def is_base_folder(path: Path) -> bool:
-    """Return whether a path is a Hugging Face folder, not a run or a checkpoint. Independent."""
+    """Return whether `path` is a Hugging Face folder. Return False for a run and for a checkpoint. Independent."""
     return (path / "config.json").is_file() and not any((path / name).exists() for name in ("checkpoints", "manifest.json"))

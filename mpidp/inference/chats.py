@@ -1,5 +1,5 @@
-"""Reads chats and converts them to prompts. The run's chat template renders the messages, up to the beginning of the assistant's
-answer."""
+"""Reads chats and converts them to prompts. The run's chat template renders a prompt, which ends where the assistant's answer
+begins."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ EXAMPLE = '{"messages": [{"role": "user", "content": "Why?"}]}'
 
 
 def read_chats(path: str | Path) -> list[dict[str, Any]]:
-    """Read chats from a file. A row has one of two keys. The value of "messages" is a list of messages. The value of "prompt" is
-    a list of messages, or the text of one user message. Rows in the formats of ShareGPT, Alpaca and Dolly are also accepted. In a
+    """Return the rows of a file of chats. A row has the key "messages" or "prompt" with a list of messages. The value of
+    "prompt" can also be the text of one user message. Rows in the formats of ShareGPT, Alpaca and Dolly are also accepted. In a
     text file, each line is one user message.
 
     Raises DataError if the file cannot be read, or if a row has none of these forms. Independent.
@@ -36,7 +36,7 @@ def read_chats(path: str | Path) -> list[dict[str, Any]]:
 
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the messages of a row. Raises DataError if there are none, or if the last message is the assistant's. Pure."""
+    """Return the messages of a row. Raises DataError if there are none, or if the last message has the role assistant. Pure."""
     prompt = row.get("prompt")
     if row.get("messages") is None and isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
@@ -57,7 +57,7 @@ def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 def template_of(table: SpecialTokens, run: str, moment: float) -> Template:
     """Return the run's chat template. Raises UsageError if the run has none. table: the special tokens of the run. run: its name
-    in messages. moment: the time that the template may print, in seconds since 1970.
+    in error messages. moment: the time that the template prints as the current time, in seconds since 1970.
 
     Independent.
     """
@@ -72,10 +72,11 @@ def template_of(table: SpecialTokens, run: str, moment: float) -> Template:
 
 
 def rendered(template: Template, row: dict[str, Any]) -> str:
-    """Return the text of a row's chat, with the generation prompt at its end. Raises DataError if the template rejects the chat.
+    """Return the text of the chat in `row`, with the generation prompt at the end. Raises DataError if the template rejects the
+    chat.
 
-    A row may have the fields tools, documents and chat_template_kwargs, as for the command prepare. Each of these fields contains
-    a JSON value, or a string with a JSON value. Independent.
+    A row may have the fields tools, documents and chat_template_kwargs, as for the command prepare. Each of these fields
+    contains a JSON value, or this value as a string. Independent.
     """
     try:
         args, tools = field_of(row, "chat_template_kwargs", dict), objects_of(row, "tools")

@@ -1,10 +1,9 @@
-"""Read and encode multiple-choice questions, and compute accuracies. Pure.
+"""Reads and encodes multiple-choice questions, and computes accuracies. Pure.
 
-As in lm-evaluation-harness, the model's answer is the choice with the highest log-likelihood after the context. `accuracy` uses
-the log-likelihood itself (acc in the harness). `accuracy_norm` divides the log-likelihood by the number of characters of the
-choice (acc_norm in the harness). One leading space is not counted, because the harness adds this space itself. `accuracy_token`
-divides the log-likelihood by the number of tokens of the choice. If several choices have the highest score, the first is the
-answer.
+The model's answer is the choice with the highest score. If several choices have this score, it is the first of them. For
+`accuracy`, the score is the log-likelihood of the choice after the context (acc in lm-evaluation-harness). For `accuracy_norm`,
+it is the log-likelihood divided by the number of characters of the choice, without one leading space (acc_norm in the harness).
+For `accuracy_token`, it is the log-likelihood divided by the number of tokens of the choice.
 """
 
 from __future__ import annotations
@@ -44,7 +43,8 @@ class EncodedChoice:
 
 
 def read_choices(path: str | Path) -> list[Question]:
-    """Read questions from a file of rows (.jsonl, .json, ...). A label is an index from 0, or the right choice's text.
+    """Return the questions in a file of rows (.jsonl, .json, ...). In the file, a label is the right choice's text, or its index
+    from 0.
 
     Raises DataError if a question is invalid. The message names the line. Independent.
     """
@@ -78,12 +78,12 @@ def _problem(row: dict[str, Any]) -> str:
 
 
 def encode(encoder: Encoder, item: Question, seq_len: int, path: str | Path = "choices") -> list[EncodedChoice]:
-    """Encode each choice with its context as one document, which starts with BOS or an end-of-document token.
+    """Return the choices of a question as token ids. Each choice and its context form one document, which starts with BOS or an
+    end-of-document token.
 
-    Context and choice are encoded together, as in a corpus. This text and the context alone begin with the same tokens. All
-    tokens after this common beginning belong to the choice. If a context is too long, its first tokens are left out. Raises
-    DataError if a choice has no tokens, or has more tokens than the context of the model. path: the file, for messages.
-    Independent.
+    Context and choice are encoded together, and then the context alone. The choice's tokens are those after the common beginning
+    of the two results. If a context is too long, its first tokens are left out. path: the file, for error messages. Raises
+    DataError if a choice has no tokens, or more than `seq_len` tokens. Independent.
     """
     found = []
     try:
@@ -105,8 +105,9 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def accuracies(items: Sequence[Question], encoded: Sequence[Sequence[EncodedChoice]], scores: np.ndarray) -> dict[str, Any]:
-    """Return the accuracies, the number of questions, the accuracy of random answers (chance), and the number of questions with a
-    truncated context. scores: the log-likelihood of each choice in nats, (questions, largest number of choices). Pure."""
+    """Return a dict with five values. accuracy, accuracy_norm, accuracy_token: see the beginning of this file. items: the number
+    of questions. chance: the accuracy of random answers. cut_items: the number of questions with a truncated context. scores:
+    the log-likelihoods in nats, (questions, largest number of choices). Pure."""
     right = dict.fromkeys(("accuracy", "accuracy_norm", "accuracy_token"), 0)
     for item, rows, row in zip(items, encoded, scores, strict=True):
         plain = row[: len(item.choices)]

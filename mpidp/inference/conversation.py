@@ -1,4 +1,4 @@
-"""A chat of several turns. It keeps the messages, and makes prompts that fit into the model's context."""
+"""Keeps the messages of a chat of several turns, and makes prompts that fit into the model's context."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ANSWER_SHARE = 4  # a quarter of the context is kept free for the answer, if the
 @dataclass(frozen=True)
 class Turn:
     """A prompt for the model. ids: the token ids of the chat so far. tokens: maximum number of tokens of the answer. left_out:
-    the number of old messages that were deleted for this prompt, because the chat no longer fitted into the context."""
+    the number of old messages that were deleted so that the prompt fits into the context."""
 
     ids: list[int]
     tokens: int
@@ -26,20 +26,21 @@ class Conversation:
     """The messages of a chat. Independent."""
 
     def __init__(self, template: Template, encoder: Encoder, seq_len: int, tokens: int, system: str | None = None) -> None:
-        """seq_len: length of the context. tokens: maximum number of tokens of an answer. system: the system message."""
+        """seq_len: length of the context. tokens: maximum number of tokens of an answer. system: the system message, or None for
+        no such message."""
         self._template, self._encoder, self._seq_len, self._tokens = template, encoder, seq_len, tokens
         self._begin = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[dict[str, str]] = []
 
     def reset(self) -> None:
-        """Forget all messages except the system message."""
+        """Delete all messages except the system message."""
         self._turns.clear()
 
     def ask(self, text: str) -> Turn:
-        """Add a message of the user. Return the prompt for the model.
+        """Add the user's message `text`. Return the prompt for the model.
 
         If the chat does not fit into the context, its oldest turns are deleted. Raises DataError if the message alone does not
-        fit, or if the template rejects the chat. If an error is raised, the message is not added.
+        fit, or if the template rejects the chat. The message is then not added.
         """
         turns = [*self._turns, {"role": "user", "content": text}]
         room = min(self._tokens, max(1, self._seq_len // ANSWER_SHARE))
@@ -55,5 +56,5 @@ class Conversation:
         return Turn(ids, min(self._tokens, self._seq_len - len(ids)), left_out)
 
     def answered(self, text: str) -> None:
-        """Add the model's answer."""
+        """Add `text` as the model's answer."""
         self._turns.append({"role": "assistant", "content": text})

@@ -1,4 +1,4 @@
-"""Generates text from several prompts at a time. With exact=True, a text does not depend on the other prompts of its batch."""
+"""Generates text from several prompts in one batch. With exact=True, a text does not depend on the other prompts of its batch."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from mpidp.model.joint_cache import is_exact, join
 
 
 class DecodedText:
-    """A sequence during generation. The model gets only the last part of the sequence, which is called the window."""
+    """The ids of a prompt and of the text that is generated after it. The model gets the last part of these ids, which is called
+    the window."""
 
     def __init__(self, model: Any, ids: list[int], tokens: int, seed: int, on_token: Callable[[int], bool]) -> None:
         """ids: the token ids of the prompt. tokens: maximum number of new tokens. seed: the seed of the random generator.
-        on_token: a function that is called with each new token. If it returns True, generation stops."""
+        on_token: a function that gets each new token. Generation stops if it returns True."""
         self.ids, self.on_token = list(ids), on_token
         self.limit = len(ids) + tokens
         self.start = 0  # index of the first id in the window
@@ -32,10 +33,10 @@ class DecodedText:
         self.cache = model.new_cache(self.limit)
 
     def unseen(self) -> list[int]:
-        """Return the ids that the model gets next. These are the ids of the window that are not in the cache.
+        """Return the ids that the model gets next: those of the window that are not in the cache.
 
-        If the window is longer than seq_len, only its last seq_len / 2 tokens are kept. The cache is then rebuilt, because cached
-        keys depend on their position in the window.
+        If the window is longer than seq_len, it is cut to its last seq_len / 2 tokens. The cache is then replaced by an empty
+        one, because cached keys depend on their position in the window.
         """
         if len(self.ids) - self.start > self._seq_len:
             self.start = len(self.ids) - max(1, self._seq_len // 2)
@@ -43,7 +44,7 @@ class DecodedText:
         return self.ids[self.start + (0 if self.cache is None else self.cache.length) :]
 
     def add(self, token: int, ends: Collection[int]) -> None:
-        """Append a token. If the token is one of `ends`, end the sequence instead."""
+        """Append `token`. If it is one of `ends`, do not append it, and end the sequence."""
         if token in ends:
             self.ended = "eod"
             return
@@ -59,13 +60,12 @@ def decode(
     loaded: Loaded, rows: list[DecodedText], sampling: Sampling, ends: Collection[int] = (), vocab_size: int | None = None,
     exact: bool = True,
 ) -> None:
-    """Generate tokens until all sequences have ended. Collective over loaded.grid.model.
+    """Generate tokens until all sequences in `rows` have ended. Collective over loaded.grid.model.
 
-    If a sequence has only one id that is not in the cache, it runs in a batch with other such sequences. Longer inputs run one at
-    a time, so nothing is padded. ends: the ids that end a sequence. vocab_size: number of tokens of the tokenizer. The additional
-    ids of a padded vocabulary are never drawn. exact: if True, sequences are computed together only where this changes no bit of
-    the results. If False, all inputs of equal length run as a batch. Raises DataError if a logit is nan or +inf, or if all logits
-    are -inf.
+    ends: the ids that end a sequence. vocab_size: number of tokens of the tokenizer. The model's further ids are never drawn.
+    exact: if True, only sequences with one new position form a batch, and longer inputs run alone. After by_rows() (rowwise.py),
+    a sequence on the CPU then gets the same bits in every batch. If False, all inputs of equal length form a batch. Raises
+    DataError if a logit is nan or +inf, or if all logits are -inf.
     """
     while live := [row for row in rows if not row.ended]:
         unseen = {row: row.unseen() for row in live}
@@ -101,11 +101,12 @@ def continue_prompts(
     stops: Sequence[str] = (), write: Callable[[str], None] | None = None, interrupted: Callable[[], bool] = lambda: False,
     exact: bool = True,
 ) -> list[tuple[int, Continuation]]:
-    """Generate continuations of prompts as one batch. Return (prompt number, continuation) pairs.
+    """Generate a text for each prompt, as one batch. Return (number of the prompt, Continuation) pairs.
 
-    prompts: the token ids of each prompt, by its number. write: a function that is called with each new piece of text for prompt
-    0. interrupted: a function that is called after each token. If it returns True, the text ends. It must return the same on all
-    ranks of a replica. exact: see decode(). Collective over loaded.grid.model.
+    prompts: maps the number of a prompt to its token ids. seed: the seed from which seed_of() derives each prompt's seed. stops:
+    strings that end a text. write: a function that gets each new piece of the text of prompt 0. interrupted: a function that is
+    called after each token, and ends the text if it returns True. All ranks of a replica must get the same result from it.
+    exact: see decode(). Collective over loaded.grid.model.
     """
     streams = {
         i: StreamedText(detokenizer_of(encoder.tokenizer, ids), stops, write if i == 0 else None) for i, ids in prompts.items()

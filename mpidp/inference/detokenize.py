@@ -1,4 +1,4 @@
-"""Decodes generated tokens one after the other, in time proportional to their number. Pure.
+"""Decodes generated tokens one after the other. Pure.
 
 A character of several bytes may be spread over several tokens. Its bytes are kept until the character is complete.
 """
@@ -26,13 +26,13 @@ class Detokenizer(Protocol):
 
 
 def detokenizer_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> Detokenizer:
-    """Return a detokenizer for the tokens after a prompt. Independent."""
+    """Return a Detokenizer for the tokens that follow the ids `prompt`. Independent."""
     of = bytes_of_tokens(tokenizer)
     return _Windowed(tokenizer, prompt) if of is None else _Bytewise(of, all(i in (tokenizer.eod, tokenizer.bos) for i in prompt))
 
 
 class _Bytewise:
-    """Decodes the tokens by joining their bytes. begins: whether no text precedes these tokens. If True, the space that the
+    """Decodes the tokens by joining their bytes. begins: whether the text begins with these tokens. If True, the space that the
     tokenizer puts before each text is removed."""
 
     def __init__(self, of: TokenBytes, begins: bool) -> None:
@@ -50,7 +50,7 @@ class _Bytewise:
 
 
 class _Windowed:
-    """Decodes each token together with the last tokens before it, because a decoder may treat the first token of a text
+    """Decodes each token together with the last tokens before it, because a tokenizer may decode the first token of a text
     differently."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:

@@ -1,5 +1,4 @@
-"""Generates texts for prompts or chats, which are divided among the ranks. torch and MPI are imported only when generate()
-runs."""
+"""Generates texts for prompts or chats on all replicas. torch and MPI are imported only when generate() runs."""
 
 from __future__ import annotations
 
@@ -21,14 +20,14 @@ def lines_of(rows: list[dict[str, Any]]) -> str:
 
 
 def generate(world: Any, options: argparse.Namespace, write: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
-    """Generate a text for each prompt. Return one row per prompt, in order, on rank 0 of world. Other ranks return an empty list.
+    """Generate a text for each prompt. On rank 0 of `world`, return one row per prompt, in order. On other ranks, return an
+    empty list.
 
-    A row has the keys of the prompt's row in the input, and three more. text: the generated text. tokens: the number of generated
-    tokens. ended: why generation ended (tokens, eod or stop). Batches of prompts are distributed over the replicas. If
-    options.exact is "true", a text does not depend on the number of replicas or on its batch. write: a function for the first
-    prompt. It is first called with this prompt (with --chat: with ""), and then with each new piece of its text. Raises
-    UsageError if --out cannot be written, DataError if a prompt or the tokenizer is invalid, and CheckpointError if the run has
-    no valid checkpoint. Collective over world.
+    A row has the fields of the prompt's input row, and three more. text: the generated text. tokens: the number of generated
+    tokens. ended: why generation ended (tokens, eod or stop). If options.exact is "true", a text depends neither on the number
+    of replicas nor on the other prompts. write: a function that first gets the first prompt (with --chat: ""), and then each new
+    piece of its text. Raises UsageError if --out cannot be written, DataError if a prompt or the tokenizer is invalid, and
+    CheckpointError if the run has no valid checkpoint. Collective over world.
     """
     from mpidp.inference.chats import template_of
     from mpidp.inference.decode import continue_prompts
@@ -97,7 +96,8 @@ def _read(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _text(template: Any, row: dict[str, Any], index: int) -> str:
-    """Return the text of a prompt. template: the chat template, for --chat. Raises DataError if the template rejects the chat."""
+    """Return the text of the prompt in `row`. template: the chat template, or None without --chat. index: the number of the
+    prompt, from 0. Raises DataError if the template rejects the chat."""
     from mpidp.errors import DataError
     from mpidp.inference.chats import rendered
 
@@ -108,10 +108,10 @@ def _text(template: Any, row: dict[str, Any], index: int) -> str:
 
 
 def _encoded(encoder: Any, prompt: str, seq_len: int, index: int) -> list[int]:
-    """Encode a prompt. If the training data has BOS, the ids begin with BOS. An empty prompt becomes BOS or the end-of-document
-    token.
+    """Return the token ids of a prompt. If the training data has BOS, the ids begin with BOS. An empty prompt becomes BOS or the
+    end-of-document token.
 
-    Raises DataError if the prompt does not fit into the model's context.
+    index: the number of the prompt, from 0. Raises DataError if the prompt has more than `seq_len` tokens.
     """
     from mpidp.errors import DataError
 
@@ -125,8 +125,8 @@ def _encoded(encoder: Any, prompt: str, seq_len: int, index: int) -> list[int]:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], world: Any) -> None:
-    """Write the rows as JSON lines on rank 0. If the file cannot be written, print the rows and raise UsageError. Collective over
-    world."""
+    """Write the rows as JSON lines. Only rank 0 writes. If the file cannot be written, print the rows, and raise UsageError.
+    Collective over world."""
     from mpidp.errors import UsageError
     from mpidp.runtime.files import write_file
     from mpidp.runtime.world import raise_together

@@ -1,8 +1,7 @@
 """Evaluates a model with EleutherAI's evaluation harness (lm-eval). The harness runs on rank 0. All ranks compute the answers to
 the harness's requests (shared_requests.py).
 
-Contexts, windows and stop strings are treated as in `hf`, the harness's model type for the transformers library. Therefore the
-results equal those of the exported model.
+The results equal those of the exported model with `hf`, the harness's model type for the transformers library.
 """
 
 from __future__ import annotations
@@ -46,9 +45,9 @@ def run_tasks(
     """Evaluate the model on tasks. Return the harness's results on rank 0, and None on other ranks. The results have the keys
     results, groups, versions and n-shot. If `samples` is True, they also have the key samples.
 
-    tasks: the result of load_tasks() on rank 0. name: name of the model. prefix: the token id that is put before a text without
-    context. seq_len: the length of the context. Raises DataError if a request does not fit the model, or if the harness fails.
-    Collective over the ranks of `requests`.
+    tasks: the result of load_tasks() on rank 0, and None on other ranks. name: name of the model. prefix: the token id that
+    precedes a text without context. seq_len: the length of the context. Raises DataError if a request does not fit into the
+    context, or if the harness fails. Collective over requests.loaded.grid.world.
     """
     def work() -> dict[str, Any]:
         assert tasks is not None
@@ -66,9 +65,9 @@ def run_tasks(
 
 
 def prefix_of(encoder: Encoder, has_base: bool) -> int:
-    """Return the token id that the harness puts before a text without context. For the exported model, the harness uses BOS, or
-    the end-of-text token if there is no BOS. This function returns the same id. has_base: whether the model is a Hugging Face
-    folder, or was fine-tuned from one. An exported model with a base keeps the special tokens that the base model names. Pure."""
+    """Return the token id that precedes a text without context. The harness uses the same id for the exported model: BOS, or the
+    end-of-text token if there is no BOS. has_base: whether the model is a Hugging Face folder, or was fine-tuned from one. If
+    True, these two tokens are those of the base model. Pure."""
     table, ids = encoder.table, special_names(encoder.tokenizer)
     named = [ids[name] for key in ("bos_token", "eos_token") if (name := table.names.get(key, "")) in ids]
     if has_base:
@@ -79,8 +78,8 @@ def prefix_of(encoder: Encoder, has_base: bool) -> int:
 
 
 def figures_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return {task or group: {metric: value}} from the harness's results. The filter "none" is removed from the names of metrics.
-    A value that is not finite becomes None. Pure."""
+    """Return {task or group: {metric: value}} from the harness's results. The suffix ",none" is removed from the name of a
+    metric. A value that is not finite becomes None. Pure."""
     found: dict[str, dict[str, Any]] = {}
     for name, figures in (results["results"] | results.get("groups", {})).items():
         found[name] = {
@@ -91,8 +90,8 @@ def figures_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Write the harness's results as JSON. A value that JSON cannot express becomes null or a string. Raises UsageError if the
-    file cannot be written. Independent."""
+    """Write the harness's results as JSON. A number that is not finite becomes null. A value of a type that JSON does not have
+    becomes a string. Raises UsageError if the file cannot be written. Independent."""
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {str(key): plain(inner) for key, inner in value.items()}
@@ -110,8 +109,8 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _own_seeds() -> Iterator[None]:
-    """Return a context in which the global random generators have the harness's seeds. At the end, their earlier states are
-    restored."""
+    """Return a context in which the global random generators have the harness's seeds. At its end, the generators get their
+    earlier states back."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(SEEDS[0])
     np.random.seed(SEEDS[1])
@@ -139,14 +138,13 @@ def _errors_named() -> Iterator[None]:
 
 
 def _model_class() -> Any:
-    """Return the class of the model for the harness. Its base class belongs to the harness, so the class can be created only
-    after the harness is imported."""
+    """Import the harness, and return a subclass of its model class."""
     library = harness()
 
     base: Any = library.api.model.TemplateLM
 
     class HarnessModel(base):
-        """The harness's interface to a model. It passes requests on to SharedRequests."""
+        """The model as the harness sees it. Requests of the harness are passed on to SharedRequests."""
 
         def __init__(self, requests: SharedRequests, name: str, prefix: int, seq_len: int) -> None:
             super().__init__()
@@ -230,8 +228,8 @@ def _model_class() -> Any:
 
 
 def _generation(given: dict[str, Any], encoder: Encoder) -> tuple[int, tuple[str, ...], Sampling]:
-    """Return (maximum number of new tokens, stop strings, sampling) from generation_kwargs. Raises UsageError for an option that
-    is not supported. Pure."""
+    """Return (maximum number of new tokens, stop strings, sampling). given: the generation_kwargs of a task. Raises UsageError
+    if an option in `given` is not supported. Pure."""
     rest = dict(given)
     until = rest.pop("until", None) or []
     lengths = [rest.pop(key, None) for key in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")]
@@ -250,7 +248,7 @@ def _generation(given: dict[str, Any], encoder: Encoder) -> tuple[int, tuple[str
 
 
 def _text(encoder: Encoder, ids: Sequence[int], stops: Sequence[str]) -> str:
-    """Return the text of generated ids, without special tokens, up to the first stop. Pure."""
+    """Return the text of generated ids, up to the first stop string. Special tokens are left out. Pure."""
     special = set(special_names(encoder.tokenizer).values())
     text = encoder.tokenizer.decode([i for i in ids if i not in special])
     for stop in stops:
@@ -259,9 +257,9 @@ def _text(encoder: Encoder, ids: Sequence[int], stops: Sequence[str]) -> str:
 
 
 def _chat(template: Template, messages: Sequence[dict[str, str]], prompt: bool) -> str:
-    """Return the text of a chat. prompt: True to end the text with the generation prompt. False to end the text with the content
-    of the last message, which the model then continues. If the template rejects the chat, the chat is rendered again without its
-    system messages. Raises DataError if the template rejects it again, or if there is no system message."""
+    """Return the text of a chat. prompt: if True, the text ends with the generation prompt. If False, it ends with the content
+    of the last message, which the model then continues. If the template rejects the chat, the system messages are left out.
+    Raises DataError if the template also rejects the chat without system messages."""
     try:
         text = template.render(messages, prompt)
     except TemplateRejection as error:

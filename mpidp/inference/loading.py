@@ -1,4 +1,4 @@
-"""Loads a trained model from a run's folder or from a Hugging Face folder, for evaluate and generate."""
+"""Loads a trained model from a run's folder or from a Hugging Face folder, for the commands evaluate and generate."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mpidp.inference.base_folder import BaseFolder, is_base_folder
 from mpidp.inference.plausible import MAX_THREADS, check_settings, check_shape
 from mpidp.model.kinds import saved_shape
 from mpidp.model.part import check_split
-from mpidp.model.starting import base_weights, prepared
+from mpidp.model.starting import adapters, base_weights, prepared
 from mpidp.parallel.grid import Grid, make_grid
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.parallel.pipeline import FORWARD, Stages
@@ -43,8 +43,7 @@ Source: TypeAlias = Reader | BaseFolder  # where a model comes from
 
 
 def home_of(reader: Source) -> Path:
-    """Return the folder with the tokenizer and the other files that belong to the model. This is the folder of the run, or the
-    Hugging Face folder. Pure."""
+    """Return the folder of the run, or the Hugging Face folder. It contains the tokenizer and other files of the model. Pure."""
     return reader.path if isinstance(reader, BaseFolder) else reader.path.parent.parent
 
 
@@ -62,8 +61,8 @@ class Loaded:
     name: str = "the model"  # the path of its checkpoint, for error messages
 
     def diverged(self, what: str) -> DataError:
-        """Return the error for a result that is nan or infinite. what: the name of the result. The caller must raise the error on
-        every rank of a replica. Independent."""
+        """Return an error that says that a result is nan or infinite. what: the name of the result. The caller must raise the
+        error on every rank of a replica. Independent."""
         return DataError.on_every_rank(
             f"{self.name}: the {what} is not finite (nan or inf). The training has probably diverged: use an earlier checkpoint, "
             "or train again with a lower optim.lr"
@@ -71,8 +70,8 @@ class Loaded:
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, caches: list[Any] | None = None) -> Tensor | None:
-        """Run the model on tokens (B, T). caches: the keys and values of earlier positions, which the tokens continue. None:
-        there are no earlier positions.
+        """Run the model on tokens (B, T). caches: one cache per sequence, with the keys and values of the positions before
+        `tokens`, or None if there are no such positions.
 
         Returns logits (B, T, this rank's part of V) on the last pipeline stage, and None on other stages. Collective over
         grid.model.
@@ -89,8 +88,8 @@ class Loaded:
         return None
 
     def last_logits(self, tokens: Tensor, caches: list[Any] | None = None) -> Tensor:
-        """Return the logits of the token that follows each of the sequences in tokens (B, T). The result is (B, V) float32 on the
-        CPU. It is the same on all ranks of a replica.
+        """Return the logits of the token that follows each sequence, (B, V) float32 on the CPU. tokens: (B, T). caches: see
+        forward(). All ranks of a replica get the same result.
 
         Collective over grid.model.
         """
@@ -108,9 +107,9 @@ class Loaded:
 
 
 def own_tokenizer(reader: Source) -> Path:
-    """Return the path of the model's own tokenizer: the copy in the run, or the file in the Hugging Face folder.
+    """Return the path of the model's tokenizer.json, in the run or in the Hugging Face folder.
 
-    Raises DataError if a run's file is missing, or is not the tokenizer with which the model was trained. Independent.
+    Raises DataError if the file cannot be read, or has changed since the model was trained. Independent.
     """
     path, restore = home_of(reader) / "tokenizer.json", "restore it from the shards, or give --tokenizer"
     try:
@@ -123,7 +122,7 @@ def own_tokenizer(reader: Source) -> Path:
 
 
 def check_same_tokenizer(reader: Source, stream: TokenStream) -> None:
-    """Raise DataError unless the shards were prepared with the model's tokenizer. The formatting of the tokenizer's file does not
+    """Raise DataError unless the shards were prepared with the model's tokenizer. The formatting of tokenizer.json does not
     matter. Independent."""
     if stream.tokenizer_sha256 == reader.meta["tokenizer"]:
         return
@@ -134,8 +133,8 @@ def check_same_tokenizer(reader: Source, stream: TokenStream) -> None:
 
 
 def table_of_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
-    """Return the table of special tokens of a run. If the run was fine-tuned from a model, the table also has the tokens that end
-    a text of that model. Raises DataError if a file is invalid. Independent."""
+    """Return the table of special tokens of a run. If the run was fine-tuned from a model, its `ends` also have the tokens that
+    end a text of that model. Raises DataError if a file is invalid. Independent."""
     table, base = for_run(run_dir, tokenizer), run_dir / "hf"
     if not base.is_dir():
         return table
@@ -143,11 +142,12 @@ def table_of_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
 
 
 def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str | None = None) -> Encoder:
-    """Load the model's tokenizer, or the tokenizer at `path`, and the table of special tokens of the training data.
+    """Return an Encoder with a tokenizer and with the special tokens of the training data.
 
-    path: a tokenizer.json, or a folder that contains one. special: how the name of a special token in a text, such as
-    <|im_start|>, is encoded. "text": like any other text. "tokens": as the id of the token. None: as in the training data. Raises
-    DataError if a file is missing, has changed, or does not suit the model. Independent.
+    path: a tokenizer.json or a folder that contains one, or None for the model's tokenizer. special: how names of special tokens
+    in a text, such as <|im_start|>, are encoded. With "text", they are encoded like any other text. With "tokens", they become
+    the token's id. With None, they are encoded as in the training data. Raises DataError if a file is missing, has changed, or
+    does not suit the model. Independent.
     """
     with readable(reader.path):
         tokenizer = load_tokenizer(path or own_tokenizer(reader), reader.meta["eod"])
@@ -167,9 +167,9 @@ def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str 
 def open_source(path: Path, world: MPI.Intracomm, seq_len: int = 0) -> Source:
     """Open the newest checkpoint of a run, one checkpoint, or a Hugging Face folder.
 
-    seq_len: the value of --seq-len. It must be 0 unless `path` is a Hugging Face folder. Rank 0 logs notes about the folder.
-    Raises CheckpointError if no valid checkpoint exists, DataError if a folder is invalid, and UsageError if seq_len does not
-    suit `path`. Collective over world.
+    seq_len: the value of --seq-len, or 0 without this option. The option is allowed only for a Hugging Face folder. Rank 0 logs
+    notes about the folder. Raises CheckpointError if no valid checkpoint exists, DataError if a folder is invalid, and
+    UsageError if seq_len does not suit `path`. Collective over world.
     """
     if not is_base_folder(path):
         if seq_len:
@@ -183,12 +183,12 @@ def open_source(path: Path, world: MPI.Intracomm, seq_len: int = 0) -> Source:
 
 
 def open_model(options: Any, world: MPI.Intracomm, special: str | None = None) -> tuple[Source, Loaded, Encoder]:
-    """Open a run's newest checkpoint or a Hugging Face folder. Return three values: the reader of the checkpoint or folder, this
-    rank's part of the model, and the encoder.
+    """Open a run's newest checkpoint, one checkpoint, or a Hugging Face folder. Return (its reader, this rank's part of the
+    model, the encoder).
 
-    options: the parsed options run, tokenizer, tp, pp, device, threads, model_kind, seq_len. special: see load_encoder. Raises
-    CheckpointError or DataError if a file is missing or damaged, and UsageError if an option does not suit the model. Collective
-    over world.
+    options: the parsed options run, tokenizer, tp, pp, device, threads, model_kind, base, seq_len. special: see load_encoder().
+    Raises CheckpointError or DataError if a file is missing or damaged, and UsageError if an option does not suit the model.
+    Collective over world.
     """
     grid = make_grid(world, options.tp, options.pp)
     reader = open_source(Path(options.run), world, options.seq_len)
@@ -212,17 +212,18 @@ def weights_at(path: Path) -> Reader | ModelFolder:
 
 
 def base_model(reader: Source, parts: ModelPartition, moved: str = "") -> Any:
-    """Return the base model of a LoRA run. The checkpoints of such a run contain only the adapters. If the run has
-    train.init_from, this is the base model. Otherwise the weights of the base model are initialized from the seed.
+    """Return the base model of a LoRA run, whose checkpoints contain only the adapters. Its weights come from train.init_from.
+    If the run does not have this setting, they are initialized from the seed.
 
-    moved: the new path of the base model; "" if it has not moved. Raises DataError if the base model is missing, has another
-    shape or has changed. Does not support parts of models. Independent.
+    moved: the new path of the base model, or "" if it has not moved. Raises DataError if the base model is missing, has other
+    sizes, or has changed. Collective over parts.grid.world if the model is divided. Otherwise independent.
     """
     settings = reader.meta["config"]
     if "init_from" not in reader.meta:
         return base_weights(settings, parts.shape, parts.part)
     path, wanted = Path(moved or reader.meta["init_from"]["path"]), reader.meta["init_from"]["weights_sha256"]
-    with readable(path):
+    grid = parts.grid
+    with raise_together(grid.model if grid.parts == 1 else grid.world), readable(path):  # before all ranks compute the hash
         weights = weights_at(path)
         if isinstance(weights, Reader):
             stored, tensors = int(weights.meta["shape"]["vocab_size"]), weights.meta["tensors"]
@@ -239,11 +240,12 @@ def base_model(reader: Source, parts: ModelPartition, moved: str = "") -> Any:
 
 
 def load_model(reader: Source, grid: Grid, device: str, threads: int, kind: str = "", base: str = "") -> Loaded:
-    """Load this rank's part of the checkpoint's model, and prepare it for inference. Independent.
+    """Load this rank's part of the model, and prepare it for inference. Collective over grid.world if a model with adapters is
+    divided. Otherwise independent.
 
-    kind: --model.kind of the command line. It is required for a custom model. base: the new path of the base model of a LoRA run,
-    or "" if it has not moved. Raises CheckpointError if the checkpoint is damaged, and UsageError if the grid, the device or the
-    kind does not suit the model.
+    kind: the option --model.kind, which a custom model requires. base: the new path of the base model of a LoRA run, or "" if it
+    has not moved. Raises CheckpointError if the checkpoint is damaged, and UsageError if the grid, the device or the kind does
+    not suit the model.
     """
     if not 0 <= threads <= MAX_THREADS:
         raise UsageError(f"--threads {threads}: must be in 0..{MAX_THREADS}; 0 means the number used in training")
@@ -260,12 +262,10 @@ def load_model(reader: Source, grid: Grid, device: str, threads: int, kind: str 
         settings = reader.meta["config"]
         if base and not (settings.get("model.lora_rank", 0) and "init_from" in reader.meta):
             raise UsageError(f"--base {base}: {reader.path} contains all weights; only LoRA adapters on existing weights need it")
-        has_adapters = settings.get("model.lora_rank", 0)
-        if has_adapters and grid.parts > 1:
-            raise UsageError(f"{reader.path} contains LoRA adapters, which do not support --tp and --pp: omit these options")
-        model = base_model(reader, parts, base) if has_adapters else base_weights(settings, shape, parts.part)
+        added = adapters(settings, shape)
+        model = base_model(reader, parts, base) if added else base_weights(settings, shape, parts.part)
         model = prepared(model, settings, shape, parts.part).to(where)
-        parts.load(reader, model)
+        ModelPartition(grid, shape, adapters=added).load(reader, model)
         dtype = torch.float32 if where.type == "cpu" else getattr(torch, reader.meta["config"]["train.dtype"])
     wire, loaded = Messages(where, "host" if where.type == "cpu" else "staged"), Loaded(
         model.eval(), where, dtype, grid, name=str(reader.path)

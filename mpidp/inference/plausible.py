@@ -1,7 +1,7 @@
-"""Rejects a manifest if it states a size that no run of mpidp writes. These checks take place before memory is allocated and
-threads are started. Pure.
+"""Rejects a manifest that states a size that no run of mpidp writes. Pure.
 
-A manifest may come from an untrusted source. A few bytes of a manifest could request all memory of this machine.
+A manifest may come from an untrusted source, and a few bytes could request all memory of this machine. Therefore, call these
+checks before memory is allocated and threads are started.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ ZERO_IS_FINE = ("head_size", "position_rows", "rotary_dims", "window")  # fields
 
 
 def check_settings(path: Path, meta: Mapping[str, Any]) -> None:
-    """Check the sizes that a manifest states. Raises CheckpointError if a size is not plausible. The message names the size."""
+    """Raise CheckpointError if a size that a manifest states is not plausible. The message names the size. path: the checkpoint.
+    meta: the contents of its manifest."""
     stated = {key: (meta["config"][key], 1, most) for key, most in LIMITS.items()}
     stated["fingerprint threads"] = (meta["fingerprint"]["threads"], 1, MAX_THREADS)
     for key, value in meta["shape"].items():
@@ -38,7 +39,8 @@ def check_settings(path: Path, meta: Mapping[str, Any]) -> None:
 
 
 def check_shape(path: Path, meta: Mapping[str, Any], shape: Shape) -> None:
-    """Raise CheckpointError if a checkpoint's files are too small to contain a model of this shape. Only the manifest is read."""
+    """Raise CheckpointError if a checkpoint's files are too small to contain a model of this shape. path: the checkpoint. meta:
+    the contents of its manifest, which states the sizes of the files."""
     tensors, stored = len(meta["tensors"]), sum(int(record["bytes"]) for record in meta["files"])
     parameters = 0 if meta["config"].get("model.lora_rank", 0) else num_parameters(shape)  # 0: LoRA, without the base model
     if shape.num_layers > tensors or parameters > stored:

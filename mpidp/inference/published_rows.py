@@ -1,5 +1,5 @@
-"""Converts rows of ShareGPT, Alpaca and Dolly to prompts and chats, for generate and chat. Answers in the rows are left out.
-Pure."""
+"""Converts rows of ShareGPT, Alpaca and Dolly to prompts and chats, for the commands generate and chat. Answers in the rows are
+left out. Pure."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mpidp.errors import DataError
 
 
 def chat_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a row in a published format to a row with `messages`, without a final answer. Return other rows unchanged. Raises
-    DataError if the row is malformed. Pure."""
+    """Return a row in a published format as a row with `messages`, without the last answer. Return a copy of any other row.
+    Raises DataError if the row is malformed. Pure."""
     if row.get("prompt") is not None:
         return dict(row)
     try:
@@ -29,8 +29,8 @@ def chat_of(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a row of instructions to a row with `prompt`. The prompt is the same as with prepare --format prompt_completion.
-    Return other rows unchanged. Raises DataError if the row is malformed, or if it has messages. Pure."""
+    """Return a row of instructions as a row with `prompt`. The prompt is the same as with prepare --format prompt_completion.
+    Return a copy of any other row. Raises DataError if the row is malformed, or if it has messages. Pure."""
     if row.get("prompt") is not None:
         return dict(row)
     if key := next((name for name in LISTS if row.get(name) is not None), ""):
@@ -43,14 +43,15 @@ def prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refusal(error: RowSkipped) -> DataError:
-    """Return a DataError for the commands `generate` and `chat` from an error that was worded for the command `prepare`."""
+    """Return a DataError for the commands generate and chat. error: an error whose message was written for the command
+    prepare."""
     said = str(error).replace("trains on text only", "reads text only")
     return DataError(said.replace("use --format chat", "it needs a chat template (generate --chat)"))
 
 
 def _answered(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of the row without fields that mark it as unwanted or as a preference. If the row has instructions, its
-    answer becomes a placeholder, because the answer may be missing."""
+    answer becomes the placeholder "-", because the answer may be missing."""
     found = {key: value for key, value in row.items() if key not in (*UNWANTED, "chosen", "rejected")}
     forms = [*INSTRUCTIONS.values()]
     names = next((one for place in (2, 1) for one in forms if one[place] in row), forms[0])

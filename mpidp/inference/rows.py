@@ -1,5 +1,5 @@
-"""Reads the input files of evaluate and generate: texts, prompts and questions. Errors name the file and the line.
-Independent."""
+"""Reads the input files of the commands evaluate and generate: texts, prompts and questions. Error messages name the file and
+the line. Independent."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read_text(path: str | Path) -> str:
 
 
 def read_rows(path: str | Path, wanted: str) -> list[Row]:
-    """Return the rows of a file. The file may have any kind that text_files.py lists, except plain text. A file that looks like
+    """Return the rows of a file. All kinds of files in text_files.py are supported, except plain text. A file that looks like
     plain text is read as JSON lines. wanted: an example of a valid row, for error messages.
 
     Raises DataError if the file cannot be read or is empty, or if a row is malformed. Independent.
@@ -51,10 +51,10 @@ def read_rows(path: str | Path, wanted: str) -> list[Row]:
 
 
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
-    """Read prompts. A row has a field "prompt" that contains a string, or has the format of Alpaca or Dolly. A row may have other
-    fields. In a text file, each line is a prompt.
+    """Return the rows of a file of prompts, each with a string in the field "prompt". A row in the format of Alpaca or Dolly
+    gets this field. Other fields are kept. In a text file, each line is a prompt.
 
-    Blank lines are skipped. Raises DataError if the file cannot be read, or a row has no prompt. Independent.
+    Blank lines are skipped. Raises DataError if the file cannot be read, or if a row has no prompt. Independent.
     """
     if (file := recognized(path)).kind != "text":
         prompts = []
@@ -78,7 +78,8 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
 
 
 def recognized(path: str | Path) -> TextFile:
-    """Recognize what kind of text or rows a file contains. Raises DataError if the file cannot be read as text. Independent."""
+    """Return a TextFile. It states what kind of text or rows the file contains. Raises DataError if the file cannot be read as
+    text. Independent."""
     try:
         return recognize(path)
     except NotText as error:
@@ -91,8 +92,8 @@ def _warn(file: TextFile) -> None:
 
 
 def set_apart(rows: list[dict[str, Any]], path: str | Path) -> list[dict[str, Any]]:
-    """Rename fields that have the same name as a field of the output, and log a warning. For example, text becomes prompt_text.
-    path: the file of the rows, for the warning. Independent."""
+    """Return the rows, with new names for fields that are named like a field of the output. For example, text becomes
+    prompt_text. Log a warning about the new names. path: the file of the rows, for the warning. Independent."""
     renamed: dict[str, str] = {}
     for name in OUTPUTS:
         if any(name in row for row in rows):
@@ -106,8 +107,8 @@ def set_apart(rows: list[dict[str, Any]], path: str | Path) -> list[dict[str, An
 
 
 def warn_of_names(found: Iterable[tuple[str, int]], what: str) -> None:
-    """Log a warning if texts contain names of special tokens that are encoded as plain text. found: results of Encoder.named().
-    what: a noun for the texts, for the message. Independent."""
+    """Log a warning if texts contain names of special tokens that are encoded as plain text. found: one result of
+    Encoder.named() per group of texts. what: what the texts are, for example "prompts", for the warning. Independent."""
     named = [(name, count) for name, count in found if count]
     if named:
         log.warning("warning: %d %s name a special token (%s), which is encoded as text; --special tokens makes it an id",

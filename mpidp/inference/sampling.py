@@ -1,4 +1,4 @@
-"""Samples the next token from logits. Sampling runs on the CPU, so that all devices and ranks draw the same tokens. Pure."""
+"""Samples the next token from logits on the CPU. All devices and ranks draw the same tokens. Pure."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ COLDEST = 1e-6  # a lower temperature selects the likeliest token, because divid
 class Sampling:
     """Sampling parameters.
 
-    temperature: divides the logits. If it is below COLDEST, the likeliest token is selected. top_k: only the top_k likeliest
-    tokens can be drawn. 0: all tokens can be drawn. top_p: of the tokens that top_k allows, only the likeliest ones can be drawn:
-    the fewest tokens whose total probability is at least top_p (nucleus sampling, Holtzman 2020). 1: no limit.
+    temperature: divides the logits. Below COLDEST, the likeliest token is selected. top_k: only the top_k likeliest tokens can
+    be drawn. If top_k is 0, all tokens can be drawn. top_p: of these tokens, the likeliest are kept until their total
+    probability is at least top_p. Only the kept tokens can be drawn (nucleus sampling, Holtzman 2020). If top_p is 1, all are
+    kept.
     """
 
     temperature: float = 0.8
@@ -25,7 +26,7 @@ class Sampling:
     top_p: float = 1.0
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> int:
-        """Return a token id sampled from logits (V,) on the CPU."""
+        """Return a token id sampled from logits (V,). The logits must be on the CPU."""
         if self.temperature < COLDEST:
             return int(logits.argmax())
         if 0 < self.top_k < len(logits):
@@ -37,10 +38,10 @@ class Sampling:
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Keep the likeliest tokens: the fewest tokens whose total probability is at least top_p. Set the probabilities of all other
-    tokens to zero.
+    """Return the probabilities, with zeros for all tokens outside the nucleus. The nucleus has the likeliest tokens, as many as
+    are needed for a total probability of at least top_p.
 
-    Returns (V,) for probabilities (V,), not rescaled. If two tokens have equal probabilities, the token with the lower id comes
+    probabilities: (V,). The result is (V,), not rescaled. If two tokens are equally likely, the token with the lower id comes
     first. Pure.
     """
     ordered, ids = probabilities.sort(descending=True, stable=True)
@@ -50,9 +51,9 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 def seed_of(seed: int, index: int) -> int:
-    """Return a prompt's seed. It depends only on `seed` and the prompt's index, so ranks and batches do not change the output.
+    """Return the seed of the prompt with the number `index`. It does not depend on ranks or batches.
 
-    The first prompt's seed is `seed` itself. Pure.
+    The seed of prompt 0 is `seed` itself. Pure.
     """
     if index == 0:
         return seed

@@ -1,5 +1,5 @@
-"""Counts the bytes of the tokens that an evaluation scores. Bits per byte are the sum of the losses of these tokens in bits,
-divided by the number of their bytes."""
+"""Counts the bytes of the tokens that an evaluation scores. Bits per byte are the total loss of these tokens in bits, divided by
+this number."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PIECE_TOKENS = 2**20  # tokens read at a time
 
 
 def scored_bytes(stream: TokenStream, comm: MPI.Intracomm) -> int | None:
-    """Return the number of UTF-8 bytes of all targets of a split. Targets are the tokens that Engine.evaluate scores. Return None
-    if the shards have no tokenizer, or if the tokenizer is of an unknown kind. Collective over comm.
+    """Return the number of UTF-8 bytes of the tokens of a split that Engine.evaluate scores. Return None if the shards have no
+    tokenizer, or if the tokenizer is of an unknown kind. Collective over comm.
 
-    The first token of the stream and tokens that the loss mask excludes are not counted. If attention is limited to single
-    documents, the first token of each document is not counted. The end-of-document token, and BOS before a document, have no
-    bytes.
+    The first token of the stream, and tokens that the loss mask excludes, are not scored. If attention is limited to single
+    documents, the first token of each document is not scored either. The end-of-document token, and BOS before a document, have
+    no bytes.
     """
     try:
         tokenizer = tokenizer_from_json(stream.index.tokenizer_bytes(stream.folder).decode(), stream.eod)

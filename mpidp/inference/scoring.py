@@ -27,14 +27,14 @@ Figure: TypeAlias = Callable[[Tensor, Tensor], float]  # takes logits (T, V of t
 def row_losses(loaded: Loaded, rows: Sequence[tuple[Sequence[int], int]]) -> list[float]:
     """For each row (ids, n), return the sum of the losses of the last n ids, in nats.
 
-    Rows are padded on the right. Causal attention ignores this padding. All ranks of a replica get the same result. Collective
-    over loaded.grid.model.
+    Rows may have different lengths. All ranks of a replica get the same result. Collective over loaded.grid.model.
     """
     return _figures(loaded, rows, [_loss_of(loaded)])
 
 
 def row_scores(loaded: Loaded, rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
-    """For each row (ids, n), return (log-likelihood of the last n ids in nats, whether greedy decoding would generate them).
+    """For each row (ids, n), return (log-likelihood of the last n ids in nats, whether greedy decoding would generate these
+    ids).
 
     All ranks of a replica get the same result. Collective over loaded.grid.model.
     """
@@ -62,8 +62,8 @@ def _loss_of(loaded: Loaded) -> Figure:
 
 
 def _greedy_of(loaded: Loaded) -> Figure:
-    """Return a function that returns 1 for a row if the likeliest token is the target at all scored positions, else 0. Collective
-    over loaded.grid.tp."""
+    """Return a function of a row's logits and targets. It returns 1 if the likeliest token is the target at all scored
+    positions, else 0. Calls of this function are collective over loaded.grid.tp."""
     tp, rows = loaded.grid.tp, loaded.model.shape.vocab_size
     first = loaded.model.part.own_range(rows).start
 
@@ -82,10 +82,10 @@ def _greedy_of(loaded: Loaded) -> Figure:
 
 
 def distribute(grid: Grid, shape: tuple[int, int], work: Callable[[int], Sequence[float]]) -> np.ndarray:
-    """Compute n rows of numbers. Each row is computed on one replica. Return all rows on all ranks, (n, width) float64.
+    """Compute n rows of numbers, each on one replica. Return all rows on all ranks, (n, width) float64.
 
-    The result is bit-identical for any number of replicas. shape: (n, width). work(i): returns row i, which has at most `width`
-    numbers. Calls of work are collective over grid.model. Collective over grid.world.
+    The bits of the result do not depend on the number of replicas. shape: (n, width). work(i): returns row i, which has at most
+    `width` numbers. Calls of `work` are collective over grid.model. Collective over grid.world.
     """
     found = np.zeros(shape)
     for i in range(grid.world.rank // grid.parts, shape[0], grid.world.size // grid.parts):
@@ -98,10 +98,11 @@ def distribute(grid: Grid, shape: tuple[int, int], work: Callable[[int], Sequenc
 
 
 def windows(targets: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
-    """Return sliding windows (begin, scored, end) over the targets, so that each target is scored once. Pure.
+    """Return sliding windows (begin, scored, end) over `targets` targets. Each target is scored in one window. Pure.
 
-    A window spans [begin, end) and scores [scored, end). A window has seq_len targets, or all targets if there are fewer. Each
-    window ends `stride` targets after the previous window. Only the last window may end earlier, at the last target.
+    A window contains the targets [begin, end), and scores the targets [scored, end). It has seq_len targets, or all targets if
+    there are fewer. Each window ends `stride` targets after the previous window. The last window may end earlier, at the last
+    target.
     """
     found, end = [], 0
     while end < targets:
@@ -113,8 +114,8 @@ def windows(targets: int, seq_len: int, stride: int) -> list[tuple[int, int, int
 def text_loss(loaded: Loaded, ids: np.ndarray, seq_len: int, stride: int, together: int) -> float:
     """Return the sum of the losses of all ids except the first, in nats, computed in sliding windows.
 
-    Each id has at least seq_len - stride ids of context, or all ids before it if there are fewer. together: number of windows per
-    batch. Raises DataError if the sum is not finite. Collective over loaded.grid.world.
+    Each id has at least seq_len - stride ids of context, or all ids before it if there are fewer. together: number of windows
+    per batch. Raises DataError if the sum is not finite. Collective over loaded.grid.world.
     """
     cut = windows(len(ids) - 1, seq_len, stride)
     groups = [cut[i : i + together] for i in range(0, len(cut), together)]
@@ -129,9 +130,9 @@ def text_loss(loaded: Loaded, ids: np.ndarray, seq_len: int, stride: int, togeth
 
 
 def log_likelihoods(loaded: Loaded, items: Sequence[Sequence[EncodedChoice]]) -> np.ndarray:
-    """Return the log-likelihoods of the choices of all questions in nats: (questions, largest number of choices) float64.
+    """Return the log-likelihood of each choice in nats, (questions, largest number of choices) float64.
 
-    items: the encoded choices of each question. If a choice has probability 0, its log-likelihood is -inf. Raises DataError if a
+    items: the encoded choices of each question. A choice with probability 0 has the log-likelihood -inf. Raises DataError if a
     log-likelihood is nan. Collective over loaded.grid.world.
     """
     shape = (len(items), max(len(item) for item in items))

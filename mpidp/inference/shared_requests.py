@@ -1,5 +1,5 @@
-"""Computes, on all ranks, the answers to requests of a program on rank 0. One replica computes a batch, and the batches do not
-depend on the number of replicas. Therefore the answers do not depend on the number of ranks."""
+"""Computes, on all ranks, the answers to requests of a program on rank 0. One replica computes a batch. The batches, and
+therefore the answers, do not depend on the number of replicas."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TextRequest:
-    """A request to generate text. ids: the token ids of the prompt. tokens: maximum number of new tokens. stops: strings that end
-    generation."""
+    """A request to generate text. ids: the token ids of the prompt. tokens: maximum number of new tokens. stops: strings that
+    end the text."""
 
     ids: list[int]
     tokens: int
@@ -34,21 +34,22 @@ class TextRequest:
 class SharedRequests:
     """Rank 0 makes requests, and all ranks compute the answers.
 
-    serve() runs a function on rank 0. This function may call scores() and generated(). The other ranks wait for these calls, and
-    compute their part of the batches.
+    serve() runs a function on rank 0. This function may call scores() and generated(). Inside serve(), the other ranks wait for
+    these calls, and compute their part of the batches.
     """
 
     def __init__(
         self, loaded: Loaded, encoder: Encoder, together: int, progressed: Callable[[], None] = lambda: None
     ) -> None:
-        """together: number of requests per batch. progressed: called after each batch, and while a rank waits."""
+        """together: number of requests per batch. progressed: a function that is called after each batch, and again and again
+        while a rank waits."""
         self.loaded, self.encoder, self._together, self._progressed = loaded, encoder, together, progressed
         self._grid = loaded.grid
         self._failed = False  # whether a batch failed; if so, every rank has raised an error
 
     def serve(self, work: Callable[[], T]) -> T | None:
-        """Run work() on rank 0, and return the result on rank 0. Other ranks return None. If work() or a batch raises an
-        exception on any rank, all ranks raise an exception. Collective over loaded.grid.world."""
+        """Run work() on rank 0. Return its result on rank 0, and None on other ranks. If work() or a batch raises an exception
+        on any rank, all ranks raise an exception. Collective over loaded.grid.world."""
         result: T | None = None
         self._failed = False
         with raise_together(self._grid.world):
@@ -64,17 +65,18 @@ class SharedRequests:
         return result
 
     def scores(self, rows: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-        """For each row (ids, n), return (log-likelihood of the last n ids in nats, whether greedy decoding would generate them).
+        """For each row (ids, n), return (log-likelihood of the last n ids in nats, whether greedy decoding would generate these
+        ids).
 
-        Call this on rank 0, within serve(). The other ranks of loaded.grid.world take part inside serve().
+        Call this only on rank 0, in the function that serve() runs.
         """
         return self._ask("_score", list(rows), sorted(range(len(rows)), key=lambda i: -len(rows[i][0])))
 
     def generated(self, requests: Sequence[TextRequest]) -> list[list[int]]:
-        """Return the new ids of each request. An id that ends the text is left out. If a stop string ends the text, the ids still
-        contain this string.
+        """Return the new ids of each request. An id that ends the text is left out. If a stop string ends the text, the ids of
+        this string are included.
 
-        Call this on rank 0, within serve(). The other ranks of loaded.grid.world take part inside serve().
+        Call this only on rank 0, in the function that serve() runs.
         """
         return self._ask("_generate", list(requests), sorted(range(len(requests)), key=lambda i: -len(requests[i].ids)))
 
@@ -84,14 +86,15 @@ class SharedRequests:
         return [answers[i] for i in range(len(given))]
 
     def _pass(self, request: tuple[str, list[Any], list[int]] | None) -> Any:
-        """Pass a request from rank 0 to all ranks. Other ranks wait for it. Collective over loaded.grid.world."""
+        """Return the `request` of rank 0 on all ranks. The argument is ignored on other ranks. Collective over
+        loaded.grid.world."""
         world = self._grid.world
         polite_barrier(world, self._progressed)
         return world.bcast(request if world.rank == 0 else None)
 
     def _answer(self, name: str, given: list[Any], order: list[int]) -> dict[int, Any]:
-        """Compute the answers for the list `given` with the method `name`, in the order of the indices `order`. Return {index:
-        answer} on rank 0, {} on other ranks. Collective over loaded.grid.world."""
+        """Call the method `name` with batches of the list `given`. order: the indices of the list, in the order of the batches.
+        Return {index: answer} on rank 0, {} on other ranks. Collective over loaded.grid.world."""
         grid, found, size = self._grid, dict[int, Any](), self._together
         groups = [order[at : at + size] for at in range(0, len(order), size)]
         try:

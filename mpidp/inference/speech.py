@@ -1,4 +1,4 @@
-"""Streams generated text. A piece of text is written as soon as later tokens can no longer change it. Pure."""
+"""Writes generated text piece by piece. A piece is written as soon as later tokens can no longer change it. Pure."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from mpidp.inference.stop_strings import StopStrings
 class StreamedText:
     """The text generated after a prompt, written piece by piece.
 
-    Text that may be the start of a stop string is held back until it is clear whether the stop string follows.
+    Text that may be the start of a stop string is held back until more text shows whether it is one.
     """
 
     def __init__(
         self, detokenizer: Detokenizer, stops: Sequence[str] = (), write: Callable[[str], None] | None = None
     ) -> None:
-        """stops: nonempty strings. write: called with each piece of text."""
+        """stops: nonempty strings. write: a function that gets each piece of text."""
         self._detokenizer, self._stops, self._write = detokenizer, StopStrings(stops), write
         self.ids: list[int] = []
         self.stopped = False  # whether a stop string was found
         self._certain: list[str] = []
 
     def add(self, token: int) -> bool:
-        """Append a token. Returns True if the text now contains a stop string."""
+        """Append a token. Return whether the text now contains a stop string."""
         self.ids.append(token)
         text, self.stopped = self._stops.add(self._detokenizer.add(token))
         self._say(text)
         return self.stopped
 
     def end(self) -> str:
-        """Write the rest of the text. Return the whole text, without the stop string."""
+        """Write the rest of the text. Return the whole text, which ends before the stop string."""
         if not self.stopped:
             self._say(self._stops.rest() + self._detokenizer.end())
         return "".join(self._certain)

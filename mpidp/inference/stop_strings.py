@@ -1,4 +1,5 @@
-"""Finds stop strings in a text that arrives in pieces, in time proportional to the text (Knuth, Morris and Pratt, 1977). Pure."""
+"""Finds stop strings in a text that arrives in pieces, in time proportional to the length of the text (Knuth, Morris and Pratt,
+1977). Pure."""
 
 from __future__ import annotations
 
@@ -7,18 +8,17 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Finds the first occurrence of any of several strings in a text. Text that may be the start of one of these strings is held
-    back."""
+    """Finds the first occurrence of a stop string in a text. Text that may be the start of a stop string is held back."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """stops: nonempty strings."""
+        """stops: the stop strings, which must be nonempty."""
         self._stops = [(stop, borders(stop)) for stop in stops]
         self._matched = [0] * len(stops)  # for each string, the length of its longest prefix with which the text ends
         self._held, self._length = deque[str](), 0  # the end of the text in pieces, and its number of characters
 
     def add(self, piece: str) -> tuple[str, bool]:
-        """Append a piece of text. Return (text, found). text: the text that is now known to come before any of the strings, and
-        was not returned before. found: whether one of the strings has occurred. This string and the text after it are not
+        """Append a piece of text. Return (text, found). text: the text that certainly comes before the first stop string,
+        without what was returned earlier. found: whether a stop string has occurred. This string and all text after it are never
         returned."""
         starts = []
         for i, (stop, lengths) in enumerate(self._stops):
@@ -54,7 +54,7 @@ class StopStrings:
 
 
 def borders(text: str) -> list[int]:
-    """Return, for each prefix of a text, the length of its longest proper prefix that is also its suffix. Pure."""
+    """For each prefix of a text, return the length of its longest proper prefix that is also its suffix. Pure."""
     found, n = [0] * len(text), 0
     for i in range(1, len(text)):
         while n and text[i] != text[n]:

@@ -1,4 +1,5 @@
-"""Loads tasks of EleutherAI's evaluation harness (lm-eval), by name or from a folder of task files. This runs on one rank."""
+"""Loads tasks of EleutherAI's evaluation harness (lm-eval). The tasks are the harness's own, or come from a folder of task
+files. This runs on one rank."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ OFFLINE = (
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """The options of an evaluation on tasks. names: the names of tasks, groups or tags. They are defined by the harness, or by
-    task files in `folder`. folder: "" means that only the harness defines them."""
+    """The options of an evaluation on tasks. names: the names of tasks, groups or tags, which the harness or task files in
+    `folder` define. folder: "" if there are no such files."""
 
     names: Sequence[str]
     folder: str = ""
@@ -38,7 +39,7 @@ class TaskOptions:
 
 
 def harness() -> Any:
-    """Import the harness. Raises UsageError if it is not installed. Independent."""
+    """Import the harness and return its module lm_eval. Raises UsageError if it is not installed. Independent."""
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # a process that uses MPI must not fork
     try:
         import datasets
@@ -59,11 +60,10 @@ def harness() -> Any:
 
 
 def load_tasks(options: TaskOptions) -> dict[str, Any]:
-    """Load the tasks and their data. Return what the harness's TaskManager.load() returns: {"tasks": {name: task}, "groups":
-    {name: group}, ...}.
+    """Load the tasks and their data. Return {"tasks": {name: task}, "groups": {name: group}, ...}, as the harness's
+    TaskManager.load() does.
 
-    The harness's own tasks are read only if a name is not in `folder`, because reading them takes seconds. Raises UsageError if a
-    name is unknown, and DataError if a task or its data cannot be read. Independent.
+    Raises UsageError if a name is unknown, and DataError if a task or its data cannot be read. Independent.
     """
     library = harness()
     if options.folder:
@@ -105,9 +105,9 @@ def _load(library: Any, options: TaskOptions, own_alone: bool) -> dict[str, Any]
 
 
 def _check_folder(folder: Path, code: bool) -> None:
-    """Check the task files of a folder and the files that they include. code: whether the files may name Python functions. Raises
-    UsageError if there is no task file, or if a file names Python functions and `code` is false. Raises DataError if a file
-    cannot be read or is not YAML."""
+    """Check the task files of a folder and the files that they include. code: whether the files may name Python functions.
+    Raises UsageError if there is no task file, or if a file names a Python function that `code` does not allow. Raises DataError
+    if a file cannot be read or is not YAML."""
     import yaml
 
     waiting, seen = sorted(folder.rglob("*.yaml")), set[Path]()

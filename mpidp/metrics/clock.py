@@ -11,16 +11,17 @@ from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
 
 
 class Clock:
-    """Measures the seconds spent in named phases since the last pop_seconds(). Phases may be nested. Independent."""
+    """Measures the seconds spent in named phases since the last pop_seconds(). Phases may be nested, and each then counts its
+    full time. Independent."""
 
     def __init__(self, observers: StepObservers = NO_OBSERVERS) -> None:
-        """observers: objects that are notified of each phase."""
+        """observers: objects that are notified when a phase begins and ends."""
         self._observers = observers
         self._seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[Callable[[], float]]:
-        """Return a context that measures a phase. The context yields a function that returns the seconds since the phase
+        """Return a context that measures the phase `phase`. It yields a function that returns the seconds since the phase
         began."""
         begin = time.perf_counter()
         with self._observers.span(phase):
@@ -28,11 +29,11 @@ class Clock:
         self._seconds[phase] += time.perf_counter() - begin
 
     def so_far(self, phase: str) -> float:
-        """Return the seconds spent in a phase since the last pop_seconds()."""
+        """Return the seconds spent in a phase since the last pop_seconds(), without a phase that has not ended."""
         return self._seconds[phase]
 
     def pop_seconds(self) -> dict[str, float]:
-        """Return {"<phase>_seconds": seconds} and reset all phases."""
+        """Return {"<phase>_seconds": seconds}, and set all phases to 0."""
         taken = {f"{phase}_seconds": seconds for phase, seconds in self._seconds.items()}
         self._seconds.clear()
         return taken

@@ -1,9 +1,8 @@
-"""Measures energy in joules with hardware counters: RAPL (Linux powercap) for CPUs, and NVML for GPUs. If a counter is missing or
-cannot be read, no value is reported. Values are never estimated.
+"""Measures energy in joules with hardware counters: RAPL (Linux powercap) for CPUs, and NVML for GPUs. If a counter is missing
+or cannot be read, no value is reported.
 
 One rank per machine reads the counters. A CPU counter covers a whole CPU package and its memory, so it includes the energy used
-by other processes. The energy of each GPU of the job is counted once. The values are sent together with the other metrics of the
-next step, without an additional message.
+by other processes. The energy of each GPU of the job is counted once.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Counter = Callable[[], float]  # returns the joules used since its last call; ra
 
 
 class Zone:
-    """A RAPL counter in microjoules. After its maximum value, it starts again at 0."""
+    """A RAPL counter, in microjoules. A call returns the joules used since the last call."""
 
     def __init__(self, folder: Path) -> None:
         """folder: the counter's folder in powercap. Raises OSError or ValueError if the counter cannot be read."""
@@ -38,11 +37,11 @@ class Zone:
 
 
 class Gpu:
-    """The energy counter of a GPU, in millijoules since the driver was loaded."""
+    """The energy counter of a GPU. A call returns the joules used since the last call."""
 
     def __init__(self, nvml: Any, uuid: str) -> None:
-        """nvml: the module pynvml. Raises NVMLError if the GPU has no counter. GPUs older than Volta and MIG instances have
-        none."""
+        """nvml: the module pynvml. Raises NVMLError if the GPU has no counter, for example if it is older than Volta or a MIG
+        instance."""
         self._nvml, self._handle = nvml, nvml.nvmlDeviceGetHandleByUUID(uuid)
         self._before = int(nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
 
@@ -53,8 +52,8 @@ class Gpu:
 
 
 def zones(root: Path = POWERCAP) -> tuple[list[Zone], str]:
-    """Return (counters of all packages and their memory, the reason if there are none). The counters of cores, uncore and mmio
-    are skipped, because a package's counter includes their energy. psys is skipped, because it includes the packages.
+    """Return (counters, why). counters: those of all CPU packages and their memory. why: the reason if there are none, else "".
+    root: the folder of the RAPL counters. Counters of cores, uncore and psys are skipped, because they measure the same energy.
     Independent."""
     found: list[Zone] = []
     folders = []
@@ -73,7 +72,7 @@ def zones(root: Path = POWERCAP) -> tuple[list[Zone], str]:
 
 
 def gpus(uuids: Sequence[str]) -> tuple[list[Gpu], str]:
-    """Return (counters of these GPUs, ""), or ([], the reason) if a GPU has no readable counter. Independent."""
+    """Return (counters of these GPUs, ""). If one of these GPUs has no readable counter, return ([], the reason). Independent."""
     if not uuids:
         return [], ""
     try:
@@ -88,7 +87,8 @@ def gpus(uuids: Sequence[str]) -> tuple[list[Gpu], str]:
 
 
 class Meter:
-    """Sums the energy that this rank's machine uses, if this rank reads the counters. Independent."""
+    """Sums the energy that the counters of this rank's machine measure. On a rank that reads no counters, the sum is 0.
+    Independent."""
 
     def __init__(self, counters: Sequence[Counter] = ()) -> None:
         self._counters, self._lock, self._joules = list(counters), threading.Lock(), 0.0
@@ -97,8 +97,8 @@ class Meter:
             threading.Thread(target=self._seldom, name="energy", daemon=True).start()
 
     def pop_joules(self, now: bool = False) -> float:
-        """Return the joules measured since the last call. now: whether to read the counters even if the last reading is
-        recent."""
+        """Return the joules measured since the last call. now: whether to read the counters even if they were read less than
+        EACH_SECONDS ago."""
         if not self._counters:
             return 0.0
         with self._lock:
@@ -108,7 +108,7 @@ class Meter:
             return taken
 
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the thread that reads the counters from time to time."""
         self._stop.set()
 
     def _read_counters(self) -> None:
@@ -125,11 +125,11 @@ class Meter:
 
 
 def open_meter(wanted: bool, reads: bool, uuids: Sequence[str], root: Path = POWERCAP) -> tuple[Meter, dict[str, str]]:
-    """Return this rank's meter and the status of its counters: {"cpu": "RAPL", "gpu": "NVML"}. If a counter is missing, the
-    status has the reason instead of the counter's name.
+    """Return (meter, status). status: {"cpu": "RAPL", "gpu": "NVML"}, or the reason in place of the name of a missing counter.
 
-    wanted: metrics.energy. reads: whether this rank reads the counters of its machine. On other ranks the status is empty. uuids:
-    the job's GPUs on this machine. root: folder of the RAPL counters. Independent."""
+    wanted: metrics.energy. reads: whether this rank reads the counters of its machine. If it does not, `status` is empty. uuids:
+    the job's GPUs on this machine. root: the folder of the RAPL counters. Independent.
+    """
     if not wanted or not reads:
         return Meter(), {}
     cpu, no_cpu = zones(root)
@@ -139,8 +139,8 @@ def open_meter(wanted: bool, reads: bool, uuids: Sequence[str], root: Path = POW
 
 
 def common_counters(statuses: Sequence[dict[str, str]]) -> tuple[list[str], str]:
-    """Return the list of what all machines measure ("cpu", "gpu" or both), and the reasons why other counters are missing.
-    statuses: the statuses that open_meter() returned on all ranks. Pure."""
+    """Return (measured, why). measured: the parts ("cpu", "gpu" or both) that are measured on all machines that have them. why:
+    the reasons why the other counters are missing. statuses: the statuses that open_meter() returned on all ranks. Pure."""
     machines = [one for one in statuses if one]
     measured = [part for part, by in (("cpu", "RAPL"), ("gpu", "NVML"))
                 if any(part in one for one in machines) and all(one.get(part, by) == by for one in machines)]

@@ -1,13 +1,13 @@
-"""Estimates the gradient noise scale from the gradient norms of lanes. The noise scale is the batch size, in tokens, above which
-a larger batch brings little benefit. Pure.
+"""Estimates the gradient noise scale from the gradient norms of lanes. The noise scale is a batch size in tokens. Beyond this
+size, a larger batch brings little benefit. Pure.
 
-A lane of n_l tokens has the mean gradient G_l. The global batch of B = sum n_l tokens has the mean gradient G. If tokens are
-drawn independently, E|G_l|^2 = |g|^2 + tr(Sigma) / n_l and E|G|^2 = |g|^2 + tr(Sigma) / B. Here g is the true gradient, and Sigma
-is the covariance of one token's gradient. McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", sections 2.2 and
-A.1, solve these equations for two batch sizes. Here every lane is a small batch, and lanes may have different numbers of tokens.
+Lane l has n_l tokens and the mean gradient G_l. The global batch has B = sum n_l tokens and the mean gradient G. Let g be the
+true gradient, and Sigma the covariance of one token's gradient. If tokens are independent, then E|G_l|^2 = |g|^2 + tr(Sigma) /
+n_l and E|G|^2 = |g|^2 + tr(Sigma) / B. McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", sections 2.2 and
+A.1, solve these equations for two batch sizes. Here every lane is a small batch, and lanes may have different sizes.
 
-Tokens of one sequence are not independent. Therefore the result is the noise of lanes, expressed in tokens, and not the variance
-over single tokens. It predicts the noise of larger batches that consist of more lanes of the same kind.
+The tokens of one sequence are not independent. Therefore the result is the noise of whole lanes, expressed in tokens. It is
+valid for larger batches that consist of more lanes of the same kind.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Noise:
-    """Unbiased estimates of signal and noise in one step, or their means over steps. signal_square can be negative."""
+    """Unbiased estimates of signal and noise in one step, or their means over several steps. signal_square can be negative."""
 
     signal_square: float  # |g|^2, squared norm of the gradient of the mean loss per token
     trace: float  # tr(Sigma) of the gradient of one token, in the unit of signal_square times tokens
@@ -34,17 +34,15 @@ class Noise:
 
 
 def estimate(lane_squares: Sequence[float], lane_tokens: Sequence[int], batch_square: float) -> Noise | None:
-    """Return an unbiased estimate of the noise of one global batch.
+    """Return an unbiased estimate of the noise of one global batch. Return None if fewer than two lanes have tokens, or if a
+    number is not finite.
 
-    lane_squares: |G_l|^2 of each lane. lane_tokens: number n_l of target tokens of each lane. batch_square: |G|^2. Pure.
+    lane_squares: |G_l|^2 of each lane. lane_tokens: the number n_l of target tokens of each lane. batch_square: |G|^2. Raises
+    ValueError if the lists have different lengths or a count is negative. Pure.
 
-    For L lanes, the expected value of sum n_l |G_l|^2 - B |G|^2 = sum n_l |G_l - G|^2 is (L - 1) tr(Sigma) for any n_l. Each lane
-    is weighted by its number of tokens. For Gaussian gradients this pooled estimate has the smallest variance. If all lanes have
-    the same size, the results are the paper's S and |G|^2 (section A.1). Then B_small is the size of a lane, and B_big is the
-    size of the batch. Lanes without target tokens are skipped.
-
-    Returns None if fewer than two lanes have tokens, or if a number is not finite. Raises ValueError if the lists have different
-    lengths or a count is negative. Each sum is rounded only once (fsum), so it does not depend on the order of the lanes.
+    For L lanes, sum n_l |G_l|^2 - B |G|^2 has the expected value (L - 1) tr(Sigma). If all lanes have the same size, the results
+    are the paper's S and |G|^2 (section A.1). The paper's B_small is then the size of a lane, and its B_big is B. The result
+    does not depend on the order of the lanes.
     """
     if len(lane_squares) != len(lane_tokens) or any(n < 0 for n in lane_tokens):
         raise ValueError(f"{len(lane_squares)} squares and {len(lane_tokens)} token counts: each square needs one count, which "
@@ -63,20 +61,20 @@ def estimate(lane_squares: Sequence[float], lane_tokens: Sequence[int], batch_sq
 
 
 def mean(noises: Sequence[Noise]) -> Noise | None:
-    """Return the means of signal_square and trace, or None for an empty list. The two are averaged separately because the mean of
-    their quotients would be biased (section A.1). Pure."""
+    """Return the means of signal_square and of trace, or None for an empty list. The mean of their quotients would be biased
+    (section A.1). Pure."""
     if not noises:
         return None
     return Noise(math.fsum(n.signal_square for n in noises) / len(noises), math.fsum(n.trace for n in noises) / len(noises))
 
 
 def interval(noises: Sequence[Noise], blocks: int = 10) -> tuple[float, float] | None:
-    """Return an interval around the noise scale that the mean of these measurements has, in tokens. The interval extends about
-    two standard errors to each side.
+    """Return (low, high) around the noise scale of the mean of `noises`, in tokens. Each end is about two standard errors away.
 
-    The standard error of the scale's logarithm is estimated by a jackknife (Efron & Stein 1981). For this, the measurements are
-    divided into `blocks` groups of consecutive measurements, and the noise scale is computed without each group in turn. Returns
-    None if there are fewer than four measurements or groups, or if one of these noise scales is undefined. Pure."""
+    The standard error of the scale's logarithm is estimated by a jackknife (Efron & Stein 1981). `noises` is divided into
+    `blocks` groups of consecutive measurements. For each group, the noise scale is computed from all other groups. Returns None
+    if there are fewer than four measurements or groups, or if one of these noise scales is undefined. Pure.
+    """
     whole = mean(noises)
     scale = whole.noise_scale_tokens if whole else None
     blocks = min(blocks, len(noises))
@@ -96,8 +94,8 @@ def interval(noises: Sequence[Noise], blocks: int = 10) -> tuple[float, float] |
 
 @dataclass
 class NoiseAverage:
-    """Running averages of signal_square and trace (section A.1). The fields are plain numbers. They form the complete state for a
-    checkpoint, because NoiseAverage(**asdict(average)) continues with the same bits. Independent."""
+    """Running averages of signal_square and trace (section A.1). The fields are the whole state for a checkpoint:
+    NoiseAverage(**asdict(average)) continues with the same bits. Independent."""
 
     decay: float = 0.95  # weight of earlier measurements; the averages extend over about 1 / (1 - decay) measurements
     signal_square: float = 0.0
@@ -109,7 +107,7 @@ class NoiseAverage:
             raise ValueError(f"decay {self.decay} must be at least 0 and below 1")
 
     def add(self, noise: Noise | None) -> None:
-        """Add a measurement. None and measurements that are not finite are skipped."""
+        """Add a measurement. If `noise` is None or not finite, do nothing."""
         if noise is None or not (math.isfinite(noise.signal_square) and math.isfinite(noise.trace)):
             return
         self.signal_square = self.decay * self.signal_square + (1 - self.decay) * noise.signal_square
@@ -123,5 +121,6 @@ class NoiseAverage:
 
     @property
     def noise_scale_tokens(self) -> float | None:
-        """The noise scale in tokens, or None until the averages are positive."""
+        """The noise scale of the averages in tokens. It is None before the first measurement, and while signal_square is not
+        positive."""
         return self.noise.noise_scale_tokens if self.noise else None

@@ -28,7 +28,8 @@ class _Data(TypedDict, total=False):
 
 
 class Line(TypedDict, total=False):
-    """The keys whose types are checked when a line is read. Other values may have any type. Read those with number()."""
+    """The keys whose types are checked when a line is read. The values of other keys may have any type. Read them with
+    number()."""
 
     step: Required[int]
     event: str
@@ -55,8 +56,8 @@ class Line(TypedDict, total=False):
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl, or no lines if the file does not exist. Damaged lines are left out, and a warning is
-    logged. Raises UsageError if the file cannot be read. Independent."""
+    """Return the lines of a metrics.jsonl. If the file does not exist, return an empty list. Damaged lines are left out, and a
+    warning is logged. Raises UsageError if the file cannot be read. Independent."""
     try:
         lines, damaged = read_json_lines(path, Line)
     except FileNotFoundError:
@@ -69,19 +70,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsFile:
-    """Writes RUN/metrics.jsonl on rank 0. Each line is a JSON object with floats in full precision. Lines are written to the file
-    immediately."""
+    """Writes RUN/metrics.jsonl on rank 0. Each line is a JSON object, and is written to the file immediately."""
 
     def __init__(
         self, path: Path, step: int, next_batch: int, latest: Sequence[Mapping[str, Any]] | None = None,
         also: Trackers | None = None,
     ) -> None:
-        """Open the file. Delete incomplete lines. Also delete lines of later steps and batches, because a resumed run writes them
-        again.
+        """Open the file. Delete damaged lines, and lines that the resumed run will write again.
 
-        step: last step whose lines are kept. next_batch: first batch whose lines are deleted. latest: the last lines of a failed
-        rank 0 that this rank replaces, or None. Lines of `latest` that the file lacks are added. also: trackers that receive the
-        same lines. Raises UsageError if the file cannot be read or written."""
+        step: lines of later steps are deleted. next_batch: lines of this batch and later batches are deleted. latest: None, or
+        the last lines of a failed rank 0 that this rank replaces. If it is given, lines of `latest` that the file lacks are
+        added, and `step` and `next_batch` are ignored. also: trackers that get the same lines. Raises UsageError if the file
+        cannot be read or written.
+        """
         self._path = path
         self.also: Trackers | None = None  # trackers that receive each new line, too
         self.lost: dict[str, float] = {}  # time, steps and energy of the deleted lines
@@ -98,7 +99,8 @@ class MetricsFile:
         self.also = also
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a line. Non-finite numbers become null, which all JSON readers accept."""
+        """Append a line. A number that is not finite becomes null. If the disk is full, the line is kept in memory until it can
+        be written."""
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         if self.also is not None:
             self.also.write(plain)
@@ -112,7 +114,8 @@ class MetricsFile:
             self._warned = True
 
     def _drop(self, step: int, next_batch: int) -> None:
-        """Delete lines of later steps and batches, and damaged lines."""
+        """Delete lines of steps after `step`, of batches from `next_batch` on, and of the end of the run. Also delete damaged
+        lines."""
         read_lines(self._path)  # warns of damaged lines
         with open_regular(self._path) as file:
             lines = file.read().split(b"\n")
@@ -121,7 +124,7 @@ class MetricsFile:
         write_file(self._path, b"".join(line + b"\n" for line in kept))
 
     def _repair(self, latest: Sequence[Mapping[str, Any]]) -> None:
-        """Delete an incomplete last line and the `end` line. Add the lines of `latest` that are missing."""
+        """Delete an incomplete last line and the `end` line. Add the lines of `latest` that the file lacks."""
         with open(self._path, "rb+") as file:
             start = max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES)
             file.seek(start)
@@ -137,7 +140,7 @@ class MetricsFile:
         self._file.close()
 
     def close(self) -> None:
-        """Close the file. Lines that the disk still does not accept are lost."""
+        """Close the file. Lines in memory are lost if the disk is still full."""
         with suppress(OSError):
             self._file.write(self._late)
             os.fsync(self._file.fileno())
@@ -147,14 +150,14 @@ class MetricsFile:
 
 
 def past(path: Path) -> tuple[int, float]:
-    """Return (number of restarts and recoveries, seconds of training) from a run's metrics.jsonl. Independent."""
+    """Return (number of restarts and recoveries, seconds of training). path: a run's metrics.jsonl. Independent."""
     lines = read_lines(path)
     failures = sum(line.get("event") in ("resume", "recovered") for line in lines)
     return failures, sum(line.get("step_seconds", 0.0) for line in lines)
 
 
 def number(line: Mapping[str, Any], name: str) -> float | None:
-    """Return the value of `name` in a line, or None if it is not a finite, plausible number. Pure."""
+    """Return the number `name` of a line, or None if it is missing, not finite, or larger than LARGEST. Pure."""
     value = line.get(name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
@@ -164,8 +167,9 @@ def number(line: Mapping[str, Any], name: str) -> float | None:
 def took(lines: Iterable[Mapping[str, Any]]) -> Iterator[float]:
     """Yield, for each line, the seconds of work since the previous line.
 
-    For a `start` line, yield at most its setup_seconds, because no job worked on the run before the start. The lost_seconds of a
-    `start` line are not counted. For a line without a time, yield 0. Pure."""
+    For a `start` line, yield at most its setup_seconds, because no job worked on the run before. Its lost_seconds are not
+    counted either. For a line without a time, yield 0. Pure.
+    """
     before = None
     for line in lines:
         if (now := number(line, "unix_seconds")) is None:
@@ -179,8 +183,8 @@ def took(lines: Iterable[Mapping[str, Any]]) -> Iterator[float]:
 
 
 def lost(lines: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the seconds, steps and joules that are lost if only the lines `kept` are kept of `lines`. If a lost line itself
-    records losses, the result includes them. Pure."""
+    """Return the seconds, steps and joules that are lost if `lines` are reduced to the lines `kept`. If a removed line itself
+    records losses, they are included. Pure."""
     known = {id_of(line) for line in kept}
     dropped = [line for line in lines if id_of(line) not in known]
     totals = {name: sum(number(line, name) or 0.0 for line in dropped) for name in ("lost_seconds", "lost_steps", "lost_joules")}
@@ -192,12 +196,12 @@ def lost(lines: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]) 
 
 
 def id_of(line: Mapping[str, Any]) -> str:
-    """Return a line as a string that can be a dictionary key. Pure."""
+    """Return a string that is equal for equal lines. Pure."""
     return json.dumps(line, sort_keys=True)
 
 
 def _kind(line: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return a key that is different for every line of a file."""
+    """Return a key of a line. No two lines of a file have the same key."""
     return line["step"], line.get("event"), line.get("batch"), "val_loss" in line or "val_tokens" in line
 
 

@@ -20,13 +20,14 @@ PEAK_FLOPS = {  # a word in the device's name -> dense bf16 FLOP/s, from the man
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the peak FLOP/s of a device, or None if the device is unknown. In that case no MFU (model FLOPs utilization) is
-    reported."""
+    """Return the peak FLOP/s of a device in bf16, or None if the device is unknown. MFU (model FLOPs utilization) needs this
+    number."""
     return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
 
 
 class Progress:
-    """Prints at most one line every three seconds. On a terminal, one line is updated instead. Independent."""
+    """Prints the progress, at most every three seconds. On a terminal, it updates one line. Otherwise, it prints new lines.
+    Independent."""
 
     def __init__(self, total_steps: int, active: bool) -> None:
         self.total_steps, self.active = total_steps, active
@@ -45,7 +46,8 @@ class Progress:
             print(text, flush=True)
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """Print a line for a step's record, unless the last line is less than three seconds old."""
+        """Print the record of a step. Do nothing if the last output is less than three seconds old, unless this is the last
+        step."""
         step = int(record["step"])
         now = time.perf_counter()
         if self._first_step is None:

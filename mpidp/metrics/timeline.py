@@ -1,9 +1,8 @@
 """Records what all ranks do in some steps, and writes RUN/timeline.json for ui.perfetto.dev or chrome://tracing.
 
-Without metrics.timeline there is no overhead. With metrics.timeline=FIRST:LAST, spans (intervals with a name) are recorded in
-these steps. Recording a span takes about a microsecond. The clocks of the machines are compared at barriers before the first step
-and after the last step. Times are converted to rank 0's clock. On a GPU, spans show the time on the host. metrics.kernels also
-records the GPU's kernels.
+metrics.timeline=FIRST:LAST selects the steps. In these steps, spans (intervals with a name) are recorded. Recording a span takes
+about a microsecond. The clocks of the machines are compared before the first and after the last selected step, and times are
+converted to rank 0's clock. With a GPU, spans show the time on the host. metrics.kernels also records the GPU's kernels.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ Span = tuple[str, float, float, int, dict[str, Any]]  # (name, begin, end, threa
 
 @dataclass
 class RankTimeline:
-    """The spans that a rank sends to rank 0."""
+    """The spans of one rank, which it sends to rank 0."""
 
     host: str
     spans: list[Span]
@@ -49,7 +48,7 @@ class Timeline(StepObserver):
     def __init__(
         self, steps: tuple[int, int] = (0, 0), run_dir: Path | None = None, host: str = "", kernels: bool = False
     ) -> None:
-        """steps: the first and the last selected step, or (0, 0) if none is selected. Independent."""
+        """steps: (first selected step, last selected step), or (0, 0) if no step is selected. Independent."""
         self.first, self.last = steps
         self._run_dir, self._kernels = run_dir, kernels
         self._profiler: Any = None
@@ -57,7 +56,7 @@ class Timeline(StepObserver):
         self._open: tuple[str, float] | None = None  # the current sub-phase of an update, and when it began
 
     def open(self, comm: MPI.Intracomm, step: int) -> None:
-        """Compare clocks before the first selected step. step: number of updates so far. Collective over comm."""
+        """Compare clocks. Call this before the first selected step. step: number of updates so far. Collective over comm."""
         if not self.last or step >= self.last:
             self.last = 0
             return
@@ -65,14 +64,14 @@ class Timeline(StepObserver):
         self._compare(comm)
 
     def enter(self, step: int, phase: str) -> None:
-        """Begin a phase within an update. The phase ends when the next phase begins or the update ends. Independent."""
+        """Begin the phase `phase` within an update. It ends when the next phase begins or the update ends. Independent."""
         if self.last and phase in SUB_PHASES:
             self._close_sub_phase()
             self._open = phase, time.perf_counter()
 
     def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[None] | None:
-        """Return a context manager. If the step is selected, the time inside the context is recorded as a span, with the
-        arguments `about`. Return None if no step is selected, or if spans with this name are not recorded. Independent."""
+        """Return a context. If `step` is selected, the time inside the context is recorded as a span with the name `name` and
+        the arguments `about`. Return None if no step is selected, or if spans with this name are not recorded. Independent."""
         if not self.last or name == "micro_batch":
             return None
         return self._span(step, name, about)
@@ -92,7 +91,7 @@ class Timeline(StepObserver):
                 self._recorded.spans.append((NAMES.get(name, name), began, time.perf_counter(), self._thread(), about))
 
     def _begin_step(self, step: int) -> None:
-        """Begin a step. Start recording if it is selected, else stop."""
+        """Start recording if `step` is selected. Otherwise stop recording."""
         self._on = self.first <= step <= self.last
         if self._on and self._kernels and self._profiler is None:
             from torch.profiler import profile
@@ -107,8 +106,8 @@ class Timeline(StepObserver):
         self._open = None
 
     def write_if_complete(self, comm: MPI.Intracomm, step: int) -> None:
-        """Write timeline.json if the last selected step is complete. Call this where all ranks synchronize. Collective over
-        comm."""
+        """Write timeline.json if the last selected step is complete. Call this only at a step at which all ranks synchronize.
+        Collective over comm."""
         if not self.last or step < self.last:
             return
         self._on, self.last = False, 0
@@ -125,7 +124,8 @@ class Timeline(StepObserver):
             log.warning("warning: %s: %s", self._run_dir / "timeline.json", error)
 
     def _compare(self, comm: MPI.Intracomm) -> None:
-        """Compare clocks by the times at which ranks leave barriers. Ranks of one machine share a clock. Collective over comm."""
+        """Compare the ranks' clocks. The times at which ranks leave a barrier count as equal. Ranks of one machine share a
+        clock. Collective over comm."""
         moments = []
         for _ in range(ROUNDS):
             comm.Barrier()
@@ -145,8 +145,8 @@ class Timeline(StepObserver):
 
 
 def trace(everyone: Sequence[RankTimeline]) -> dict[str, Any]:
-    """Return the trace in Chrome's format, with one process per rank and one row per thread. Times are in microseconds since the
-    start of the first span. Pure."""
+    """Return the trace in Chrome's format. Each rank is a process, and each thread has a row. Times are in microseconds since
+    the start of the first span. Pure."""
     events: list[dict[str, Any]] = []
     for rank, part in enumerate(everyone):
         about = {"ph": "M", "pid": rank}
@@ -165,6 +165,7 @@ def trace(everyone: Sequence[RankTimeline]) -> dict[str, Any]:
 
 
 def _to_rank_0(moment: float, part: RankTimeline) -> float:
-    """Convert a time to rank 0's clock. The difference of the clocks is interpolated linearly between the two comparisons."""
+    """Return the time `moment` by rank 0's clock. The difference of the two clocks is interpolated linearly between the two
+    comparisons."""
     (a, b), (behind, later) = part.moments, part.behind
     return moment + behind + (later - behind) * (moment - a) / (b - a if b > a else 1.0)

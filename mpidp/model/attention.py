@@ -23,8 +23,8 @@ Mask = Tensor | Documents | None
 
 
 class Attention(nn.Module):
-    """Computes causal grouped-query attention: softmax(Q K^T / sqrt(E)) V with rotary Q and K. The bias of o is not added
-    here."""
+    """Computes causal grouped-query attention, softmax(Q K^T / sqrt(E)) V with rotary Q and K. Options change the scale, add
+    norms of Q and K, or add a soft-cap. The bias of o is not added here."""
 
     def __init__(self, shape: TransformerShape, part: Part, layer: int = 0) -> None:
         super().__init__()
@@ -43,11 +43,11 @@ class Attention(nn.Module):
             self.k_norm = Norm(shape, self.head_dim if self.norm_heads else kv, "rms")
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: Past | None = None) -> Tensor:
-        """Return (B, T, D) for x (B, T, D).
+        """Return (B, T, D) for x (B, T, D). cos, sin: the rotary tables of the positions.
 
-        mask: a bool tensor (B, 1, T, T) that is true where a query position may attend to a key position. Or the packed
-        documents. None: a causal mask. past: a function that computes attention over the cached and the new positions. None:
-        there is no cache.
+        mask: None for a causal mask, the packed documents, or a bool tensor (B, 1, T, T). The tensor is True where a query
+        position may attend to a key position. past: a function that computes attention over the cached and the new positions, or
+        None if there is no cache.
         """
         b, t, _ = x.shape
         q = self._heads(self.q(x), self.num_heads, self.q_norm)  # (B, H, T, E)
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         return self.o(y.transpose(1, 2).reshape(b, t, -1))  # type: ignore[no-any-return]
 
     def _heads(self, x: Tensor, count: int, norm: nn.Module | None) -> Tensor:
-        """Return x (B, T, count E) divided into heads, (B, count, T, E), and normalized if there is a norm."""
+        """Return x (B, T, count E) divided into heads, (B, count, T, E). If there is a norm, normalize the heads."""
         if norm is not None and not self.norm_heads:
             x = norm(x)
         heads = x.view(*x.shape[:2], count, self.head_dim)

@@ -1,4 +1,4 @@
-"""A block of the Transformer: attention, then the feed-forward layer, each with a residual connection. Pure torch, no MPI."""
+"""A block of the Transformer, which consists of attention and a feed-forward layer. Pure torch, no MPI."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Block(nn.Module):
     """Computes x + attention(norm(x)), then x + feed_forward(norm(x)). attention and feed_forward are called the branches.
     Dropout is applied to the output of each branch.
 
-    Options place norms after the branches, or give both branches the same input.
+    model.norm_place can add norms after the branches. With model.parallel, both branches get the same input.
     """
 
     def __init__(self, shape: TransformerShape, part: Part, layer: int = 0) -> None:
@@ -37,8 +37,8 @@ class Block(nn.Module):
         x0: Tensor | None = None,
     ) -> Tensor:
         """Return (B, T, D) for x (B, T, D). With sequence parallelism, x has only this rank's positions. cos, sin: the rotary
-        tables of all positions. mask, past: see Attention. key: the dropout key, or None for no dropout. x0: the output of the
-        embedding, for model.input_mix."""
+        tables of all positions. mask, past: see Attention.forward(). key: the dropout key, or None for no dropout. x0: the
+        output of the embedding, which model.input_mix needs."""
         length = cos.shape[-2]
         if self.input_mix is not None and x0 is not None:
             x = self.input_mix(x, x0)
@@ -53,7 +53,8 @@ class Block(nn.Module):
     def _finished(
         self, y: Tensor, output: OutputLinear, norm: nn.Module, key: Tensor | None, site: int, length: int
     ) -> Tensor:
-        """Apply bias, norm, dropout and scale to the output of a branch, (B, T, D). y: the output without bias, summed over
-        tensor-parallel ranks."""
+        """Return the final output of a branch, (B, T, D), after bias, norm, dropout and scale. y: the branch's output without
+        bias, summed over tensor-parallel ranks. site: the number of this dropout in the block. length: number of positions of
+        the whole sequence."""
         y = keyed_dropout(norm(output.add_bias(y)), self.dropout, key, site, self.part.positions(length), length)
         return y if self.residual_scale == 1.0 else y * self.residual_scale

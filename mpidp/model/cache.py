@@ -1,9 +1,8 @@
-"""The key-value cache of one sequence. With a cache, the model computes only one position for the next token, instead of the
-whole window.
+"""The key-value cache of one sequence. With a cache, generating a token computes one position. Without a cache, it computes the
+whole window. Pure torch.
 
-`model.new_cache(positions)` returns a cache for this many positions, or None if the model does not support caches. Without a
-cache, each token is computed from the whole window. The argument `caches` of forward is a list with one cache per row of the
-input. Pure torch.
+`model.new_cache(positions)` returns a cache for this many positions, or None if the model does not support caches. The argument
+`caches` of forward is a list with one cache per row of the input.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ SLACK = 64  # extra positions in the memory of a layer with a window, so that mo
 
 
 class Cache:
-    """Keys and values of one sequence, for the layers and heads of one part of a Transformer. Layers with a sliding window keep
-    only the positions to which later positions attend."""
+    """Keys and values of one sequence, for the layers and heads of one part of a Transformer. A layer with a sliding window
+    keeps only the positions that later positions can attend to."""
 
     def __init__(self, capacity: int) -> None:
-        """capacity: largest number of positions."""
+        """capacity: maximum number of positions."""
         self.capacity, self.length = capacity, 0
         self.kept: Kept = {}  # layer -> (keys, values), each (K, room, E), with memory for `room` positions
         self.counts: dict[int, int] = {}  # layer -> number of kept positions
@@ -32,10 +31,10 @@ class Cache:
         self.row = 0  # this cache's row of `joint`
 
     def extend(self, layer: int, k: Tensor, v: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
-        """Append the keys and values (K, T, E) of the next T positions in a layer. Return the keys and values of all positions so
-        far. With a window, the result may lack positions that are in none of the windows of the T positions.
+        """Append the keys and values (K, T, E) of the next T positions of a layer. Return (keys, values) of all positions so
+        far. With a window, positions outside the windows of these T positions may be missing.
 
-        `length` does not change here. The model increases it after the last layer. Raises ValueError if the cache is full.
+        After the last layer, the caller must increase `length` by T. Raises ValueError if the cache is full.
         """
         t = k.shape[1]
         if self.length + t > self.capacity:
@@ -58,17 +57,17 @@ class Cache:
 
 
 def positions_of(caches: list[Cache], t: int, device: torch.device) -> Tensor:
-    """Return the next t positions of each sequence, shape (B, t)."""
+    """Return the next `t` positions of each sequence, (B, t)."""
     begins = torch.tensor([cache.length for cache in caches], device=device)
     return begins.unsqueeze(1) + torch.arange(t, device=device)
 
 
 def attend(caches: list[Cache], layer: int, q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
-    """Return causal attention of T new positions over all positions so far. q: (B, H, T, E). k, v: (B, K, T, E). how: the layer's
-    window, scale and soft-cap.
+    """Return causal attention (B, H, T, E) of T new positions over all positions so far. q: (B, H, T, E). k, v: (B, K, T, E).
+    how: the layer's window, scale and soft-cap. The caches are extended by k and v.
 
-    The result is (B, H, T, E). Rows are computed one at a time, without padding, so a row's result does not depend on other rows.
-    Only joined caches (joint_cache.py) are computed together.
+    Rows are computed one at a time, so a row's result does not depend on other rows. Only joined caches (joint_cache.py) are
+    computed together.
     """
     if q.shape[2] == 1 and joined(caches):
         for i, cache in enumerate(caches):
@@ -80,7 +79,7 @@ def attend(caches: list[Cache], layer: int, q: Tensor, k: Tensor, v: Tensor, how
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
-    """Return attention (H, T, E) of one sequence. q: (H, T, E) of the last T positions. k, v: (K, S, E) of the last S
+    """Return attention (H, T, E) of the last T positions of one sequence. q: (H, T, E). k, v: (K, S, E) of the last S
     positions."""
     (h, t, _), (heads, s, _) = q.shape, k.shape
     if t == 1:
@@ -94,10 +93,8 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
 
 
 def _attend_next(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
-    """Return attention (B, H, 1, E) of one new position of each sequence. q: (B, H, 1, E). k, v: (B, K, S, E).
-
-    The query heads that share a key-value head are computed as several queries to this head.
-    """
+    """Return attention (B, H, 1, E) of one new position in each sequence. q: (B, H, 1, E). k, v: (B, K, S, E) of the last S
+    positions."""
     (b, h, _, e), (_, heads, s, _) = q.shape, k.shape
     first = max(0, s - how.window) if how.window else 0
     k, v = k[:, :, first:], v[:, :, first:]
@@ -105,8 +102,7 @@ def _attend_next(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
 
 
 def joined(caches: list[Cache]) -> bool:
-    """Return whether the caches are the rows 0, 1, 2, ... of the same tensors, without a missing row, and have the same number of
-    positions. Pure."""
+    """Return whether the caches, in this order, are all rows of the same tensors, and have the same number of positions. Pure."""
     first = caches[0]
     if not first.joint or len(caches) != len(next(iter(first.joint.values()))[0]):
         return False

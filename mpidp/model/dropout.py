@@ -1,4 +1,4 @@
-"""Dropout whose mask is a pure function of a key. The mask does not depend on the rank that computes it. Pure torch, no MPI."""
+"""Dropout whose mask depends only on a key and the position, and not on the rank that computes it. Pure torch, no MPI."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ SITE = 0x9E3779B9  # difference between the keys of successive sites; a site is 
 
 
 def _hash32(x: Tensor) -> Tensor:
-    """Hash 32-bit integers with Wellons' lowbias32. The computation is in int64, so all devices give the same result."""
+    """Return Wellons' hash lowbias32 of 32-bit integers, stored as int64. All devices give the same result."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
-def keyed_dropout(
-    x: Tensor, p: float, key: Tensor | None, site: int, local: range | None = None, length: int = 0
-) -> Tensor:
-    """Apply dropout with a mask that is a pure function of (key, site, index in x), without a random generator.
+def keyed_dropout(x: Tensor, p: float, key: Tensor | None, site: int, local: range | None = None, length: int = 0) -> Tensor:
+    """Return x after dropout with probability `p`. The mask depends only on the key, the site and the index in x.
 
-    x: any shape. key: int64 scalar tensor in [0, 2^32), or None for no dropout. site: a number that distinguishes the places
-    where dropout is applied with the same key. local: if x (B, len(local), D) has only some positions of a sequence, these
-    positions. length: the number of positions of the whole sequence. The mask of x is then the part of the whole sequence's mask
-    for these positions.
+    x: any shape. key: int64 scalar tensor in [0, 2^32), or None for no dropout. site: the number of this use of dropout in the
+    model. Different sites get different masks. local: the positions in x (B, len(local), D), if x has only some positions of a
+    sequence. length: the number of positions of the whole sequence. The mask of x is the part of the whole sequence's mask at
+    these positions.
     """
     if p == 0.0 or key is None:
         return x

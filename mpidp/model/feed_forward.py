@@ -23,19 +23,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class OutputLinear(nn.Linear):
-    """The last linear layer of a branch. Its bias is added separately, after the sum over tensor-parallel ranks."""
+    """The last linear layer of a branch. Its bias is not added by forward(), because it must be added after the sum over
+    tensor-parallel ranks."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T, without the bias."""
         return linear(x, self.weight)
 
     def add_bias(self, y: Tensor) -> Tensor:
-        """Return y + bias, or y if there is no bias."""
+        """Return y + bias. If there is no bias, return y."""
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class FeedForward(nn.Module):
-    """With a gate, computes down(act(gate(x)) * up(x)). With silu, this is SwiGLU (Shazeer 2020). Without a gate, computes
+    """Computes down(act(gate(x)) * up(x)), which is SwiGLU for act = silu (Shazeer 2020). With model.gated=false, computes
     down(act(up(x))).
 
     The bias of down is not added here.

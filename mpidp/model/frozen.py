@@ -1,6 +1,7 @@
-"""Finds frozen parameters. A parameter is frozen if it matches a pattern of optim.freeze. With LoRA, the base model is frozen.
+"""Finds frozen parameters. A parameter is frozen if it matches a pattern of optim.freeze. With LoRA, all parameters of the base
+model are frozen.
 
-Frozen parameters have no gradient and no optimizer state, and are not sent in a step.
+Frozen parameters have no gradient and no optimizer state. Ranks do not exchange them in a step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ SHOWN = 6  # number of example names in an error message
 
 
 def frozen(names: Sequence[str], patterns: str) -> set[str]:
-    """Return the parameter names that match one of the fnmatch patterns, for example "embedding.*,blocks.0.*".
+    """Return the names that match a pattern. patterns: fnmatch patterns, separated by commas, for example
+    "embedding.*,blocks.0.*".
 
     Raises UsageError if a pattern matches no name. Pure.
     """
@@ -31,5 +33,5 @@ def frozen(names: Sequence[str], patterns: str) -> set[str]:
 
 
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return (name, parameter) of each parameter that is trained. Independent."""
+    """Return (name, parameter) of each parameter that is not frozen. Independent."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]

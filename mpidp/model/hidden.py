@@ -1,5 +1,5 @@
-"""Finds the hidden matrices of a model. The optimizers muon and normuon apply orthogonalized updates to these matrices. They
-apply AdamW to all other parameters."""
+"""Finds the hidden matrices of a model. The optimizers muon and normuon apply orthogonalized updates to these matrices, and
+AdamW to all other parameters."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ OUTER = ("embedding.weight", "head.weight", "positions.weight")  # the other mat
 
 
 def hidden_by_name(named: Iterable[tuple[str, nn.Parameter]]) -> frozenset[str]:
-    """Return the names of the hidden matrices of a built-in model: all matrices except embeddings and the head. named: (name,
-    parameter) pairs. Pure."""
+    """Return the names of the hidden matrices of a built-in model. These are all matrices except embeddings, learned positions
+    and the head. named: (name, parameter) pairs. Pure."""
     return frozenset(name for name, p in named if p.dim() == 2 and not name.endswith(OUTER))
 
 
 def hidden_of_own(module: nn.Module, vocab_size: int) -> frozenset[str]:
     """Return the names of the hidden matrices of a custom model.
 
-    If the model has an attribute `hidden_matrices`, this attribute is the list of their names. Otherwise the hidden matrices are
-    all parameters with two dimensions, except the weights of nn.Embedding and the head. The head is the last matrix with
-    vocab_size rows. Raises UsageError if hidden_matrices has a name that is not a parameter with two dimensions. Pure."""
+    If the model has an attribute `hidden_matrices`, it lists these names. Otherwise the hidden matrices are all parameters with
+    two dimensions, except the weights of nn.Embedding and the head. Among these parameters, the head is the last one with
+    `vocab_size` rows that is not the weight of an nn.Embedding. Raises UsageError if hidden_matrices has a name that is not a
+    parameter with two dimensions. Pure.
+    """
     matrices = {name: p for name, p in module.named_parameters() if p.dim() == 2}
     given = getattr(module, "hidden_matrices", None)
     if given is not None:

@@ -1,8 +1,8 @@
-"""Stores the key-value caches of several sequences of equal length in common tensors. Attention then computes them together. Pure
-torch.
+"""Stores the key-value caches of several sequences of equal length in common tensors. Attention then computes these sequences
+together. Pure torch.
 
-With one CPU thread, the attention of a sequence has the same bits alone and together with other sequences. With several threads,
-the number of sequences changes how matrix products are divided among the threads, so the bits can differ.
+With one CPU thread, a sequence has the same bits as if it were computed alone. With several threads, the bits can differ,
+because the number of sequences changes how matrix products are divided among the threads.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from mpidp.model.cache import Cache, Kept, joined
 
 
 def is_exact(device: torch.device) -> bool:
-    """Return whether attention of several sequences together has the same bits as attention of each sequence alone. Pure."""
+    """Return whether attention with joined caches gives each sequence the same bits as if it were computed alone. Pure."""
     return device.type == "cpu" and torch.get_num_threads() == 1
 
 
 def join(caches: list[Cache]) -> None:
-    """Copy the keys and values of caches into common tensors. Do nothing if the caches have different positions or are already
-    joined. Independent.
+    """Copy the keys and values of caches into common tensors. Do nothing if the caches have different numbers of positions, or
+    are already joined. Independent.
 
-    When a sequence ends, call join() for the caches of the other sequences. This copies them again.
+    When a sequence ends, call join() again for the other caches, which copies them again.
     """
     length, counts, joint = caches[0].length, caches[0].counts, Kept()
     if len(caches) < 2 or any((c.length, c.counts) != (length, counts) for c in caches) or joined(caches):

@@ -1,4 +1,4 @@
-"""Maps model.kind to a shape class, and a shape class to a model class. No other file does this. Pure."""
+"""Maps model.kind to a shape class, and a shape class to a model class. Pure."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ MODELS: dict[type, Any] = {TransformerShape: Transformer, LSTMShape: LSTM, Custo
 
 
 def make_model(shape: Shape, seed: int = 0, part: Part | None = None) -> Any:
-    """Make the model, or a part of it, with parameters initialized from the seed. Pure.
+    """Return the model, or a part of it, with parameters initialized from the seed. Pure.
 
-    Raises UsageError if the factory of a custom model fails.
+    part: None means the whole model. Raises UsageError if the factory of a custom model fails.
     """
     return MODELS[type(shape)](shape, seed, part)
 
 
 def check_named(kind: Any, named: str, where: object) -> None:
-    """Raise UsageError if a file of a run names a custom model that the user did not name. Pure.
+    """Raise UsageError if a file of a run names a custom model, and the command line does not name it. Pure.
 
-    Opening a run from another person must not import or call anything that its files name. kind: model.kind in the file `where`.
-    named: model.kind on the user's own command line, "" if it is not there. Raises DataError if `kind` is not a string.
+    Without this check, opening another person's run could execute code that only its files name. kind: model.kind in the file
+    `where`. named: model.kind on the command line, or "". Raises DataError if `kind` is not a string.
     """
     if not isinstance(kind, str):
         raise DataError(f"{where}: model.kind={kind!r} is not a string: the file is damaged")
@@ -43,11 +43,11 @@ def check_named(kind: Any, named: str, where: object) -> None:
 
 
 def saved_shape(kind: str, saved: Mapping[str, Any], named: str = "", where: object = "the checkpoint") -> Shape:
-    """Return the shape saved in a checkpoint of a run with this model.kind. Pure.
+    """Return the model shape that a checkpoint contains. Pure.
 
-    named: see check_named. Raises UsageError if the run has a custom model and `named` is not its kind. Raises TypeError if the
-    saved fields are those of another kind. Raises ValueError if an option of the Transformer is invalid, or if the saved
-    arguments of a custom model are not plain values.
+    kind: model.kind of the run. saved: the fields of the shape. named, where: see check_named(). Raises UsageError if
+    check_named() does. Raises TypeError if `saved` has the fields of another kind. Raises ValueError if an option of the
+    Transformer is invalid, or if the arguments of a custom model are not plain values.
     """
     check_named(kind, named, where)
     if kind in SHAPES:

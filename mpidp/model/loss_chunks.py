@@ -1,5 +1,4 @@
-"""Chooses the number of positions for which the head and the loss are computed at a time (train.loss). Imports neither torch nor
-MPI."""
+"""Chooses the number of positions per chunk of the loss (train.loss). Imports neither torch nor MPI."""
 
 from __future__ import annotations
 
@@ -10,10 +9,11 @@ AUTO_CHUNKS = 4  # train.loss=auto uses chunks only if there are at least this m
 
 
 def chunk_rows(loss: str, shape: Shape, positions: int) -> int:
-    """Return the number of positions per chunk, or 0 if the loss is computed from all logits. The result does not depend on the
-    rank.
+    """Return the number of positions per chunk, or 0 if the loss is computed from all logits at once. All ranks get the same
+    result.
 
-    loss: train.loss. positions: number of positions of a full micro-batch. Pure."""
+    loss: train.loss. positions: number of positions of a full micro-batch. Pure.
+    """
     if not isinstance(shape, TransformerShape) or loss == "whole":
         return 0
     rows = max(64, CHUNK_LOGITS // shape.vocab_size // 64 * 64)

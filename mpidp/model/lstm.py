@@ -1,8 +1,8 @@
 """An LSTM language model (Hochreiter 1997). Dropout is placed as in Zaremba 2014. Pure torch, no MPI.
 
-It consists of an embedding, num_layers LSTMs of width model_dim, and a projection to the vocabulary. The projection may share the
-embedding's weight (Press 2017). The hidden state is zero at the start of each window, because windows are shuffled. Therefore the
-result of a micro-batch does not depend on the rank that computes it. B: batch, T: positions, D: model_dim, V: vocabulary.
+It consists of an embedding, num_layers LSTMs of width model_dim, and a projection to the vocabulary. The projection may share
+the embedding's weight (Press 2017). The hidden state is zero at the start of each training window. B: batch, T: positions, D:
+model_dim, V: vocabulary.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class LSTM(nn.Module):
     recompute = False
 
     def new_cache(self, positions: int) -> None:
-        """Return None: this model generates without a cache. Independent."""
+        """Return None, because this model generates without a cache. Independent."""
 
     def __init__(self, shape: LSTMShape, seed: int = 0, part: Part | None = None) -> None:
-        """Make the layers. They are initialized on the CPU, so a seed gives the same float32 values on every device."""
+        """Make the layers, and initialize them on the CPU. A seed gives the same float32 values on every device."""
         super().__init__()
         self.shape, self.part = shape, part or whole(shape)
         d = shape.model_dim
@@ -43,8 +43,8 @@ class LSTM(nn.Module):
     def _initialise(self, seed: int) -> None:
         """Initialize the parameters.
 
-        The weights of embedding and head are drawn from a normal distribution with std 1/sqrt(D). The matrices of LSTM layers are
-        drawn uniformly from +-1/sqrt(D). The biases of forget gates are 1 (Jozefowicz 2015), and other biases are 0.
+        The weights of embedding and head are drawn from a normal distribution with std 1/sqrt(D). The matrices of LSTM layers
+        are drawn uniformly from +-1/sqrt(D). The biases of forget gates are 1 (Jozefowicz 2015), and other biases are 0.
         """
         generator, bound, d = torch.Generator().manual_seed(seed), 1.0 / math.sqrt(self.shape.model_dim), self.shape.model_dim
         for name, p in sorted(self.named_parameters()):
@@ -63,7 +63,7 @@ class LSTM(nn.Module):
         """Return logits (B, T, V) of the next token.
 
         x: tokens (B, T) int64. positions: ignored. key: the dropout key, an int64 scalar tensor, or None for no dropout
-        (evaluation). Raises UsageError if doc_ids is given, because the state would have to be reset within a window.
+        (evaluation). Raises UsageError if doc_ids is given, because packed documents are not supported.
         """
         if doc_ids is not None:
             raise UsageError.on_every_rank(

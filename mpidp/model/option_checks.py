@@ -42,7 +42,7 @@ def option_problems(shape: TransformerShape) -> Iterator[str]:
 
 
 def _contradictions(shape: TransformerShape) -> Iterator[str]:
-    """Yield a message for each option that has no effect, or no meaning, together with the other options."""
+    """Yield a message for each option that has no effect or no meaning with the other options."""
     changed = shape.changed()
     without = {
         "window_layers": ("model.window above 0", shape.window > 0),
@@ -66,8 +66,8 @@ def _contradictions(shape: TransformerShape) -> Iterator[str]:
 
 
 def scaling_problems(name: str, text: str, dims: int) -> Iterator[str]:
-    """Yield a message if the rotary scaling `text` of the option `name` is invalid, or does not fit `dims` rotary dimensions.
-    Pure."""
+    """Yield a message if a rotary scaling is invalid or does not fit the model. name: the option that contains the scaling.
+    text: its value. dims: number of rotated dimensions of a head. Pure."""
     try:
         scaling = rope_scaling(text)
     except ValueError as error:

@@ -1,7 +1,8 @@
-"""The options of the Transformer. Their defaults give LLaMA, and other model families need other values. Pure, without torch.
+"""The options of the Transformer. The defaults give LLaMA, and other values give other model families. Pure, without torch.
 
-The settings model.* have the same names and defaults (mpidp/config/model_settings.py). rotary_layers and window_layers have one
-letter per layer. If there are more layers, the letters are repeated. For example, "yyyn" makes every fourth layer different.
+The settings model.* have the same names and defaults (mpidp/config/model_settings.py). The options rotary_layers and
+window_layers have one letter per layer. If they have fewer letters than the model has layers, the letters are repeated. For
+example, rotary_layers="yyyn" means that every fourth layer has no rotary positions.
 """
 
 from __future__ import annotations
@@ -56,17 +57,17 @@ class TransformerOptions:
         return self.window if letters[layer % len(letters)] == "w" else 0
 
     def biased(self) -> set[str]:
-        """Return the names of the layers of a block that have a bias: some of q, k, v, o, gate, up, down. Pure."""
+        """Return the names of the layers of a block that have a bias. Possible names are q, k, v, o, gate, up and down. Pure."""
         of_attention = {name.strip() for name in self.attention_bias.split(",") if name.strip()}
         return of_attention | ({"gate", "up", "down"} if self.mlp_bias else set())
 
     def norms(self) -> tuple[str, ...]:
-        """Return the names of the norms of a block, without those of queries and keys. Pure."""
+        """Return the names of the norms of a block. Norms of queries and keys are left out. Pure."""
         before = ("attention_norm", "feed_forward_norm") if self.norm_place != "after" else ()
         return before + (("attention_out_norm", "feed_forward_out_norm") if self.norm_place != "before" else ())
 
     def changed(self) -> dict[str, Any]:
-        """Return the options that differ from their defaults, by name. Pure."""
+        """Return {name: value} for the options that differ from their defaults. Pure."""
         values = {name: getattr(self, name) for name in DEFAULTS}
         return {name: value for name, value in values.items() if value != DEFAULTS[name]}
 

@@ -1,10 +1,10 @@
 """Custom models: model.kind=MODULE:FACTORY. Pure torch, no MPI.
 
-FACTORY is a subclass of nn.Module, or a function whose return annotation is such a class. Other callables are rejected. This
-check does not protect against a RUN from an untrusted source, because importing MODULE already executes code. kinds.check_named
-protects against such a RUN. FACTORY is called with keyword arguments: vocab_size, the settings of section model that it accepts
-(seq_len, num_layers, model_dim, dropout, ...), and the arguments in model.options. The model maps tokens (B, T) int64, 1 <= T <=
-seq_len, to logits (B, T, V) of the next token. Logits must not depend on later tokens.
+FACTORY is a subclass of nn.Module, or a function whose return annotation is such a class. It is called with keyword arguments.
+These are vocab_size, the arguments in model.options, and the settings of section model that FACTORY accepts (seq_len,
+num_layers, model_dim, dropout, ...). The model maps tokens (B, T) int64, 1 <= T <= seq_len, to logits (B, T, V) of the next
+token. Logits must not depend on later tokens. Importing MODULE executes its code. For a RUN from an untrusted source, call
+kinds.check_named() first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mpidp.model.shape import CustomShape
 
 
 class CustomModel(nn.Module):
-    """Gives the user's model the interface of mpidp's models: tokens (B, T) -> logits (B, T, V).
+    """Gives the user's model the interface of mpidp's models. It maps tokens (B, T) to logits (B, T, V).
 
     Parameters keep their names.
     """
@@ -34,16 +34,16 @@ class CustomModel(nn.Module):
     recompute = False
 
     def new_cache(self, positions: int) -> None:
-        """Return None: custom models generate without a cache. Independent."""
+        """Return None, because custom models generate without a cache. Independent."""
 
     def __init__(self, shape: CustomShape, seed: int = 0, part: Part | None = None) -> None:
-        """Call the factory with torch's generator seeded by `seed`. Raises UsageError if the factory fails."""
+        """Call the factory. torch's generator has the seed `seed` during this call. Raises UsageError if the factory fails."""
         super().__init__()
         self.shape, self.part = shape, part or whole(shape)
         self.own = _make(shape.factory, shape.arguments, seed)
 
     def named_parameters(self, *args: Any, **more: Any) -> Any:
-        """Yield the names, without a prefix, and the parameters of the user's model. Independent."""
+        """Yield (name, parameter) of the user's model. Names have no prefix. Independent."""
         return self.own.named_parameters(*args, **more)
 
     def forward(
@@ -51,8 +51,8 @@ class CustomModel(nn.Module):
     ) -> Tensor:
         """Return logits (B, T, V) for tokens x (B, T) int64.
 
-        key: seeds torch's generators, so that random numbers (dropout) depend on the micro-batch and not on the rank. Raises
-        UsageError if doc_ids is given: custom models do not support packed documents.
+        key: a seed for torch's generators, or None. It makes random numbers (dropout) independent of the rank. positions:
+        ignored. Raises UsageError if doc_ids is given, because packed documents are not supported.
         """
         if doc_ids is not None:
             raise UsageError.on_every_rank(
@@ -63,7 +63,8 @@ class CustomModel(nn.Module):
         return self.own(x)
 
     def facts(self) -> dict[str, str]:
-        """Return a hash of each buffer. Buffers are not broadcast, so they must be equal on all ranks. Independent."""
+        """Return {name: hash} for the buffers of the model. Buffers are not broadcast, so ranks compare these hashes.
+        Independent."""
         found = {}
         for name, buffer in self.own.named_buffers():
             found[f"buffer {name}"] = hashlib.sha256(repr(buffer.tolist()).encode()).hexdigest()[:16]
@@ -71,10 +72,7 @@ class CustomModel(nn.Module):
 
 
 def set_generator(key: int, device: torch.device) -> None:
-    """Seed torch's generators of the CPU and of this device. Independent.
-
-    torch.manual_seed is not used, because it would also queue a call for each unused device.
-    """
+    """Seed torch's generators of the CPU and of `device` with `key`. Independent."""
     torch.default_generator.manual_seed(key)
     if device.type == "cuda":
         torch.cuda.manual_seed(key)
@@ -83,8 +81,8 @@ def set_generator(key: int, device: torch.device) -> None:
 def shape_of(kind: str, settings: Mapping[str, Any], changed: Mapping[str, Any], vocab_size: int, seed: int) -> CustomShape:
     """Make the model once, test it, and return its shape.
 
-    settings: all settings of section model, by name. changed: those that differ from their defaults. Raises UsageError if the
-    model cannot be trained. Independent.
+    settings: all settings of section model, by name. changed: the settings that differ from their defaults. Raises UsageError if
+    the model cannot be trained. Independent.
     """
     options = options_of(settings["options"])
     unused = {"kind", "options", *(OPTIONS.keys() - changed.keys())}  # unchanged options of the Transformer are not passed on
@@ -107,9 +105,10 @@ def shape_of(kind: str, settings: Mapping[str, Any], changed: Mapping[str, Any],
 
 
 def options_of(text: str) -> dict[str, Any]:
-    """Parse model.options, e.g. "width=64,act=gelu". Values that are numbers, true or false are converted. Pure.
+    """Return the arguments in model.options, by name. An example of `text` is "width=64,act=gelu". A value that is a number,
+    true or false is converted. Pure.
 
-    Raises UsageError if an option is not NAME=VALUE.
+    Raises UsageError if an entry is not NAME=VALUE.
     """
     found: dict[str, Any] = {}
     for option in filter(None, (part.strip() for part in text.split(","))):
@@ -132,8 +131,8 @@ def _value(raw: str) -> Any:
 
 
 def _find(kind: str) -> Callable[..., nn.Module]:
-    """Import the factory that model.kind names. Raises UsageError if the factory does not exist or does not make an nn.Module.
-    Independent."""
+    """Import the factory that model.kind names, and return it. Raises UsageError if it does not exist, or does not make an
+    nn.Module. Independent."""
     module, _, name = kind.partition(":")
     try:
         factory = getattr(importlib.import_module(module), name, None)
@@ -192,8 +191,8 @@ def _check_parameters(kind: str, model: nn.Module) -> None:
 def _try(kind: str, model: nn.Module, vocab_size: int, seq_len: int) -> None:
     """Run the model in training and evaluation mode.
 
-    Raises UsageError if the logits have a wrong size, have no gradient, or depend on later tokens. Also raises UsageError if
-    training changes a buffer, because the buffer would then depend on which micro-batches a rank computes.
+    Raises UsageError if the logits have a wrong size, have no gradient, or depend on later tokens. Also raises UsageError if a
+    forward pass in training mode changes a buffer.
     """
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     tokens = torch.arange(2 * seq_len).view(2, seq_len) % vocab_size

@@ -1,12 +1,14 @@
 """Determines which part of the Transformer a rank has. Pure.
 
 With pipeline parallelism, a rank has some of the layers. With tensor parallelism (Shoeybi 2019, Megatron-LM, section 3), it has
-some heads and hidden channels of each layer, and some rows of the vocabulary. The weights and biases of query, key, value, gate
-and up are split by rows. The weights of the output layers o and down are split by columns. Therefore each residual branch needs
-only one sum over the ranks. The biases of o and down are replicated and added after this sum. Embedding and head are split by
-vocabulary. Learned positions and norms are replicated, except norms over all heads together (model.qk_norm=layer), which are
-split by heads. Between branches, a rank has the hidden states of all positions. With sequence parallelism, it has only those of
-its own positions (Korthikanti 2022, section 4.2.2).
+some heads and hidden channels of each layer, and some rows of the vocabulary. The weights and biases of q, k, v, gate and up are
+split by rows. The weights of o and down are split by columns, so the outputs of a branch are summed over the ranks. The biases
+of o and down are replicated, and added after this sum. Embedding and head are split by rows. Learned positions and norms are
+replicated, but norms over all heads together (model.qk_norm=layer) are split by heads. Between branches, a rank has the hidden
+states of all positions. With sequence parallelism, it has only those of its own positions (Korthikanti 2022, section 4.2.2).
+
+An adapter adds B A to a weight (lora.py). If the weight is split by rows, B is split by rows and A is replicated. If the weight
+is split by columns, A is split by columns and B is replicated.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from mpidp.model.shape import Shape, TransformerShape
 
 TABLES = ("embedding", "positions")  # parameters of the first stage
 ROWS = ("embedding", "head", "q", "k", "v", "gate", "up")  # layers whose weight and bias are split by rows
-COLUMNS = ("attention.o.weight", "feed_forward.down.weight")  # parameters that are split by columns
+COLUMNS = tuple(f"{layer}.{part}" for layer in ("attention.o", "feed_forward.down") for part in ("weight", "lora_a"))
 HEAD_NORMS = ("q_norm", "k_norm")
 
 
@@ -41,26 +43,29 @@ class Part:
         return [layer for chunk in self.chunks for layer in chunk]
 
     def chunk_of(self, name: str) -> int:
-        """Return the chunk that contains a parameter of this part. Pure."""
+        """Return the index of the chunk that contains the parameter `name`. Pure."""
         names = name.split(".")
         if names[0] == "blocks":
             return next(i for i, layers in enumerate(self.chunks) if int(names[1]) in layers)
         return 0 if names[0] in TABLES else len(self.chunks) - 1
 
     def own_range(self, count: int) -> range:
-        """Return this rank's range of `count` rows, channels or heads, divided as evenly as possible. Pure."""
+        """Return this rank's range of `count` rows, channels or heads. They are divided among the tensor-parallel ranks as
+        evenly as possible. Pure."""
         return range(self.index * count // self.size, (self.index + 1) * count // self.size)
 
     def positions(self, count: int) -> range:
-        """Return the positions whose hidden states this rank has between branches. count: positions of a sequence. Pure."""
+        """Return the positions whose hidden states this rank has between branches. count: number of positions of a sequence.
+        Pure."""
         return self.own_range(count) if self.sequence else range(count)
 
     def global_name(self, name: str) -> str:
-        """Return the name that a parameter has in the whole model. The name of a tied head is "embedding.weight". Pure."""
+        """Return the whole model's name of the parameter `name`. For a tied head, this is "embedding.weight". Otherwise it is
+        `name`. Pure."""
         return "embedding.weight" if self.tied and name == "head.weight" else name
 
     def box(self, name: str, size: tuple[int, ...]) -> tuple[slice, ...]:
-        """Return this rank's box of a parameter. name, size: the name and shape of the parameter in the whole model. Pure."""
+        """Return this rank's box of a parameter. name, size: its name and shape in the whole model. Pure."""
         dim, found = self._dim(name), [slice(0, length) for length in size]
         if dim is not None:
             unit = self.head_dim if ".attention." in name else 1  # heads are never split
@@ -69,8 +74,8 @@ class Part:
         return tuple(found)
 
     def slices(self, name: str, size: tuple[int, ...], count: int) -> tuple[int, list[int]] | None:
-        """Return (the dimension along which a parameter is split, the lengths of this rank's slices). Return None if each rank
-        has the whole parameter. name, size: as in box(). count: number of slices of the whole model (model.slices). Pure."""
+        """Return (the dimension in which a parameter is split, the lengths of this rank's slices). If each rank has the whole
+        parameter, return None. name, size: see box(). count: number of slices of the whole model (model.slices). Pure."""
         if (dim := self._dim(name)) is None:
             return None
         mine = range(self.index * count // self.size, (self.index + 1) * count // self.size)
@@ -78,15 +83,15 @@ class Part:
         return dim, [one.stop - one.start for one in boxes]
 
     def _dim(self, name: str) -> int | None:
-        """Return the dimension along which a parameter is split, or None if each rank has the whole parameter."""
+        """Return the dimension in which a parameter is split. If each rank has the whole parameter, return None."""
         layer = name.rpartition(".")[0].rpartition(".")[2]
         if name.endswith(COLUMNS):
             return 1
-        return 0 if layer in ROWS or (self.norms_all_heads and layer in HEAD_NORMS) else None
+        rows = layer in ROWS and not name.endswith(".lora_a")
+        return 0 if rows or (self.norms_all_heads and layer in HEAD_NORMS) else None
 
     def has(self, name: str) -> bool:
-        """Return whether this rank has a section of a parameter, or the whole parameter. name: the name in the whole model.
-        Pure."""
+        """Return whether this rank has a parameter or a section of it. name: its name in the whole model. Pure."""
         names = name.split(".")
         if names[0] == "blocks":
             return int(names[1]) in self.layers
@@ -95,25 +100,24 @@ class Part:
         return self.has_head and (names[0] != "embedding" or self.tied) or names[0] == "embedding" and self.has_embedding
 
     def sizes(self, whole: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of this rank's parameters. whole: shapes in the whole model. Pure."""
+        """Return the shapes of this rank's parameters, by name. whole: the shapes in the whole model. Pure."""
         return {name: tuple(s.stop - s.start for s in self.box(name, size)) for name, size in whole.items() if self.has(name)}
 
     def is_cut(self, name: str) -> bool:
-        """Return whether a parameter is split over the tensor-parallel ranks. Pure."""
+        """Return whether the parameter `name` is split over the tensor-parallel ranks. Pure."""
         return self.size > 1 and self._dim(name) is not None
 
 
 def whole(shape: Shape) -> Part:
-    """Return the part that is the whole model. Pure."""
+    """Return a Part that is the whole model. Pure."""
     return Part((range(shape.num_layers),), tied=shape.tie_embeddings, head_dim=shape.head_dim)
 
 
-def part_of(
-    shape: Shape, stage: int, stages: int, index: int, size: int, sequence: bool = False, chunks: int = 1
-) -> Part:
-    """Return the part of a rank in pipeline stage `stage` of `stages`, with tensor-parallel index `index` of `size`.
+def part_of(shape: Shape, stage: int, stages: int, index: int, size: int, sequence: bool = False, chunks: int = 1) -> Part:
+    """Return the Part of a rank. stage: the rank's pipeline stage, from 0. stages: number of stages. index: the rank's
+    tensor-parallel index, from 0. size: number of tensor-parallel ranks.
 
-    sequence: whether to use sequence parallelism. chunks: number of chunks of layers per stage (mesh.interleave). Pure.
+    sequence: whether to use sequence parallelism. chunks: number of chunks per stage (mesh.interleave). Pure.
     """
     runs = tuple(stage_layers(shape, stages * chunks)[stage::stages])
     together = isinstance(shape, TransformerShape) and shape.qk_norm == "layer"
@@ -121,11 +125,11 @@ def part_of(
 
 
 def stage_layers(shape: Shape, stages: int) -> list[range]:
-    """Divide the layers into stages so that the slowest stage is as fast as possible. Each stage has at least one layer, and its
-    layers are consecutive.
+    """Return the layers of each stage. A stage has at least one layer, and its layers are consecutive. The division makes the
+    slowest stage as fast as possible.
 
-    The time of a stage is estimated by its floating-point operations per token, including the operations of the head. If only
-    some layers have sliding windows, the mean time over all layers is used for every layer. Pure.
+    The time of a stage is estimated by its floating-point operations per token, including those of the head. If only some layers
+    have sliding windows, the mean time over all layers is used for every layer. Pure.
     """
     if not isinstance(shape, TransformerShape) or stages == 1:
         return [range(shape.num_layers)]
@@ -145,8 +149,8 @@ def stage_layers(shape: Shape, stages: int) -> list[range]:
 
 
 def check_split(shape: Shape, tp: int, pp: int, chunks: int = 1) -> None:
-    """Raise UsageError if the model cannot be split into tp x pp parts with this many chunks. The message suggests the nearest
-    possible values. Pure."""
+    """Raise UsageError if the model cannot be split over tp x pp ranks with `chunks` chunks per stage. The message suggests the
+    nearest possible values. Pure."""
     if not isinstance(shape, TransformerShape):
         if tp * pp > 1:
             raise UsageError(f"tp={tp}, pp={pp}: only model.kind=transformer can be split over ranks: use tp=1 and pp=1")
@@ -177,7 +181,7 @@ def check_split(shape: Shape, tp: int, pp: int, chunks: int = 1) -> None:
 
 
 def check_slices(shape: Shape, slices: int, tp: int) -> None:
-    """Raise UsageError if a model cannot be cut into this many slices, or tp ranks cannot divide them evenly. Pure."""
+    """Raise UsageError if a model cannot be cut into `slices` slices, or if `tp` ranks cannot divide the slices evenly. Pure."""
     if slices == 1 or not isinstance(shape, TransformerShape):
         return
     if slices % tp:

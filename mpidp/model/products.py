@@ -1,8 +1,7 @@
 """Matrix products of linear layers in training on CPUs. Pure torch, no MPI.
 
-torch computes float32 products with MKL. On AMD CPUs, MKL does not use AVX-512. oneDNN, which is also part of torch, uses AVX-512
-and takes about half the time. The bits of oneDNN's products depend neither on the number of threads nor on the number of rows
-(tests/unit/test_products.py).
+On AMD CPUs with AVX-512, large float32 products are computed by oneDNN, in about half the time of torch's default library MKL.
+The bits of these products depend neither on the number of threads nor on the number of rows (tests/unit/test_products.py).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ KIND = _kind()  # the library that computes large float32 products in training o
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x W^T + bias, (..., outputs). x: (..., inputs). weight: (outputs, inputs). Pure."""
+    """Return x W^T + bias, (..., outputs). x: (..., inputs). weight: W, (outputs, inputs). Pure."""
     if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not _suits_onednn(x, weight):
         return F.linear(x, weight, bias)
     found: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
@@ -39,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x W^T as linear() does in training, for code that computes its gradients itself. Pure."""
+    """Return x W^T with the same bits as linear() in training. Use it in code that computes its gradients itself. Pure."""
     return _product(x, weight) if _suits_onednn(x, weight) else F.linear(x, weight)
 
 
@@ -70,7 +69,7 @@ def _shape_of_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """A matrix product computed by oneDNN. For backward, it saves the same tensors as F.linear."""
+    """A matrix product computed by oneDNN."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -92,7 +91,7 @@ class _Linear(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """torch's linear layer, with the faster matrix products of this module."""
+    """torch's linear layer, computed by linear()."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + bias."""

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su 2021), with the scalings of rope_scaling.py. Of R rotated dimensions of a head, dimension i
+"""Rotary position embeddings (Su 2021), with the scalings of rope_scaling.py. R dimensions of a head are rotated. Dimension i
 forms a pair with dimension i + R/2. Pure torch, no MPI."""
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from mpidp.model.shape import TransformerShape
 
 
 def rope_table(dims: int, length: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the rotary angles, each (length, dims). The second half of a row of cos repeats the first. The first
-    half of a row of sin is the negative of the second.
+    """Return (cos, sin) of the rotary angles, each (length, dims). In each row of cos, the second half is equal to the first. In
+    each row of sin, the first half is the negative of the second.
 
-    dims: number of rotated dimensions. length: number of positions; longrope chooses its factors by this number.
+    dims: number of rotated dimensions. length: number of positions. The scaling longrope chooses its factors by `length`.
     """
     frequency = theta ** (-torch.arange(0, dims, 2, dtype=torch.float32) / dims)
     if scaling is not None:
@@ -29,8 +29,8 @@ def rope_table(dims: int, length: int, theta: float, scaling: RopeScaling | None
 
 
 def _scaled(frequency: Tensor, theta: float, length: int, scaling: RopeScaling) -> Tensor:
-    """Return the scaled frequencies. The variable fast is 0 for low frequencies, which are divided by the factor, and 1 for high
-    frequencies, which are kept."""
+    """Return the scaled frequencies. The variable `fast` is the share of a frequency that is kept. The rest is divided by the
+    factor."""
     if scaling.kind == "linear":
         return frequency / scaling.factor
     if scaling.kind == "longrope":
@@ -44,11 +44,11 @@ def _scaled(frequency: Tensor, theta: float, length: int, scaling: RopeScaling) 
 
 
 def _yarn(dims: int, theta: float, scaling: RopeScaling) -> Tensor:
-    """Return the share of each pair's frequency that is kept. The share falls from 1 to 0 along a ramp (Peng 2023, section
+    """Return, for each pair, the share of its frequency that is kept. The share falls linearly from 1 to 0 (Peng 2023, section
     3.2)."""
 
     def pair(turns: float) -> float:
-        """Return the index of the pair that makes this many full turns over the original context."""
+        """Return the index of the pair that makes `turns` full turns in the original context. The index may be a fraction."""
         return dims * math.log(scaling.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = pair(scaling.high), pair(scaling.low)
@@ -60,7 +60,8 @@ def _yarn(dims: int, theta: float, scaling: RopeScaling) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions to the first R dimensions. x: (B, H, T, E). cos, sin: (T, R) or (B, 1, T, R), 0 <= R <= E."""
+    """Return x with rotary positions applied to the first R dimensions. x: (B, H, T, E). cos, sin: (T, R) or (B, 1, T, R), 0 <=
+    R <= E."""
     dims = cos.shape[-1]
     if dims == 0:
         return x
@@ -70,10 +71,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def tables_of(shape: TransformerShape) -> dict[str, Tensor]:
-    """Return the tables of a model by buffer name: cos and sin, and window_cos and window_sin if layers with a window have their
-    own theta.
+    """Return the rotary tables of a model, by buffer name. The names are cos and sin. If layers with a window have their own
+    theta, window_cos and window_sin are added.
 
-    With learned positions the tables have no columns.
+    With learned positions, the tables have no columns.
     """
     dims = (shape.rotary_dims or shape.head_dim) if shape.positions == "rotary" else 0
     cos, sin = rope_table(dims, shape.seq_len, shape.rope_theta, rope_scaling(shape.rope_scaling))

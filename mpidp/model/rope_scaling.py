@@ -1,18 +1,19 @@
-"""Parses model.rope_scaling, a scaling of rotary positions for contexts longer than those of the original training. Pure, without
-torch.
+"""Parses model.rope_scaling, a scaling of rotary positions for contexts longer than those of the original training. Pure,
+without torch.
 
 | text | frequency of a pair of dimensions |
 |---|---|
 | linear:FACTOR | divided by FACTOR (position interpolation, Chen 2023) |
 | llama3:FACTOR,LOW,HIGH,ORIGINAL | low: divided by FACTOR, high: kept, others: interpolated (Llama 3.1) |
-| yarn:FACTOR,ORIGINAL,FAST,SLOW,ATTENTION,TRUNCATE | as llama3, with LOW=SLOW, HIGH=FAST; cos and sin x ATTENTION (Peng 2023) |
+| yarn:FACTOR,ORIGINAL,FAST,SLOW,ATTENTION,TRUNCATE | low: divided by FACTOR, high: kept, others: interpolated (Peng 2023) |
 | longrope:ORIGINAL,ATTENTION,S1,...,Sn,L1,...,Ln | pair i is divided by Si, or by Li if seq_len > ORIGINAL (Ding 2024) |
 
-ORIGINAL is the context length of the original training. In llama3, low frequencies have wavelengths above ORIGINAL / LOW, and
-high frequencies have wavelengths below ORIGINAL / HIGH. The last four numbers of yarn may be omitted. Their defaults are FAST=32,
-SLOW=1, ATTENTION=0.1 ln(FACTOR) + 1, and TRUNCATE=1. ATTENTION=0 also selects the default. TRUNCATE=1 rounds the limits to whole
-dimensions. In longrope, n is half the number of rotary dimensions, and cos and sin are multiplied by ATTENTION. transformers
-chooses S or L for each input, by the input's length. mpidp chooses once, by model.seq_len.
+ORIGINAL is the context length of the original training. In llama3, a frequency is low if its wavelength is above ORIGINAL / LOW,
+and high if its wavelength is below ORIGINAL / HIGH. In yarn, these limits are ORIGINAL / SLOW and ORIGINAL / FAST. TRUNCATE=1
+rounds the limits to whole dimensions. The last four numbers of yarn may be omitted. Their defaults are FAST=32, SLOW=1,
+ATTENTION=0 and TRUNCATE=1. ATTENTION=0 stands for 0.1 ln(FACTOR) + 1. In yarn and longrope, cos and sin are multiplied by
+ATTENTION. In longrope, n is half the number of rotated dimensions. mpidp chooses S or L by model.seq_len. transformers chooses
+by the length of each input.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ COUNTS = {"linear": (1, 1), "llama3": (4, 4), "yarn": (2, 6), "longrope": (4, 2*
 
 
 class RopeScaling(NamedTuple):
-    """A rotary scaling. Each kind uses some of the fields."""
+    """A rotary scaling. Fields that its kind does not use have their defaults."""
 
     kind: str
     factor: float = 1.0
@@ -42,7 +43,8 @@ class RopeScaling(NamedTuple):
 
 
 def rope_scaling(text: str) -> RopeScaling | None:
-    """Parse a text of the table above. Returns None for "". Raises ValueError if the text is invalid. Pure."""
+    """Return the scaling that `text` describes. The table at the beginning of this file has the forms of `text`. Return None for
+    "". Raises ValueError if the text is invalid. Pure."""
     if not text:
         return None
     kind, _, rest = text.partition(":")
@@ -58,7 +60,7 @@ def rope_scaling(text: str) -> RopeScaling | None:
 
 
 def _made(kind: str, numbers: tuple[float, ...]) -> RopeScaling:
-    """Return the scaling. Raises ValueError if a number is outside its limits."""
+    """Return a scaling of this kind. Raises ValueError if a number is outside its limits."""
     if kind == "linear":
         found, fits = RopeScaling(kind, numbers[0]), True
     elif kind == "llama3":

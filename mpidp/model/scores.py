@@ -1,9 +1,8 @@
 """Causal attention, softmax(scale Q K^T) V, with sliding windows and soft-caps. Pure torch, no MPI.
 
-No T x T matrix is stored. If there is neither a window nor a soft-cap, torch's scaled_dot_product_attention is used. With a
-window, the queries are divided into blocks. A block reads only the keys inside the windows of its queries. All blocks share one
-small mask. With a soft-cap, the scores of a block are computed explicitly, and computed again in backward. B: batch, H: heads, T:
-positions, E: head_dim.
+No T x T matrix is stored. With a window or a soft-cap, the queries are divided into blocks. With a window, a block reads only
+the keys inside the windows of its queries. With a soft-cap, the scores of a block are computed again in backward. B: batch, H:
+heads, T: positions, E: head_dim.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ ROWS = 128  # queries per block; the fastest of 64 to 1024 on CPUs (docs/results
 
 
 class Scores(NamedTuple):
-    """The options for computing the attention scores of a layer."""
+    """The options of a layer for attention scores."""
 
     window: int = 0  # a position attends to itself and the window - 1 positions before it; 0: to all positions before it
     scale: float | None = None  # q k^T is multiplied by this factor; None means E ** -0.5
@@ -27,20 +26,22 @@ class Scores(NamedTuple):
 
 
 def near(rows: Tensor, columns: Tensor, window: int) -> Tensor:
-    """Return whether each of the query positions `rows` (R,) may attend to each of the key positions `columns` (C,): (R, C)."""
+    """Return a bool mask (R, C). It says whether query position rows[r] may attend to key position columns[c]. rows: (R,).
+    columns: (C,). window: 0 means no window."""
     allowed = columns <= rows.unsqueeze(-1)
     return allowed & (columns > rows.unsqueeze(-1) - window) if window else allowed
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask that is added to scores: 0 where allowed, -inf elsewhere. Kernels would convert a bool mask at each call."""
+    """Return a mask that is added to scores: 0 where `allowed` is True, and -inf elsewhere."""
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, float("-inf"))
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, how: Scores) -> Tensor:
-    """Return attention (B, H, R, E) of queries q (B, H, R, E) over keys and values k, v (B, H, C, E).
+    """Return attention (B, H, R, E) of R queries over C keys and values. q: (B, H, R, E). k, v: (B, H, C, E).
 
-    mask: (B or 1, 1, R, C), bool or additive. None: all keys are allowed. how: the scale and the soft-cap. how.window is ignored.
+    mask: (B or 1, 1, R, C), bool or additive. If it is None, all keys are allowed. how: the scale and the soft-cap. how.window
+    is ignored.
     """
     if not how.cap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=how.scale)
@@ -49,11 +50,11 @@ def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, how: Scores) ->
 
 
 class _Capped(torch.autograd.Function):
-    """Attention with a soft-cap. It saves only its inputs, and computes the scores again in backward."""
+    """Attention with a soft-cap. It saves only its inputs. backward() computes the scores again."""
 
     @staticmethod
     def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, cap: float) -> tuple[Tensor, Tensor]:
-        """Return tanh(scores / cap) and the attention weights, each (B, H, R, C) float32."""
+        """Return (tanh(scores / cap), attention weights), each (B, H, R, C) float32."""
         bent = (q @ k.transpose(-2, -1)).float().mul_(scale / cap).tanh_()
         scores = bent * cap
         if mask is not None:
@@ -90,7 +91,8 @@ def causal(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
 
 
 def _blocks(q: Tensor, k: Tensor, v: Tensor, begin: int, window: int, how: Scores) -> Iterator[Tensor]:
-    """Yield the attention of each block of queries, beginning with the query at position `begin`. window: 0 means no window."""
+    """Yield the attention of each block of queries. The first block begins with the query at position `begin`. window: 0 means
+    no window."""
     t = q.shape[2]
     width = -(-window // 8) * 8 or t  # keys before a block's first query; GPU kernels need mask strides that are multiples of 8
     rows = torch.arange(min(ROWS, t), device=q.device)

@@ -1,4 +1,4 @@
-"""Model shapes: the settings that determine the names, sizes and cost of parameters. Pure, without torch."""
+"""Model shapes. A shape has the settings that determine the names, sizes and cost of parameters. Pure, without torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpidp.model.options import TransformerOptions
 
 @dataclass(frozen=True)
 class TransformerShape(TransformerOptions):
-    """The shape of the Transformer (transformer.py). The options of options.py are keyword arguments."""
+    """The shape of the Transformer (transformer.py). Give the options of options.py as keyword arguments."""
 
     vocab_size: int
     num_layers: int
@@ -34,11 +34,11 @@ class TransformerShape(TransformerOptions):
 
     @property
     def table_rows(self) -> int:
-        """The number of rows of the table of learned positions, 0 if there is none."""
+        """The number of rows of the table of learned positions. It is 0 if there is no such table."""
         return 0 if self.positions != "learned" else self.position_rows or self.seq_len
 
     def attended(self, layer: int) -> int:
-        """Return the largest number of positions that a position of a layer attends to, at most seq_len. Pure."""
+        """Return the largest number of positions that a position attends to in the layer `layer`. Pure."""
         return min(self.window_of(layer) or self.seq_len, self.seq_len)
 
 
@@ -62,14 +62,15 @@ class LSTMShape:
         return found if self.tie_embeddings else found | {"head.weight": (self.vocab_size, d)}
 
     def flops_per_token(self) -> float:
-        """Return 6 N for N matrix elements. Each element is used in one forward and two backward products per token."""
+        """Return 6 N, where N is the number of parameters without an untied embedding. Each is used in one forward and two
+        backward products per token."""
         embedding = 0 if self.tie_embeddings else self.vocab_size * self.model_dim
         return 6.0 * (num_parameters(self) - embedding)
 
 
 @dataclass(frozen=True)
 class CustomShape:
-    """The shape of a custom model (own.py), found by making the model once."""
+    """The shape of a custom model (own.py)."""
 
     vocab_size: int
     seq_len: int
@@ -82,15 +83,15 @@ class CustomShape:
 
     @property
     def num_layers(self) -> int:
-        """An upper bound on the number of layers, which is unknown: the number of parameter tensors."""
+        """An upper bound on the unknown number of layers. It is the number of parameter tensors."""
         return len(self.parameters)
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(size) for name, size in self.parameters}
 
     def flops_per_token(self) -> float:
-        """Return 6 N, where N is the number of matrix elements. This estimate assumes that
-        forward multiplies each matrix once per token, and that backward takes twice as many operations."""
+        """Return 6 N, where N is the number of elements of matrices. This estimate assumes that each matrix is used in one
+        forward and two backward products per token."""
         return 6.0 * sum(math.prod(size) for _, size in self.parameters if len(size) >= 2)
 
 
@@ -98,14 +99,13 @@ Shape: TypeAlias = TransformerShape | LSTMShape | CustomShape
 
 
 def default_hidden_dim(model_dim: int) -> int:
-    """Return 8/3 model_dim, rounded up to a multiple of 64. SwiGLU of this width has about as many parameters as an MLP of width
-    4 model_dim without a gate."""
+    """Return 8/3 model_dim, rounded up to a multiple of 64. With this width, SwiGLU has about as many parameters as an MLP
+    without a gate that has the width 4 model_dim."""
     return -(-(8 * model_dim) // (3 * 64)) * 64
 
 
 def num_parameters(shape: Shape) -> int:
-    """Return the number of parameters. A formula computes it, because making the model on torch's meta device would import
-    torch._dynamo."""
+    """Return the number of parameters, without making the model."""
     if not isinstance(shape, TransformerShape):
         return sum(math.prod(size) for size in shape.sizes().values())
     block, outside = (sum(map(math.prod, sizes.values())) for sizes in (block_sizes(shape), _outside_sizes(shape)))
@@ -115,9 +115,10 @@ def num_parameters(shape: Shape) -> int:
 def flops_per_token(shape: Shape, parameters: int) -> float:
     """Return floating-point operations per token, forward and backward: 6 N + 12 H E A (Chowdhery 2022, appendix B).
 
-    N: number of parameters without the tables of an untied embedding and of learned positions. H: number of heads. E: head size.
+    N: the number of parameters. Learned positions, and an untied embedding, are not counted. H: number of heads. E: head size.
     A: the number of positions that a position attends to, summed over the layers. In one layer this is seq_len, or the window if
-    it is shorter.
+    it is shorter. For an LSTM or a custom model, the result is shape.flops_per_token(). parameters: the number of all
+    parameters.
     """
     if not isinstance(shape, TransformerShape):
         return shape.flops_per_token()
@@ -128,7 +129,7 @@ def flops_per_token(shape: Shape, parameters: int) -> float:
 
 
 def block_sizes(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter of one block, by its name in the block. Pure."""
+    """Return {name in the block: shape} for the parameters of one block. Pure."""
     d, h, heads, kv = shape.model_dim, shape.hidden_dim, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     branches = {
         "attention": {"q": (heads, d), "k": (kv, d), "v": (kv, d), "o": (d, heads)},
@@ -154,7 +155,7 @@ def _norm_parts(shape: TransformerShape) -> tuple[str, ...]:
 
 
 def _outside_sizes(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter outside the blocks, by name."""
+    """Return {name: shape} for the parameters outside the blocks."""
     d = shape.model_dim
     found: dict[str, tuple[int, ...]] = {"embedding.weight": (shape.vocab_size, d)}
     found |= {f"norm.{part}": (d,) for part in _norm_parts(shape)}
@@ -164,7 +165,7 @@ def _outside_sizes(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
 
 
 def shapes_of(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter of the whole model, by name. Pure."""
+    """Return {name: shape} for the parameters of the whole model. Pure."""
     if not isinstance(shape, TransformerShape):
         return shape.sizes()
     block, found = block_sizes(shape), _outside_sizes(shape)

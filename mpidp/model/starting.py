@@ -1,6 +1,6 @@
-"""The model at the start of a run: base weights, LoRA adapters, and frozen parameters.
+"""Makes the model at the start of a run: base weights, LoRA adapters, and frozen parameters.
 
-A LoRA run's checkpoints contain only the adapters. Readers of such a checkpoint use this module to make the base model.
+The checkpoints of a LoRA run contain only the adapters. Code that reads them makes the base model with this module.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from mpidp.errors import UsageError
 from mpidp.model.frozen import frozen, trained
 from mpidp.model.kinds import make_model
-from mpidp.model.lora import A, B, adapters_of, attach
+from mpidp.model.lora import adapter_sizes, attach
 from mpidp.model.part import Part
 from mpidp.model.shape import Shape, TransformerShape, shapes_of
 
@@ -21,9 +21,9 @@ Settings = Mapping[str, Any]  # the run's settings, by section.key; runs of earl
 
 
 def base_weights(settings: Settings, shape: Shape, part: Part) -> Any:
-    """Make the model, or this part of it, with weights initialized from the seed and without adapters.
+    """Return the model, or this part of it, without adapters. Its weights are initialized from the seed.
 
-    The weights are on the CPU and are the same on every rank. Independent.
+    The weights are on the CPU. All ranks initialize a parameter to the same values. Independent.
     """
     model = make_model(shape, settings["train.seed"], part)
     if settings.get("model.zero_init", False) and isinstance(shape, TransformerShape):
@@ -34,38 +34,38 @@ def base_weights(settings: Settings, shape: Shape, part: Part) -> Any:
     return model
 
 
+def adapters(settings: Settings, shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters of the run's adapters in the whole model, by name. Without LoRA, return {}. Raises
+    UsageError in the same cases as prepared(). Pure."""
+    rank = settings.get("model.lora_rank", 0)
+    return adapter_sizes(shapes_of(shape), rank, settings["model.lora_targets"]) if rank else {}
+
+
 def prepared(model: Any, settings: Settings, shape: Shape, part: Part) -> Any:
     """Add the run's LoRA adapters to the model, freeze parameters, and return the model. Independent.
 
-    Raises UsageError if model.lora_targets or optim.freeze matches nothing, or if model.lora_rank is too large.
+    Raises UsageError if an entry of model.lora_targets or optim.freeze matches nothing, or if model.lora_rank is too large.
     """
     if rank := settings.get("model.lora_rank", 0):
         attach(model, rank, settings["model.lora_alpha"], settings["model.lora_targets"], settings["train.seed"])
     if patterns := settings.get("optim.freeze", ""):
         parameters = {part.global_name(name): p for name, p in model.named_parameters()}
         is_whole = part.has_embedding and part.has_head and len(part.layers) == shape.num_layers
-        for name in frozen(list(parameters if is_whole else shapes_of(shape)), patterns) & set(parameters):
+        names = parameters if is_whole else shapes_of(shape) | adapters(settings, shape)
+        for name in frozen(list(names), patterns) & set(parameters):
             parameters[name].requires_grad_(False)
     return model
 
 
 def trained_sizes(settings: Settings, shape: Shape, part: Part) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the trained parameters of this part. Pure.
+    """Return {name: shape} for the trained parameters of this part. Pure.
 
-    Raises UsageError if no parameter is trained, and in the same cases as prepared().
+    Raises UsageError if no parameter is trained, and in the cases of prepared().
     """
-    sizes, names = part.sizes(shapes_of(shape)), list(shapes_of(shape))
-    if rank := settings.get("model.lora_rank", 0):
-        layers = {name.removesuffix(".weight"): size for name, size in sizes.items() if len(size) == 2}
-        for table in ("embedding", "positions"):
-            layers.pop(table, None)
-        found = {name: layers[name] for name in adapters_of(layers, rank, settings["model.lora_targets"])}
-        sizes = {name + A: (rank, size[1]) for name, size in found.items()}
-        sizes |= {name + B: (size[0], rank) for name, size in found.items()}
-        names += list(sizes)
+    base, added = shapes_of(shape), adapters(settings, shape)
     patterns = settings.get("optim.freeze", "")
-    fixed = frozen(names, patterns)
-    left = {name: size for name, size in sizes.items() if name not in fixed}
+    fixed = frozen([*base, *added], patterns)
+    left = {name: size for name, size in part.sizes(added or base).items() if name not in fixed}
     if not left:
         where = " of a pipeline stage" if len(part.layers) < shape.num_layers else ""
         raise UsageError(f"optim.freeze={patterns} freezes all trainable parameters{where}: leave at least one to train")
@@ -73,6 +73,7 @@ def trained_sizes(settings: Settings, shape: Shape, part: Part) -> dict[str, tup
 
 
 def trained_on_meta(settings: Settings, shape: Shape, part: Part) -> list[tuple[str, torch.nn.Parameter]]:
-    """Return (name, parameter) of the trained parameters on torch's meta device, without allocating memory. Independent."""
+    """Return (name, parameter) of each trained parameter. The parameters are on torch's meta device, which needs no memory.
+    Independent."""
     with torch.device("meta"):
         return trained(prepared(base_weights(settings, shape, part), settings, shape, part))

@@ -1,7 +1,7 @@
-"""A decoder-only Transformer language model, by default with the architecture of LLaMA. Pure torch, no MPI.
+"""A decoder-only Transformer language model. The default architecture is that of LLaMA. Pure torch, no MPI.
 
-The blocks have RMSNorm, rotary positions, SwiGLU, grouped-query attention, and pre-norm residual branches. options.py lists
-alternatives to these. B: batch, T: positions, D: model_dim, R: rotated dimensions of a head, V: vocabulary.
+By default, the blocks have RMSNorm before each residual branch, rotary positions, SwiGLU, and grouped-query attention.
+options.py lists the alternatives. B: batch, T: positions, D: model_dim, R: rotated dimensions of a head, V: vocabulary.
 """
 
 from __future__ import annotations
@@ -31,12 +31,11 @@ COMPILED_SHAPES = 128  # number of batch shapes that compile_blocks() compiles
 class Transformer(nn.Module):
     """The Transformer language model. It maps tokens (B, T) to logits (B, T, V).
 
-    A part of the model without the embedding takes hidden states (B, T, D). A part without the head returns hidden states (B, T,
-    D).
+    A part without the embedding takes hidden states (B, T, D). A part without the head returns hidden states (B, T, D).
     """
 
     def __init__(self, shape: TransformerShape, seed: int = 0, part: Part | None = None) -> None:
-        """Initialize the parameters on the CPU, so a seed gives the same float32 values on every device and in every part."""
+        """Initialize the parameters on the CPU. A seed gives the same float32 values on every device and in every part."""
         super().__init__()
         self.shape, self.part = shape, part or whole(shape)
         self.defers_head = False  # True: return hidden states instead of logits
@@ -62,10 +61,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        """Initialize matrices from a normal distribution with std 1/sqrt(D). For the last matrix of a residual branch, std is
-        divided by sqrt(2 layers) (GPT-2). Biases are 0. A part of the model draws all tensors of the whole model, one at a time,
-        and keeps only its own boxes.
-        """
+        """Initialize matrices from a normal distribution with std 1/sqrt(D). For the last matrix of a residual branch, divide
+        std by sqrt(2 layers) (GPT-2). Set biases to 0. A part of the model draws all matrices of the whole model, one at a time,
+        and keeps only its own boxes."""
         generator = torch.Generator().manual_seed(seed)
         local = {self.part.global_name(name): p for name, p in self.named_parameters()}
         for name, bias in local.items():
@@ -88,11 +86,11 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return logits (B, T, V) of the next token.
 
-        x: tokens (B, T) int64, T <= seq_len. positions: (B, T) (default: 0 to T - 1). doc_ids: the document of each token, (B,
-        T). Tokens attend only to tokens of the same document. key: the dropout key, an int64 scalar tensor, or None for no
-        dropout (evaluation). length: T (default: the number of positions in x). With sequence parallelism it is required, because
-        x may have only this rank's positions. chunk: index into part.chunks. caches: one cache per row, with the positions before
-        x. Afterwards the caches include x.
+        x: tokens (B, T) int64, T <= seq_len. positions: (B, T) (default: 0 to T - 1). doc_ids: the number of each token's
+        document, (B, T). Tokens attend only to tokens of the same document. key: the dropout key, an int64 scalar tensor, or
+        None for no dropout (evaluation). length: T (default: the number of positions in x). It is required with sequence
+        parallelism if x has only this rank's positions. chunk: index into part.chunks. caches: one cache per row, with the
+        positions before x. The positions of x are added to the caches.
         """
         t = length or x.shape[1]
         if caches is not None:
@@ -120,8 +118,8 @@ class Transformer(nn.Module):
         return x if self.defers_head else self._capped(x)
 
     def _embedded(self, tokens: Tensor, positions: Tensor | None, t: int) -> Tensor:
-        """Return the embeddings of tokens (B, T), with learned positions, as (B, T, D). With sequence parallelism, return only
-        the embeddings of this rank's positions."""
+        """Return the embeddings (B, T, D) of tokens (B, T), plus learned positions. With sequence parallelism, return only the
+        embeddings of this rank's positions."""
         x: Tensor = self.embedding(tokens)  # type: ignore[misc]
         if self.shape.embedding_scale != 1.0:
             x = x * self.shape.embedding_scale
@@ -131,14 +129,15 @@ class Transformer(nn.Module):
         return x
 
     def _table_of(self, layer: int) -> str | None:
-        """Return the prefix of the names of a layer's rotary tables, or None if the layer has no rotary positions."""
+        """Return the beginning of the names of a layer's rotary tables: "" or "window_". If the layer has no rotary positions,
+        return None."""
         if not self.shape.is_rotary(layer):
             return None
         return "window_" if self.shape.window_of(layer) and self.shape.window_rope_theta else ""
 
     def _rotary_tables(self, positions: Tensor | None, t: int) -> dict[str | None, tuple[Tensor, Tensor]]:
-        """Return {prefix of the tables' names: (cos, sin) of the positions}. The shape of cos and sin is (T, R) or (B, 1, T, R).
-        For the prefix None, R is 0."""
+        """Return {result of _table_of(): (cos, sin) of the positions}. cos and sin are (T, R) or (B, 1, T, R). For the key None,
+        R is 0."""
         found: dict[str | None, tuple[Tensor, Tensor]] = {}
         for prefix in {self._table_of(layer) for layer in self.part.layers}:
             tables = (getattr(self, f"{prefix or ''}{part}") for part in ("cos", "sin"))
@@ -147,7 +146,7 @@ class Transformer(nn.Module):
         return found
 
     def _masks(self, doc_ids: Tensor | None) -> dict[int, Mask]:
-        """Return the mask of the packed documents for each window length that a layer uses."""
+        """Return {window: mask of the packed documents} for all windows of the layers. Without documents, return {}."""
         if doc_ids is None:
             return {}
         windows = {self.shape.window_of(layer) for layer in self.part.layers}
@@ -156,27 +155,28 @@ class Transformer(nn.Module):
         return dict.fromkeys(windows, Documents(doc_ids))
 
     def _capped(self, logits: Tensor) -> Tensor:
-        """Multiply the logits by logit_scale, and apply the soft-cap."""
+        """Return the logits after the multiplication by logit_scale and the soft-cap."""
         cap, scale = self.shape.logit_cap, self.shape.logit_scale
         logits = logits if scale == 1.0 else logits * scale
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def defer_head(self) -> None:
-        """Return hidden states (B, T, D) after the last norm instead of logits. The loss then applies the head. Independent."""
+        """Make forward() return hidden states (B, T, D) after the last norm instead of logits. The loss must then apply the
+        head. Independent."""
         self.defers_head = True
         if self.head is not None:
             self.head.forward = _unchanged  # type: ignore[method-assign]
+            self.head._forward_hooks.clear()  # the loss applies the adapter of the head, too (lora.weight_of)
 
     def new_cache(self, positions: int) -> Cache | None:
-        """Return an empty cache for a sequence of this many positions, at most seq_len."""
+        """Return an empty cache for a sequence of `positions` positions, but at most seq_len."""
         return Cache(min(positions, self.shape.seq_len))
 
     def compile_blocks(self) -> None:
-        """Compile each block with torch.compile. All layers share one graph. The head is not compiled.
+        """Compile each block with torch.compile. The head, and attention within long packed sequences, are not compiled.
 
-        Attention within long packed sequences is not compiled, because the lengths of documents change with each batch.
-        torch.compile stops compiling a function after recompile_limit shapes (8 by default). A rank that has seen more shapes
-        than another rank would then compute different bits. Therefore the limit is raised.
+        torch.compile stops compiling after recompile_limit shapes of a batch, and the bits then change. A rank may reach this
+        limit before the others. Therefore, the limit is raised to COMPILED_SHAPES.
         """
         torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
         for block in self.blocks.values():

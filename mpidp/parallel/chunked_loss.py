@@ -1,9 +1,8 @@
-"""Computes the loss without storing all logits. The head and the cross entropy are applied to a chunk of positions at a time.
+"""Computes the loss without storing all logits. The head and the cross entropy are applied to one chunk of positions at a time.
 
-The gradients of a chunk are computed and stored together with the loss of the chunk. A chunk therefore needs three matrix
-products, as many as without chunks (Hsu 2024, "Liger Kernel", section 3.2). N is the number of positions, D is model_dim, and V
-is the size of the vocabulary. The loss needs memory for one chunk of logits and for two gradients. The gradient of the hidden
-states has N x D elements, and the gradient of the head has V x D elements. The losses of chunks are added in order.
+Forward also computes the gradients of a chunk. A chunk therefore needs three matrix products, as many as without chunks (Hsu
+2024, "Liger Kernel", section 3.2). Memory is needed for one chunk of logits, for the gradient of the hidden states (N, D), and
+for the gradient of the head (V, D). N: positions, D: model_dim, V: vocabulary. The losses of chunks are added in order.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from mpi4py import MPI
 from torch import Tensor
 
+from mpidp.model.lora import weight_of
 from mpidp.model.products import product
 from mpidp.model.shape import Shape, TransformerShape
 from mpidp.parallel.tensor_comm import TensorComm
@@ -24,7 +24,7 @@ from mpidp.parallel.tree_comm import tree_sum
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The sum of -log softmax(logits)[target], where logits = cap(scale * hidden weight^T). weights: the slices of weight."""
+    """The sum of -log softmax(logits)[target], where logits = cap(scale * hidden W^T). weights: the slices of the rows of W."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, loss: ChunkedLoss, trains: bool, *weights: Tensor) -> Tensor:
@@ -60,32 +60,32 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 class ChunkedLoss:
-    """A callable (hidden states, targets) -> sum of losses, for a model that returns hidden states (Transformer.defer_head).
+    """A function (hidden, targets) -> sum of losses, for a model that returns hidden states (Transformer.defer_head).
 
-    hidden: (N, D). targets: (N,), where -100 is ignored. Both contain all positions, also with sequence parallelism.
+    hidden: hidden states (N, D). targets: (N,). A target of -100 is ignored. Both have all positions, also with sequence
+    parallelism.
     """
 
     def __init__(
         self, shape: TransformerShape, weights: Callable[[], Sequence[Tensor]], rows: int, dtype: torch.dtype, first: int = 0,
         tp: TensorComm | None = None, add: Callable[[Sequence[Tensor]], Tensor] = tree_sum,
     ) -> None:
-        """weights: a function that returns the slices of this rank's rows of the head, (vocabulary rows, D) each. Without
-        model.slices, this is one matrix. rows: positions per chunk. dtype: dtype of the matrix products. first: the token id of
-        the first row of the first slice. tp: communicates with the ranks that have the other rows. add: a function that adds the
-        contributions of the slices to the gradient of the hidden states."""
+        """weights: a function that returns the slices of this rank's rows of the head, each (vocabulary rows, D). Without
+        model.slices, there is one slice. rows: positions per chunk. dtype: the dtype of matrix products. first: the token id of
+        the first row of the first slice. tp: communicates with the ranks that have the other rows, or None if this rank has all
+        rows. add: a function that adds the contributions of the slices to the gradient of the hidden states."""
         self.scale, self.cap, self.rows, self.dtype, self.add = shape.logit_scale, shape.logit_cap, rows, dtype, add
         self._weights, self._first, self._tp = weights, first, tp
 
     def __call__(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum of the losses. Collective over tp.comm if the vocabulary is divided among ranks. Otherwise
-        independent."""
+        """Return the sum of the losses. Collective over tp.comm if the vocabulary is divided among ranks, else independent."""
         trains = torch.is_grad_enabled()
         found: Tensor = _ChunkedLoss.apply(hidden, targets, self, trains, *self._weights())  # type: ignore[no-untyped-call]
         return found
 
     def capped(self, logits: Tensor) -> Tensor | None:
-        """Apply the scale and the soft-cap to the logits in place. Return the derivative of this function, or None if it is 1
-        everywhere."""
+        """Apply the scale and the soft-cap to `logits` in place. Return the derivative of the result with respect to the logits,
+        or None if it is 1 everywhere."""
         if self.scale != 1.0:
             logits.mul_(self.scale)
         if not self.cap:
@@ -96,8 +96,8 @@ class ChunkedLoss:
         return slope
 
     def into_gradient(self, slices: list[Tensor], targets: Tensor, trains: bool) -> Tensor:
-        """Return the sum of the losses. slices: the logits of each slice. If `trains`, replace these logits by the gradient of
-        the sum with respect to them."""
+        """Return the sum of the losses. slices: the logits of each slice, which are overwritten. If `trains` is True, they
+        become the gradient of this sum with respect to the logits."""
         largest = functools.reduce(torch.maximum, [logits.max(dim=-1, keepdim=True).values for logits in slices])
         if self._tp is not None:
             largest = self._tp.sum(largest, MPI.MAX)
@@ -122,9 +122,8 @@ def defer_head(
     model: Any, shape: Shape, rows: int, dtype: torch.dtype, first: int, tp: TensorComm | None,
     weights: Callable[[], Sequence[Tensor]] | None = None, add: Callable[[Sequence[Tensor]], Tensor] = tree_sum,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Change a Transformer, or a part of one, so that it returns hidden states. Return the function that computes the loss from
-    these hidden states. The arguments are those of ChunkedLoss. weights: by default, the whole head as one matrix.
-    Independent."""
+    """Make a Transformer, or a part of one, return hidden states. Return the ChunkedLoss that computes the loss from them. The
+    arguments are those of ChunkedLoss. If `weights` is None, the head is one matrix. Independent."""
     assert isinstance(shape, TransformerShape)
     model.defer_head()
-    return ChunkedLoss(shape, weights or (lambda: [model.head.weight]), rows, dtype, first, tp, add)
+    return ChunkedLoss(shape, weights or (lambda: [weight_of(model.head)]), rows, dtype, first, tp, add)

@@ -1,4 +1,4 @@
-"""Runs the forward and backward passes of a schedule, and evaluations. The engine accumulates gradients and has no optimizer."""
+"""Runs the forward and backward passes of a schedule, and evaluations. The optimizer is not part of the engine."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ Fill = Callable[[int, int | None], None]  # (number of forward passes, chunk): S
 
 
 def dropout_key(seed: int, batch: int, v: int) -> int:
-    """Return the 32-bit dropout key of a micro-batch. The key does not depend on the rank. Therefore dropout does not depend on
-    the rank either. Pure."""
+    """Return the 32-bit dropout key of micro-batch `v` of global batch `batch`. The key, and therefore the dropout, is the same
+    on every rank. Pure."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{batch}/{v}".encode(), digest_size=4).digest(), "little")
 
 
@@ -54,7 +54,7 @@ class Computed:
 
 class Engine:
     """Runs a model on a device, with matrix products in a given precision. Methods are independent unless their docstrings say
-    otherwise."""
+    otherwise. With mesh.tp or mesh.shard=2|3, forward and backward passes are collective over the ranks that compute together."""
 
     def __init__(
         self, model: Any, device: torch.device, dtype: torch.dtype, seed: int, dropout: float, nominal_tokens: int,
@@ -62,16 +62,17 @@ class Engine:
         observers: StepObservers = NO_OBSERVERS, fill: Fill = lambda forwards, chunk: None,
     ) -> None:
         """dtype: dtype of matrix products under autocast. The weights stay float32. nominal_tokens: every loss is divided by this
-        number before backward. Gradient sums are then about as large as the gradient of a mean loss, and do not overflow 16-bit
-        formats. stages: this rank's pipeline stage. token_losses: (logits, targets) -> sum of losses. reports_loss: False if
-        another rank reports the same losses. observers: notified of every micro-batch and phase. fill: Strategy.fill."""
+        number before backward, so that gradients do not overflow 16-bit formats. stages: this rank's pipeline stage, or None
+        without a pipeline. token_losses: a function (logits, targets) that returns the sum of the token losses (default:
+        plain_losses). reports_loss: False if another rank reports the same losses. observers: notified of every micro-batch and
+        phase. fill: Strategy.fill, which takes part in forward passes of other ranks."""
         self.model, self.device, self.dtype = model, device, dtype
         self.seed, self.dropout, self.nominal_tokens = seed, dropout, nominal_tokens
         self.stages, self.token_losses, self.reports_loss = stages, token_losses or plain_losses, reports_loss
         self.observers, self.fill = observers, fill
 
     def peak_bytes(self) -> int | None:
-        """Return the peak of the memory that torch has allocated on this CUDA device, in bytes. Return None on the CPU.
+        """Return the largest number of bytes that torch has had allocated on this CUDA device. Return None on the CPU.
         Independent."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
@@ -79,21 +80,23 @@ class Engine:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def hidden(self, mb: MicroBatch, key: Tensor | None, received: Tensor | None = None, chunk: int = 0) -> Tensor:
-        """Run a chunk of this rank's part of the model on a micro-batch, or on hidden states received from the previous stage.
-        Return hidden states, or logits on the last stage."""
+        """Run chunk `chunk` of this rank's part of the model. The input is `received`, the hidden states from the previous stage.
+        If `received` is None, the input is the tokens of `mb`. key: the dropout key, or None for no dropout. Return hidden
+        states, or logits if this is the model's last chunk."""
         with self._autocast():
             x = mb.tokens if received is None else received
             place = () if self.stages is None else (mb.tokens.shape[1], chunk)
             return self.model(x, mb.positions, mb.doc_ids, key, *place)  # type: ignore[no-any-return]
 
     def loss_sum(self, mb: MicroBatch, key: Tensor | None, received: Tensor | None = None, chunk: int = 0) -> Tensor:
-        """Return the sum of the token losses of a micro-batch in nats, as a float32 scalar on the device. Call this only on the
-        last stage."""
+        """Return the sum of the token losses of `mb` in nats, as a float32 scalar on the device. Call this only for the last
+        chunk of the model. The arguments are those of hidden()."""
         return self.token_losses(self.hidden(mb, key, received, chunk).float().flatten(0, 1), mb.targets.flatten())
 
     def run(self, schedule: Iterable[Instruction], batch: Batch, strategy: GradientSink) -> Computed:
-        """Run the schedule on micro-batches of a global batch, and return their losses. Independent, except with pipeline
-        parallelism. All stages of a replica must then call this method."""
+        """Run the passes of `schedule` on micro-batches of the global batch `batch`. Return the losses. strategy: provides the
+        memory in which gradients accumulate. With mesh.tp or mesh.pp, collective over the ranks of a replica. With mesh.shard=2
+        or 3, collective over all ranks. Otherwise independent."""
         self.model.train()
         done, losses, num_tokens = [], [], []
         loss_of: dict[int, Tensor] = {}
@@ -128,7 +131,8 @@ class Engine:
         return self._forward_stage(mb, key, chunk)
 
     def _forward_stage(self, mb: MicroBatch, key: Tensor | None, chunk: int = 0) -> PendingBackward:
-        """Receive hidden states from the previous stage, run the chunk, and send the result to the next stage."""
+        """Receive hidden states from the previous stage, run chunk `chunk` on them, and send the result to the next stage. The
+        model's first chunk starts from tokens. Its last chunk computes the loss."""
         received = None
         if self.stages is not None and not self.stages.is_first(chunk):
             b, t = mb.tokens.shape
@@ -142,8 +146,8 @@ class Engine:
         return PendingBackward(mb, received, output, chunk)
 
     def _backward(self, pending: PendingBackward) -> Tensor:
-        """Run the backward pass. Return the sum of losses as a tensor on the device, without waiting for the device. Return 0 on
-        stages that do not compute the loss."""
+        """Run the backward pass of a micro-batch. Return its sum of losses as a tensor on the device, without waiting for the
+        device. Return 0 on stages that do not compute the loss."""
         nothing = torch.zeros((), device=self.device)
         if pending.output is None:
             return nothing
@@ -151,7 +155,9 @@ class Engine:
         if self.stages is None or ends:
             (pending.output / self.nominal_tokens).backward()
         else:
-            pending.output.backward(self.stages.receive(BACKWARD, pending.mb.v, tuple(pending.output.shape), pending.chunk))
+            grad = self.stages.receive(BACKWARD, pending.mb.v, tuple(pending.output.shape), pending.chunk)
+            if pending.output.requires_grad:  # otherwise all parameters before this output are frozen
+                pending.output.backward(grad)
         if pending.received is not None and self.stages is not None:
             assert pending.received.grad is not None
             self.stages.send(BACKWARD, pending.mb.v, pending.received.grad, pending.chunk)
@@ -162,14 +168,15 @@ class Engine:
         self, stream: TokenStream, comm: MPI.Intracomm, seq_len: int, sequences: int, max_tokens: int = 0,
         replicas: MPI.Intracomm | None = None,
     ) -> tuple[float, int]:
-        """Return the mean loss in nats per token over the stream, and the number of targets. Every token except the first is a
-        target once.
+        """Return (mean loss in nats per target, number of targets). Every token of `stream` except the first is a target once,
+        unless the loss mask excludes it.
 
-        The stream is divided into windows of seq_len tokens, which are computed independently. The last window may be shorter.
-        max_tokens: if above 0, stop after about this many tokens. sequences: number of windows per batch. The losses of batches
-        are added in order, so the bits do not depend on the number of ranks. replicas: the communicator over whose ranks the
-        batches are distributed (default: comm). It differs from comm if several ranks of comm compute a batch together. Raises
-        DataError if a token id is outside the vocabulary, or if the loss mask excludes all targets. Collective over comm.
+        seq_len: number of inputs per window. Windows are computed independently, and the last window may be shorter. max_tokens:
+        if above 0, evaluate only the first max_tokens // seq_len windows, but at least one. sequences: number of windows per
+        batch. The losses of batches are added in order, so the bits do not depend on the number of ranks. replicas: the batches
+        are distributed over the ranks of this communicator (default: comm). It differs from `comm` if several ranks compute a
+        batch together. Raises DataError if a token id is outside the vocabulary, or if the loss mask excludes all targets.
+        Collective over comm.
         """
         self.model.eval()
         targets = stream.num_tokens - 1
@@ -214,13 +221,13 @@ class Engine:
 
 
 def plain_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the sum of cross entropies in nats. logits: (N, V). targets: (N,), where -100 is ignored. Pure."""
+    """Return the sum of the cross entropies in nats. logits: (N, V). targets: (N,). Targets of -100 are ignored. Pure."""
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 
 
 class GradientSink(Protocol):
-    """The part of a strategy that the engine uses. It determines the memory in which gradients accumulate."""
+    """The part of a strategy that the engine uses. It provides the memory in which gradients accumulate."""
 
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> AbstractContextManager[None]:
-        """Return a context in which the backward pass of micro-batch v through a chunk of layers must run. last: whether v is the
-        rank's last micro-batch of this step. Independent."""
+        """Return a context manager. The backward pass of micro-batch `v` through chunk `chunk` must run inside it. last: whether
+        `v` is the rank's last micro-batch of this step. Independent."""

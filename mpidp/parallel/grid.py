@@ -1,6 +1,6 @@
 """The mesh of ranks. It has dp replicas, each replica has pp stages, and each stage has tp ranks. Ranks are numbered node by
-node. Rank r belongs to replica r // (pp * tp) and to stage (r // tp) % pp. The index of rank r in its stage is r % tp.
-Tensor-parallel ranks therefore have consecutive numbers, and are on one node if possible."""
+node. Rank r belongs to replica r // (pp * tp) and to stage (r // tp) % pp. The index of rank r in its stage is r % tp. The ranks
+of a stage therefore have consecutive numbers. They are on one node if tp divides the number of ranks per node."""
 
 from __future__ import annotations
 
@@ -34,24 +34,23 @@ class Grid:
 
     @property
     def parts(self) -> int:
-        """The number of parts of the model."""
+        """The number of parts of the model, pp * tp."""
         return int(self.model.size)
 
     @property
     def label(self) -> str:
-        """The name of this rank's part of the model. Checkpoint entries that each part stores separately have this label in their
-        names."""
+        """The name of this rank's part of the model. If each part stores a checkpoint entry separately, the entry's name contains
+        this label."""
         return f"part_{self.pp.rank}of{self.pp.size}_{self.tp.rank}of{self.tp.size}"
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
-        """Return (replica, stage, index in the stage) of a rank of world. Pure."""
+        """Return (replica, stage, index in the stage) of rank `rank` of world. Pure."""
         return rank // self.model.size, rank // self.tp.size % self.pp.size, rank % self.tp.size
 
     def norm(self, squares: list[Tensor], twice: float = 0.0) -> float:
-        """Return the L2 norm over the whole model. squares: one tensor (blocks,) float64 for each chunk of this rank's part, with
-        the sum of squares of each norm block. twice: the sum of those squares that another rank counts as well. It is subtracted.
-        The sums are added in the order of the whole model's flat gradient, which begins with the last chunks of the last stages.
-        Pipeline parallelism therefore does not change the bits. Collective over model."""
+        """Return the L2 norm over the whole model. squares: one float64 tensor (blocks,) for each chunk of this rank's part, with
+        the sum of squares of each norm block. twice: the sum of squares of those parameters that another rank of the replica
+        counts. It is subtracted. The bits of the norm do not depend on pp. Collective over model."""
         if self.model.size == 1:
             return norm_of_squares(torch.cat(squares[::-1]))
         row = torch.cat([torch.tensor([-twice], dtype=torch.float64), *squares])
@@ -69,14 +68,14 @@ class Grid:
 
 
 def whole(mesh: Topology) -> Grid:
-    """Return the mesh in which every rank has the whole model. Independent."""
+    """Return the mesh in which every rank has the whole model. mesh: the placement of all ranks. Independent."""
     alone = MPI.COMM_SELF
     return Grid(mesh.dp, mesh, mesh, alone, alone, alone, how_to_wait(mesh.local_size, mesh.cores))
 
 
 def make_grid(world: MPI.Intracomm, tp: int = 1, pp: int = 1, dp: int = 0) -> Grid:
-    """Make the mesh of dp x pp x tp ranks. dp=0 means world.size / (pp * tp). Raises UsageError if the number of ranks does not
-    fit. It must be dp * pp * tp, or with dp=0 a multiple of pp * tp. Collective over world."""
+    """Return the mesh of dp x pp x tp ranks. dp=0 means world.size / (pp * tp). Raises UsageError unless the number of ranks is
+    dp * pp * tp, or with dp=0 a multiple of pp * tp. Collective over world."""
     everyone = make_topology(world)
     ordered, parts = everyone.dp, tp * pp
     if ordered.size % parts or (dp and dp * parts != ordered.size):
@@ -90,8 +89,8 @@ def make_grid(world: MPI.Intracomm, tp: int = 1, pp: int = 1, dp: int = 0) -> Gr
 
 
 def divide(everyone: Topology, tp: int, pp: int, before: Topology | None = None) -> Grid:
-    """Return the mesh of the ranks of everyone.dp, in their order. before: the placement of this rank among the ranks with the
-    same part of the model, before ranks failed. Collective over everyone.dp."""
+    """Return the mesh of dp x pp x tp ranks, made of the ranks of everyone.dp in their order. before: Grid.replicas before ranks
+    failed, or None if no rank failed. Collective over everyone.dp."""
     ordered, parts = everyone.dp, tp * pp
     rank = ordered.rank
     replica, part = divmod(rank, parts)

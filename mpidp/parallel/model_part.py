@@ -1,8 +1,8 @@
 """Saves, loads and hashes this rank's part of the model. Every parameter is saved and hashed once, even if several ranks hold it.
 
-A checkpoint stores tensors under their names in the whole model, so a run can resume on any mesh. A flat tensor of a strategy
-belongs to one part of the model. Its name contains the label of the part. A flat tensor can be loaded only if the model is
-divided in the same way.
+A checkpoint stores tensors under their names in the whole model, so a run can resume on any mesh. The flat tensors of some
+strategies are an exception. Each part of the model stores its own flat tensors, under names that contain the part's label. They
+can be loaded only if the model is divided in the same way.
 """
 
 from __future__ import annotations
@@ -31,14 +31,18 @@ from mpidp.reducers.buckets import GradientBuffer
 
 
 class ModelPartition:
-    """This rank's part of the model, and its place in the whole model. Methods are independent unless their docstrings say
-    otherwise."""
+    """The part of the model that this rank holds. Methods are independent unless their docstrings say otherwise."""
 
-    def __init__(self, grid: Grid, shape: Shape, sequence: bool = False, chunks: int = 1, slices: int = 1) -> None:
-        """sequence: whether sequence parallelism is used. chunks: number of chunks per pipeline stage. slices: model.slices."""
-        self.grid, self.shape, self.sizes, self.sequence, self.chunks = grid, shape, shapes_of(shape), sequence, chunks
+    def __init__(
+        self, grid: Grid, shape: Shape, sequence: bool = False, chunks: int = 1, slices: int = 1,
+        adapters: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        """sequence: whether sequence parallelism is used. chunks: number of chunks per pipeline stage. slices: model.slices.
+        adapters: the shapes of the adapters' parameters, by name. Independent."""
+        self.grid, self.shape, self.sequence, self.chunks, self.sizes = grid, shape, sequence, chunks, shapes_of(shape)
+        self.sizes.update(adapters or {})
         self.part = self._part_of(grid.model.rank)
-        self._norm_by_slices = NormBySlices(grid, self.part, self.sizes, slices, self.counts) if slices > 1 else None
+        self.norm_by_slices = NormBySlices(grid, self.part, self.sizes, slices, self.counts) if slices > 1 else None
 
     def _part_of(self, rank: int) -> Part:
         stage, number = divmod(rank, self.grid.tp.size)
@@ -46,20 +50,21 @@ class ModelPartition:
 
     @property
     def plain_norm(self) -> bool:
-        """Whether norm() only adds the squares of the norm blocks of this rank's flat gradient, without communication."""
-        return self.grid.parts == 1 and self._norm_by_slices is None
+        """Whether norm() only adds the squares of the norm blocks of this rank's flat gradient. It then needs no
+        communication."""
+        return self.grid.parts == 1 and self.norm_by_slices is None
 
     def counts(self, name: str) -> bool:
-        """Return whether this rank saves and counts its section of a parameter. If several ranks hold the same values, only one
-        of the ranks saves and counts them. Pure."""
+        """Return whether this rank saves its section of parameter `name`, and counts it in the gradient norm. If several ranks of
+        a replica hold the same values, only one of them does. Pure."""
         part = self.part
         elsewhere = part.tied and name == "head.weight" and not part.has_embedding
         return not elsewhere and (part.index == 0 or part.is_cut(name))
 
     def _placed(self, name: str, entry: Entry) -> tuple[str, Entry]:
-        """Convert a tensor's name and entry in this part of the model to its name and entry in a checkpoint. name: PARAMETER, or
-        PARAMETER/KEY for state that belongs to the parameter, with #NUMBER for one of several boxes. The returned entry has the
-        box of this tensor in the whole model. If the entry belongs to no parameter, the returned name begins with this part's
+        """Return the name and the entry that a tensor of this part has in a checkpoint. name: PARAMETER, or PARAMETER/KEY for
+        state of the parameter. If a tensor consists of several boxes, #NUMBER follows. The returned entry has the tensor's box in
+        the whole model. If `name` belongs to no parameter, the entry is unchanged and the returned name begins with this part's
         label."""
         number = name.removeprefix(tensor_of(name))
         what, slash, key = tensor_of(name).partition("/")
@@ -74,14 +79,14 @@ class ModelPartition:
         return f"{whole}{slash}{key}{number}", Entry(entry.tensor, entry.layout, at, size)
 
     def _saves(self, name: str, entry: Entry) -> bool:
-        """Return whether this rank saves the entry. Otherwise another rank saves the same entry."""
+        """Return whether this rank saves the entry. Return False if another rank saves the same entry."""
         what = tensor_of(name).partition("/")[0]
         if self.part.global_name(what) not in self.sizes:
             return True
         return self.counts(what) and (self.part.index == 0 or entry.tensor.dim() > 0)
 
     def entries(self, model: nn.Module, strategy: Mapping[str, Entry]) -> dict[str, Entry]:
-        """Return the entries that this rank contributes to a checkpoint."""
+        """Return the entries that this rank contributes to a checkpoint. strategy: the entries of the strategy's state."""
         found: dict[str, Entry] = {}
         for where, held in (("model", parameters_of(model)), ("strategy", strategy)):
             for name, entry in held.items():
@@ -94,9 +99,9 @@ class ModelPartition:
 
     @torch.no_grad()
     def broadcast_parameters(self, model: nn.Module) -> list[int]:
-        """Broadcast rank 0's parameters to all replicas. Return the ranks whose parameters differed. Call this before parameters
-        are moved to shared memory. Otherwise all ranks of a node would write to the same memory. Collective over
-        grid.replicas.dp."""
+        """Broadcast the first replica's parameters to all replicas. Return the ranks of grid.replicas.dp whose parameters
+        differed. Call this before parameters are moved to shared memory. Otherwise all ranks of a node would write to the same
+        memory. Collective over grid.replicas.dp."""
         dp = self.grid.replicas.dp
         hashes = dp.allgather(weights_sha256(model))
         others = [rank for rank, one in enumerate(hashes) if one != hashes[0]]
@@ -109,14 +114,14 @@ class ModelPartition:
 
     @torch.no_grad()
     def load(self, reader: BoxReader, model: nn.Module) -> None:
-        """Load the parameters of this part from a checkpoint of any mesh, or from a model folder."""
+        """Set the parameters of this part to those in `reader`, a checkpoint of any mesh or a model folder."""
         for name, entry in parameters_of(model).items():
             whole, placed = (name, entry) if self.grid.parts == 1 else self._placed(name, entry)
             entry.tensor.copy_(reader.box(f"model/{tensor_of(whole)}", placed))
 
     def strategy_state(self, reader: Reader, model: nn.Module, strategy: Mapping[str, Entry]) -> dict[str, Tensor]:
-        """Read and return the state for the strategy's load_state_dict. strategy: the strategy's current state. Raises UsageError
-        if the saved state belongs to a model that was divided in another way."""
+        """Return the state for the strategy's load_state_dict, read from a checkpoint. strategy: the entries of the strategy's
+        current state. Raises UsageError if the checkpoint has flat tensors of a model that was divided in another way."""
         dp, of_whole = self.grid.replicas.dp, {self.part.global_name(name): name for name, _ in model.named_parameters()}
         boxes = boxes_held({name: entry for name, entry in strategy.items() if name.partition("/")[0] in of_whole.values()})
         if self.grid.parts == 1 and not any(name.startswith("strategy/part_") for name in reader):
@@ -146,17 +151,17 @@ class ModelPartition:
         )
 
     def norm(self, buffer: GradientBuffer, squares: Tensor, flat: Tensor) -> float:
-        """Return the L2 norm of a gradient over the whole model. flat: the gradient of this rank's part. squares: the sum of
-        squares of each norm block of flat. Collective over grid.model."""
-        if self._norm_by_slices is not None:
-            return self._norm_by_slices(buffer.layout, flat)
+        """Return the L2 norm of a gradient over the whole model. flat: the gradient of this rank's part, with the layout of
+        `buffer`. squares: the sum of squares of each norm block of `flat`. Collective over grid.model."""
+        if self.norm_by_slices is not None:
+            return self.norm_by_slices(buffer.layout, flat)
         placed = zip(buffer.layout.placed(), buffer.layout.views(flat), strict=True)
         return self.norm_of(buffer.spans, squares, [view for (_, name, _), view in placed if not self.counts(name)])
 
     def norm_of(self, spans: Sequence[tuple[int, int]], squares: Tensor, uncounted: Iterable[Tensor]) -> float:
-        """Return the L2 norm of a gradient over the whole model. spans: the elements of each chunk. squares: the sum of squares
-        of each norm block of this rank's part. uncounted: the gradients of the parameters that another part counts, in flat
-        order. Collective over grid.model."""
+        """Return the L2 norm of a gradient over the whole model. spans: (start, stop) of each chunk in the flat gradient.
+        squares: the sum of squares of each norm block of this rank's part. uncounted: the gradients of the parameters for which
+        counts() returns False, in flat order. Collective over grid.model."""
         twice = 0.0
         for gradient in uncounted:
             twice += float(torch.linalg.vector_norm(gradient.double()).square())
@@ -164,14 +169,15 @@ class ModelPartition:
 
     @property
     def tied_name(self) -> str:
-        """The parameter of this part that another stage holds, too: the embedding or the head; else an empty string."""
+        """The name of the embedding or the head of this part, if another stage holds the same parameter. Otherwise an empty
+        string."""
         if not self.part.tied or self.grid.pp.size == 1 or self.grid.pp.rank not in (0, self.grid.pp.size - 1):
             return ""
         return "embedding.weight" if self.part.has_embedding else "head.weight"
 
     def tied_gradient(self, mine: Tensor) -> Tensor:
-        """Exchange gradients (n,) of tied_name with the other stage, and return the gradient of the other stage, on the CPU.
-        Collective over these two ranks of grid.pp."""
+        """Send `mine`, this stage's gradient (n,) of the parameter tied_name, to the other stage that holds the parameter. Return
+        the other stage's gradient, on the CPU. Collective over these two ranks of grid.pp."""
         pp = self.grid.pp
         other, theirs = pp.size - 1 - pp.rank, torch.empty_like(mine := mine.cpu())
         for start, stop in pieces(0, mine.numel()):
@@ -179,8 +185,8 @@ class ModelPartition:
         return theirs
 
     def tie(self, buffer: GradientBuffer, group: Group) -> None:
-        """If the embedding and the head share one parameter and are in different stages, add their two gradients. Both stages get
-        the sum. Collective over grid.pp and group.node."""
+        """If the embedding and the head share one parameter and are in different stages, add their gradients. In both stages,
+        buffer.total then has the sum. Collective over grid.pp and group.node."""
         layout = buffer.layout
         placed = zip(layout.placed(), layout.views(buffer.total), strict=True)
         found = [view.view(-1) for (_, name, _), view in placed if name == self.tied_name]
@@ -194,8 +200,8 @@ class ModelPartition:
         group.fence()
 
     def sha256(self, model: nn.Module) -> str:
-        """Return the SHA-256 hash of the whole model's parameters, in the order of their names, as little-endian float32 values.
-        Collective over grid.world."""
+        """Return the SHA-256 hash of the whole model's parameters. They are hashed in the order of their names, as little-endian
+        float32 values. Collective over grid.world."""
         digest, grid = hashlib.sha256(), self.grid
         if grid.parts == 1:
             return weights_sha256(model)

@@ -1,5 +1,5 @@
-"""Sends hidden states to the next pipeline stage, and their gradients to the previous stage. The tag of a message identifies the
-micro-batch and the chunk. Sends do not block. drain() waits for them at the end of a step."""
+"""Sends hidden states to the next pipeline stage, and their gradients to the previous stage. Sends do not block. drain() waits
+for all sends of a step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ FORWARD, BACKWARD = 0, 1
 
 
 class Stages:
-    """This rank's stage in the pipeline of its replica. With one stage nothing is sent."""
+    """This rank's stage in the pipeline of its replica. A pipeline of one stage sends nothing."""
 
     def __init__(self, grid: Grid, transport: Messages, device: torch.device, chunks: int = 1) -> None:
-        """chunks: number of chunks per stage. The last stage sends chunk c to chunk c + 1 of the first stage."""
+        """chunks: number of chunks per stage. The last stage sends the output of its chunk c to chunk c + 1 of the first
+        stage."""
         self.comm, self.wait, self._transport, self._device = grid.pp, grid.wait, transport, device
         self.index, self.count = self.comm.rank, self.comm.size
         self.first, self.last = self.index == 0, self.index == self.count - 1
@@ -35,16 +36,18 @@ class Stages:
         return self.last and chunk == self.chunks - 1
 
     def receive(self, kind: int, v: int, shape: tuple[int, ...], chunk: int = 0) -> Tensor:
-        """Receive a message for a chunk of this stage. It contains the hidden states of micro-batch v from the previous stage
-        (kind FORWARD), or their gradients from the next stage (kind BACKWARD). Messages are float32 in any training precision.
-        This call waits until the other stage has sent the message. Independent."""
+        """Receive a message of micro-batch `v` for chunk `chunk` of this stage. With kind FORWARD, it has the hidden states that
+        the chunk takes as input. With kind BACKWARD, it has the gradient of the chunk's output. The result has the shape `shape`,
+        and is float32 in any training precision. This call waits for the message. Independent."""
         source = (self.index - 1 if kind == FORWARD else self.index + 1) % self.count
         wire = torch.empty(shape, pin_memory=self._transport.mode == "staged")
         self.wait(self.comm.Irecv([memory(wire), MPI.BYTE], source=source, tag=self._tag(kind, v, chunk)))
         return wire.to(self._device)
 
     def send(self, kind: int, v: int, x: Tensor, chunk: int = 0) -> None:
-        """Send a chunk's hidden states to the next stage, or their gradients to the previous stage. Independent."""
+        """Send `x` without waiting until it is received. If `kind` is FORWARD, `x` is the output of chunk `chunk`, and goes to
+        the next stage. If `kind` is BACKWARD, `x` is the gradient of the chunk's input, and goes to the previous stage. v: the
+        micro-batch. Independent."""
         target, to = (self.index + 1, chunk + self.last) if kind == FORWARD else (self.index - 1, chunk - self.first)
         wire = x.detach().float().contiguous().cpu()
         self._sent = [(request, held) for request, held in self._sent if not request.Test()]
@@ -57,7 +60,8 @@ class Stages:
         return 2 * (v * self.chunks + chunk) + kind
 
     def drain(self, losses: list[float]) -> list[float]:
-        """Wait until all sends are complete. Return the losses of the last stage on all stages. Collective over comm."""
+        """Wait until all sends are complete. On every stage, return the losses of the last stage. losses: this stage's losses.
+        Collective over comm."""
         last_losses = np.array(losses)
         for request, _ in self._sent:
             self.wait(request)

@@ -10,7 +10,7 @@ Seat = tuple[int, int]  # (replica, part): the part of the model that a rank hol
 
 @dataclass(frozen=True)
 class Replicas:
-    """The ranks that train together. Ranks are numbered in the communicator of all living ranks."""
+    """The ranks that train together. A rank is given by its index in the communicator of all living ranks."""
 
     order: list[int]  # the ranks that train: replica by replica, and within a replica part by part; empty: too few ranks
     numbers: list[int]  # permanent number of each living rank
@@ -18,16 +18,16 @@ class Replicas:
     lost: bool = False  # whether no living rank holds some part, so that the state must come from a checkpoint
 
     def spares(self) -> list[int]:
-        """Return the permanent numbers of the ranks that wait. Independent."""
+        """Return the permanent numbers of the spare ranks. Independent."""
         return [number for rank, number in enumerate(self.numbers) if rank not in self.order]
 
 
 def form_replicas(seats: Sequence[Seat | None], numbers: Sequence[int], parts: int) -> Replicas:
-    """Form as many replicas as possible. seats: the seat of each living rank, or None if it holds no state. numbers: their
-    permanent numbers. parts: number of parts of the model.
+    """Form as many replicas as possible. seats: the seat of each living rank, or None if it holds no state. numbers: the
+    permanent number of each living rank. parts: number of parts of the model.
 
-    Whole replicas come first, in their order. Ranks of other replicas keep their parts where possible. So the first replica
-    consists of ranks that hold its parts. Pure."""
+    Replicas whose ranks are all alive come first, in ascending order. Ranks of other replicas keep their parts where possible. If
+    living ranks hold every part, all ranks of the first replica therefore hold their parts. Pure."""
     held = {seat: rank for rank, seat in enumerate(seats) if seat is not None}
     lost = bool(held) and len({part for _, part in held}) < parts
     if lost:

@@ -1,13 +1,14 @@
 """Layers whose bits do not depend on the tensor-parallel size (model.slices).
 
-A model of S slices divides each layer as S tensor-parallel ranks would (tensor.py): a slice has some heads, hidden channels and
-rows of the vocabulary. One rank of T computes S / T slices, one after the other. Each matrix product, attention and activation
-has the shape of one slice, and its operands are contiguous and aligned, so a library computes the same bits on every mesh. Sums
-over slices are added in the order of a fixed tree (tree_comm.py). These are the outputs of o and down, the gradients of the
-inputs of q, k, v, gate, up and the head, the gradients of norms of single heads, and the sums of exponentials of the loss.
+A model of S slices divides each layer as S tensor-parallel ranks would (tensor.py). A slice of a layer has some of its heads,
+hidden channels or rows of the vocabulary. With T ranks, each rank computes S / T slices, one after the other. Each matrix
+product, attention and activation has the shape of one slice, and its operands are contiguous and aligned. A library therefore
+computes the same bits on every mesh. Sums over slices are added in the order of a fixed tree (tree_comm.py). These sums are the
+outputs of o (attention) and down (feed-forward), the gradients of the inputs of q, k, v, gate, up and the head, the gradients of
+norms of single heads and of the factors of adapters that are not divided (lora.py), and the sums of exponentials in the loss.
 
-Between branches, all ranks of a stage compute the same values from these sums. With sequence parallelism, each rank computes only
-the values of its own positions (sliced_positions.py). With one rank, the same code computes all slices."""
+Between these layers, every rank of a stage computes the same values. With sequence parallelism, each rank computes only the
+values of its own positions (sliced_positions.py)."""
 
 from __future__ import annotations
 
@@ -23,49 +24,23 @@ from torch.nn.utils.stateless import _functional_call
 
 from mpidp.model.attention import Attention
 from mpidp.model.feed_forward import FeedForward
-from mpidp.model.products import linear
-from mpidp.model.shape import shapes_of
+from mpidp.model.lora import attach_like
 from mpidp.parallel.chunked_loss import defer_head
-from mpidp.parallel.sliced_positions import PositionRanges, slice_bias, slice_mix, slice_norm, slice_table
+from mpidp.parallel.sliced_positions import Copies, PositionRanges, slice_bias, slice_mix, slice_norm, slice_table
 from mpidp.parallel.tensor import Regather, VocabEmbedding
 from mpidp.parallel.tensor_comm import SumInForward
 from mpidp.parallel.tree_comm import TreeComm, aligned, tree_sum
 
 
 def pieces(p: Tensor, cut: tuple[int, list[int]]) -> list[Tensor]:
-    """Return the slices of this rank's part of a parameter. cut: (dimension, lengths), as from Part.slices(). Pure."""
+    """Return the slices of `p`, this rank's part of a parameter. cut: (dimension, length of each slice), from Part.slices().
+    Pure."""
     return [aligned(piece) for piece in p.split(cut[1], cut[0])]
 
 
-class _Copies(torch.autograd.Function):
-    """Returns one copy of a tensor for each slice of this rank. Backward adds the gradients of the copies over all slices."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, count: int, tp: TreeComm) -> tuple[Tensor, ...]:
-        ctx.tp = tp
-        return tuple(x.view_as(x) for _ in range(count))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _sum(grads, ctx.tp), None, None
-
-
-class _Entered(torch.autograd.Function):
-    """Returns a copy of x with all positions for each slice. Backward adds the gradients of the copies over all slices."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, count: int, tp: TreeComm) -> tuple[Tensor, ...]:
-        ctx.tp = tp
-        whole = tp.gather(x, tp.length) if tp.sequence else x
-        return tuple(whole.view_as(whole) for _ in range(count))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _sum(grads, ctx.tp, ctx.tp.sequence), None, None
-
-
 class _Joined(torch.autograd.Function):
-    """Returns this rank's positions of the sum of the partial results of all slices. Every slice has the gradient of the sum."""
+    """Returns the sum of the partial results over the slices of all ranks. With sequence parallelism, returns only this rank's
+    positions of the sum. In backward, every slice gets the gradient of the sum."""
 
     @staticmethod
     def forward(ctx: Any, tp: TreeComm, *parts: Tensor) -> Tensor:
@@ -79,7 +54,8 @@ class _Joined(torch.autograd.Function):
 
 
 class _Gathered(torch.autograd.Function):
-    """Returns all positions of x. Its gradient is already a sum over all slices (sliced_loss), and equal on all ranks."""
+    """Returns x with the positions of all ranks. Backward returns the gradient of this rank's positions. It does not add
+    gradients over ranks, because sliced_loss() has already done so."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, own: range, tp: TreeComm) -> Tensor:
@@ -92,8 +68,8 @@ class _Gathered(torch.autograd.Function):
 
 
 def _sum(parts: Sequence[Tensor], tp: TreeComm, scatters: bool = False) -> Tensor:
-    """Return the sum of `parts` over the slices of all ranks, or if `scatters` this rank's positions of the sum. The sum is
-    computed in float32 and then rounded to the dtype of the parts. Collective over tp.comm."""
+    """Return the sum of `parts` over the slices of all ranks. If `scatters`, return only this rank's positions of the sum. The
+    sum is computed in float32 and then rounded to the dtype of the parts. Collective over tp.comm."""
     total = tree_sum([part.float() for part in parts])
     if tp.comm.size > 1:
         total = tp.scatter(total) if scatters else tp.sum(total)
@@ -101,27 +77,31 @@ def _sum(parts: Sequence[Tensor], tp: TreeComm, scatters: bool = False) -> Tenso
 
 
 class SlicedBranch:
-    """The forward function of the attention or the feed-forward layer of a block, computed slice by slice."""
+    """Computes the attention or the feed-forward layer of a block slice by slice. An instance replaces the layer's forward()."""
 
     def __init__(
         self, branch: nn.Module, template: nn.Module, cuts: Mapping[str, tuple[int, list[int]] | None], count: int, tp: TreeComm,
         regathers: bool,
     ) -> None:
-        """template: the module of one slice, whose parameters are not used. cuts: how each parameter is cut (Part.slices()).
-        count: number of slices of this rank. regathers: whether backward gathers the positions again (Regather)."""
+        """template: a module with the sizes of one slice. Its parameters are not used. cuts: the result of Part.slices() for each
+        parameter. count: number of slices of this rank. regathers: whether backward gathers the positions of the input again
+        (Regather). Independent."""
+        attach_like(template, branch)
         for p in template.parameters():
             p.data = torch.empty(0)
         self._branch, self._template, self._cuts, self._count, self._tp = branch, template, cuts, count, tp
         self._regathers, self._slices_in_all = regathers, count * tp.comm.size
 
     def _slices_of(self, p: Tensor, cut: tuple[int, list[int]] | None) -> Sequence[Tensor]:
-        return _Copies.apply(p, self._count, self._tp) if cut is None else pieces(p, cut)  # type: ignore[no-any-return, no-untyped-call]
+        add = partial(_sum, tp=self._tp)
+        return Copies.apply(aligned(p), self._count, add) if cut is None else pieces(p, cut)  # type: ignore[no-any-return, no-untyped-call]
 
     def __call__(self, x: Tensor, *args: Any) -> Tensor:
-        """Return the output of the branch, (B, T, D), for x (B, T, D). With sequence parallelism, x and the output have only this
-        rank's positions. Collective over tp.comm, also in backward."""
+        """Return the output (B, T, D) of the layer for `x`, (B, T, D). With sequence parallelism, `x` and the output have only
+        this rank's positions. args: the layer's other arguments. Collective over tp.comm, also in backward."""
         tp, count = self._tp, self._count
-        inputs = _Entered.apply(x, count, tp)  # type: ignore[no-untyped-call]
+        gather = partial(tp.gather, length=tp.length) if tp.sequence else None
+        inputs = Copies.apply(x, count, partial(_sum, tp=tp, scatters=tp.sequence), gather)  # type: ignore[no-untyped-call]
         hooks: AbstractContextManager[Any] = nullcontext()
         if self._regathers:
             regather = Regather(x, inputs[0], tp)
@@ -135,7 +115,8 @@ class SlicedBranch:
 
 
     def _compute(self, slices: Mapping[str, Sequence[Tensor]], inputs: Sequence[Tensor], args: tuple[Any, ...]) -> list[Tensor]:
-        """Return the partial result of each slice. slices: the slices of each parameter, by name."""
+        """Return the partial result of each slice. slices: the slices of each parameter, by name. inputs: a copy of the input for
+        each slice. args: the layer's other arguments."""
         return [self._of_slice(s, slices, inputs, args) for s in range(self._count)]
 
     def _of_slice(
@@ -146,17 +127,22 @@ class SlicedBranch:
 
 
 class SlicedNormAttention(SlicedBranch):
-    """Attention with norms of queries and keys over all heads together (model.qk_norm=layer). The sums of squares of all slices
-    are added before the first slice is normalized."""
+    """Attention whose queries and keys are normalized over all heads together (model.qk_norm=layer). The sums of squares of all
+    slices are added before any slice is normalized."""
+
+    def __init__(self, branch: nn.Module, template: Any, *args: Any) -> None:
+        super().__init__(branch, template, *args)
+        self._layers = {name: getattr(template, name) for name in ("q", "k")}
+        template.q, template.k = _Given(), _Given()
 
     def _compute(self, slices: Mapping[str, Sequence[Tensor]], inputs: Sequence[Tensor], args: tuple[Any, ...]) -> list[Tensor]:
-        known = {name: self._projected(name, slices, inputs) for name in ("q", "k")}
+        known = {name: self._projected(name, slices, inputs) for name in self._layers}
         parts = []
         for s in range(self._count):
             for name, (projected, totals) in known.items():
                 layer, norm = getattr(self._template, name), getattr(self._template, f"{name}_norm")
                 width = self._slices_in_all * projected[s].shape[-1]
-                layer.forward = partial(_given, projected[s])
+                layer.found = projected[s]
                 norm.forward = partial(_normalized, norm, totals[s], width)
             parts.append(self._of_slice(s, slices, inputs, args))
         return parts
@@ -164,27 +150,36 @@ class SlicedNormAttention(SlicedBranch):
     def _projected(
         self, name: str, slices: Mapping[str, Sequence[Tensor]], inputs: Sequence[Tensor]
     ) -> tuple[list[Tensor], Sequence[Tensor]]:
-        """Return the queries or keys of each slice, and for each slice a copy of their sum of squares over all slices."""
-        weights, biases = slices[f"{name}.weight"], slices.get(f"{name}.bias", [None] * self._count)  # type: ignore[list-item]
-        found = [linear(x, weight, bias) for x, weight, bias in zip(inputs, weights, biases, strict=True)]
+        """Return (queries or keys, sums of squares). Both have one element per slice of this rank. name: "q" for queries, "k" for
+        keys. Each sum of squares is a copy of the sum over the slices of all ranks."""
+        held = {key.partition(".")[2]: of for key, of in slices.items() if key.partition(".")[0] == name}
+        found: list[Tensor] = [
+            _functional_call(self._layers[name], {key: of[s] for key, of in held.items()}, (x,)) for s, x in enumerate(inputs)
+        ]
         squares = [one.float().square().sum(-1, keepdim=True) for one in found]
         total = SumInForward.apply(tree_sum(squares), self._tp)  # type: ignore[no-untyped-call]
-        return found, _Copies.apply(total, self._count, self._tp)  # type: ignore[no-untyped-call]
+        return found, Copies.apply(total, self._count, partial(_sum, tp=self._tp))  # type: ignore[no-untyped-call]
 
 
-def _given(found: Tensor, x: Tensor) -> Tensor:
-    return found
+class _Given(nn.Module):
+    """A layer whose output was already computed."""
+
+    found: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.found
 
 
 def _normalized(norm: Any, total: Tensor, width: int, x: Tensor) -> Tensor:
-    """Return x times its gain, divided by the root mean square of all heads. total: sum of squares. width: number of channels."""
+    """Return x * gain / rms, where rms is the root mean square over the heads of all slices. total: the sum of squares over these
+    heads. width: their number of channels."""
     return x.to(norm.weight.dtype) * torch.rsqrt(total / width + norm.eps) * norm.gain(norm.weight)  # type: ignore[no-any-return]
 
 
-def slice_layers(model: Any, slices: int, tp: TreeComm) -> None:
-    """Change a part of a Transformer so that it computes every layer slice by slice, together with the other ranks of its stage.
-    Independent."""
-    shape, part, count, sizes = model.shape, model.part, slices // tp.comm.size, shapes_of(model.shape)
+def slice_layers(model: Any, slices: int, tp: TreeComm, sizes: Mapping[str, tuple[int, ...]]) -> None:
+    """Change `model`, a part of a Transformer, so that it computes its layers slice by slice. All ranks of a stage compute a
+    layer together. slices: model.slices. sizes: the shapes of the whole model's parameters. Independent."""
+    shape, part, count = model.shape, model.part, slices // tp.comm.size
     one, ranges = replace(part, index=0, size=slices), PositionRanges(slices, tp)
 
     def enter(model: nn.Module, args: tuple[Any, ...]) -> None:
@@ -216,10 +211,9 @@ def slice_layers(model: Any, slices: int, tp: TreeComm) -> None:
 
 
 def sliced_loss(model: Any, slices: int, rows: int, dtype: torch.dtype, tp: TreeComm) -> Callable[[Tensor, Tensor], Tensor]:
-    """Change a part of a Transformer so that it returns hidden states. Return the function that computes the loss from these
-    hidden states, `rows` positions at a time. In forward, the gradients of the hidden states are added over all slices. Backward
-    then multiplies the sum by the gradient of the loss. A multiplication before the sum would change the rounding of the sum.
-    Independent."""
+    """Change `model`, a part of a Transformer, so that it returns hidden states instead of logits. Return a function (hidden
+    states, targets) that computes the sum of the token losses, `rows` positions at a time. In forward, this function also
+    computes the gradients of the hidden states and adds them over all slices. dtype: dtype of matrix products. Independent."""
     first = model.part.own_range(model.shape.vocab_size).start
     weights, add = partial(_head_slices, model, slices), partial(_sum, tp=tp)
     return defer_head(model, model.shape, rows, dtype, first, tp, weights, add)

@@ -1,8 +1,8 @@
-"""The norm of a gradient, summed over slices of parameters (model.slices), so that its bits do not depend on the mesh."""
+"""Computes the norm of a gradient slice by slice (model.slices). The bits of the norm do not depend on the mesh."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,32 +18,48 @@ from mpidp.reducers.buckets import FlatLayout
 
 class NormBySlices:
     """Computes the L2 norm over the whole model. The elements of each slice of a parameter are cut into norm blocks. The last
-    block is padded with zeros. The sums of squares of the blocks are added in the order of the whole model: by parameter, by
-    slice, and by block."""
+    block of a slice is padded with zeros. The sums of squares of the blocks are added in a fixed order: by parameter, by slice,
+    and by block."""
 
     def __init__(
         self, grid: Grid, part: Part, sizes: Mapping[str, tuple[int, ...]], slices: int, counts: Callable[[str], bool]
     ) -> None:
-        """sizes: the shapes of the whole model's parameters. counts(name): returns whether this rank counts a parameter of its
-        part. If several ranks hold the same values, one of them counts them."""
+        """sizes: the shapes of the whole model's parameters. slices: model.slices. counts: returns whether this rank counts the
+        parameter with a given name (ModelPartition.counts). Independent."""
         self._grid, self._part, self._sizes, self._slices, self._counts = grid, part, sizes, slices, counts
         self._order = torch.empty(0, dtype=torch.int64)  # of the blocks of all ranks
         self._lengths: list[int] = []  # number of blocks of each rank; empty before the first call
 
     def __call__(self, layout: FlatLayout, flat: Tensor) -> float:
         """Return the norm. flat: the gradient of this rank's part, (num_elements,). Collective over grid.model."""
-        names, keys, squares = list(self._sizes), [], []
-        for (_, name, _), view in zip(layout.placed(), layout.views(flat), strict=True):
-            if self._counts(name):
-                whole = self._part.global_name(name)
-                cut = self._part.slices(whole, self._sizes[whole], self._slices)
-                first = self._part.index * self._slices // self._part.size
-                for number, piece in enumerate([view] if cut is None else view.split(cut[1], cut[0]), first):
-                    squares.append(_squares(piece))
-                    keys.append((names.index(whole), number, len(squares[-1])))
-        mine, comm = torch.cat(squares).cpu(), self._grid.model
+        placed = zip(layout.placed(), layout.views(flat), strict=True)
+        squares = [squares_of_piece(piece) for (_, name, _), view in placed for piece in self.pieces(name, view)]
+        return self.of_squares(layout, torch.cat(squares))
+
+    def cut(self, name: str) -> tuple[int, list[int]] | None:
+        """Return (the dimension along which a parameter of this part is cut into slices, the lengths of this rank's slices), or
+        None if the parameter is one piece. Independent."""
+        whole = self._part.global_name(name)
+        return self._part.slices(whole, self._sizes[whole], self._slices)
+
+    def pieces(self, name: str, tensor: Tensor) -> Sequence[Tensor]:
+        """Cut a tensor of a parameter's shape into slices. Return no pieces if another rank counts the parameter. Independent."""
+        if not self._counts(name):
+            return []
+        cut = self.cut(name)
+        return [tensor] if cut is None else tensor.split(cut[1], cut[0])
+
+    def of_squares(self, layout: FlatLayout, squares: Tensor) -> float:
+        """Return the norm. squares: the sums of squares of the norm blocks of this rank's part, by piece in flat order.
+        Collective over grid.model."""
+        mine, comm = squares.cpu(), self._grid.model
         if not self._lengths:
-            self._plan(comm.allgather(keys))
+            names, first = list(self._sizes), self._part.index * self._slices // self._part.size
+            self._plan(comm.allgather([
+                (names.index(self._part.global_name(name)), number, round_up(piece.numel(), NORM_BLOCK) // NORM_BLOCK)
+                for _, name, p in layout.placed()
+                for number, piece in enumerate(self.pieces(name, torch.empty(p.shape, device="meta")), first)
+            ]))
         if comm.size == 1:
             return norm_of_squares(mine[self._order])
         everything = torch.empty(sum(self._lengths), dtype=torch.float64)
@@ -52,14 +68,16 @@ class NormBySlices:
         return norm_of_squares(everything[self._order])
 
     def _plan(self, keys: list[list[tuple[int, int, int]]]) -> None:
-        """Set the order of the blocks. keys: for each rank, (parameter, slice, number of blocks) of each piece."""
+        """Set the order of the blocks. keys: a list for each rank, with (index of the parameter, slice, number of blocks) of each
+        slice that the rank counts."""
         blocks = [(name, number, at) for rank in keys for name, number, length in rank for at in range(length)]
         self._order = torch.tensor(sorted(range(len(blocks)), key=blocks.__getitem__))
         self._lengths = [sum(length for _, _, length in rank) for rank in keys]
 
 
-def _squares(piece: Tensor) -> Tensor:
-    """Return the sum of squares of each norm block of a piece of a parameter, (blocks,) float64."""
+def squares_of_piece(piece: Tensor) -> Tensor:
+    """Return the sum of squares of each norm block of `piece`, a slice of a parameter. The result is (blocks,) float64.
+    Independent."""
     padded = piece.new_zeros(round_up(piece.numel(), NORM_BLOCK))
     padded[: piece.numel()].view(piece.shape).copy_(piece)
     return squares_of_blocks(padded)

@@ -2,13 +2,13 @@
 gains and biases of norms, the biases of o and down, the learned positions, and the factors of InputMix.
 
 The gradients of these parameters are sums over positions. The positions of a sequence are cut into as many ranges as the model
-has slices. Each range is summed alone, and the sums are added in the order of the tree (tree_comm.py). With sequence parallelism,
-a rank has only the positions of its own ranges. Otherwise every rank has all positions. Both cases add the same numbers in the
-same order. Therefore the bits of the gradients do not depend on mesh.sequence."""
+has slices. A gradient is summed within each range. Then the sums of the ranges are added in the order of the tree (tree_comm.py).
+With sequence parallelism, a rank has only the positions of its own ranges. Otherwise every rank has all positions. Both cases add
+the same numbers in the same order. Therefore the bits of the gradients do not depend on mesh.sequence."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,27 +20,28 @@ from mpidp.parallel.tree_comm import TreeComm, aligned, tree_sum
 
 
 class PositionRanges:
-    """The ranges of positions of this rank, and sums over the ranges of all ranks."""
+    """Cuts tensors into this rank's ranges of positions, and sums over the ranges of all ranks."""
 
     def __init__(self, slices: int, tp: TreeComm) -> None:
         self._slices, self._tp = slices, tp
         self.count = slices // tp.comm.size if tp.sequence else slices  # number of ranges of this rank
 
     def cut(self, x: Tensor, dim: int = 1) -> Sequence[Tensor]:
-        """Cut x into this rank's ranges of positions. Return the pieces. dim: the dimension of the positions. x has all positions
-        of this rank."""
+        """Return the pieces of `x` in this rank's ranges, in order. x: has all positions of this rank, in dimension `dim`.
+        Independent."""
         length, first = (self._tp.length, self._tp.comm.rank * self.count) if self._tp.sequence else (x.shape[dim], 0)
         bounds = [i * length // self._slices for i in range(first, first + self.count + 1)]
         return x.split([b - a for a, b in zip(bounds, bounds[1:], strict=False)], dim)
 
     def add(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the sum of the parts of all ranges. With sequence parallelism, collective over tp.comm."""
+        """Return the sum of one tensor per range over the ranges of all ranks. parts: the tensors of this rank's ranges.
+        Collective over tp.comm with sequence parallelism, else independent."""
         total = tree_sum(parts)
         return self._tp.sum(total) if self._tp.sequence else total
 
 
 class _Spread(torch.autograd.Function):
-    """Repeats a tensor for every position. Backward sums its gradient over the positions, range by range."""
+    """Repeats a tensor for every position. Backward sums the gradient over the positions, range by range."""
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, x: Tensor, ranges: PositionRanges) -> Tensor:
@@ -53,21 +54,23 @@ class _Spread(torch.autograd.Function):
         return ctx.ranges.add(parts), None, None
 
 
-class _ForRanges(torch.autograd.Function):
-    """Returns one copy of a tensor for each range. Backward adds the gradients of the copies."""
+class Copies(torch.autograd.Function):
+    """Returns `count` copies of a tensor. Backward adds the gradients of the copies with the function `add`. gather: a function
+    that is first applied to the tensor, without gradient."""
 
     @staticmethod
-    def forward(ctx: Any, p: Tensor, ranges: PositionRanges) -> tuple[Tensor, ...]:
-        ctx.ranges = ranges
-        return tuple(p.view_as(p) for _ in range(ranges.count))
+    def forward(ctx: Any, x: Tensor, count: int, add: Callable[..., Tensor], gather: Any = None) -> tuple[Tensor, ...]:
+        ctx.add = add
+        whole = x if gather is None else gather(x)
+        return tuple(whole.view_as(whole) for _ in range(count))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return ctx.ranges.add(grads), None
+        return ctx.add(grads), None, None, None
 
 
 def slice_norm(norm: Any, ranges: PositionRanges) -> None:
-    """Change a norm, so that the gradients of its gain and bias are summed range by range. Independent."""
+    """Change a norm so that the gradients of its gain and bias are summed range by range. Independent."""
     if not isinstance(norm, Norm):  # an Identity
         return
 
@@ -81,13 +84,13 @@ def slice_norm(norm: Any, ranges: PositionRanges) -> None:
 
 
 def slice_bias(output: Any, ranges: PositionRanges) -> None:
-    """Change an OutputLinear, so that the gradient of its bias is summed range by range. Independent."""
+    """Change an OutputLinear so that the gradient of its bias is summed range by range. Independent."""
     if output.bias is not None:
         output.add_bias = lambda y: y + _Spread.apply(output.bias, y, ranges).to(y.dtype)  # type: ignore[no-untyped-call]
 
 
 def slice_mix(mix: Any, ranges: PositionRanges) -> None:
-    """Change an InputMix, so that the gradients of its factors are summed range by range. Independent."""
+    """Change an InputMix so that the gradients of its factors are summed range by range. Independent."""
 
     def forward(x: Tensor, x0: Tensor) -> Tensor:
         a, b = (_Spread.apply(factor, x, ranges) for factor in mix.weight.to(x.dtype))  # type: ignore[no-untyped-call]
@@ -97,10 +100,10 @@ def slice_mix(mix: Any, ranges: PositionRanges) -> None:
 
 
 def slice_table(table: Any, ranges: PositionRanges) -> None:
-    """Change a table of learned positions, so that its gradient is summed range by range. Independent."""
+    """Change a table of learned positions so that its gradient is summed range by range. Independent."""
 
     def forward(places: Tensor) -> Tensor:
-        copies = _ForRanges.apply(table.weight, ranges)  # type: ignore[no-untyped-call]
+        copies = Copies.apply(table.weight, ranges.count, ranges.add)  # type: ignore[no-untyped-call]
         parts = zip(ranges.cut(places, places.dim() - 1), copies, strict=True)
         return torch.cat([F.embedding(part, copy) for part, copy in parts], dim=-2)
 

@@ -3,20 +3,22 @@ of the model.
 
 It follows Megatron-LM (Shoeybi 2019, section 3). The attention and the MLP of a Transformer block are called its branches. At the
 start of a branch, all ranks have the same input. In backward, the function f sums the gradient of this input over the ranks. At
-the end of a branch, the function g sums the ranks' partial results in forward. In backward, g passes on the gradient of this sum,
-which is the same on all ranks. The vocabulary is also divided among the ranks. A rank's embedding returns zero for tokens whose
-rows are on other ranks. The loss is computed from the logits of all ranks. Only a maximum, a sum and the target's logit are
-communicated (section 3, "parallel cross-entropy"). Sums are computed in float32 in any training precision.
+the end of a branch, the function g sums the ranks' partial results in forward. In backward, g passes on the gradient of this sum.
+This gradient is the same on all ranks. The vocabulary is also divided among the ranks. A rank's embedding returns zero for tokens
+whose rows are on other ranks, and g adds the results. The loss is computed from the logits of all ranks. For each position, only
+a maximum, a sum and the target's logit are communicated (section 3, "parallel cross-entropy"). Sums are computed in float32 in
+any training precision.
 
 With sequence parallelism (Korthikanti 2022, section 4.2.2), a rank has only its own positions between branches. f gathers
-positions in forward and reduce-scatters their gradients in backward. g reduce-scatters in forward and gathers gradients in
-backward. For backward, a matrix product saves only this rank's positions of its input. Backward gathers the other positions
+positions in forward and reduce-scatters their gradients in backward. g reduce-scatters partial results in forward and gathers
+gradients in backward. Autograd saves only this rank's positions of the input of a branch. Backward gathers the other positions
 again.
 
-Each rank may apply a replicated parameter to only some of the positions or heads. The rank then computes only one term of the
-parameter's gradient. The terms are summed over the ranks for each micro-batch, so all ranks of a stage get the same gradient.
-With sequence parallelism, this sum is needed for all replicated parameters: those of norms, the biases of o and down, and the
-learned positions. Without sequence parallelism, it is needed only for the norms of single heads (model.qk_norm=head)."""
+A replicated parameter is one that all ranks of a stage have in full. If a rank applies it to only some positions or heads, the
+rank computes only one term of the parameter's gradient. These terms are summed over the ranks for each micro-batch. With sequence
+parallelism, this sum is needed for all replicated parameters: those of norms, the biases of o and down, and the learned
+positions. Without sequence parallelism, it is needed for the norms of single heads (model.qk_norm=head), and in any case for the
+factors of adapters (lora.py)."""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ from mpi4py import MPI
 from torch import Tensor, nn
 
 from mpidp.model.input_mix import mixed
+from mpidp.model.lora import A, B
 from mpidp.model.norms import Norm
+from mpidp.model.part import Part
 from mpidp.model.shape import TransformerShape
 from mpidp.parallel.tensor_comm import SumInBackward, TensorComm, enter_branch, leave_branch, sum_both_ways
 
@@ -42,7 +46,8 @@ class VocabEmbedding(nn.Module):
         self.weight, self.first, self._tp = embedding.weight, first, tp
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the embeddings (B, T, D) of tokens (B, T). Collective over tp.comm."""
+        """Return the embeddings (B, T, D) of `tokens`, (B, T). With sequence parallelism, return only this rank's positions.
+        Collective over tp.comm."""
         local = tokens - self.first
         here = (local >= 0) & (local < len(self.weight))
         found = F.embedding(local.where(here, 0), self.weight) * here.unsqueeze(-1)
@@ -50,7 +55,7 @@ class VocabEmbedding(nn.Module):
 
 
 class _Loss(torch.autograd.Function):
-    """The sum of -log softmax(logits)[target] over rows whose logits are divided among the ranks."""
+    """The sum of -log softmax(logits)[target] over positions. Each rank has the logits of its own range of token ids."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, first: int, tp: TensorComm) -> Tensor:
@@ -74,9 +79,9 @@ class _Loss(torch.autograd.Function):
 
 
 def loss_over(tp: TensorComm, first: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function loss(logits, targets) that returns the sum of the token losses. logits: (N, n), the logits of this rank's
-    n token ids. first: the first of these ids. targets: (N,), where -100 is ignored. Every rank of a stage gets the same
-    result."""
+    """Return a function loss(logits, targets) that returns the sum of the token losses, the same on every rank of a stage. It is
+    collective over tp.comm. logits: (N, n), for this rank's n token ids. first: the first of these ids. targets: (N,). Targets of
+    -100 are ignored. Independent."""
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         found: Tensor = _Loss.apply(logits, targets, first, tp)  # type: ignore[no-untyped-call]
@@ -86,7 +91,7 @@ def loss_over(tp: TensorComm, first: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 class Regather:
-    """Autograd's hooks for saved tensors. They save only this rank's positions of the input of a branch. Backward gathers all
+    """Autograd's saved-tensor hooks for the input of a branch. They save only this rank's positions. Backward gathers all
     positions once, even if several operations use them."""
 
     def __init__(self, part: Tensor, whole: Tensor, tp: TensorComm) -> None:
@@ -97,16 +102,16 @@ class Regather:
         self._whole: Tensor | None = None
 
     def pack(self, x: Tensor) -> Any:
-        """The pack hook, which saves only the shape of the gathered tensor. Autograd calls it while the gathered tensor
-        exists."""
+        """Return what autograd saves for `x`. If `x` is the gathered input, this is only its shape. Call this while the gathered
+        input exists. Independent."""
         if x.data_ptr() != self._place or x.numel() != self._numel or not x.is_contiguous():
             return x
         self._kept += 1
         return x.shape
 
     def unpack(self, packed: Any) -> Tensor:
-        """The unpack hook, which gathers the positions again. Backward calls it in the same order on all ranks. Collective over
-        tp.comm."""
+        """Return the tensor for which pack() returned `packed`. If it is the branch's input, its positions are gathered again.
+        Backward must call this in the same order on all ranks. Collective over tp.comm."""
         if isinstance(packed, Tensor):
             return packed
         if self._whole is None:
@@ -118,8 +123,8 @@ class Regather:
 
 
 def _between(module: Any, tp: TensorComm, keep: bool, ends: bool = True) -> None:
-    """Make a module apply f (enter_branch) to its input and, if `ends`, g (leave_branch) to its output. keep: whether to save the
-    whole input, with all positions, for backward. If false, only this rank's positions are saved, and backward gathers the input
+    """Make `module` apply f (enter_branch) to its input. If `ends`, also make it apply g (leave_branch) to its output. keep:
+    whether to save the whole input for backward. If False, only this rank's positions are saved, and backward gathers the others
     again."""
     inner = module.forward
 
@@ -139,29 +144,30 @@ def _between(module: Any, tp: TensorComm, keep: bool, ends: bool = True) -> None
 
 
 def _summed(p: Tensor | None, tp: TensorComm) -> Any:
-    """Return the parameter, with a gradient that is summed over the ranks."""
+    """Return `p` unchanged. Backward sums its gradient over the ranks."""
     return None if p is None else SumInBackward.apply(p, tp)  # type: ignore[no-untyped-call]
 
 
 def _sum_norm(norm: Any, tp: TensorComm) -> None:
-    """Sum the gradients of a norm that each rank applies only to its own positions or heads. An Identity is not changed."""
+    """Change a norm so that its gradients are summed over the ranks. An Identity is not changed."""
     if isinstance(norm, Norm):
         norm.forward = lambda x: norm.normalized(x, _summed(norm.weight, tp), _summed(norm.bias, tp))  # type: ignore[method-assign]
 
 
 def _sum_mix(mix: Any, tp: TensorComm) -> None:
-    """Sum the gradients of the factors of an InputMix that each rank applies only to its own positions."""
+    """Change an InputMix so that the gradients of its factors are summed over the ranks."""
     mix.forward = lambda x, x0: mixed(x, x0, _summed(mix.weight, tp))
 
 
 def _sum_bias(output: Any, tp: TensorComm) -> None:
-    """Sum the gradient of a bias that each rank adds only to its own positions."""
+    """Change an OutputLinear so that the gradient of its bias is summed over the ranks."""
     if output.bias is not None:
         output.add_bias = lambda y: y + _summed(output.bias, tp).to(y.dtype)
 
 
 def _normalize_all_heads(norm: Any, width: int, tp: TensorComm) -> None:
-    """Make the RMSNorm of this rank's heads a norm over the heads of all ranks. width: number of channels of all heads."""
+    """Change an RMSNorm so that it normalizes over the heads of all ranks, not only of this rank. width: number of channels of
+    all heads."""
 
     def forward(x: Tensor) -> Tensor:
         x = x.to(norm.weight.dtype)
@@ -180,8 +186,16 @@ def _share_attention(attention: Any, shape: TransformerShape, tp: TensorComm) ->
             _normalize_all_heads(norm, heads * shape.head_dim, tp)
 
 
+def _sum_factors(name: str, layer: Any, part: Part, tp: TensorComm) -> None:
+    """Sum the gradient of the factor of an adapter that is not divided among the ranks. A layer without adapter is not
+    changed."""
+    if hasattr(layer, "adapter"):
+        held = [(p, part.is_cut(name + key)) for p, key in ((layer.lora_a, A), (layer.lora_b, B))]
+        layer.adapter.factors = lambda layer: [p if cut else _summed(p, tp) for p, cut in held]
+
+
 def share_layers(model: Any, tp: TensorComm) -> None:
-    """Change a part of a Transformer so that it computes every layer together with the other ranks of its stage. Independent."""
+    """Change `model`, a part of a Transformer, so that the ranks of its stage compute every layer together. Independent."""
     keep, model.tensor_comm = not tp.sequence, tp
 
     def enter(block: nn.Module, args: tuple[Any, ...]) -> None:
@@ -199,6 +213,8 @@ def share_layers(model: Any, tp: TensorComm) -> None:
                 _sum_mix(block.input_mix, tp)
             _sum_bias(block.attention.o, tp)
             _sum_bias(block.feed_forward.down, tp)
+    for name, layer in model.named_modules():
+        _sum_factors(name, layer, model.part, tp)
     if model.embedding is not None:
         model.embedding = VocabEmbedding(model.embedding, model.part.own_range(model.shape.vocab_size).start, tp)
     if model.positions is not None and tp.sequence:

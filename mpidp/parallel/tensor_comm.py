@@ -1,7 +1,8 @@
 """Communication between the tensor-parallel ranks of a stage: sums, gathers, reduce-scatters, and the functions f and g of
 tensor.py.
 
-Sums are computed in float32 in any training precision. Gathers keep the dtype. All ranks get the same bits.
+Sums are computed in float32 in any training precision. Gathers keep the dtype. A result for all ranks has the same bits on all
+ranks.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ class TensorComm:
     """Sums and gathers over the tensor-parallel ranks of a stage."""
 
     def __init__(self, grid: Grid, transport: Messages, sequence: bool = False) -> None:
-        """sequence: whether positions are split between branches (sequence parallelism)."""
+        """sequence: whether each rank has only its own positions between branches (sequence parallelism). Independent."""
         self.sequence = sequence
         self.length = 0  # number of positions of the current sequences
         self.use(grid, transport)
 
     def use(self, grid: Grid, transport: Messages) -> None:
-        """Communicate in this mesh from now on, for example after ranks have failed. Independent."""
+        """Communicate in the mesh `grid` from now on. Call this for example after ranks have failed. Independent."""
         self.comm, self._wait, self._transport = grid.tp, grid.wait, transport
 
     def sum(self, x: Tensor, op: MPI.Op = MPI.SUM) -> Tensor:
@@ -43,13 +44,13 @@ class TensorComm:
             return total.to(x.dtype)
 
     def _cut(self, length: int, each: int) -> tuple[list[int], list[int]]:
-        """Return (counts, starts) of every rank's positions, in elements. each: elements per position. Positions are divided as
-        in Part.own_range."""
+        """Return (counts, starts): the number of elements of each rank's positions, and the index of the first of them. length:
+        number of positions. each: elements per position. Positions are divided as in Part.own_range."""
         bounds = [i * length // self.comm.size * each for i in range(self.comm.size + 1)]
         return [b - a for a, b in zip(bounds, bounds[1:], strict=False)], bounds[:-1]
 
     def gather(self, x: Tensor, length: int) -> Tensor:
-        """Gather the positions of all ranks. x: (B, this rank's positions, D). Returns (B, length, D). Collective over comm."""
+        """Return (B, length, D), the positions of all ranks. x: (B, t, D), the t positions of this rank. Collective over comm."""
         with torch.no_grad():
             b, _, d = x.shape
             whole = torch.empty(length, b, d, dtype=x.dtype, device=x.device)
@@ -63,8 +64,7 @@ class TensorComm:
             return whole.transpose(0, 1).contiguous()
 
     def scatter(self, x: Tensor) -> Tensor:
-        """Return this rank's positions of the sum of x over the ranks (reduce-scatter). x: (B, length, D). Collective over
-        comm."""
+        """Return this rank's positions of the sum of x over the ranks, (B, t, D). x: (B, length, D). Collective over comm."""
         with torch.no_grad():
             b, length, d = x.shape
             counts, _ = self._cut(length, b * d)
@@ -78,7 +78,7 @@ class TensorComm:
 
 
 class SumInBackward(torch.autograd.Function):
-    """The function f, which is the identity in forward and a sum over ranks in backward."""
+    """The function f of tensor.py. It is the identity in forward and a sum over ranks in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorComm) -> Tensor:
@@ -91,7 +91,7 @@ class SumInBackward(torch.autograd.Function):
 
 
 class SumInForward(torch.autograd.Function):
-    """The function g, which is a sum over ranks in forward and the identity in backward."""
+    """The function g of tensor.py. It is a sum over ranks in forward and the identity in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorComm) -> Tensor:
@@ -103,7 +103,7 @@ class SumInForward(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """The function f with sequence parallelism, which gathers in forward and reduce-scatters in backward."""
+    """The function f with sequence parallelism. It gathers in forward and reduce-scatters in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorComm) -> Tensor:
@@ -116,7 +116,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """The function g with sequence parallelism, which reduce-scatters in forward and gathers in backward."""
+    """The function g with sequence parallelism. It reduce-scatters in forward and gathers in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorComm) -> Tensor:
@@ -129,18 +129,18 @@ class _Scatter(torch.autograd.Function):
 
 
 def enter_branch(x: Tensor, tp: TensorComm) -> Tensor:
-    """Apply f to x and return (B, T, D). x: (B, T, D), or with sequence parallelism (B, t, D) with only this rank's positions.
-    Backward is collective over tp.comm. With sequence parallelism this call is also collective over tp.comm."""
+    """Apply f to `x`, and return (B, T, D). x: (B, T, D). With sequence parallelism, `x` is (B, t, D) and has only this rank's
+    positions. Backward is collective over tp.comm. With sequence parallelism this call is also collective over tp.comm."""
     return (_Gather if tp.sequence else SumInBackward).apply(x, tp)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def leave_branch(x: Tensor, tp: TensorComm) -> Tensor:
-    """Apply g: return the sum of x, (B, T, D), over the ranks. With sequence parallelism, return only this rank's positions of
-    the sum. Collective over tp.comm."""
+    """Apply g: return the sum of `x` over the ranks, (B, T, D). With sequence parallelism, return only this rank's positions of
+    the sum, (B, t, D). Collective over tp.comm. With sequence parallelism, backward is also collective over tp.comm."""
     return (_Scatter if tp.sequence else SumInForward).apply(x, tp)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def sum_both_ways(x: Tensor, tp: TensorComm) -> Tensor:
-    """Return the sum of x over the ranks. Each rank uses the sum for its own heads, so the gradient of x is the sum of the ranks'
-    gradients of the result. Collective over tp.comm, also in backward."""
+    """Return the sum of `x` over the ranks. Backward also sums the gradient over the ranks. Use this if each rank uses the result
+    for its own heads. Collective over tp.comm, also in backward."""
     return SumInBackward.apply(SumInForward.apply(x, tp), tp)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,9 +1,8 @@
 """Sums over the tensor-parallel ranks of a stage in the order of a fixed binary tree (model.slices).
 
-The tree's leaves are the slices of the model. Their number S is a power of two, and each of T ranks has S / T successive slices.
-T divides S, so the slices of a rank are the leaves of a complete subtree. First, each rank adds its own slices. Then the ranks'
-partial sums are added in the order of the same tree. For every T, the additions are the same. Therefore the bits of the sum do
-not depend on T.
+The tree's leaves are the S slices of the model. S is a power of two. Each of T ranks has S / T successive slices, which are the
+leaves of a complete subtree. First, each rank adds its own slices. Then the ranks' partial sums are added in the order of the
+same tree. The additions are the same for every T. Therefore the bits of the sum do not depend on T.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from mpidp.parallel.tensor_comm import TensorComm
 
 
 def tree_sum(parts: Sequence[Tensor]) -> Tensor:
-    """Return the sum of the tensors, added in pairs. parts: 1, 2, 4, 8, ... tensors of one shape and dtype. The order is that of
-    reducers/tree_order.py. Pure."""
+    """Return the sum of the tensors `parts`, added in the order of a binary tree (reducers/tree_order.py). The number of tensors
+    is a power of two. All have the same shape and dtype. Pure."""
     while len(parts) > 1:
         parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
@@ -30,7 +29,7 @@ ALIGNMENT = {"cpu": 64, "cuda": 256}  # bytes; torch allocates new tensors with 
 
 
 def aligned(x: Tensor) -> Tensor:
-    """Return x if it is contiguous and aligned like a new tensor, else a copy that is. Pure."""
+    """Return `x` if it is contiguous and aligned like a new tensor. Otherwise return a copy that is both. Pure."""
     x = x.contiguous()
     return x if x.data_ptr() % ALIGNMENT.get(x.device.type, 1) == 0 else x.clone()
 
@@ -40,8 +39,8 @@ class TreeComm(TensorComm):
     many bytes as an allreduce."""
 
     def sum(self, x: Tensor, op: MPI.Op = MPI.SUM) -> Tensor:
-        """Return the sum of x over the ranks in tree order, as a new tensor with the shape and dtype of x. op: the MPI reduction
-        to use instead of the sum. Only sums use the tree. Collective over comm."""
+        """Return the sum of `x` over the ranks in tree order, as a new tensor with the shape and dtype of `x`. op: the MPI
+        reduction to use instead of the sum. Such a reduction does not use the tree. Collective over comm."""
         if op != MPI.SUM:
             return super().sum(x, op)
         with torch.no_grad():
@@ -51,7 +50,8 @@ class TreeComm(TensorComm):
             return total.to(x.dtype)
 
     def scatter(self, x: Tensor) -> Tensor:
-        """Return this rank's positions of the sum of x over the ranks in tree order. x: (B, length, D). Collective over comm."""
+        """Return this rank's positions of the sum of `x` over the ranks, (B, t, D). The sum is added in tree order. x: (B,
+        length, D). Collective over comm."""
         with torch.no_grad():
             b, length, d = x.shape
             counts, starts = self._cut(length, b * d)
@@ -61,7 +61,7 @@ class TreeComm(TensorComm):
             return mine.view(-1, b, d).transpose(0, 1).to(x.dtype).contiguous()
 
     def _add(self, flat: Tensor) -> None:
-        """Replace flat (n,) by its sum over the ranks. Each rank adds one range of the elements. Collective over comm."""
+        """Replace `flat`, (n,), by its sum over the ranks. Each rank adds one range of the elements. Collective over comm."""
         comm, wire = self.comm, self._transport.load(flat, "tensor_parallel")
         bounds = slice_bounds(flat.numel(), comm.size)
         counts = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
@@ -72,7 +72,8 @@ class TreeComm(TensorComm):
         self._transport.store(wire, flat)
 
     def _sum_of_parts(self, wire: Tensor, counts: list[int], starts: list[int]) -> Tensor:
-        """Return the sum of this rank's range over the ranks. wire: the values of all ranges. Collective over comm."""
+        """Return the sum over the ranks of this rank's range of `wire`. counts, starts: the length and the start of each rank's
+        range. Collective over comm."""
         comm, length = self.comm, counts[self.comm.rank]
         received = self._transport.scratch("parts", comm.size * length)
         others = [r != comm.rank for r in range(comm.size)]

@@ -1,10 +1,10 @@
 """Gathers each matrix on one rank, for optimizers that compute the update of a whole matrix at once (Muon).
 
-A rank updates boxes of matrices. A box is a whole matrix, or with tensor parallelism or mesh.shard=2|3 a part of a matrix. Every
-matrix has one owner among the ranks that hold a box of the matrix. The owner receives the other boxes, computes the update, and
-sends each rank the update of its box. If several replicas hold a box, one of them sends it, and all of them receive the update.
-Owners are chosen so that all ranks have about the same amount of computation. The result of a matrix does not depend on its
-owner.
+A rank updates boxes of matrices. A box is a whole matrix. With tensor parallelism or mesh.shard=2|3, it can be a part of a
+matrix. Every matrix has one owner among the ranks that hold a box of the matrix. The owner receives the other boxes, computes the
+update, and sends each rank the update of its box. If several replicas hold a box, one of them sends it, and all of them receive
+the update. Owners are chosen so that all ranks have about the same amount of computation. The result of a matrix does not depend
+on its owner.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ class Box:
         return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
 
     def of(self, whole: Tensor) -> Tensor:
-        """Return this box of a tensor (m, n), or the rows of this box of a tensor (m, 1). Pure."""
+        """Return the elements of `whole`, (m, n), that are in this box. If `whole` is (m, 1), return the rows of this box.
+        Pure."""
         rows = whole[self.rows[0] : self.rows[1]]
         return rows if whole.shape[1] == 1 else rows[:, self.columns[0] : self.columns[1]]
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """The hidden matrices of a model, and the ranks that update them together."""
+    """The matrices that an optimizer updates as a whole, and the ranks that compute these updates together."""
 
     names: frozenset[str] = frozenset()  # the names in this rank's part of the model
     comm: MPI.Intracomm = field(default_factory=lambda: MPI.COMM_SELF)  # the ranks that compute updates at the same time
@@ -57,9 +58,9 @@ class Hidden:
     parts: ModelPartition | None = None
 
     def box(self, name: str, at: Sequence[int], size: Sequence[int], part: Sequence[int] | None = None) -> Box:
-        """Convert a box of this rank's part of a matrix to a box of the matrix in the whole model. at: first row and first column
-        of the box. size: numbers of rows and columns of the box. part: the shape of this rank's part of the matrix, by default
-        `size`. Pure."""
+        """Convert a box of this rank's part of matrix `name` to a box of the matrix in the whole model. at: first row and first
+        column of the box. size: numbers of rows and columns of the box. part: the shape of this rank's part (default: `size`).
+        Pure."""
         if self.parts is None:
             shape, start = tuple(part or size), (0, 0)
         else:
@@ -77,8 +78,7 @@ Move = tuple[int, int, Box]  # (sender, receiver, box)
 
 @dataclass
 class MatrixRound:
-    """The matrices that are gathered and updated at the same time. All ranks have the same number of rounds, in the same
-    order."""
+    """The matrices that are gathered and updated at the same time. All ranks have the same rounds, in the same order."""
 
     held: list[Box] = field(default_factory=list)  # this rank's boxes
     owned: list[tuple[str, tuple[int, int]]] = field(default_factory=list)  # name and shape of this rank's matrices
@@ -88,11 +88,11 @@ class MatrixRound:
 
 
 class WholeMatrices:
-    """Computes functions of whole matrices whose boxes are on several ranks."""
+    """Applies functions to whole matrices whose boxes are on several ranks."""
 
     def __init__(self, hidden: Hidden, held: Sequence[Box], tensors: int = 1) -> None:
-        """held: this rank's boxes. tensors: number of tensors per matrix. The second tensor of a matrix has one value per row.
-        Raises UsageError if the ranks of hidden.comm together do not hold all of a matrix. Collective over hidden.comm."""
+        """held: this rank's boxes. tensors: 1, or 2 if each matrix has a second tensor with one value per row. Raises UsageError
+        if the ranks of hidden.comm together do not hold every element of a matrix. Collective over hidden.comm."""
         self._comm, self._transport, self._wait, self._tensors = hidden.comm, hidden.transport, hidden.wait, tensors
         every = self._comm.allgather(list(held)) if self._comm.size > 1 else [list(held)]
         holders: dict[tuple[str, tuple[int, int]], dict[Box, list[int]]] = {}
@@ -130,8 +130,9 @@ class WholeMatrices:
     def compute(
         self, now: MatrixRound, pieces: Mapping[Box, Matrix], work: Callable[[list[tuple[str, Matrix]]], list[Matrix]]
     ) -> dict[Box, Matrix]:
-        """Apply `work` to whole matrices. Return this rank's boxes of the results. work: takes [(name, matrix), ...] and returns
-        one result per matrix, in order. pieces: this rank's boxes of the matrices. Collective over hidden.comm."""
+        """Apply `work` to the whole matrices of the round `now`. Return this rank's boxes of the results. pieces: this rank's
+        boxes of the matrices. work: takes [(name, matrix), ...] and returns one result per matrix, in order. Collective over
+        hidden.comm."""
         wholes = {name: self._assembled(now.local[name], shape, pieces) for name, shape in now.owned}
 
         def put(box: Box, found: Matrix) -> None:
@@ -149,7 +150,8 @@ class WholeMatrices:
         return mine
 
     def _assembled(self, boxes: list[Box], shape: tuple[int, int], pieces: Mapping[Box, Matrix]) -> Matrix:
-        """Return the matrix, in which only this rank's boxes are filled. A box that is the whole matrix is not copied."""
+        """Return a matrix of this shape. Its elements are those of this rank's `boxes`, and 0 elsewhere. A box that is the whole
+        matrix is not copied."""
         own = pieces[boxes[0]]
         if boxes[0].size == shape:
             return own
@@ -160,8 +162,8 @@ class WholeMatrices:
         return wholes
 
     def _exchange(self, moves: list[Move], read: Callable[[Box], Matrix], write: Callable[[Box, Matrix], None]) -> None:
-        """Send boxes between ranks in one exchange. moves: (source, target, box) of each box to send, the same list on every
-        rank. read: returns the tensors of a box to send. write: stores the tensors of a received box. Collective over
+        """Send boxes between ranks in one exchange. moves: (source, target, box) of each box to send. All ranks pass the same
+        list. read: returns the tensors of a box to send. write: stores the tensors of a received box. Collective over
         hidden.comm."""
         if not moves:
             return
@@ -191,5 +193,6 @@ class WholeMatrices:
 
 
 def _cost(shape: tuple[int, int]) -> int:
-    """Return a number proportional to the floating-point operations of a Newton-Schulz iteration. Pure."""
+    """Return a number proportional to the floating-point operations of a Newton-Schulz iteration on a matrix of this shape.
+    Pure."""
     return shape[0] * shape[1] * min(shape)

@@ -44,7 +44,7 @@ docs/plan.md explains the table."""),
 
 
 def main() -> None:
-    """Run the command. Collective over COMM_WORLD with `methods`, else independent."""
+    """Run the command. Collective over COMM_WORLD for `plan methods`, else independent."""
     words = sys.argv[1:]
     if not words or words[0] not in (*TOPICS, "-h", "--help"):
         words = ["ranks", *words]
@@ -62,8 +62,8 @@ def main() -> None:
 
 
 def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parse and check the command line. Return (options, settings). Raises UsageError if the command line is invalid. Pure,
-    except for reading CONFIG.toml."""
+    """Parse and check the command line. Return (options, settings), where `settings` are the arguments CONFIG.toml and
+    --section.key=value. Raises UsageError if the command line is invalid. Independent."""
     prog = program("mpidp.plan")
     parser = Parser(prog=prog, description="Predict training time.", allow_abbrev=False)
     topics = parser.add_subparsers(dest="topic", required=True, metavar="{ranks,methods,mesh}", prog=prog)
@@ -117,7 +117,8 @@ def _check_options_of_methods(options: argparse.Namespace, parser: Parser) -> No
 
 
 def print_methods(options: argparse.Namespace, config: Config, world: Any) -> None:
-    """Predict bytes and step time of each method, or measure them in trials. Print the table on rank 0. Collective over world."""
+    """Predict the bytes sent and the step time of each method. With --run, also measure them in trials. Print the table on rank
+    0. Collective over world."""
     from mpidp.plan.methods.trials import TrialOptions, compare_methods
 
     trial_options = TrialOptions(
@@ -132,9 +133,10 @@ def print_methods(options: argparse.Namespace, config: Config, world: Any) -> No
 
 
 def plan(runs: Sequence[Path], columns: Sequence[int] = (), loss: float | None = None) -> dict[str, Any]:
-    """Return the plan as plain values, with times in seconds and sizes in tokens. runs: folders of runs, the first is the run to
-    plan. columns: numbers of ranks (default: see _columns). loss: the target loss (default: the last loss of the run). Raises
-    UsageError if the runs cannot be compared, or if the first run has too few noise measurements. Independent."""
+    """Return the plan as plain values, with times in seconds and sizes in tokens. runs: folders of runs. The plan is for the
+    first run, and the others only supply step times. columns: numbers of ranks (default: see _columns). loss: the target loss
+    (default: the last loss of the first run). Raises UsageError if the runs cannot be compared, or if the first run has too few
+    noise measurements. Independent."""
     recorded = [measured.read(run) for run in runs]
     first = recorded[0]
     for other in recorded[1:]:
@@ -179,8 +181,9 @@ def _plain(cell: predict.Cell) -> dict[str, Any]:
 
 
 def _noise(run: measured.MeasuredRun, steps: float) -> dict[str, Any]:
-    """Return the noise scale and its bounds, and the noise scale in each quarter of the run up to step `steps`, at which the run
-    reached the loss. The noise scale and its bounds are computed from the second half of these steps."""
+    """Return the noise scale, its bounds, and the noise scale of each quarter of the run, in tokens. steps: the step at which the
+    run reached the loss. Later steps are not used. The noise scale and its bounds are computed from the second half of the steps
+    up to `steps`."""
     if not run.noises:
         one_lane = "; a batch of one lane has no measurement (train.lanes)" if run.lanes.num_lanes == 1 else ""
         raise UsageError(f"{run.path} has no measurements of gradient noise: train with --train.noise_every=10{one_lane}")
@@ -199,9 +202,9 @@ def _noise(run: measured.MeasuredRun, steps: float) -> dict[str, Any]:
 
 
 def _columns(lanes: int, present: int, timed: Sequence[int]) -> list[int]:
-    """Return the numbers of ranks for the table's columns. These are all measured numbers, and the powers of two up to a limit.
-    The limit is four times the largest measured number of ranks, but at least 16. It is never above the largest number of lanes
-    in the table."""
+    """Return the numbers of ranks for the table's columns. They are all measured numbers, and the powers of two up to a limit.
+    The limit is four times the largest measured number of ranks, but at least 16. No column has more ranks than the table has
+    lanes. lanes: lanes of the run. present: ranks of the run. timed: measured numbers of ranks."""
     most = min(int(lanes * predict.MULTIPLES[-1]), max(16, 4 * max(present, *timed)))
     return sorted({present, *timed, *(1 << i for i in range(most.bit_length()))})
 

@@ -23,7 +23,8 @@ class ClusterFile(TypedDict, total=False):
 
 
 def read_cluster(path: Path) -> dict[str, Any]:
-    """Return the content of a cluster.json. Raises UsageError if mpidp.doctor did not write the file. Independent."""
+    """Return the content of a cluster.json. Raises UsageError if the file cannot be read, or if its content is not what
+    mpidp.doctor writes. Independent."""
     try:
         found: dict[str, Any] = read_json(path, ClusterFile)
         for key in ClusterFile.__annotations__:

@@ -7,12 +7,12 @@
 | naive | one MPI_Allreduce per parameter | ranks, MPI library, shared cores | reference implementation of allreduce |
 | root | rank 0 gathers, adds, updates, and broadcasts the parameters | ranks | reference implementation |
 
-"Shared cores" means: whether several ranks share a core. Lanes are uneven if the lanes of a rank are not a complete subtree. With
-`tree`, the rank then sends several partial sums. The reducers of comm.compress send fewer bytes (compression/compressed.py).
-naive and root are simple, slow reference implementations, with which tests compare the other reducers.
+"Shared cores" means that the bits depend on whether several ranks share a core. Lanes are uneven if the lanes of a rank are not a
+complete subtree of the tree over lanes. With `tree`, the rank then sends several partial sums. The reducers of comm.compress send
+fewer bytes (compression/compressed.py). Tests compare other reducers with the simple, slow reference implementations.
 
 After finish(), `buffer.total` holds the sum over all lanes of the global batch, on every rank. With `root`, only rank 0 holds the
-sum and updates the parameters, and publish() broadcasts the parameters.
+sum and updates the parameters. publish() then broadcasts the parameters.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class LaneShares(Protocol):
 
 
 class BucketWorker(Protocol):
-    """A thread that reduces buckets in order (overlap.py)."""
+    """A thread that reduces buckets in a fixed order (overlap.py)."""
 
     def submit(self, bucket: Bucket) -> None:
-        """Queue a bucket whose gradients are complete. Independent."""
+        """Queue a bucket whose gradients on this rank are complete. Independent."""
 
     def missing(self) -> list[Bucket]:
         """Return the buckets that were not submitted in this step. Independent."""
@@ -64,7 +64,7 @@ LaneObserver = Callable[[int, torch.Tensor], None]  # called with (lane, its fla
 
 
 class Reducer:
-    """Base class of reducers. It accumulates all micro-batches of the rank in one gradient buffer."""
+    """Base class of reducers. A reducer of this class accumulates all micro-batches of the rank in one gradient buffer."""
 
     everyone_updates = True  # whether all ranks update the parameters, or only rank 0
     own_order = True  # whether the order of addition is always the same; MPI's may differ with non-blocking calls
@@ -73,8 +73,7 @@ class Reducer:
         self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1, *,
         observers: StepObservers = NO_OBSERVERS, norm_over_parts: NormOverParts | None = None,
     ) -> None:
-        """norm_over_parts: the function that computes the norm over the whole model, if this rank has only a part of the
-        model."""
+        """norm_over_parts: computes the norm over the whole model. It is None if this rank has the whole model. Independent."""
         self.group, self.lanes, self.transport, self.shares, self.num_slots = group, lanes, transport, shares, num_slots
         self.observers, self._norm_over_parts = observers, norm_over_parts
         self.comm = group.rail
@@ -86,36 +85,36 @@ class Reducer:
         self._fresh = True
 
     def attach(self, buffer: GradientBuffer) -> None:
-        """Set the gradient buffer, which has at least num_slots slots. Independent."""
+        """Set the gradient buffer. `buffer` must have at least num_slots slots. Independent."""
         self.buffer = buffer
 
     def set_wait(self, wait: Wait | None) -> None:
-        """Set how to wait for MPI requests in a reduction. None: wait as the group waits outside reductions (group.wait). Call
+        """Set how to wait for MPI requests in a reduction. If `wait` is None, use group.wait, as outside reductions. Call
         set_wait() between steps. Independent."""
         self.wait = wait or self.group.wait
 
     def set_overlap(self, mode: str, wait: Wait | None, worker: BucketWorker | None) -> None:
-        """Set the worker that reduces buckets during backward. worker: None means no overlap. mode: a key of OVERLAP_WAITS
-        (overlap.py). wait: see set_wait(). Call set_overlap() between steps. Independent."""
+        """Set the worker that reduces buckets during backward. If `worker` is None, reductions do not overlap with backward.
+        mode: a key of OVERLAP_WAITS (overlap.py). wait: see set_wait(). Call set_overlap() between steps. Independent."""
         self.stop_worker()
         self.overlap_mode, self.worker = mode, worker
         self.set_wait(wait)
 
     def stop_worker(self) -> None:
-        """Stop the reducing thread, if there is one. Independent."""
+        """Stop the thread that reduces buckets, if there is one. Independent."""
         if self.worker is not None:
             self.worker.close()
 
     def open(self, v: int, last: bool = False, chunk: int = 0) -> None:
-        """Begin micro-batch v for a chunk of layers: make every .grad of the chunk a view of the gradient buffer for v. last:
-        whether v is the rank's last micro-batch of the step. Independent."""
+        """Begin micro-batch `v` for chunk `chunk`: make every .grad of the chunk a view of the slot in which `v` accumulates.
+        last: whether `v` is the rank's last micro-batch of the step. Independent."""
         self.buffer.point(0)
         if self._fresh:
             self.buffer.flat[0].zero_()
             self._fresh = False
 
     def close(self, v: int, chunk: int = 0) -> None:
-        """End micro-batch v for this chunk of layers. Independent."""
+        """End micro-batch `v` for chunk `chunk`. Independent."""
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
         """During the next step, call each observer with the gradient of every lane. Raises ValueError if the reducer does not
@@ -141,7 +140,8 @@ class Reducer:
         self.worker.submit(bucket)
 
     def finish(self) -> None:
-        """Finish the sum. Afterwards buffer.total holds the sum. Collective over all ranks."""
+        """Finish the sum of this step. Afterwards buffer.total holds the sum on every rank whose holds_sum is True. Collective
+        over all ranks."""
         with self.transport.timed():
             if self.worker is not None:
                 for bucket in self.worker.missing():
@@ -154,7 +154,7 @@ class Reducer:
         self.buffer.point(0)
 
     def reduce_observed(self, bucket: Bucket) -> None:
-        """Reduce one bucket, and report the reduction to the observers. Collective over all ranks."""
+        """Call reduce(), and report the reduction to the observers. Collective over all ranks."""
         with self._observed(bucket):
             self.reduce(bucket)
 
@@ -163,12 +163,12 @@ class Reducer:
         return self.observers.span(f"bucket {bucket.index}", bytes=4 * (bucket.stop - bucket.start))
 
     def reduce(self, bucket: Bucket) -> None:
-        """Sum one bucket. Collective over all ranks."""
+        """Sum one bucket over the ranks. Collective over all ranks."""
         raise NotImplementedError
 
     def norm(self) -> float:
-        """Return the L2 norm of the sum. The squares are summed over fixed blocks in a fixed order, so the bits of the norm do
-        not depend on the number of ranks. Collective over the group."""
+        """Return the L2 norm of the sum. The sums of squares of norm blocks are added in a fixed order, so the bits of the norm
+        do not depend on the number of ranks. Collective over all ranks."""
         total, mine = self.buffer.total, self.group.slice_of(self.buffer.num_elements)
         squares = torch.zeros(total.numel() // NORM_BLOCK, dtype=torch.float64)
         if mine.start < mine.stop:
@@ -183,8 +183,8 @@ class Reducer:
         return norm
 
     def norm_of(self, flat: torch.Tensor) -> float:
-        """Return the L2 norm of a flat gradient (num_elements,) of this rank. Independent. If the model is divided by mesh.tp or
-        mesh.pp, collective over the ranks that hold its parts."""
+        """Return the L2 norm of `flat`, a flat gradient (num_elements,) of this rank. With mesh.tp or mesh.pp, return the norm
+        over the whole model. The call is then collective over the ranks that hold the model's parts. Otherwise independent."""
         squares = squares_of_blocks(flat).cpu()
         if self._norm_over_parts is None:
             return norm_of_squares(squares)
@@ -197,31 +197,31 @@ class Reducer:
             self.group.fence()
 
     def publish(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Make the updated parameters visible on all ranks. Collective over all ranks."""
+        """Make the updated parameters visible on all ranks. tensors: the parameters. Collective over all ranks."""
         with self.transport.timed():
             self.group.fence()
 
     def end_round(self, applied: bool) -> None:
-        """End a round, which consists of the sums since the last call. applied: whether an update used these sums. If not, the
-        reducer restores the state that it had before the round. All ranks must pass the same value. Independent."""
+        """End a round. The round consists of the sums since the last call. applied: whether an update used these sums. If not,
+        the reducer restores the state that it had before the round. All ranks must pass the same value. Independent."""
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return copies of the state that a resumed run needs (none in this base class). Independent."""
+        """Return copies of the state that a resumed run needs. This base class has no such state. Independent."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Load the state. An empty state resets the reducer. Independent."""
+        """Load the state that state_dict() returned. An empty state resets the reducer. Independent."""
         if "residual" in state and self.comm.rank == 0:
             log.info("comm.compress was turned off: the compression error in the checkpoint is dropped")
 
     def resume_from(self, before: Reducer | None) -> None:
-        """Take over the state of `before`, the reducer of the same kind that this rank had before ranks failed. `before` is None
-        on ranks that joined after the failure, but never on rank 0. Collective over all ranks."""
+        """Take over the state of `before`, the reducer that this rank had before ranks failed. `before` is None on ranks that
+        joined after the failure. Rank 0 never is such a rank. Collective over all ranks."""
 
 
 class FlatReducer(Reducer):
-    """A reducer with one gradient buffer per rank. It can also sum any other flat tensor of the same layout, for strategies that
-    do not sum gradients at every step. Call end_round() when every bucket has been summed once."""
+    """A reducer with one gradient buffer per rank. For strategies that do not sum gradients at every step, it can also sum other
+    flat tensors of the same layout. Call end_round() when every bucket has been summed once."""
 
     def reduce(self, bucket: Bucket) -> None:
         self.sum(self.buffer.flat[0], bucket)
@@ -232,7 +232,7 @@ class FlatReducer(Reducer):
             self.sum(flat, bucket)
 
     def sum(self, flat: torch.Tensor, bucket: Bucket) -> None:
-        """Sum this bucket of flat (num_elements,) over the ranks, in place. Collective over all ranks."""
+        """Replace the elements of `bucket` in `flat`, (num_elements,), by their sum over the ranks. Collective over all ranks."""
         raise NotImplementedError
 
 
@@ -253,8 +253,8 @@ class Allreduce(FlatReducer):
 
 
 class Naive(Allreduce):
-    """Implements comm.reducer=naive with one Allreduce per parameter. This is a reference implementation, which is simple enough
-    to verify by reading."""
+    """Implements comm.reducer=naive with one Allreduce per parameter. This reference implementation is simple enough to verify by
+    reading."""
 
     def sum(self, flat: torch.Tensor, bucket: Bucket) -> None:
         for shape, offset in zip(bucket.shapes, bucket.offsets, strict=True):
@@ -262,7 +262,7 @@ class Naive(Allreduce):
 
 
 class Root(Reducer):
-    """Implements comm.reducer=root: rank 0 gathers the gradients, adds them in order of ranks, updates the parameters and
+    """Implements comm.reducer=root. Rank 0 gathers the gradients, adds them in order of ranks, updates the parameters and
     broadcasts them. This is a reference implementation."""
 
     everyone_updates = False

@@ -1,8 +1,9 @@
-"""Flat memory: parameters and gradients are views of flat tensors, cut into buckets. Autograd hooks report complete buckets.
+"""Flat memory: parameters and gradients are views of flat tensors. The flat tensors are cut into buckets. Autograd hooks report
+complete buckets.
 
 The layout depends only on the model. Parameters are in reverse order of definition, which is roughly the order in which backward
-computes their gradients. The bucket size and the number of ranks affect only the places at which the flat tensors are cut into
-buckets and slices.
+computes their gradients. The bucket size and the number of ranks do not change the layout. They only change the places at which
+it is cut into buckets and slices.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from mpidp.comm.slices import ALIGN, NORM_BLOCK, round_up
 
 @dataclass(frozen=True)
 class Bucket:
-    """Consecutive whole parameters in the flat buffer: elements [start, stop)."""
+    """Consecutive parameters, in the elements [start, stop) of the flat buffer. A parameter is never divided between two
+    buckets."""
 
     index: int
     start: int
@@ -29,8 +31,9 @@ class Bucket:
 
 
 def unit_of(name: str) -> str:
-    """Return the unit to which a parameter belongs. A unit is never divided between two pipeline stages. For example, the unit of
-    blocks.3.attention.q.weight is `blocks.3`. If a name has no number, the unit is the part before the first dot. Pure."""
+    """Return the name of the unit to which parameter `name` belongs. For example, the unit of blocks.3.attention.q.weight is
+    `blocks.3`. If a name has no number, the unit is the part before the first dot. A unit is never divided between two pipeline
+    stages. Pure."""
     words = name.split(".")
     numbers = [i for i, word in enumerate(words) if word.isdigit()]
     return ".".join(words[: numbers[0] + 1]) if numbers else words[0]
@@ -38,8 +41,8 @@ def unit_of(name: str) -> str:
 
 class FlatLayout:
     """The place of each parameter in a flat tensor of num_elements elements. num_elements is a multiple of NORM_BLOCK. Units
-    begin at multiples of NORM_BLOCK, so each norm block of a pipeline stage is also a norm block of the whole model (see
-    docs/vocabulary.md). Independent."""
+    begin at multiples of NORM_BLOCK. Therefore each norm block of a pipeline stage is also a norm block of the whole model.
+    Independent."""
 
     def __init__(self, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
         self.parameters = list(reversed(named_parameters))
@@ -54,15 +57,16 @@ class FlatLayout:
         self.num_elements = round_up(offset, NORM_BLOCK)
 
     def placed(self) -> list[tuple[int, str, torch.nn.Parameter]]:
-        """Return (offset, name, parameter) in flat order."""
+        """Return a list of (offset, name, parameter), in flat order."""
         return [(o, name, p) for o, (name, p) in zip(self.offsets, self.parameters, strict=True)]
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """Return views of a flat tensor (num_elements,) with the parameters' shapes, in flat order."""
+        """Return a view of `flat`, (num_elements,), for each parameter. The view has the parameter's shape. The list is in flat
+        order."""
         return [flat[o : o + p.numel()].view_as(p) for o, _, p in self.placed()]
 
     def adopt(self, flat: torch.Tensor) -> None:
-        """Make the parameters views of flat. The values of the parameters do not change."""
+        """Make the parameters views of `flat`, without changing their values."""
         with torch.no_grad():
             for (_, p), view in zip(self.parameters, self.views(flat), strict=True):
                 if view.data_ptr() != p.data_ptr():  # otherwise p already is this view: the memory is reused after a failure
@@ -70,7 +74,8 @@ class FlatLayout:
                 p.data = view
 
     def cut(self, bucket_bytes: int) -> list[Bucket]:
-        """Return buckets of whole parameters, each with at least bucket_bytes. The last bucket may be smaller."""
+        """Divide the parameters into buckets of at least `bucket_bytes` bytes, and return them. The last bucket may be
+        smaller."""
         buckets: list[Bucket] = []
         members: list[tuple[int, str, torch.nn.Parameter]] = []
         placed = self.placed()
@@ -87,15 +92,15 @@ class FlatLayout:
 
 
 class GradientBuffer:
-    """Flat float32 gradient buffers (slots) for all parameters, shape (slots, num_elements). Independent if the function `memory`
-    is."""
+    """Flat float32 gradient buffers (slots) for all parameters. Their shape is (slots, num_elements)."""
 
     def __init__(
         self, named_parameters: list[tuple[str, torch.nn.Parameter]], slots: int, bucket_bytes: int,
         memory: Callable[[int], list[torch.Tensor]] | None = None, me: int = 0,
     ) -> None:
-        """memory: a function that takes a number of elements and returns a zeroed float32 tensor of this size for each rank that
-        shares memory. me: index of this rank's tensor. Without `memory`, the buffers are in private memory."""
+        """memory: takes a number of elements, and returns a list of zeroed float32 tensors of this size, one for each rank that
+        shares memory. If it is None, the buffers are in private memory. me: index of this rank's tensor in the list. Independent
+        if `memory` is."""
         self.layout = FlatLayout(named_parameters)
         self.num_elements = self.layout.num_elements
         needed = slots * self.num_elements
@@ -110,7 +115,7 @@ class GradientBuffer:
 
     def cut_chunks(self, chunk_of: Callable[[str], int], count: int) -> None:
         """Divide the parameters into `count` chunks for point(). chunk_of: returns the index of a parameter's chunk, given its
-        name. In flat order, chunks are in descending order of index."""
+        name. The flat order must have the chunks in descending order of index."""
         chunks = [chunk_of(name) for name, _ in self.layout.parameters]
         starts = [next((o for o, mine in zip(self.layout.offsets, chunks, strict=True) if mine <= chunk), self.num_elements)
                   for chunk in range(count)]
@@ -119,8 +124,8 @@ class GradientBuffer:
         self._pointing_at: list[int | None] = [None] * count
 
     def point(self, slot: int, chunk: int | None = None) -> None:
-        """Make every .grad of a chunk a view of this slot, so that backward accumulates into the slot. Without
-        `chunk`, do this for all chunks."""
+        """Make every .grad of a chunk a view of slot `slot`, so that backward accumulates into the slot. If `chunk` is None, do
+        this for all chunks."""
         for one in range(len(self.spans)) if chunk is None else [chunk]:
             if slot != self._pointing_at[one]:
                 for i in self._members[one]:
@@ -129,7 +134,7 @@ class GradientBuffer:
 
     def on_full(self, armed: Callable[[], bool], begin: Callable[[Bucket], None]) -> None:
         """Register hooks that call begin(bucket) during backward, as soon as all gradients of the bucket are complete. The hooks
-        do nothing while armed() is false."""
+        do nothing while armed() returns False."""
         for bucket in self.buckets:
             waiting = set(bucket.names)
 
@@ -145,6 +150,6 @@ class GradientBuffer:
                     self._hooks.append(p.register_post_accumulate_grad_hook(lambda grad, name=name, hook=hook: hook(grad, name)))
 
     def forget(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks of on_full()."""
         for hook in self._hooks:
             hook.remove()

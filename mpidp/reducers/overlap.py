@@ -1,6 +1,6 @@
 """Reduces buckets in a thread while backward fills the next buckets, and measures whether this overlap is faster.
 
-Non-blocking collectives make little progress while a program is outside MPI calls, so a thread makes the MPI calls. In mode
+The thread makes MPI calls all the time, because non-blocking collectives make little progress outside MPI calls. In mode
 `thread`, the thread blocks in MPI. In mode `poll`, the thread polls and sleeps, so that backward can use the core. On one node
 overlap has no benefit, because sums are limited by memory bandwidth and backward needs the same cores. Between nodes the benefit
 depends on the network, the MPI library and spare cores, so choose() measures it.
@@ -30,7 +30,7 @@ PROBE_ROUNDS = 3
 
 
 class ReduceThread:
-    """A thread that calls work(bucket) for every submitted bucket of a step, in the same order on every rank."""
+    """A thread that calls work(bucket) for every submitted bucket of a step. The order of the calls is the same on every rank."""
 
     def __init__(self, buckets: list[Bucket], work: Callable[[Bucket], None]) -> None:
         self._buckets, self._work = buckets, work
@@ -53,8 +53,8 @@ class ReduceThread:
         return [bucket for bucket in self._buckets if bucket.index not in self._submitted]
 
     def wait(self) -> None:
-        """Wait until all buckets of the step are reduced. If work() raised an exception, raise it here. Collective over the ranks
-        that reduce."""
+        """Wait until all buckets of the step are reduced. Raises the exception that work() raised, if any. Collective over the
+        ranks that reduce."""
         with self._changed:
             self._changed.wait_for(lambda: self._done == len(self._buckets) or self._error is not None)
             if self._error is not None:
@@ -88,14 +88,14 @@ class ReduceThread:
 
 
 def use(reducer: Reducer, mode: str) -> None:
-    """Use this overlap mode from now on. Call use() between steps. Independent."""
+    """Make `reducer` use the overlap mode `mode` from now on. Call use() between steps. Independent."""
     wait = OVERLAP_WAITS[mode]
     reducer.set_overlap(mode, wait, None if wait is None else ReduceThread(reducer.buffer.buckets, reducer.reduce_observed))
 
 
 def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, static: bool) -> str:
-    """Use the overlap mode `wanted`. If it is "auto", measure the time of computation and reduction in each mode, and use the
-    fastest mode. On one node, and where overlap is not possible, "auto" means no overlap. Return a description of the choice.
+    """Use the overlap mode `wanted`. If `wanted` is "auto", measure the time of computation and reduction in each mode, and use
+    the fastest mode. On one node, and where overlap is not possible, "auto" means no overlap. Return a description of the choice.
     static: whether lanes are fixed before each step. Collective over comm."""
     if wanted != "auto":
         use(reducer, wanted)
@@ -117,8 +117,9 @@ def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, static: bool) -> 
 
 
 def measure(reducer: Reducer, comm: MPI.Intracomm, modes: Mapping[str, Wait | None] = OVERLAP_WAITS) -> dict[str, float]:
-    """Measure each overlap mode, and return the seconds that the slowest rank needs in each mode. For every bucket, each rank
-    computes for as long as the reduction of a bucket takes. The gradients are overwritten. Collective over comm."""
+    """Return {overlap mode: seconds that the slowest rank needs for computation and reduction}. For every bucket, each rank
+    computes for as long as the reduction of a bucket takes. The gradients are overwritten, and the reducer is reset. Collective
+    over comm."""
     buckets = [b for b in reducer.buffer.buckets if b.stop * 4 <= PROBE_BYTES] or reducer.buffer.buckets[:1]
     square = torch.randn(256, 256)
 

@@ -1,9 +1,9 @@
-"""The additions of one step if micro-batches are dealt to the ranks in turn (mesh.shard=2|3). Pure.
+"""The additions of one step if micro-batches are assigned to the ranks in turn (mesh.shard=2|3). Pure.
 
-In round t, rank q computes micro-batch t P + q, where P is the number of ranks. The owner of a slice then receives the
-gradients of consecutive micro-batches. It accumulates each lane in order, and adds two siblings of the tree (tree_order.py) as
-soon as both are complete. Therefore it stores only the nodes that remain after a round: at most max(1, log2(rounds)) if P is a
-power of two. The sum has the same bits as with any other distribution of the lanes.
+In round t, rank q computes micro-batch t P + q, where P is the number of ranks. So the owner of a slice receives the gradients of
+consecutive micro-batches. It accumulates each lane in order, and adds two siblings of the tree (tree_order.py) as soon as both
+are complete. Therefore it stores only the tree nodes that remain after a round. If P is a power of two, these are at most max(1,
+log2(number of rounds)). The sum has the same bits as with any other distribution of the lanes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RoundPlan:
 
 
 def plan_rounds(lanes: Lanes, size: int) -> list[RoundPlan]:
-    """Return the rounds of a step on `size` ranks. After the last round, slot 0 holds the sum. Pure."""
+    """Return the plan of each round of a step on `size` ranks. After the last round, slot 0 holds the sum. Pure."""
     count, found = lanes.num_micro_batches, []
     nodes: dict[Node, Place] = {}
     lane_at: Place | None = None  # where the lane accumulates that is not complete
@@ -61,5 +61,5 @@ def plan_rounds(lanes: Lanes, size: int) -> list[RoundPlan]:
 
 
 def slots_of(rounds: list[RoundPlan]) -> int:
-    """Return the number of gradients that an owner stores. Pure."""
+    """Return the number of gradients (slots) that an owner stores. Pure."""
     return 1 + max(slot for one in rounds for slot, _ in one.kept)

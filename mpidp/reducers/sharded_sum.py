@@ -1,7 +1,7 @@
 """Sums the gradients of units over the ranks (mesh.shard=2|3). Each rank stores the sum of its slices only.
 
-In each round, a rank sends the gradient of its micro-batch to the owners of the slices, one unit at a time, and frees it. The
-owners add the gradients of a round in the order of the tree (rounds.py).
+In each round, a rank sends the gradient of its micro-batch to the owners of the slices, one unit at a time. Then it frees the
+gradient of this unit. The owners add the gradients of a round in the order of the tree (rounds.py).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ShardedSum:
         self._round = [0 for _ in self.slots]
 
     def reduce(self, unit: Unit) -> None:
-        """Add the gradients of a unit in this round, and free them. A missing gradient counts as zero. Collective over
+        """Sum the gradients of `unit` in this round, and free them. A missing gradient counts as zero. Collective over
         channel.comm."""
         now = self.rounds[self._round[unit.index]]
         self._round[unit.index] += 1
@@ -74,16 +74,15 @@ class ShardedSum:
             slots[slot].copy_(rows[row])
 
     def _scratch(self, elements: int) -> Tensor:
-        """Return memory on the gradients' device, which later calls reuse."""
+        """Return a tensor (elements,) on the gradients' device. The next call reuses its memory."""
         if self._packed.numel() < elements:
             self._packed = torch.empty(elements, device=self._packed.device)
         return self._packed[:elements]
 
 
 def pack(out: Tensor, part: range, gradients: Sequence[tuple[range, Tensor]]) -> None:
-    """Write the elements of `part` to `out`. gradients: ranges and their values; other elements are 0. Independent.
-
-    Values are added to zeros, as at level 0, so -0.0 becomes 0.0."""
+    """Write the elements of a unit's gradient in the range `part` to `out`. gradients: (range, values of the range). Elements
+    outside these ranges become 0. Values of -0.0 become 0.0, as with mesh.shard=0. Independent."""
     out.zero_()
     for where, values in gradients:
         both = overlap_of(where, part)

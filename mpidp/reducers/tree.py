@@ -1,9 +1,10 @@
 """The reducer `tree`: owners of slices add the ranks' gradients in the order of the tree over lanes (tree_order.py).
 
-A group is the ranks of a node that share memory, or a single rank without shared memory. In a group, the owner of a slice reads
-the buffers of all ranks and adds them in place. The sum is stored in slot 0 of the first rank. Between groups, the owners of the
-same slice exchange messages. The slice is cut into one piece per group, and each owner sums one piece. For this piece, an owner
-receives the tree nodes that remain in the other groups, adds the nodes of all groups, and sends the sum to the other owners.
+A group is the ranks of a node that share memory. A rank without shared memory is a group of its own. In a group, the owner of a
+slice reads the buffers of all ranks and adds them in place. The sum is stored in slot 0 of the group's first rank. Between
+groups, the owners of the same slice exchange messages. The slice is cut into one range per group, and each owner sums one range.
+For this range, the owner receives the tree nodes that remain in the other groups, adds the nodes of all groups, and sends the sum
+to the other owners.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Held = tuple[tuple[tree_order.Node, Slot], ...]
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """The additions of one step, in order."""
+    """The additions of one step, in the order in which they are made."""
 
     additions: list[tuple[Slot, Slot]]  # (into, from) in this group
     left_over: list[Slot]  # slots of the tree nodes that remain in this group, from left to right
@@ -44,7 +45,7 @@ class FoldPlan:
 def slots_needed(lanes: Lanes, mine: range, max_lanes: int, static: bool, kept_apart: bool) -> int:
     """Return the number of gradient buffers (slots) that a rank needs. mine: the rank's lanes at the start. max_lanes: if above
     0, the rank may later get any range of up to this many lanes. static: whether lanes are fixed before each step. If not, two
-    more buffers are needed. kept_apart: whether the gradients of single lanes are needed in some steps. Independent."""
+    more slots are needed. kept_apart: whether the gradients of single lanes are needed in some steps. Independent."""
     count, share = lanes.num_lanes, lanes.num_lanes == lanes.num_micro_batches and not kept_apart
     runs = [mine]
     if max_lanes:
@@ -58,7 +59,7 @@ class Tree(Reducer):
     def __init__(
         self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1, **more: Any
     ) -> None:
-        """num_slots: the result of slots_needed()."""
+        """num_slots: the result of slots_needed(). Independent."""
         super().__init__(group, lanes, transport, shares, num_slots, **more)
         self._first = {lanes.micro_batches(lane)[0]: lane for lane in range(lanes.num_lanes)}
         self._last = {lanes.micro_batches(lane)[-1]: lane for lane in range(lanes.num_lanes)}
@@ -79,7 +80,7 @@ class Tree(Reducer):
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """The range (start, stop) of each chunk of the model in the flat gradient."""
+        """A list with (start, stop) of each chunk of the model in the flat gradient."""
         return self.buffer.spans if hasattr(self, "buffer") else [(0, 0)]
 
     def attach(self, buffer: GradientBuffer) -> None:
@@ -135,7 +136,7 @@ class Tree(Reducer):
         self._reduce(bucket.start, bucket.stop, ALIGN)
 
     def _reduce(self, start: int, stop: int, multiple: int) -> None:
-        """Sum the elements [start, stop). Slices are cut at multiples of `multiple`. Collective over all ranks."""
+        """Sum the elements [start, stop) over the ranks. Slices are cut at multiples of `multiple`. Collective over all ranks."""
         self.group.fence(self.wait)
         if not self.group.owns:
             return
@@ -148,8 +149,8 @@ class Tree(Reducer):
                 self._add_between_groups(plan, *piece)
 
     def _gather_held(self) -> Held:
-        """Return the tree nodes that the ranks of the group hold, and their slots. This is needed if ranks may take lanes of
-        other ranks. Collective over the group."""
+        """Return the tree nodes that the ranks of the group hold, with their slots. It is needed if ranks may take lanes of other
+        ranks. Collective over the group."""
         table = np.full((self.group.node.size, 2 * self.lanes.num_lanes.bit_length() + 3, 2), -1, dtype=np.int64)
         for node, slot in self._tree_sums[0].nodes.items():
             table[self.group.node.rank, slot] = node
@@ -159,9 +160,9 @@ class Tree(Reducer):
         )
 
     def _make_plan(self, ranges: tuple[range, ...], held: Held | None, share: bool) -> FoldPlan:
-        """Plan the additions. ranges: the lanes of each rank. held: the tree nodes in the group, and their slots. None: each rank
-        computed its range in order. share: whether sibling lanes share a slot (tree_order.TreeSum). Raises ValueError unless
-        every lane occurs once."""
+        """Plan the additions. ranges: the lanes of each rank. held: the tree nodes in the group, and their slots. If `held` is
+        None, each rank has computed its lanes in order. share: whether sibling lanes share a slot (tree_order.TreeSum). Raises
+        ValueError unless every lane occurs once."""
         count = self.lanes.num_lanes
         if held is None:
             of_ranks = [tree_order.held_after(ranges[r], count, share)[0] for r in self.group.members[self.group.index]]
@@ -178,8 +179,8 @@ class Tree(Reducer):
         return FoldPlan(additions, [place for _, place in left_over], num_nodes, *tree_order.fold_all(everywhere, count))
 
     def _add_in_group(self, plan: FoldPlan, low: int, high: int) -> None:
-        """Add the tree nodes of this group in pieces of CACHED elements, which stay in the cache. If there is only one group, the
-        last addition writes the total."""
+        """Add the tree nodes of this group in the elements [low, high). If there is only one group, the last addition writes the
+        total. Independent."""
         alone, total = len(self.group.members) == 1, self.buffer.total
         if alone and not plan.additions and plan.left_over[0] == (0, 0):
             return  # the sum is already in slot 0 of the first rank
@@ -194,8 +195,8 @@ class Tree(Reducer):
                 total[block] = self.buffer.parts[r][j, block]
 
     def _add_between_groups(self, plan: FoldPlan, start: int, stop: int) -> None:
-        """Exchange the remaining tree nodes of all groups, sum this owner's piece, and gather the sums. Collective over the
-        rail."""
+        """Exchange the remaining tree nodes of all groups for the elements [start, stop). Sum this owner's range, and gather the
+        sums. Collective over the rail."""
         comm, wire, wait = self.group.rail, self.transport, self.wait
         bounds = slice_bounds(stop - start, comm.size)
         lengths = [high - low for low, high in zip(bounds, bounds[1:], strict=False)]

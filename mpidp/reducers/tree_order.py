@@ -1,8 +1,7 @@
-"""Defines the order in which lanes are added: a fixed binary tree. Therefore the bits of the sum do not depend on the ranks.
-Pure.
+"""Defines the order in which lanes are added, by a fixed binary tree. Pure.
 
-Node (k, i) is the sum of the existing lanes in [i 2^k, (i+1) 2^k). The node is the sum of its children (k-1, 2i) and (k-1, 2i+1).
-If the right child has no lanes, the node equals its left child. Float32 addition is commutative but not associative. The shape of
+Node (k, i) is the sum of the existing lanes in [i 2^k, (i+1) 2^k). It is the sum of its children (k-1, 2i) and (k-1, 2i+1). If
+the right child has no lanes, the node equals its left child. Float32 addition is commutative but not associative. The shape of
 the tree depends only on the number of lanes L. Therefore the bits of the sum do not depend on which rank computes a lane, or on
 the order in which lanes are computed. The gradient of a lane is rounded at most ceil(log2 L) times.
 """
@@ -28,21 +27,22 @@ class TreeSum:
     """Chooses the slot of each lane of one rank, and the additions that follow each lane. Lanes may come in any order.
     Independent.
 
-    Slots are a rank's gradient buffers. Two sibling nodes on the same rank are added immediately. Therefore a rank needs at most
-    log2(n) + 1 slots for an aligned range of n lanes, and at most 2 log2(n) + 1 slots for any range.
+    Slots are a rank's gradient buffers. Two sibling nodes on the same rank are added immediately. An aligned range of n lanes
+    therefore needs at most log2(n) + 1 slots. Any other range needs at most 2 log2(n) + 1 slots.
     """
 
     def __init__(self, num_lanes: int, siblings_share: bool) -> None:
-        """siblings_share: whether a lane accumulates directly into the slot of its sibling. Sharing is allowed if every lane is a
-        single micro-batch. Then the sum has the same bits as with a separate addition."""
+        """num_lanes: the number of lanes in a step. siblings_share: whether a lane accumulates directly into the slot of its
+        sibling. If every lane is a single micro-batch, sharing does not change the bits of the sum. Otherwise it is not
+        allowed."""
         self.num_lanes, self.siblings_share = num_lanes, siblings_share
         self.nodes: dict[Node, int] = {}  # nodes on this rank, and their slots
         self.num_slots = 0  # slots used so far
         self._slot_of: dict[int, int] = {}  # slots of the lanes that have begun but not ended
 
     def open(self, lane: int) -> tuple[int, bool]:
-        """Begin a lane. Return the slot in which the lane accumulates, and whether the slot is fresh. The caller must zero a
-        fresh slot. A slot that is not fresh holds the gradient of the sibling lane."""
+        """Begin a lane. Return (the slot in which the lane accumulates, whether the slot is fresh). The caller must zero a fresh
+        slot. A slot that is not fresh holds the gradient of the sibling lane."""
         sibling = self.nodes.pop((0, lane ^ 1), None) if self.siblings_share else None
         slot = self._free() if sibling is None else sibling
         self._slot_of[lane] = slot
@@ -52,7 +52,7 @@ class TreeSum:
         return slot, sibling is None
 
     def close(self, lane: int) -> list[tuple[int, int]]:
-        """End a lane. Return the additions (into, from) that the caller must now make, in order. Each means slot[into] +=
+        """End a lane. Return the additions (into, from) that the caller must now make, in order. An addition is slot[into] +=
         slot[from]."""
         slot, node = self._slot_of.pop(lane), (0, lane)
         if self._slot_of.pop(lane ^ 1, None) is not None:
@@ -73,7 +73,7 @@ class TreeSum:
 
 
 def held_after(lanes: Iterable[int], num_lanes: int, siblings_share: bool) -> tuple[dict[Node, int], int]:
-    """Return {node: slot} and the number of slots used, after a rank has computed these lanes in this order. Independent."""
+    """Return ({node: slot}, number of slots used) after a rank has computed `lanes` in this order. Independent."""
     tree_sum = TreeSum(num_lanes, siblings_share)
     for lane in lanes:
         tree_sum.open(lane)
@@ -82,8 +82,9 @@ def held_after(lanes: Iterable[int], num_lanes: int, siblings_share: bool) -> tu
 
 
 def fold(held: Sequence[tuple[Node, Place]], num_lanes: int) -> tuple[list[tuple[Place, Place]], list[tuple[Node, Place]]]:
-    """Combine the nodes in `held` as far as the tree allows. Return the additions (into, from) in order, and the remaining nodes
-    with their places, from left to right. Raises ValueError if two nodes contain the same lane. Independent."""
+    """Combine the nodes in `held` as far as the tree allows. Return (additions, remaining nodes). An addition is (into, from),
+    and the additions are in order. The remaining nodes are (node, place), from left to right. Raises ValueError if two nodes
+    contain the same lane. Independent."""
     additions: list[tuple[Place, Place]] = []
     stack: list[tuple[Node, Place]] = []
     covered = 0
@@ -100,8 +101,8 @@ def fold(held: Sequence[tuple[Node, Place]], num_lanes: int) -> tuple[list[tuple
 
 
 def fold_all(held: Sequence[tuple[Node, Place]], num_lanes: int) -> tuple[list[tuple[Place, Place]], Place]:
-    """Combine the nodes in `held` into the whole tree. Return the additions in order, and the place of the sum. Raises ValueError
-    if a lane is missing. Independent."""
+    """Combine the nodes in `held` into the whole tree. Return (additions in order, place of the sum). Raises ValueError if a lane
+    is missing or occurs twice. Independent."""
     additions, left_over = fold(held, num_lanes)
     if [node for node, _ in left_over] != [((num_lanes - 1).bit_length(), 0)]:
         raise ValueError(f"each of {num_lanes} lanes must occur once, but these nodes remain: {[node for node, _ in left_over]}")

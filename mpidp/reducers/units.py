@@ -1,7 +1,7 @@
 """Units of the flat layout (mesh.shard=2|3). The ranks exchange one unit at a time, and each rank owns one slice of every unit.
 
-A unit is a Transformer block, or for example the embedding (buckets.unit_of). Slices consist of whole norm blocks, so each norm
-block has one owner. Offsets and ranges in this module are relative to the unit.
+A unit is for example a Transformer block or the embedding (buckets.unit_of). Slices consist of whole norm blocks, so each norm
+block has one owner. Offsets and ranges in this module are relative to the start of the unit.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class Member:
 
     @property
     def range(self) -> range:
-        """The elements of the parameter."""
+        """The elements of the parameter in the unit."""
         return range(self.offset, self.offset + self.parameter.numel())
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Consecutive parameters of the flat layout."""
+    """Consecutive parameters of the flat layout that are exchanged together."""
 
     index: int
     name: str
@@ -58,17 +58,18 @@ class Unit:
     chunk: int  # the chunk of layers to which the unit belongs (mesh.interleave)
 
     def owned(self, member: Member, slice_: Tensor, rank: int) -> Tensor:
-        """Return a view of the elements of a member in a rank's slice of the unit. Pure."""
+        """Return the elements of `member` that `rank` owns, as a view of `slice_`. slice_: the rank's slice of the unit. Pure."""
         run, start = self.run(member, rank), self.parts[rank].start
         return slice_[run.start - start : run.stop - start] if run else slice_[:0]
 
     def run(self, member: Member, rank: int) -> range:
-        """Return the elements of a member that a rank owns. The range may be empty. Pure."""
+        """Return the range of the elements of `member` that `rank` owns. It may be empty. Pure."""
         return overlap_of(member.range, self.parts[rank])
 
     def entries_of_run(self, member: Member, elements: Tensor, rank: int, key: str) -> dict[str, Entry]:
-        """Return the entries of a checkpoint for the elements that a rank owns of a tensor of a member's shape. elements: (run,).
-        key: the name in the checkpoint. If there are no elements, the entry is empty. Pure."""
+        """Return the checkpoint entries of a tensor of the shape of `member`, for the elements that `rank` owns. elements: the
+        values of these elements, (run,). key: the tensor's name in the checkpoint. If there are no elements, return one empty
+        entry. Pure."""
         shape, run = tuple(member.parameter.shape), self.run(member, rank)
         boxes = boxes_of_run(shape, run.start - member.offset, run.stop - member.offset)
         views = elements.split([torch.Size(size).numel() for _, size in boxes]) if boxes else [elements]
@@ -80,7 +81,8 @@ class Unit:
         }
 
     def whole(self, member: Member, slice_: Tensor, channel: Channel) -> Tensor:
-        """Return the whole tensor of a member's shape. slice_: this rank's slice of the unit. Collective over channel.comm."""
+        """Return a whole tensor of the shape of `member`, gathered from all ranks. slice_: this rank's slice of the unit, with
+        its part of the tensor. Collective over channel.comm."""
         rank, found = channel.comm.rank, torch.empty(member.parameter.numel(), device=slice_.device)
         runs = [overlap_of(member.range, part) for part in self.parts]
         parts = [range(run.start - member.offset, run.stop - member.offset) for run in runs]
@@ -90,13 +92,13 @@ class Unit:
 
 
 def overlap_of(one: range, other: range) -> range:
-    """Return the common elements of two ranges with step 1. The range may be empty. Pure."""
+    """Return the elements that both ranges contain, as a range. It may be empty. Both ranges have step 1. Pure."""
     low = max(one.start, other.start)
     return range(min(low, one.stop), max(min(low, one.stop), min(one.stop, other.stop)))
 
 
 def units_of(layout: FlatLayout, size: int, chunk_of: Callable[[str], int], first: int = 0) -> list[Unit]:
-    """Divide a flat layout into units, and each unit into slices for `size` ranks. Units have the order of the layout, which is
+    """Return the units of a flat layout, each cut into slices for `size` ranks. Units have the order of the layout, which is
     roughly the order of backward. chunk_of: returns the chunk of a parameter, given its name. first: index of the first unit.
     Pure."""
     groups = [list(group) for _, group in groupby(layout.placed(), key=lambda placed: unit_of(placed[1]))]

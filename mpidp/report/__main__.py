@@ -1,8 +1,8 @@
 """`python -m mpidp.report RUN [RUN ...] [--out report.html] [--png DIR]` reports what runs did, and where their time and energy
 went.
 
-Writes one HTML file without scripts or network access. It shows loss, throughput, the waterfall from ideal to measured speed,
-ranks, energy and events. Several runs are compared. docs/report.md explains how to read the report.
+The command writes one HTML file without scripts or network access. The file shows loss, throughput, the waterfall from ideal to
+measured speed, ranks, energy and events, and compares several runs. docs/report.md explains how to read the report.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def main() -> None:
 
 
 def named(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
-    """Return the runs with names. If several folders have the same name, use their paths as names. Pure."""
+    """Return the runs with unique names. If several folders have the same name, their paths become the names. Raises UsageError
+    if a run is given twice. Pure."""
     names = [run.name for run in runs]
     paths = [str(run.path) for run in runs]
     if len(set(paths)) < len(paths):
@@ -73,8 +74,8 @@ def named(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
 
 
 def report(runs: Sequence[RecordedRun], grams_per_kwh: float = 0.0, price_per_node_hour: float = 0.0) -> str:
-    """Return the HTML page. If an argument is 0, the value in the configuration of each run is used. Pure, except for the
-    date."""
+    """Return the HTML page. If grams_per_kwh or price_per_node_hour is 0, the value in the configuration of each run is used. The
+    page contains the current time. Independent."""
     falls = {run.name: waterfall(run) for run in runs}
     spent = {
         run.name: costs(run, grams_per_kwh or float(run.config.get("energy.grams_per_kwh", 0.0)),
@@ -95,7 +96,7 @@ def report(runs: Sequence[RecordedRun], grams_per_kwh: float = 0.0, price_per_no
 
 
 def write(path: Path, content: str) -> None:
-    """Write the file. Raises UsageError if the file cannot be written. Independent."""
+    """Write `content` to the file `path`. Raises UsageError if the file cannot be written. Independent."""
     try:
         write_file(path, content.encode())
     except OSError as error:

@@ -1,4 +1,5 @@
-"""Makes the sections of the report that describe a run: what was run, its energy and cost, its events, and its settings. Pure."""
+"""Makes the sections of the report that describe a run: its model, data and machines, its energy and cost, its events, and its
+settings. Pure."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ def what_ran(run: RecordedRun) -> str:
 
 
 def dict_by_line(rows: Sequence[tuple[dict[str, Any], float]]) -> dict[int, float]:
-    """Return {id(line): value} for the rows (line, value). Pure."""
+    """Return {id(line): value} for rows of (line, value). Pure."""
     return {id(line): value for line, value in rows}
 
 
@@ -77,7 +78,7 @@ def energy(run: RecordedRun, spent: Costs) -> str:
 
 
 def events(run: RecordedRun) -> str:
-    """Return the section that lists the events of metrics.jsonl, except the end of the run. Pure."""
+    """Return the section that lists the events in metrics.jsonl, without the end of the run. Pure."""
     found = [line for line in run.lines if "event" in line and line["event"] not in ("end",)]
     worked = dict_by_line(run.worked())
     rows = []
@@ -107,7 +108,8 @@ def _formatted(key: str, value: Any) -> str:
 
 
 def settings(run: RecordedRun) -> str:
-    """Return the section about settings. It shows first the settings that differ from the defaults, then all settings. Pure."""
+    """Return the section about settings. It first shows the settings that differ from the defaults, and then all settings.
+    Pure."""
     defaults = Config().flat()
     rows = [(key, str(value)) for key, value in run.config.items()]
     other = [(key, value) for key, value in rows if str(defaults.get(key)) != value]

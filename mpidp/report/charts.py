@@ -1,4 +1,5 @@
-"""Draws charts as SVG text, for a page without network access or scripts: curves, bars, and a heat map of ranks and steps. Pure.
+"""Draws charts as SVG text: curves, bars, and a heat map of ranks and steps. The page that shows them needs no scripts and no
+network access. Pure.
 
 Colours are CSS classes of the page (s0, s1, ...), with one set for light and one for dark screens. Readers with colour vision
 deficiency can distinguish the colours, and curves also differ in their dashes. Values are in <title> elements, which browsers
@@ -28,7 +29,7 @@ class Curve:
 
 
 def short(value: float) -> str:
-    """Format a number for an axis, for example as 12.5 k, 3 M or 0.002. Pure."""
+    """Format a number for an axis, for example 12.5 k, 3 M or 0.002. Pure."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else "-"
     for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -38,7 +39,7 @@ def short(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format a time, for example as 0.25 ms, 12.3 s, 4 min 10 s or 3 h 05 min. Pure."""
+    """Format a time in seconds, for example as 0.25 ms, 12.3 s, 4 min 10 s or 3 h 05 min. Pure."""
     if not math.isfinite(seconds):
         return "?"
     if seconds < 1:
@@ -51,7 +52,7 @@ def duration(seconds: float) -> str:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return about `count` round numbers within [low, high], for the ticks of an axis. Pure."""
+    """Return about `count` round numbers from `low` to `high`, for the ticks of an axis. Pure."""
     span = high - low
     if not span > 0 or not math.isfinite(span):
         return [low]
@@ -63,7 +64,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """Reduce a curve to at most `most` points. Each new point is the mean of about the same number of points. The first and the
+    """Reduce a curve to at most `most` points. A new point replaces several points, and its y is their mean. The first and the
     last x stay the same. Pure."""
     if len(points) <= most:
         return list(points)
@@ -75,13 +76,13 @@ def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> l
 
 
 def svg(width: float, height: float, label: str, body: Sequence[str]) -> str:
-    """Return an SVG element with a label for screen readers. Pure."""
+    """Return an SVG element with the given size and content. label: text for screen readers. body: the elements inside. Pure."""
     return (f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label, quote=True)}" '
             f'style="max-width:{width:g}px">{"".join(body)}</svg>')
 
 
 def text(x: float, y: float, content: str, kind: str = "", anchor: str = "start") -> str:
-    """Return an SVG text element at (x, y). kind: its CSS class. Pure."""
+    """Return an SVG text element at (x, y). kind: its CSS class. anchor: its text-anchor. Pure."""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(content)}</text>'
 
 
@@ -89,8 +90,8 @@ def curves(
     title: str, lines: Sequence[Curve], x_name: str, y_name: str, x_format: Callable[[float], str] = short,
     y_format: Callable[[float], str] = short, zero: bool = False, x_ticks: Sequence[float] = (),
 ) -> str:
-    """Return a chart of curves, or "" if no curve has a point. zero: whether the y axis begins at 0. x_ticks: positions of ticks
-    (default: round numbers). Pure."""
+    """Return HTML with a chart of curves, or "" if no curve has a point. zero: whether the y axis begins at 0. x_ticks: positions
+    of the ticks on the x axis (default: round numbers). Pure."""
     lines = [
         Curve(line.name, [(x, y) for x, y in line.points if math.isfinite(x) and math.isfinite(y)], line.dots) for line in lines
     ]
@@ -137,7 +138,7 @@ def curves(
 
 
 def legend(entries: Sequence[tuple[str, str]], kind: str = "line") -> str:
-    """Return a legend. entries: (CSS class of the colour, name). kind: "line" or "bar". Pure."""
+    """Return HTML for a legend. entries: (CSS class of the colour, name). kind: "line" or "bar". Pure."""
     marks = {
         "line": '<line x1="1" x2="25" y1="6" y2="6" class="line {0}"/>',
         "bar": '<rect width="12" height="12" class="bar {0}"/>',
@@ -150,13 +151,13 @@ def legend(entries: Sequence[tuple[str, str]], kind: str = "line") -> str:
 
 
 def figure(title: str, picture: str, below: str = "") -> str:
-    """Return a figure element with a title. Pure."""
+    """Return an HTML figure with a title above `picture`. below: HTML under the picture. Pure."""
     return f"<figure><figcaption>{escape(title)}</figcaption>{picture}{below}</figure>"
 
 
 def cascade(rows: Sequence[tuple[str, float, float, str]]) -> str:
-    """Return a waterfall chart. rows: (name, start of the bar, end of the bar, label), where start and end are shares of the
-    total time. The first bar is the ideal time. Pure."""
+    """Return a waterfall chart as SVG. rows: (name, start of the bar, end of the bar, label). The start and the end are shares of
+    the total time. The first row is the ideal time. Pure."""
     row, left, right, width = 26, 132, 210, 760
     span = width - left - right
     body = []
@@ -177,8 +178,8 @@ def cascade(rows: Sequence[tuple[str, float, float, str]]) -> str:
 
 
 def stacks(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], form: Callable[[float], str] = duration) -> str:
-    """Return a chart with a stacked bar for each row, and a legend. rows: (name, parts). names: the names of the parts. form:
-    formats a value. Pure."""
+    """Return HTML for a chart with one stacked bar per row, and its legend. rows: (name of the bar, sizes of its parts). names:
+    the names of the parts. form: formats a size. Pure."""
     row, left, right, width = 22, 120, 90, 760
     longest = max(math.fsum(parts) for _, parts in rows) or 1.0
     span = width - left - right
@@ -200,8 +201,8 @@ def stacks(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], fo
 def heat_map(
     rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[float], form: Callable[[float], str], usual: float
 ) -> str:
-    """Return a heat map with a row of cells for each rank. The colour of a cell is weakest at the time `usual`, and strongest at
-    twice this time. rows: (name, one value per column). columns: the steps. form: formats a value. Pure."""
+    """Return a heat map as SVG, with one row of cells per rank. The colour of a cell is weakest up to the value `usual`, and
+    strongest from twice this value. rows: (name, one value per column). columns: the steps. form: formats a value. Pure."""
     row, left, width = 18, 120, 760
     wide = (width - left - 12) / len(columns)
     body = []

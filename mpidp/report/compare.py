@@ -1,4 +1,5 @@
-"""Compares the figures and curves of several runs, and their scaling with the number of ranks. Pure."""
+"""Makes the sections of the report that compare several runs: their figures, their curves, and how they scale with the number of
+ranks. Pure."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ OWN = ("run.", "faults.", "metrics.", "energy.")  # sections that are left out o
 
 @dataclass(frozen=True)
 class ScalingPoint:
-    """The common result of all runs that have the same number of ranks."""
+    """The speed and the efficiency of all runs with the same number of ranks."""
 
     ranks: int
     speed: float  # tokens per second, median of the runs
@@ -46,7 +47,7 @@ class ScalingPoint:
 
 @dataclass(frozen=True)
 class Scaling:
-    """The scaling of several runs with the number of ranks."""
+    """How the speed of several runs depends on the number of ranks."""
 
     kind: str  # "strong", "weak", or "" if no efficiency can be computed
     why: str  # the reason for `kind`
@@ -54,9 +55,9 @@ class Scaling:
 
 
 def scaling_of(ranks_batches_speeds: Sequence[tuple[int, int, float]]) -> Scaling:
-    """Return the scaling of several runs. The argument has (number of ranks, global batch, tokens per second) for each run.
+    """Return the scaling of several runs. ranks_batches_speeds: (number of ranks, global batch, tokens per second) of each run.
 
-    The scaling is strong if all runs have the same global batch, and weak if the batch is proportional to the number of ranks.
+    The scaling is strong if all runs have the same global batch. It is weak if the batch is proportional to the number of ranks.
     Otherwise no efficiency is computed. Pure."""
     by_ranks: dict[int, list[float]] = {}
     batches: dict[int, set[int]] = {}
@@ -83,8 +84,8 @@ def scaling_of(ranks_batches_speeds: Sequence[tuple[int, int, float]]) -> Scalin
 
 
 def scaling(runs: Sequence[RecordedRun]) -> Scaling:
-    """Return the scaling of the runs. If their models or methods differ, the result has no rows, and `why` states the reason.
-    Pure."""
+    """Return the scaling of the runs. If their models, data, devices or methods differ, the result has no rows, and its `why`
+    states the reason. Pure."""
     different = [key for key in differences(runs) if key.startswith(SAME) and key not in FREE]
     if different:
         return Scaling("", f"scaling not computed: the runs differ in {', '.join(different)}", [])
@@ -92,13 +93,15 @@ def scaling(runs: Sequence[RecordedRun]) -> Scaling:
 
 
 def differences(runs: Sequence[RecordedRun]) -> list[str]:
-    """Return the settings that differ between the runs. Pure."""
+    """Return the names of the settings that differ between the runs. Settings of run.*, faults.*, metrics.* and energy.* are left
+    out. Pure."""
     keys = list(dict.fromkeys(key for run in runs for key in run.config))
     return [key for key in keys if not key.startswith(OWN) and len({str(run.config.get(key)) for run in runs}) > 1]
 
 
 def scaling_chart(found: Scaling) -> str:
-    """Return a chart of speed against the number of ranks, with the ideal speed for comparison. Pure."""
+    """Return a chart of measured and ideal speed against the number of ranks, or "" if all runs have the same number of ranks.
+    Pure."""
     if len(found.rows) < 2:
         return ""
     first = found.rows[0]
@@ -112,8 +115,8 @@ def scaling_chart(found: Scaling) -> str:
 
 
 def scaling_section(found: Scaling) -> str:
-    """Return the section about scaling, with a table and a chart. The section
-    states whether the scaling is strong or weak, and why, or why no efficiency can be computed. Pure."""
+    """Return the section about scaling, with a table and a chart. It states whether the scaling is strong or weak. If no
+    efficiency can be computed, it states the reason. Pure."""
     rows = [(str(row.ranks), f"{row.speed:,.0f}", f"{100 * row.efficiency:.1f}%" if row.efficiency is not None else "-")
             for row in found.rows]
     shown = note if not found.kind else paragraph
@@ -123,8 +126,8 @@ def scaling_section(found: Scaling) -> str:
 
 
 def loss_charts(runs: Sequence[RecordedRun], key: str) -> list[str]:
-    """Return charts of a loss of all runs against tokens and against time. key: val_loss or train_loss. Runs without this loss
-    are left out. Pure."""
+    """Return two charts of a loss of all runs, one against tokens and one against time. key: "val_loss" or "train_loss". Runs
+    without this loss are left out. Pure."""
     title = {"val_loss": "Validation loss", "train_loss": "Training loss"}[key]
     by_tokens, by_time = [], []
     for run in runs:
@@ -139,7 +142,8 @@ def loss_charts(runs: Sequence[RecordedRun], key: str) -> list[str]:
 
 
 def compare(runs: Sequence[RecordedRun], falls: Mapping[str, Waterfall], spent: Mapping[str, Costs]) -> str:
-    """Return the sections that compare several runs: a table, curves, and scaling. Pure."""
+    """Return the sections that compare several runs with a table, curves, and scaling. falls, spent: the waterfall and the costs
+    of each run, by name. Pure."""
     rows = []
     for run in runs:
         fall, cost = falls[run.name], spent[run.name]

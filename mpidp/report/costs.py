@@ -25,13 +25,15 @@ class Costs:
 
 
 def machines(start: dict) -> int:
-    """Return the number of machines in a `start` line. Virtual nodes on one machine (MPIDP_PRETEND_NODES) count as one. Pure."""
+    """Return the number of machines in a `start` line, or 0 if the line does not list them. Virtual nodes on one machine
+    (MPIDP_PRETEND_NODES) count as one. Pure."""
     nodes = start.get("nodes")
     return len({str(host).partition("#")[0] for host in nodes}) if isinstance(nodes, dict) and nodes else 0
 
 
 def costs(run: RecordedRun, grams_per_kwh: float, price_per_node_hour: float) -> Costs:
-    """Return the costs of a run. A factor of 0 means that the factor is unknown. Pure."""
+    """Return the costs of a run. If grams_per_kwh or price_per_node_hour is 0, it is unknown, and so is the cost that needs it.
+    Pure."""
     starts = run.starts
     of = [tuple(start.get("energy_of") or ()) for start in starts]
     why = "; ".join(dict.fromkeys(str(start["energy_not"]) for start in starts if start.get("energy_not")))
@@ -62,7 +64,7 @@ def _node_hours(run: RecordedRun) -> float | None:
 
 
 def joules_until(run: RecordedRun) -> Iterator[tuple[dict, float]]:
-    """For each line, yield the line and the energy up to this line in joules. Pure."""
+    """For each line of metrics.jsonl, yield (line, joules that the run has used up to this line). Pure."""
     so_far = 0.0
     for line in run.lines:
         so_far += (number(line, "energy_joules") or 0.0) + (number(line, "lost_joules") or 0.0)

@@ -1,5 +1,5 @@
-"""Makes the HTML page around the charts. The page is one file with its own style sheet, for light and dark screens and for print.
-Pure."""
+"""Makes the HTML page around the charts. The page is one file with its own style sheet. It can be read on light and dark screens
+and in print. Pure."""
 
 from __future__ import annotations
 
@@ -82,12 +82,12 @@ def section(title: str, *parts: str) -> str:
 
 
 def charts(*figures: str) -> str:
-    """Return HTML that shows figures side by side if there is space. Pure."""
+    """Return HTML that shows figures side by side if there is space, or "" if there are none. Pure."""
     return f'<div class="charts">{"".join(figures)}</div>' if any(figures) else ""
 
 
 def cards(rows: Sequence[tuple[str, str]]) -> str:
-    """Return HTML for a row of cards, each of which shows a value above its name. rows: (value, name). Pure."""
+    """Return HTML for a row of cards. A card shows a value above its name. rows: (value, name). Pure."""
     return '<div class="cards">' + "".join(
         f'<div class="card"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for value, name in rows
     ) + "</div>"
@@ -104,7 +104,7 @@ def note(text: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """Return HTML for a table. numbers: indices of the columns that contain numbers. Pure."""
+    """Return HTML for a table. head: the names of the columns. numbers: indices of the columns that contain numbers. Pure."""
     kinds = [' class="n"' if i in numbers else "" for i in range(len(head))]
     top = "" if not any(head) else "".join(f"<th{kind}>{escape(cell)}</th>" for cell, kind in zip(head, kinds, strict=True))
     body = "".join(
@@ -115,5 +115,5 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[
 
 
 def folded(title: str, *parts: str) -> str:
-    """Return HTML that shows only the title until the reader opens the section. Pure."""
+    """Return HTML that shows only `title` until the reader opens it. parts: HTML that is then shown. Pure."""
     return f"<details><summary>{escape(title)}</summary>{''.join(parts)}</details>"

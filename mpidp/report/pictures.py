@@ -16,8 +16,8 @@ from mpidp.report.waterfall import PARTS, waterfall
 
 
 def draw(runs: Sequence[RecordedRun], folder: Path) -> list[Path]:
-    """Write loss.png, throughput.png, waterfall_RUN.png and ranks_RUN.png. If the runs used different numbers of ranks, also
-    write scaling.png. Return the paths. Raises UsageError if a file cannot be written. Independent."""
+    """Write loss.png and throughput.png, and for each run waterfall_RUN.png and ranks_RUN.png. If the runs used different numbers
+    of ranks, also write scaling.png. Return the paths. Raises UsageError if a file cannot be written. Independent."""
     made = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -36,8 +36,8 @@ def draw(runs: Sequence[RecordedRun], folder: Path) -> list[Path]:
 
 
 def draw_scaling(found: Scaling, path: Path) -> Path:
-    """Draw speed against the number of ranks and write it to `path`. Raises OSError if the file cannot be written.
-    Independent."""
+    """Draw a chart of speed against the number of ranks, write it to `path`, and return `path`. Raises OSError if the file cannot
+    be written. Independent."""
 
     def fill(axes: Any) -> None:
         ranks, first = [row.ranks for row in found.rows], found.rows[0]

@@ -1,6 +1,5 @@
-"""Reads config.toml and metrics.jsonl in a run's folder for mpidp.report. The `start` line of older runs has no hosts and
-versions. For these runs, the metadata of the newest checkpoint is read, too. This module needs neither MPI nor torch, and changes
-no file in RUN."""
+"""Reads config.toml and metrics.jsonl in a run's folder for mpidp.report. Facts that the run's `start` lines lack are read from
+its newest checkpoint. This module needs neither MPI nor torch, and changes no file in RUN."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ class _Sealed(TypedDict):
 
 @dataclass
 class RecordedRun:
-    """The records of one run. The lines are in the order of the file."""
+    """The records of one run. Its lines are those of metrics.jsonl, in the order of the file."""
 
     path: Path
     name: str
@@ -43,8 +42,8 @@ class RecordedRun:
 
     @property
     def starts(self) -> list[dict[str, Any]]:
-        """The `start` lines of the file. There is one for each job, unless a later job went back to an earlier step and dropped
-        the line."""
+        """The `start` lines. Each job writes one. A job that goes back to an earlier step may drop the `start` lines of previous
+        jobs."""
         return [line for line in self.lines if line.get("event") == "start"]
 
     @property
@@ -54,12 +53,12 @@ class RecordedRun:
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The lines of evaluations."""
+        """The lines of evaluations with a val_loss."""
         return [line for line in self.lines if "event" not in line and number(line, "val_loss") is not None]
 
     @property
     def end(self) -> dict[str, Any] | None:
-        """The `end` line, if the run has finished."""
+        """The `end` line, or None if the run has not finished."""
         return next((line for line in reversed(self.lines) if line.get("event") == "end"), None)
 
     @property
@@ -73,28 +72,29 @@ class RecordedRun:
         return int(number(self.steps[-1], "tokens") or 0)
 
     def total(self, name: str) -> float:
-        """Return the sum of the field `name` over all lines."""
+        """Return the sum of the field `name` over all lines. Pure."""
         return sum(number(line, name) or 0.0 for line in self.lines)
 
     def worked(self) -> list[tuple[dict[str, Any], float]]:
-        """For each line, return the line and the time that all jobs had run until then, in seconds. The time includes lost steps.
-        Return [] if the lines have no times."""
+        """Return (line, seconds) for each line. The seconds are the time that all jobs had run until the line was written. They
+        include lost steps. Return [] if the lines have no times. Pure."""
         if not any("unix_seconds" in line for line in self.lines):
             return []
         each = (a + (number(line, "lost_seconds") or 0.0) for a, line in zip(took(self.lines), self.lines, strict=True))
         return list(zip(self.lines, accumulate(each), strict=True))
 
     def seconds(self) -> float:
-        """Return the total time of all jobs in seconds, or the time of the steps if the total was not recorded."""
+        """Return the total time of all jobs in seconds. If the lines have no times, return the total time of the steps. Pure."""
         return self.worked()[-1][1] if self.worked() else self.total("step_seconds")
 
     def starting(self) -> float:
-        """Return the seconds that jobs spent starting, or restarting after failures. seconds() includes this time."""
+        """Return the seconds that jobs spent starting, or restarting after failures. seconds() includes them. Pure."""
         return sum(gap for gap, line in zip(took(self.lines), self.lines, strict=True) if line.get("event") == "start")
 
 
 def read(path: Path) -> RecordedRun:
-    """Read a run. Raises UsageError if the folder is not a run with at least one step. Independent."""
+    """Return the records of the run in the folder `path`. Raises UsageError if the folder is not a run with at least one step.
+    Independent."""
     if not path.is_dir():
         raise UsageError(f"{path}: no such folder; give the folder of a run (its run.dir)")
     for name in ("config.toml", "metrics.jsonl"):
@@ -112,7 +112,7 @@ def read(path: Path) -> RecordedRun:
 
 
 def _checkpoint_facts(path: Path) -> dict[str, Any]:
-    """Return facts from the newest checkpoint, or {} if the checkpoint cannot be read."""
+    """Return the fingerprint and the data from the newest checkpoint, or {} if the checkpoint cannot be read."""
     with suppress(OSError, ValueError):
         for folder in sorted((path / "checkpoints").glob("step_*"))[-1:]:
             body = read_json(folder / "manifest.json", _Sealed)["body"]

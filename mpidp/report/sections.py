@@ -19,13 +19,13 @@ MOST_ROWS = 32  # maximum number of ranks shown; if there are more, only the slo
 
 
 def of_run(run: RecordedRun, fall: Waterfall, spent: Costs) -> str:
-    """Return all sections about a run. Pure."""
+    """Return all sections about a run. fall: its waterfall. spent: its costs. Pure."""
     return "".join([state(run, fall), figures(run, fall, spent), what_ran(run), learning(run), tasks(run), speed(run),
                     time_spent(run, fall), ranks(run), energy(run, spent), events(run), settings(run)])
 
 
 def state(run: RecordedRun, fall: Waterfall) -> str:
-    """Return notes about a run that has not finished, or that was recorded by an older version. Pure."""
+    """Return notes if the run has not finished, or if an older version of mpidp recorded it. Otherwise return "". Pure."""
     last, of = run.steps[-1]["step"], run.config.get("train.steps")
     parts = []
     if run.going:
@@ -48,14 +48,14 @@ def state(run: RecordedRun, fall: Waterfall) -> str:
 
 
 def usual_speed(run: RecordedRun) -> float:
-    """Return the median tokens per second of the steps, without the first few steps. Pure."""
+    """Return the median of the steps' tokens per second, without the first few steps. Pure."""
     steps = run.steps[3:] if len(run.steps) > 9 else run.steps
     speeds = [speed for line in steps if (speed := number(line, "tokens_per_second"))]
     return statistics.median(speeds) if speeds else 0.0
 
 
 def figures(run: RecordedRun, fall: Waterfall, spent: Costs) -> str:
-    """Return the cards with the most important figures. Pure."""
+    """Return HTML cards with the most important figures of a run. Pure."""
     losses = [number(line, "val_loss") for line in run.evaluations]
     mfu = [one for line in run.steps if (one := number(line, "mfu")) is not None]
     rows = [
@@ -72,7 +72,7 @@ def figures(run: RecordedRun, fall: Waterfall, spent: Costs) -> str:
 
 
 def learning(run: RecordedRun) -> str:
-    """Return the section with curves of loss against tokens, time and energy. Pure."""
+    """Return the section with curves of the loss against tokens, time and energy. Pure."""
     spent, joules = dict_by_line(run.worked()), dict_by_line(list(joules_until(run)))
     hours = max(spent.values(), default=0.0)
     unit, name = (3600.0, "hours") if hours > 7200 else (60.0, "minutes") if hours > 120 else (1.0, "seconds")
@@ -96,8 +96,8 @@ def learning(run: RecordedRun) -> str:
 
 
 def tasks(run: RecordedRun) -> str:
-    """Return the section about train.eval_tasks. It shows each figure at the first and the last evaluation, and the range of the
-    figure. Pure."""
+    """Return the section about train.eval_tasks. For each task and metric, it shows the values of the first and the last
+    evaluation, and the range of all values. Pure."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in run.lines:
         if "event" not in line and "val_tokens" in line:
@@ -114,12 +114,12 @@ def tasks(run: RecordedRun) -> str:
 
 
 def of_steps(run: RecordedRun, name: str) -> list[tuple[float, float]]:
-    """Return a list of (step, value) for the field `name`. Steps without this field are left out. Pure."""
+    """Return a list of (step, value of the field `name`). Steps without this field are left out. Pure."""
     return [(line["step"], value) for line in run.steps if (value := number(line, name)) is not None]
 
 
 def speed(run: RecordedRun) -> str:
-    """Return the section about tokens per second, MFU and bytes sent by rank 0. Pure."""
+    """Return the section about tokens per second, MFU, and the bytes that rank 0 sent. Pure."""
     speeds = Curve("tokens per second", of_steps(run, "tokens_per_second"))
     parts = [curves("Throughput", [speeds], "step", "tokens/s", zero=True)]
     mfu = [(step, 100 * value) for step, value in of_steps(run, "mfu")]
@@ -165,9 +165,9 @@ def time_spent(run: RecordedRun, fall: Waterfall) -> str:
 
 
 def per_rank(run: RecordedRun) -> tuple[list[int], list[tuple[int, list[float], list[float]]]]:
-    """Return the steps since the last start of a job, and a row for each rank. A row is (rank, compute seconds of each step, data
-    seconds of each step). If the last job has recorded no such steps, return those of all jobs with the same number of ranks.
-    Pure."""
+    """Return (steps, rows). The steps are those since the last start of a job. There is one row per rank: (rank, compute seconds
+    of each step, data seconds of each step). If the last job has recorded no such steps, return those of all jobs with the same
+    number of ranks. Pure."""
     count = run.ranks
     lines = [line for line in run.steps if isinstance(line.get("rank_compute_seconds"), list)
              and len(line["rank_compute_seconds"]) == count == len(line.get("rank_data_seconds") or [])]
@@ -179,8 +179,8 @@ def per_rank(run: RecordedRun) -> tuple[list[int], list[tuple[int, list[float], 
 
 
 def ranks(run: RecordedRun) -> str:
-    """Return the section about ranks. It shows the mean time per step of each rank, and a heat map of the compute time by rank
-    and step. Pure."""
+    """Return the section about ranks. It shows each rank's mean time per step, and a heat map of the compute time by rank and
+    step. Pure."""
     steps, rows = per_rank(run)
     if not rows:
         return section("Ranks", paragraph("The compute time of each rank was not recorded.", "soft"))

@@ -1,12 +1,12 @@
-"""Divides the time of a run into parts that add up to the total, to explain the difference between ideal and measured throughput.
-Pure.
+"""Divides the time of a run into parts that add up to the total. The parts explain the difference between ideal and measured
+throughput. Pure.
 
 The total is the time of all jobs, from the start of the process to the last line of metrics.jsonl. It includes steps that were
-lost because a restart went back to a checkpoint. It excludes the time in which no job worked on the run. A line of a step in
+lost because a restart went back to a checkpoint. It excludes the time in which no job worked on the run. A step's line in
 metrics.jsonl has the phases of rank 0, and the compute time of each rank. The mean compute time of the ranks in a step is divided
 into two parts. The part `ideal` is at most the largest compute time among the fastest tenth of all steps. The part `slowdown` is
-the rest. The time by which the slowest rank exceeds the mean counts as waiting for the slowest rank. Any longer wait of rank 0
-counts as communication that was not overlapped.
+the rest. The time by which the slowest rank exceeds the mean counts as waiting for the slowest rank (`straggler`). Any longer
+wait of rank 0 counts as communication that was not overlapped.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class Waterfall:
 
     @property
     def shares(self) -> dict[str, float]:
-        """The shares of the parts in the total time. They add up to 1."""
+        """The share of each part in the total time. The shares add up to 1."""
         return {part: seconds / self.whole if self.whole else 0.0 for part, seconds in self.seconds.items()}
 
     def speeds(self) -> dict[str, float]:
-        """Return tokens per second by part. The value of a part is the speed that the run would have if only this part and the
-        parts before it took time. The first speed is the ideal speed. The last speed is the measured speed."""
+        """Return {part: tokens per second}. The value is the speed that the run would have if only this part and the parts before
+        it took time. The first speed is the ideal speed. The last speed is the measured speed. Pure."""
         found, so_far = {}, 0.0
         for part, seconds in self.seconds.items():
             so_far += seconds
@@ -65,13 +65,14 @@ class Waterfall:
 
     @property
     def goodput(self) -> float:
-        """The share of the total time that was spent in steps that were not lost."""
+        """The share of the total time that was spent in steps whose updates were kept."""
         of_steps = ("ideal", "slowdown", "straggler", "communication", "data", "update")
         return sum(self.seconds[part] for part in of_steps) / self.whole if self.whole else 0.0
 
 
 def of_step(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds of one step by part. They add up to the time of the step. `compute` is the mean over the ranks. Pure."""
+    """Return {phase: seconds} for the line of one step. The phases add up to the time of the step. `compute` and `data` are means
+    over the ranks. Pure."""
     data, compute, wait, update, stall, whole = (
         max(0.0, number(line, f"{phase}_seconds") or 0.0) for phase in ("data", "compute", "comm_wait", "update", "stall", "step")
     )
@@ -101,7 +102,7 @@ def _ranks(line: Mapping[str, Any], name: str) -> list[float]:
 
 
 def waterfall(run: RecordedRun) -> Waterfall:
-    """Divide the time of a whole run into the parts of the waterfall. Pure."""
+    """Return the time of a whole run, divided into the parts of the waterfall. Pure."""
     steps = [of_step(line) for line in run.steps]
     seconds = dict.fromkeys(PARTS, 0.0)
     computed = sorted(step["compute"] for step in steps)

@@ -15,7 +15,7 @@ from mpidp.errors import UsageError
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that must be equal on all ranks. Independent."""
+    """Return {name: version} of mpidp, Python, MPI and libraries. The versions must be equal on all ranks. Independent."""
     return {
         "mpidp": mpidp.__version__,
         "python": platform.python_version(),
@@ -28,14 +28,15 @@ def versions() -> dict[str, str]:
 
 
 def parameter_facts(named: list[tuple[str, torch.nn.Parameter]]) -> dict[str, str]:
-    """Return names, shapes and dtypes of the parameters, which must be equal on all ranks. Independent."""
+    """Return facts for check_agreement(): the number of parameters, and the name, shape and dtype of each parameter. `named`: the
+    parameters with their names. Independent."""
     facts = {f"parameter {i}": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(named)}
     return {"parameters": str(len(named)), **facts}
 
 
 def check_agreement(comm: MPI.Intracomm, facts: dict[str, str]) -> None:
-    """Raise UsageError on all ranks if the facts differ between ranks. The message names the differences. Collective over
-    comm."""
+    """Raise UsageError on all ranks if the facts differ between ranks. The message names the differences. `facts`: this rank's
+    {name: value}. Collective over comm."""
     everyone = comm.allgather(facts)
     different = [
         f"{name}: rank 0 has {everyone[0].get(name)}, rank {rank} has {theirs.get(name)}"

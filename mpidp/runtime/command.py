@@ -1,4 +1,4 @@
-"""The common parts of all commands. An error becomes one message and one exit code. A rank that fails ends the job."""
+"""The common parts of all commands: parsing the command line, starting MPI, and ending a job after an error."""
 
 from __future__ import annotations
 
@@ -34,23 +34,24 @@ PATHS = {"DIR", "FILE", "PATH", "RUN", "RUN2", "SHARDS", "PREFIX"}  # metavars o
 
 
 def _expanded(value: Any, name: str) -> Any:
-    """Expand ~ in a str, a Path, or each item of a list."""
+    """Expand ~ in a str, in a Path, or in each item of a list. `name`: the option, for errors."""
     if isinstance(value, list):
         return [_expanded(one, name) for one in value]
     return type(value)(expand_home(str(value), name)) if isinstance(value, (str, Path)) else value
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UsageError, and prints help only once under mpirun. Independent."""
+    """An ArgumentParser that raises UsageError if the command line is wrong. Under mpirun, only rank 0 prints help.
+    Independent."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        """Takes the arguments of ArgumentParser. Independent."""
+        """Take the arguments of ArgumentParser. Independent."""
         super().__init__(*arguments, **options)
         self.add_argument("--version", action="version", version=f"mpidp {__version__}", help="show the version, and exit")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does, and expand ~ in the values of options and arguments that are paths (see PATHS). Raises
-        UsageError if ~ in a path cannot be expanded. Independent."""
+        """Parse as argparse does, and expand ~ in every value that is a path (see PATHS). Raises UsageError if a path cannot be
+        expanded. Independent."""
         found, rest = super().parse_known_args(args, namespace)
         for action in self._actions:
             if action.dest in found and PATHS & set(re.split(r"\W", str(action.metavar))):
@@ -59,20 +60,20 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message: str) -> NoReturn:
-        """Raise UsageError with argparse's message."""
+        """Raise UsageError. `message`: argparse's description of the error."""
         raise UsageError(f"{message} (see {self.prog} --help)")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Print the help or the version on the launcher's rank 0."""
+        """Print the help or the version. Under mpirun, only rank 0 prints."""
         if launcher_rank() == 0:
             super()._print_message(message, file)
 
 
 def begin(read_command_line: Callable[[], T]) -> tuple[T, MPI.Intracomm]:
-    """Read the command line, start MPI, and return (options, MPI's world).
+    """Read the command line and start MPI. Return what `read_command_line` returns, and COMM_WORLD.
 
-    Raises UsageError if the command line is not valid. With one rank, the error is raised before MPI starts. With several ranks,
-    MPI starts first, so that only rank 0 prints the error and all ranks exit. Collective over COMM_WORLD.
+    Raises UsageError if the command line is not valid. With one rank, MPI is not started before this error. With several ranks,
+    all ranks exit, and only rank 0 prints the error. Collective over COMM_WORLD.
     """
     options: T | None = None
     wrong: UsageError | None = None
@@ -95,21 +96,21 @@ _survivors: Any = None  # the communicator of the surviving ranks after a failur
 
 
 def continue_in(world: MPI.Intracomm) -> None:
-    """Set the communicator of the surviving ranks, which replaces COMM_WORLD after a failure. Independent."""
+    """Use `world`, the communicator of the surviving ranks, in place of COMM_WORLD from now on. Independent."""
     global _survivors
     _survivors = world
 
 
 def _started_world() -> Any:
-    """Return the communicator of all ranks if MPI runs in this process, else None. This function never starts MPI."""
+    """Return the communicator of all ranks if MPI runs in this process, else None. Never start MPI."""
     module = sys.modules.get("mpi4py.MPI")
     return (_survivors or module.COMM_WORLD) if module and module.Is_initialized() and not module.Is_finalized() else None
 
 
 def _end(code: int, everywhere: bool, others_continue: bool = False) -> NoReturn:
-    """Exit with a code. everywhere: whether all ranks exit with this code. If so, they synchronize first. Otherwise MPI_Abort
-    ends the other ranks, too. others_continue: whether the other ranks can continue without this rank. If so, this rank fails in
-    a way that they detect, and does not end them."""
+    """Exit with `code`. `everywhere`: whether all ranks exit with this code. If so, they synchronize first. If not, MPI_Abort
+    ends the other ranks, unless they can continue. `others_continue`: whether the other ranks can continue if the job was started
+    with ULFM. They then detect that this rank has failed."""
     sys.stdout.flush()
     sys.stderr.flush()
     world = _started_world()
@@ -128,8 +129,8 @@ def _end(code: int, everywhere: bool, others_continue: bool = False) -> NoReturn
 
 
 def _fail(world: Any, code: int) -> NoReturn:
-    """Kill this process with SIGKILL, because Open MPI detects no other exit as a failure. If all ranks fail, the last rank exits
-    with the code instead, because otherwise the exit code of mpirun would be 0."""
+    """Kill this process with SIGKILL, the only exit that Open MPI detects as a failure. If all other ranks have failed, exit with
+    `code` instead. Otherwise the exit code of mpirun would be 0."""
     time.sleep(0 if world.rank else 2 * PAUSE_SECONDS)
     for _ in range(10):
         with suppress(Exception):  # an exception means that a rank has failed; MPI detects failures only within a call
@@ -140,7 +141,8 @@ def _fail(world: Any, code: int) -> NoReturn:
 
 
 def _leave(world: Any, code: int) -> NoReturn:
-    """Exit without MPI_Finalize, which may hang after a failure. The surviving ranks synchronize first, if they can."""
+    """Exit without MPI_Finalize, because MPI_Finalize may hang after a failure. If possible, synchronize with the surviving ranks
+    first."""
     with suppress(Exception):  # a rank may fail during the barrier
         request, began = world.Ibarrier(), time.monotonic()
         while not request.Test() and time.monotonic() - began < LEAVE_SECONDS:
@@ -150,7 +152,7 @@ def _leave(world: Any, code: int) -> NoReturn:
 
 
 def _effect(world: Any, others_continue: bool = True) -> str:
-    """Describe the effect of this rank's exit on the job. Pure."""
+    """Return the last words of an error message. They tell whether the exit of this rank ends the job. Pure."""
     if others_continue and launched_with_ulfm() and world is not None and world.size > 1:
         return "; the other ranks continue"
     return " and ends the job"
@@ -158,7 +160,7 @@ def _effect(world: Any, others_continue: bool = True) -> str:
 
 @contextmanager
 def _mpi_needed() -> Iterator[None]:
-    """Raise UsageError if mpi4py cannot load an MPI library."""
+    """Run the body of a `with` statement. Raises UsageError if mpi4py cannot load an MPI library in the body."""
     try:
         yield
     except (ImportError, RuntimeError) as error:
@@ -170,7 +172,8 @@ def _mpi_needed() -> Iterator[None]:
 
 
 def run_entry(main: Callable[[], None]) -> NoReturn:
-    """Run a command's main and exit with its code (errors.EXIT_CODES). Collective over COMM_WORLD."""
+    """Run a command's `main` and exit with the command's code (errors.EXIT_CODES). An error is printed before the exit.
+    Collective over COMM_WORLD."""
     try:
         set_level()
         with _mpi_needed():

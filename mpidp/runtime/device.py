@@ -12,14 +12,14 @@ from mpidp.runtime.topology import Topology
 
 
 def resolve_threads(wanted: int, mesh: Topology) -> int:
-    """Return the number of CPU threads: `wanted`, or the cores of this node divided by its ranks if `wanted` is 0.
-    Independent."""
+    """Return the number of CPU threads of a rank. It is `wanted`. If `wanted` is 0, it is the number of cores of this node
+    divided by the number of ranks on this node. Independent."""
     return wanted or max(1, mesh.cores // mesh.local_size)
 
 
 def resolve_device(wanted: str, mesh: Topology) -> torch.device:
-    """Return the device of this rank: cpu, or the GPU with the number local_rank % device_count. Raises UsageError if cuda is
-    wanted but not available. Independent."""
+    """Return the device of this rank: the CPU, or GPU number local_rank % device_count. `wanted`: cpu, cuda or auto. Raises
+    UsageError for cuda if there is no GPU. Independent."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             f"train.device=cuda, but torch finds no CUDA device on {mesh.host}. Check that the job requests a GPU, and that "
@@ -33,14 +33,16 @@ def resolve_device(wanted: str, mesh: Topology) -> torch.device:
 
 
 def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of matrix products. For auto, this is bfloat16 if the GPU supports it, else float32. Independent."""
+    """Return the dtype of matrix products. `wanted`: float32, bfloat16 or auto. With auto, the dtype is bfloat16 if the GPU
+    supports it, else float32. Independent."""
     if wanted == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
 
 
 def check_compiler(wanted: bool, device: torch.device) -> None:
-    """Raise UsageError if torch.compile is wanted on the CPU and there is no C++ compiler. Independent."""
+    """Raise UsageError if `wanted` is true, the device is the CPU, and there is no C++ compiler for torch.compile.
+    Independent."""
     if wanted and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UsageError(
             "train.compile=true needs a C++ compiler on the CPU, and g++ is not on PATH. Install it, set the environment "
@@ -49,7 +51,7 @@ def check_compiler(wanted: bool, device: torch.device) -> None:
 
 
 def set_determinism(device: torch.device, wanted: bool) -> None:
-    """On CUDA, use only deterministic kernels if `wanted` is true. This must happen before the first cuBLAS call. Independent."""
+    """On CUDA, use only deterministic kernels if `wanted` is true. Call this before the first cuBLAS call. Independent."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(wanted)

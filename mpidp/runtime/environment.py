@@ -1,6 +1,6 @@
 """Reads the launcher's environment variables, and sets the variables that must be set before MPI or torch is imported.
 
-This is the only file that changes the environment when it is imported.
+The variables are set when this file is imported. No other file of mpidp sets environment variables when it is imported.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ JOIN_SECONDS = 60  # time limit for a replacement rank to join the job
 
 
 def ask_for_reproducible_blas() -> None:
-    """Make MKL's float32 products on Intel CPUs independent of the number of threads (strict conditional numerical
-    reproducibility). Otherwise results would depend on the number of ranks, because fewer ranks have more threads each. This must
-    happen before torch is imported. Independent."""
+    """Make the results of MKL's float32 products on Intel CPUs independent of the number of threads (strict conditional numerical
+    reproducibility). Otherwise results could depend on the number of ranks, because a rank has more threads if there are fewer
+    ranks. Call this before torch is imported. Independent."""
     try:
         cpu = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -32,10 +32,10 @@ def ask_for_reproducible_blas() -> None:
 
 
 def limit_openmp_spinning() -> None:
-    """Let waiting OpenMP threads spin only briefly and then sleep, unless the user has set OMP_WAIT_POLICY or GOMP_SPINCOUNT. The
-    setting is for libgomp, which torch's wheels use. By default its threads spin for milliseconds. With this default, a step took
-    20 times as long while other processes used the same cores (docs/results/2026-11-29-openmp.md). This must happen before torch
-    is imported. Independent."""
+    """Let waiting OpenMP threads spin only briefly and then sleep. Change nothing if the user has set OMP_WAIT_POLICY or
+    GOMP_SPINCOUNT. This affects libgomp, the OpenMP library of torch's wheels. Without this limit, a step took 20 times as long
+    while other processes used the same cores (docs/results/2026-11-29-openmp.md). Call this before torch is imported.
+    Independent."""
     if not WAITING & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
@@ -46,7 +46,8 @@ os.environ.setdefault("OMPI_MCA_osc", "^ucx")  # ucx supports no shared-memory w
 
 
 def launcher_rank() -> int:
-    """Return this process's rank from the launcher's environment, without MPI, or 0 if there is no launcher. Independent."""
+    """Return this process's rank from the launcher's environment variables, or 0 if there is no launcher. This works before MPI
+    starts. Independent."""
     for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
@@ -54,9 +55,10 @@ def launcher_rank() -> int:
 
 
 def launched_size() -> int:
-    """Return the number of ranks that the launcher started, from the environment, or 0 if it is not known. Independent.
+    """Return the number of ranks that the launcher started, or 0 if the environment variables do not state this number.
+    Independent.
 
-    The variables of Open MPI and Hydra take precedence over Slurm's: `mpirun -n 1` inside a larger Slurm step is valid.
+    The variables of Open MPI and Hydra take precedence over Slurm's, because `mpirun -n 1` may run inside a larger Slurm step.
     """
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if os.environ.get(name, "").isdigit():
@@ -66,12 +68,12 @@ def launched_size() -> int:
 
 
 def launched() -> bool:
-    """Return True if a launcher started this process or its parent as a rank of a job. Independent."""
+    """Return True if a launcher started this process, or its parent process, as a rank of a job. Independent."""
     return launched_size() > 0 or any(name in os.environ for name in ("PMI_RANK", "PMIX_RANK", "PALS_RANKID"))
 
 
 def launched_with_ulfm() -> bool:
-    """Return True if the job continues when a rank fails, as with Open MPI's `mpirun --with-ft ulfm`. Independent."""
+    """Return True if other ranks can continue when a rank fails (`mpirun --with-ft ulfm` of Open MPI). Independent."""
     return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true")  # noqa: SIM112
 
 
@@ -80,8 +82,8 @@ if launched_with_ulfm():  # on two nodes, the components han and adapt returned 
 
 
 def is_replacement_rank() -> bool:
-    """Return True if this process replaces a failed rank (faults/respawn.py). If so, an alarm kills it after JOIN_SECONDS, unless
-    it has joined the job and cancelled the alarm. Independent."""
+    """Return True if this process replaces a failed rank (faults/respawn.py). If so, also set an alarm that kills this process
+    after JOIN_SECONDS. When the process has joined the job, it must cancel the alarm. Independent."""
     if launched_with_ulfm() and "OMPI_PARENT_PORT" in os.environ:
         signal.alarm(JOIN_SECONDS)
         return True
@@ -89,7 +91,7 @@ def is_replacement_rank() -> bool:
 
 
 def numbers(found: Sequence[int]) -> str:
-    """Format integers as ranges, for example 0, 1, 2, 3, 8 as 0-3,8. Pure."""
+    """Format the integers `found` as ranges. For example, 0, 1, 2, 3 and 8 give "0-3,8". Pure."""
     ranges: list[list[int]] = []
     for one in sorted(set(found)):
         if ranges and one == ranges[-1][1] + 1:

@@ -1,4 +1,5 @@
-"""Reads only regular files, and writes files atomically: after a crash a file is either complete or absent."""
+"""Reads only regular files, and writes files atomically. After a crash, a file has its old content or its new content as a
+whole."""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ MANY_FILES = 1 << 16  # the limit of open files is not raised above this number,
 
 
 def expand_home(path: str, what: str) -> str:
-    """Return the path with a leading ~ or ~USER replaced by the home folder, as a shell does. A shell does not replace the ~ in
-    `--run.dir=~/x`, and nothing replaces it in a configuration file. what: the name of the setting or option, for errors. Raises
-    UsageError if the home folder is unknown, or if the path contains an environment variable such as $HOME. Independent."""
+    """Return the path with a leading ~ or ~USER replaced by the home folder. A shell does not replace the ~ in `--run.dir=~/x`.
+    `what`: the name of the setting or option, for errors. Raises UsageError if the home folder is unknown. Also raises UsageError
+    if the path contains the name of a set environment variable, such as $HOME. Independent."""
     full = os.path.expanduser(path)
     if full.startswith("~") and full == path:
         user = path.partition("/")[0]
@@ -33,7 +34,7 @@ def expand_home(path: str, what: str) -> str:
 
 
 def open_regular(path: str | Path) -> IO[bytes]:
-    """Open a regular file for reading. Raises OSError, without waiting, for FIFOs, devices and folders. Independent."""
+    """Open a regular file for reading. Raises OSError if the path is a FIFO, a device or a folder. Independent."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: a FIFO would wait for its writer
     mode = os.fstat(handle).st_mode
     if S_ISREG(mode):
@@ -50,16 +51,16 @@ def create_file(path: Path) -> IO[bytes]:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a path for a temporary file in the same folder. The name is hidden and random, so other users cannot create a link
-    with this name in advance. Independent."""
+    """Return a path for a temporary file in the folder of `path`. The name is hidden. It is also random, so other users cannot
+    create a link with this name in advance. Independent."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
 def write_file(path: Path, content: bytes | str | Callable[[Path], None], sync_folder: bool = True) -> None:
-    """Write a file atomically: write a temporary file, fsync it, and rename it to path.
+    """Write a file atomically: write a temporary file, fsync it, and rename it to `path`.
 
-    content: the bytes, a text (written as UTF-8), or a function that writes the temporary file. sync_folder: whether to fsync the
-    folder after the rename. If a write fails, remove the temporary file and raise OSError with the path. Independent.
+    `content`: bytes, a text (written as UTF-8), or a function. The function gets a path, and must write the file there.
+    `sync_folder`: whether to fsync the folder after the rename. Raises OSError with the path if a write fails. Independent.
     """
     temporary = temporary_name(path)
     try:
@@ -82,15 +83,15 @@ def write_file(path: Path, content: bytes | str | Callable[[Path], None], sync_f
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise UsageError if the file of --out cannot be created. Call this before any work is done. Independent."""
+    """Raise UsageError if the file named by --out cannot be created. Call this before the command does any work. Independent."""
     if Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK | os.X_OK):
         raise UsageError(f"--out {path}: cannot be written; give a file in an existing, writable folder")
 
 
 @contextmanager
 def writing(what: str | Path, advice: str) -> Iterator[None]:
-    """Run a body that writes files. If the body raises OSError, for example because the disk is full, raise UsageError. The
-    message has the name of the file, or `what` if the error names no file. Independent."""
+    """Run the body of a `with` statement, which writes files. Raises UsageError if the body raises OSError, for example because
+    the disk is full. The message names the file of the OSError, or else `what`. `advice`: the end of the message. Independent."""
     try:
         yield
     except OSError as error:
@@ -99,7 +100,8 @@ def writing(what: str | Path, advice: str) -> Iterator[None]:
 
 
 def most_open_files() -> int:
-    """Raise the limit of open files to MANY_FILES, or as far as this user may, and return the limit. Independent."""
+    """Increase this process's limit of open files to MANY_FILES, or to less if the system permits only less. Return the limit.
+    Independent."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, MANY_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -110,7 +112,7 @@ def most_open_files() -> int:
 
 
 def sync_directory(path: Path) -> None:
-    """fsync a directory, so that renames in it survive a crash of the machine. Independent."""
+    """Call fsync on a folder, so that renames in the folder survive a crash of the machine. Independent."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

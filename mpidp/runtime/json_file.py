@@ -1,9 +1,9 @@
-"""Reads JSON files whose content is not trusted, for example because a disk is damaged. A schema describes what a file must
+"""Reads JSON files whose content is not trusted, for example because the disk may be damaged. A schema describes what a file must
 contain.
 
-A schema is a type: int, float, str, bool, None, Any, list[T], dict[str, T], a union of these, or a TypedDict. Keys that a
-TypedDict does not name may have any value. A float may be written as an integer. Numbers must be finite, and integers must fit
-in 64 bits.
+A schema is a type: int, float, str, bool, None, Any, list[T], dict[str, T], a union of these types, or a TypedDict. An object may
+have keys that its TypedDict does not name. A float may be written as an integer. Numbers must be finite, and integers must fit in
+64 bits.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ MAX_DEPTH = 100  # deepest nesting of lists and objects; deeper ones could exhau
 
 
 def read_json(path: Path, schema: Any = dict, max_bytes: int = MAX_BYTES) -> Any:
-    """Read a JSON file and check it against the schema. Raises OSError if the file cannot be read or is not a regular file.
-    Raises ValueError, with the place and the problem, if the content is wrong. Independent."""
+    """Read a JSON file, check it against the schema, and return its content. Raises OSError if the file cannot be read or is not
+    a regular file. Raises ValueError if the content does not fit the schema, is not JSON, or has more than `max_bytes`.
+    Independent."""
     with open_regular(path) as file:
         data = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)  # read(n) allocates n bytes at once
     if len(data) > max_bytes:
@@ -35,8 +36,8 @@ def read_json(path: Path, schema: Any = dict, max_bytes: int = MAX_BYTES) -> Any
 
 
 def parse_json(data: bytes | str, schema: Any = Any) -> Any:
-    """Parse JSON and check it against the schema. Raises ValueError, with the place and the problem, if the content is wrong.
-    Pure."""
+    """Parse JSON, check it against the schema, and return the value. Raises ValueError if `data` is not JSON or does not fit the
+    schema. Pure."""
     try:
         text = data.decode() if isinstance(data, bytes) else data
         value = json.loads(text)
@@ -55,8 +56,8 @@ def parse_json(data: bytes | str, schema: Any = Any) -> Any:
 
 
 def read_json_lines(path: Path, schema: Any = dict) -> tuple[list[Any], int]:
-    """Read a file of JSON lines. Return the lines that fit the schema, and the number of other lines. An incomplete last line is
-    ignored. Raises OSError if the file cannot be read. Independent."""
+    """Read a file of JSON lines. Return the values of the lines that fit the schema, and the number of other lines. An incomplete
+    last line is not counted. Raises OSError if the file cannot be read. Independent."""
     with open_regular(path) as file:
         lines = file.read().split(b"\n")
     last = list(parse_json_lines(lines[-1:], schema))
@@ -65,15 +66,14 @@ def read_json_lines(path: Path, schema: Any = dict) -> tuple[list[Any], int]:
 
 
 def parse_json_lines(lines: Iterable[bytes | str], schema: Any = dict) -> Iterator[Any]:
-    """Yield the lines that are JSON and fit the schema. Skip other lines. Pure."""
+    """Yield the value of each line that is JSON and fits the schema. Skip other lines. Pure."""
     for line in lines:
         with suppress(ValueError):
             yield parse_json(line, schema)
 
 
 def check_type(value: Any, schema: Any, place: str = "") -> None:
-    """Raise ValueError if a parsed value does not fit the schema. place: the place of the value in the file, for the message.
-    Pure."""
+    """Raise ValueError if `value` does not fit the schema. `place`: where the value is in the file, for the message. Pure."""
     if schema is Any:
         return None
     kind, arguments = get_origin(schema), get_args(schema)
@@ -126,7 +126,7 @@ def _check_object(value: Any, schema: Any, place: str) -> None:
 
 @cache
 def _keys(schema: Any) -> dict[str, tuple[Any, bool]]:
-    """Return, for each key of a TypedDict, its type and whether the key is required."""
+    """Return {key: (type, whether the key is required)} of a TypedDict."""
     plain, marked = get_type_hints(schema), get_type_hints(schema, include_extras=True)
     required = {Required: True, NotRequired: False}
     return {key: (kind, required.get(get_origin(marked[key]), key in schema.__required_keys__)) for key, kind in plain.items()}

@@ -1,7 +1,7 @@
-"""The logger "mpidp". Each message is one line without prefix. Levels debug and info go to standard output, higher levels to
-standard error. The environment variable MPIDP_LOG sets the level: debug, info (default), warning or error. The caller decides
-which rank logs a message, usually rank 0. Results, tables and progress are printed, not logged.
-"""
+"""The logger "mpidp". Each message is one line without prefix. Messages of the levels debug and info go to standard output, those
+of higher levels to standard error. The environment variable MPIDP_LOG sets the lowest level that is shown: debug, info (default),
+warning or error. The caller decides which rank logs a message, usually rank 0. Results, tables and progress are printed, not
+logged."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNI
 
 
 def printable(text: str) -> str:
-    """Replace control characters, unpaired surrogates and bidirectional controls by escapes such as \\x1b. Otherwise a name in an
-    untrusted file could change what the terminal shows. Newlines and tabs stay. Pure."""
+    """Return the text with escapes such as \\x1b in place of control characters, unpaired surrogates and bidirectional controls.
+    So a name in an untrusted file cannot change what the terminal shows. Newlines and tabs stay. Pure."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(text: str) -> str:
-    """Replace the same characters as printable(), and also newlines and tabs, by escapes. Pure."""
+    """Return the text with escapes in place of newlines, tabs, and the characters that printable() replaces. Pure."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 class _BareHandler(logging.Handler):
-    """Writes the message without prefix to the current sys.stdout or sys.stderr. It takes no lock, because the watchdog's thread
-    must be able to log while the main thread is blocked in a write."""
+    """Writes the message without prefix to the current sys.stdout or sys.stderr. It takes no lock, so the watchdog's thread can
+    log while the main thread is blocked in a write."""
 
     def createLock(self) -> None:  # noqa: N802
         self.lock = None
@@ -54,12 +54,13 @@ if not log.handlers:
 
 
 def counted(number: int, what: str) -> str:
-    """Return a number with its noun, for example "1 rank" or "2,000 ranks". what: the noun in the singular. Pure."""
+    """Return a number with its noun, for example "1 rank" or "2,000 ranks". `what`: the noun in the singular. Pure."""
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def set_level() -> None:
-    """Set the level from MPIDP_LOG. Raises UsageError if the variable does not name a level. Independent."""
+    """Set the logger's level to that of the environment variable MPIDP_LOG. Raises UsageError if the variable names no level.
+    Independent."""
     name = os.environ.get(VARIABLE, "").lower() or "info"
     if name not in LEVELS:
         nearest = difflib.get_close_matches(name, LEVELS, n=1, cutoff=0.0)[0]

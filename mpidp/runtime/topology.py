@@ -1,4 +1,4 @@
-"""Determines which ranks share a node."""
+"""Determines which ranks are on the same node."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from mpidp.runtime.ulfm import revocable
 
 @dataclass(frozen=True)
 class Topology:
-    """The data-parallel ranks that hold the same part of the model, and their nodes. parallel/grid.py has the other axes of the
-    mesh."""
+    """The nodes of the ranks that hold the same part of the model. Each replica has one of these ranks."""
 
     dp: MPI.Intracomm  # communicator of these ranks, ordered by node
     hosts: list[str]  # host name of each node
@@ -31,7 +30,7 @@ class Topology:
 
     @property
     def num_machines(self) -> int:
-        """The number of machines. With MPIDP_PRETEND_NODES it is smaller than num_nodes."""
+        """The number of machines. It is smaller than num_nodes if MPIDP_PRETEND_NODES is set (see make_topology())."""
         return len({host.partition("#")[0] for host in self.hosts})
 
     @property
@@ -46,14 +45,14 @@ class Topology:
 def make_topology(
     world: MPI.Intracomm, before: Topology | None = None, number: int | None = None, keep_order: bool = False
 ) -> Topology:
-    """Return the topology of world. Ranks with the same host name are on one node. This also holds in containers.
+    """Return the topology of the ranks of `world`. Ranks with the same host name are on one node.
 
-    In the communicator dp of the result, ranks are numbered node by node, even if the launcher distributed them round-robin. Rank
-    0 keeps its number. before: the topology before ranks failed, if world contains only the remaining ranks. number: the
-    permanent number of this rank, if it replaces a failed rank. keep_order: keep the order of world; a node whose ranks do not
-    follow each other then counts as several nodes. Collective over world.
+    The communicator `dp` of the result numbers the ranks node by node, even if the launcher distributed them round-robin. Rank 0
+    is the same rank as in `world`. `before`: after a failure, the topology before the failure. `number`: if this rank replaces a
+    failed rank, its permanent number. `keep_order`: number the ranks as in `world`. A node whose ranks do not follow each other
+    then counts as several nodes. Collective over world.
 
-    MPIDP_PRETEND_NODES=k divides the ranks of one node into k virtual nodes, for tests and benchmarks on one machine."""
+    MPIDP_PRETEND_NODES=k divides the ranks of one machine into k virtual nodes, for tests and benchmarks."""
     pretended = int(os.environ.get("MPIDP_PRETEND_NODES", "1"))
     host = socket.gethostname() + (f"#{world.rank * pretended // world.size}" if pretended > 1 else "")
     number = world.rank if number is None else number
@@ -76,7 +75,8 @@ def make_topology(
 
 
 def _in_runs(names: list[str]) -> list[str]:
-    """Return the names with a suffix where an earlier name occurs again after other names. Pure."""
+    """Return the names. If a name occurs again after other names, it gets a suffix, so that only neighbours have equal names.
+    Pure."""
     found: list[str] = []
     for i, name in enumerate(names):
         label = name

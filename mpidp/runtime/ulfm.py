@@ -1,9 +1,9 @@
 """Recovery from failed ranks with MPI's User-Level Failure Mitigation (ULFM), as in Open MPI (`mpirun --with-ft ulfm`).
 
 A rank that detects a failure revokes its communicators. Then every rank that waits in one of these communicators gets an error,
-too. Some operations must happen on all remaining ranks or on none. They end with an agreement (MPI_Comm_agree), whose result is
-the same on all remaining ranks. No rank passes an agreement before all remaining ranks have reached it. After a failure, the
-result of the next agreement is false.
+too. Some operations must succeed on all remaining ranks or on none. At the end of such an operation, all remaining ranks call
+MPI_Comm_agree, and all get the same result. No rank gets the result before all remaining ranks have made the call. After a
+failure, the result is false.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ _revocable: list[MPI.Intracomm] = []  # communicators in which other ranks may w
 
 
 class RankFailure(Exception):
-    """Raised on all remaining ranks, at the same agreement, if a rank failed."""
+    """A rank has failed. All remaining ranks raise this exception at the same point of the program."""
 
 
 def revocable(comm: MPI.Intracomm) -> MPI.Intracomm:
-    """Register a communicator that revoke() must revoke after a failure, and return the communicator. Independent."""
+    """Register a communicator, so that revoke() revokes it after a failure. Return the communicator. Independent."""
     if launched_with_ulfm():
         _revocable.append(comm)
     return comm
 
 
 def revoke() -> None:
-    """Revoke this rank's registered communicators. All current and later calls in them then fail on all ranks. Independent."""
+    """Revoke the communicators that this rank has registered. On all ranks, current and later calls in these communicators then
+    fail. Independent."""
     for comm in _revocable:
         if comm not in (MPI.COMM_NULL, MPI.COMM_SELF):
             with suppress(MPI.Exception):
@@ -42,7 +43,7 @@ def revoke() -> None:
 
 
 def is_failure(error: BaseException) -> bool:
-    """Return whether the remaining ranks can continue after this error. Independent."""
+    """Return whether `error` means that a rank has failed and that the remaining ranks can continue. Independent."""
     return launched_with_ulfm() and isinstance(error, (RankFailure, MPI.Exception))
 
 
@@ -56,8 +57,8 @@ def agree(comm: MPI.Intracomm, ok: bool) -> bool:
 
 
 def agree_on_flags(comm: MPI.Intracomm, flags: int) -> int:
-    """Return the bitwise AND of the flags of all remaining ranks, also if ranks have failed. All remaining ranks get the same
-    result. Waiting ranks sleep. Collective over comm."""
+    """Return the bitwise AND of the `flags` of all remaining ranks. The result is valid and equal on these ranks even if ranks
+    have failed. Waiting ranks sleep. Collective over comm."""
     common, pause = np.array([flags], dtype=np.intc), 1e-5
     request = comm.Iagree(common)
     with suppress(MPI.Exception):  # a rank has failed; the result is valid
@@ -69,8 +70,9 @@ def agree_on_flags(comm: MPI.Intracomm, flags: int) -> int:
 
 @contextmanager
 def commit(comm: MPI.Intracomm) -> Iterator[None]:
-    """Run the body. Either the body succeeds on all ranks, or RankFailure is raised on all ranks. An MpidpError that all ranks
-    raise is passed on. Without ULFM, only run the body. Collective over comm."""
+    """Run the body of a `with` statement. If a rank fails, or if MPI fails in the body on any rank, RankFailure is raised on all
+    remaining ranks. An MpidpError that all ranks raise is raised unchanged. If the job was started without ULFM, only run the
+    body. Collective over comm."""
     if not launched_with_ulfm():
         yield
         return
@@ -93,7 +95,7 @@ def commit(comm: MPI.Intracomm) -> Iterator[None]:
 
 
 def shrink(comm: MPI.Intracomm) -> MPI.Intracomm:
-    """Return a communicator of the remaining ranks, in the same order. Call shrink() after a RankFailure. Collective over
+    """Return a communicator of the remaining ranks, in the order of `comm`. Call shrink() after a RankFailure. Collective over
     comm."""
     left = cast(MPI.Intracomm, comm.Shrink())
     _revocable.clear()

@@ -1,7 +1,7 @@
-"""Keeps MPI off in processes that multiprocessing starts, e.g. workers of a DataLoader, because they are not ranks.
+"""Prevents MPI from starting in processes that multiprocessing starts, such as the workers of a DataLoader. They are not ranks.
 
-Such a process inherits the launcher's environment variables. `from mpi4py import MPI` calls MPI_Init. In such a process, MPI_Init
-would use the number of a rank that is already running, and crash or hang.
+A worker process inherits the launcher's environment variables. If such a process called MPI_Init, it would pretend to be a rank
+that is already running, and crash or hang. `from mpi4py import MPI` calls MPI_Init.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mpidp.runtime.environment import launched
 
 
 def is_worker_process() -> bool:
-    """Return whether multiprocessing started this process, with any start method. Independent."""
+    """Return whether multiprocessing started this process, with fork, spawn or forkserver. Independent."""
     if multiprocessing.parent_process() is not None:
         return True
     # With spawn or forkserver, a process imports the program before parent_process() is set. In forkserver's server it is never
@@ -23,8 +23,8 @@ def is_worker_process() -> bool:
 
 
 def keep_mpi_off_in_workers() -> None:
-    """Prevent `from mpi4py import MPI` from starting MPI in a worker process of a job. Without a launcher, such a process may be
-    an MPI job of one rank. Independent."""
+    """If a launcher started the job and this is a worker process, prevent `from mpi4py import MPI` from starting MPI.
+    Independent."""
     if launched() and is_worker_process():
         import mpi4py
 

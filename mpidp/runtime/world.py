@@ -16,8 +16,8 @@ _BY_CODE = {kind.exit_code: kind for kind in (UsageError, DataError, CheckpointE
 
 
 def start_mpi() -> MPI.Intracomm:
-    """Start MPI and return COMM_WORLD. Raises UsageError if a job of N ranks was started as N jobs of one rank, or if this
-    process is not a rank. Collective over COMM_WORLD."""
+    """Start MPI and return COMM_WORLD. Raises UsageError if the launcher started N ranks but MPI sees N jobs of one rank. Also
+    raises UsageError in a process that is not a rank, such as a worker process. Collective over COMM_WORLD."""
     if not MPI.Is_initialized():
         raise UsageError(
             "MPI is not initialized in this process. A process that multiprocessing started, e.g. a worker of a DataLoader, is "
@@ -38,8 +38,8 @@ def start_mpi() -> MPI.Intracomm:
 
 
 def polite_barrier(comm: MPI.Intracomm, waiting: Callable[[], None] = lambda: None) -> None:
-    """Wait at a barrier, with pauses, so that waiting ranks do not use the cores of working ranks. waiting: a function that is
-    called before each pause. Collective over comm."""
+    """Wait until all ranks have called this function. Waiting ranks sleep, so they do not use the cores of working ranks.
+    `waiting`: a function that is called before each pause. Collective over comm."""
     request = comm.Ibarrier()
     pause = 1e-5
     while not request.Test():
@@ -50,7 +50,8 @@ def polite_barrier(comm: MPI.Intracomm, waiting: Callable[[], None] = lambda: No
 
 @contextmanager
 def raise_together(comm: MPI.Intracomm) -> Iterator[None]:
-    """Run the body. An exception on any rank is raised on all ranks. Ranks that finish early sleep until all have finished.
+    """Run the body of a `with` statement. If the body raises an exception on any rank, an MpidpError is raised on all ranks.
+    Ranks that finish early sleep until all have finished.
 
     The body must not communicate. Collective over comm."""
     own_error: Exception | None = None
@@ -71,5 +72,5 @@ def raise_together(comm: MPI.Intracomm) -> Iterator[None]:
 
 
 def error_of(code: int, message: str) -> MpidpError:
-    """Return the error with this exit code that every rank raises. Pure."""
+    """Return an error with this exit code and message, marked as an error of all ranks. Pure."""
     return _BY_CODE.get(code, MpidpError).on_every_rank(message)

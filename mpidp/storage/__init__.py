@@ -1,2 +1,2 @@
-"""Files in object storage and on web servers: addresses, stores, retries, and a bounded local cache. This package does not use
-MPI."""
+"""Access to files in object storage and on web servers. The parts are addresses, stores, retries, and a local cache of limited
+size. This package does not use MPI."""

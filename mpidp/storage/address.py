@@ -42,25 +42,26 @@ def is_remote(path: str | Path) -> bool:
 
 
 def credentials_from(protocol: str) -> str:
-    """Return a description of where the credentials of a protocol are read from. Pure."""
+    """Return a description of the place from which the credentials of a protocol are read. Pure."""
     return _WHERE.get(protocol, "the environment, as the documentation of the protocol's package describes")
 
 
 def named(name: str, address: str) -> str:
-    """Return the name of an address in errors, without secrets. It is NAME=ADDRESS if the address is the value of a setting.
-    Pure."""
+    """Return an address without secrets, for an error message. `name`: the setting whose value is the address, or "". With a
+    name, return NAME=ADDRESS. Pure."""
     shown = without_secrets(re.sub(r"[?#;].*", "?***", address, flags=re.DOTALL))
     return f"{name}={shown}" if name else shown
 
 
 def check_local(option: str, path: str) -> None:
-    """Raise UsageError if the value of an option for local files is an address. The message contains no secrets. Pure."""
+    """Raise UsageError if `path` is an address. `option`: the option with this value, which takes only local files. Pure."""
     if is_remote(path):
         raise UsageError(f"{option} {named('', path)} is an address, but this command uses local files: copy the files first")
 
 
 def address_problems(name: str, path: str) -> Iterator[str]:
-    """Yield messages about what is wrong with an address, without its secrets. name: the setting, or an empty text. Pure."""
+    """Yield messages about what is wrong with an address. The messages contain no secrets. A local path has no problems. `name`:
+    the setting, or an empty text. Pure."""
     found = _ADDRESS.fullmatch(path)
     if found is None:
         if _ALMOST.fullmatch(path):
@@ -90,8 +91,8 @@ def _is_web(address: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """Return the text without the user names, passwords, queries and parameters (;sig=...) of addresses, and without the secret
-    values of the environment. Independent."""
+    """Return the text without secrets. In addresses, these are user names, passwords, queries and parameters (;sig=...). The
+    secret values of environment variables, such as AWS_SECRET_ACCESS_KEY, are also removed. Independent."""
     text = _QUERY.sub(r"\1?***", _USER.sub(r"\1***@", text))
     for name in _SECRETS:
         if len(value := os.environ.get(name, "")) >= 8:

@@ -1,13 +1,13 @@
-"""A local folder with blocks of remote files. The processes of a node, and several jobs, share the folder.
+"""A local folder with blocks of remote files. The processes of a node share the folder, and several jobs may share it.
 
     CACHE/blocks/KEY/NUMBER   one block of a file: its bytes, then their crc32. KEY identifies the file and its version
     CACHE/folders/KEY/...     index.json, tokenizer.json and special_tokens.json of a folder of shards
     CACHE/used                an upper bound on the bytes on disk
     CACHE/lock                locked while blocks are written or deleted
 
-A block is written to a temporary file and then renamed. Its crc32 is checked when a process reads the block for the first time.
-So a block is used only if it is complete, even after a crash. The bytes of a block are added to CACHE/used before the block is
-written. If the sum exceeds the bound, the least recently read blocks are deleted first.
+A block is written to a temporary file, which is then renamed. When a process reads a block for the first time, it checks the
+crc32. Therefore an incomplete block is never used, even after a crash. Before a block is written, its bytes are added to
+CACHE/used. If the result is above the limit, the least recently read blocks are deleted first.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ KEPT_SHARE = 0.9  # after blocks were deleted, at most this share of the bound i
 
 
 def default_folder() -> Path:
-    """Return the folder of the cache if data.cache_dir is empty. Each user has one in the temporary folder. Independent."""
+    """Return the folder of the cache that is used if data.cache_dir is empty. Each user has one, in the system's temporary
+    folder. Independent."""
     return Path(tempfile.gettempdir()) / f"mpidp-cache-{os.getuid()}"
 
 
 class BlockCache:
-    """The cache in a folder. Several threads and processes may use it. Independent."""
+    """A cache of blocks in a local folder. Several threads and processes may use the same folder. Independent."""
 
     def __init__(self, folder: Path, bound: int) -> None:
-        """Create the folder if needed. bound: the largest number of bytes on disk. Raises DataError if the folder cannot be
+        """Create `folder` if needed. `bound`: the largest number of bytes on disk. Raises DataError if the folder cannot be
         used."""
         self.folder, self.bound = folder, bound
         self._seen: dict[tuple[str, int], float] = {}  # when this process last touched a block that it has checked
@@ -57,7 +58,8 @@ class BlockCache:
                 (folder / "used").unlink(missing_ok=True)  # counted again, because after a crash it may be too large
 
     def read(self, key: str, number: int, size: int, start: int, stop: int) -> bytes | None:
-        """Return bytes [start, stop) of a block, or None if the block is missing or incomplete. size: bytes of the block."""
+        """Return bytes [start, stop) of block `number` of file `key`. Return None if the block is missing or incomplete. `size`:
+        the number of bytes of the block."""
         path = self._path(key, number)
         try:
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -80,7 +82,8 @@ class BlockCache:
             os.close(handle)
 
     def write(self, key: str, blocks: Mapping[int, bytes]) -> None:
-        """Store blocks. Raises DataError if the disk is full or the folder cannot be written."""
+        """Store blocks of file `key`. `blocks`: {number: bytes}. Raises DataError if the disk is full or the folder cannot be
+        written."""
         with self._usable(), self.locked():
             self._make_room(sum(_on_disk(len(data)) for data in blocks.values()))
             try:
@@ -92,7 +95,7 @@ class BlockCache:
                 self._store(key, blocks)
 
     def forget(self, key: str) -> None:
-        """Delete all blocks of a file. Independent."""
+        """Delete all blocks of file `key`. Independent."""
         with self.locked():
             for path in (self.folder / "blocks" / key).glob("*"):
                 path.unlink(missing_ok=True)
@@ -100,8 +103,8 @@ class BlockCache:
 
     @contextmanager
     def locked(self, name: str = "lock") -> Iterator[None]:
-        """Return a context that holds a lock of the cache. Other processes and threads wait for the lock. name: the file name of
-        the lock. Independent."""
+        """Run the body of a `with` statement while holding a lock of the cache. Other processes and threads wait for the lock.
+        `name`: the file name of the lock. Independent."""
         handle = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -133,7 +136,8 @@ class BlockCache:
                 temporary.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> None:
-        """Count `size` more bytes, and delete blocks if the sum exceeds the bound. The caller holds the lock."""
+        """Add `size` to the number in CACHE/used. If the result would exceed the bound, delete blocks first. The caller holds the
+        lock."""
         try:
             used = int((self.folder / "used").read_text())
         except (OSError, ValueError):
@@ -143,8 +147,8 @@ class BlockCache:
         (self.folder / "used").write_text(str(used + size))
 
     def _delete_oldest(self, most: int) -> int:
-        """Delete temporary files. Delete blocks until at most `most` bytes are used. Return the number of used bytes. The caller
-        holds the lock, so every temporary file was left by a process that was killed."""
+        """Delete temporary files, and the least recently read blocks, until at most `most` bytes are used. Return the number of
+        used bytes. The caller holds the lock, so no process is writing any of the temporary files."""
         found, used = [], sum(_on_disk(path.stat().st_size) for path in (self.folder / "folders").glob("*/*"))
         for folder in list((self.folder / "blocks").iterdir()):
             for path in list(folder.iterdir()):

@@ -1,4 +1,5 @@
-"""Folders that fsspec opens, for example in Google and Azure storage. fsspec's packages are imported on demand."""
+"""Folders that the package fsspec opens, for example in Google or Azure storage. fsspec's packages are imported when they are
+first needed."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ PIECE = 8 << 20  # number of bytes that are written at a time
 
 
 def open_filesystem(address: Address, name: str, **options: Any) -> tuple[Any, str]:
-    """Return fsspec's filesystem, and the path of the folder in this filesystem. Raises UsageError if the package of the protocol
-    is missing, or if the protocol is not known. Independent."""
+    """Return fsspec's filesystem, and the path of the folder in this filesystem. `name`: the setting, for errors. `options`:
+    passed to fsspec. Raises UsageError if the protocol is unknown or needs a package that is missing. Raises DataError if the
+    address cannot be opened. Independent."""
     if address.protocol in PACKAGES:  # gcsfs also logs tracebacks of errors that it raises
         logging.getLogger(PACKAGES[address.protocol]).addHandler(logging.NullHandler())
     try:
@@ -41,8 +43,7 @@ def open_filesystem(address: Address, name: str, **options: Any) -> tuple[Any, s
 
 
 class FilesystemStore:
-    """A folder that fsspec opens. See Store. Reading a range and checking its version takes two requests, because fsspec has no
-    request for both."""
+    """A folder that fsspec opens. See Store. read() makes two requests: one for the bytes, and one for the version."""
 
     def __init__(self, address: Address, name: str) -> None:
         self.address = address
@@ -99,8 +100,8 @@ class FilesystemStore:
         return f"{self._root.rstrip('/')}/{name}"
 
     def _tag(self, found: dict[str, Any]) -> str:
-        """Return the field of fsspec's information that changes when a file is replaced. The name of this field depends on the
-        protocol."""
+        """Return the values that change when a file is replaced. `found`: fsspec's information about the file, whose keys depend
+        on the protocol."""
         keys = ("ETag", "etag", "generation", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
         return "; ".join(str(found[key]) for key in keys if key in found)
 
@@ -111,7 +112,7 @@ class FilesystemStore:
             raise self._translated(error) from None
 
     def _translated(self, error: Exception) -> Exception:
-        """Return the exception of store.py that corresponds to an exception of fsspec."""
+        """Return an exception of store.py for an exception of fsspec."""
         if isinstance(error, (Unreachable, Refused)):
             return error
         if isinstance(error, FileNotFoundError):
@@ -122,7 +123,7 @@ class FilesystemStore:
 
 
 def _discard(file: Any) -> None:
-    """Discard an incomplete file, so that closing it does not store it."""
+    """Discard an incomplete file. Closing the file would store it."""
     try:
         file.discard()
     except Exception:  # not every filesystem has discard(); the size in the manifest shows that the file is incomplete

@@ -11,8 +11,8 @@ from mpidp.storage.web import WebStore
 
 
 def open_store(address: str, name: str = "") -> Store:
-    """Open the folder at an address, without a request. Raises UsageError if the address is not valid, or if the package of its
-    protocol is missing. name: the setting, for errors. Independent."""
+    """Return the store of the folder at `address`. Make no request. `name`: the setting, for errors. Raises UsageError if the
+    address is not valid or needs a package that is missing. Raises DataError if the address cannot be opened. Independent."""
     for problem in address_problems(name, address):
         raise UsageError(problem)
     found = Address(address)

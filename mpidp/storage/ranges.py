@@ -1,4 +1,4 @@
-"""Reads ranges of bytes of a remote file, through the cache. Other threads fetch ranges before a reader needs them."""
+"""Reads ranges of bytes of a remote file through the cache. Other threads can fetch a range before a reader needs it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ URGENT, AHEAD = 0, 1  # priorities of requests: URGENT if a reader waits, else A
 
 
 class Fetchers:
-    """Threads that make requests. Requests for which a reader waits come first, then the others in order. The threads are daemon
-    threads, so that a process can end while a server does not answer. Independent."""
+    """Threads that make requests. Requests for which a reader waits are made first, the others in the order of submission. The
+    process can end while a thread waits for a server (daemon threads). Independent."""
 
     def __init__(self) -> None:
         self._queue: PriorityQueue[tuple[int, int, Callable[[], None]]] = PriorityQueue()
@@ -36,7 +36,7 @@ class Fetchers:
             threading.Thread(target=self._run, name="mpidp-fetch", daemon=True).start()
 
     def submit(self, priority: int, work: Callable[[], None]) -> None:
-        """Call work() in a thread. Independent."""
+        """Call work() in a thread. `priority`: URGENT or AHEAD. Independent."""
         self._queue.put((priority, next(self._number), work))
 
     def _run(self) -> None:
@@ -47,8 +47,8 @@ class Fetchers:
 class RemoteFile:
     """One version of one file of a store. Thread-safe. Independent.
 
-    Every method raises DataError if the server does not answer within the limit of `retries`, if the server refuses the request,
-    or if the file was replaced on the server.
+    read() raises DataError if the server does not answer within the time limit of `retries`, or if it refuses the request. Also
+    raises DataError if the file was replaced or deleted on the server.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class RemoteFile:
         return b"".join(piece for piece in found.values() if piece is not None)
 
     def advise(self, start: int, size: int) -> None:
-        """Begin to fetch bytes [start, start + size) in other threads, and return immediately. advise() does not raise errors of
-        requests. A later read() raises them, or fetches the bytes again."""
+        """Begin to fetch bytes [start, start + size) in other threads, and return immediately. Raises no error if a request
+        fails. A later read() of these bytes raises the error, or fetches the bytes again."""
         self._request([number for number, *_ in self._places(start, size) if self._cached(number, 0, 0) is None], AHEAD)
 
     def forget(self) -> None:
@@ -84,7 +84,8 @@ class RemoteFile:
         self._cache.forget(self.key)
 
     def _places(self, start: int, size: int) -> Iterator[tuple[int, int, int]]:
-        """For each block of a range, yield its number and the part of the block in the range: (number, first byte, end)."""
+        """For each block of the range, yield (number of the block, first byte, end). The range covers bytes [first byte, end) of
+        the block."""
         for number in range(start // BLOCK, -(-(start + size) // BLOCK)):
             at = number * BLOCK
             yield number, max(0, start - at), min(start + size - at, BLOCK)
@@ -96,8 +97,8 @@ class RemoteFile:
         return self._cache.read(self.key, number, self._block_size(number), first, last)
 
     def _request(self, numbers: Iterable[int], priority: int) -> dict[int, Future[dict[int, bytes]]]:
-        """Begin to fetch blocks, and return the requests by block. A block that is already being fetched is not fetched again,
-        but its request may become more urgent."""
+        """Begin to fetch blocks, and return {block: the request that fetches it}. A block may already be on the way. Then return
+        the earlier request for it, and make this request urgent if `priority` is URGENT."""
         requests: dict[int, Future[dict[int, bytes]]] = {}
         with self._lock:
             for number in numbers:
@@ -115,7 +116,7 @@ class RemoteFile:
         return requests
 
     def _run(self, future: Future[dict[int, bytes]], group: range) -> None:
-        """Fetch a group of blocks, store them in the cache, and set them as the result of the future."""
+        """Fetch a group of blocks, and store them in the cache. Set `future` to {block: its bytes}."""
         with self._lock:  # a request that became more urgent is in the queue a second time
             if future.running() or future.done():
                 return
@@ -142,7 +143,7 @@ class RemoteFile:
 
 
 def _groups(numbers: list[int]) -> Iterator[range]:
-    """Yield ranges of consecutive numbers, of at most REQUEST_BLOCKS each. Pure."""
+    """Yield ranges of consecutive numbers. Each range has at most REQUEST_BLOCKS numbers. Pure."""
     at = 0
     while at < len(numbers):
         end = at + 1
@@ -153,8 +154,8 @@ def _groups(numbers: list[int]) -> Iterator[range]:
 
 
 class RemoteArray:
-    """A part of a remote file as a vector. A slice of it is a new numpy array. After the slice [:], the whole vector stays in
-    memory."""
+    """A part of a remote file, read as a vector. A slice of the vector is a numpy array, which is fetched from the file. After
+    the slice [:], the whole vector stays in memory."""
 
     def __init__(self, file: RemoteFile, dtype: np.dtype[Any], offset: int, count: int) -> None:
         self._file, self._dtype, self._offset, self.size = file, dtype, offset, count
@@ -172,7 +173,7 @@ class RemoteArray:
 
 
 class RemoteReader(io.RawIOBase):
-    """A Python file object for a remote file, for HDF5 and for checksums."""
+    """A Python file object that reads a remote file. HDF5 and the computation of checksums use it."""
 
     def __init__(self, file: RemoteFile) -> None:
         super().__init__()
@@ -187,16 +188,16 @@ class RemoteReader(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """Return the position. Pure."""
+        """Return the position in the file, in bytes. Pure."""
         return self._at
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Set the position, like the method seek() of files. Independent."""
+        """Set the position, as seek() of Python files does, and return it. Independent."""
         self._at = offset + (0, self._at, self._file.size)[whence]
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        """Read into the buffer, and return the number of bytes. Independent."""
+        """Read from the position into `buffer`, and return the number of bytes that were read. Independent."""
         size = max(0, min(len(buffer), self._file.size - self._at))
         buffer[:size] = self._file.read(self._at, size)
         self._at += size

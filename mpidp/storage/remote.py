@@ -1,5 +1,5 @@
-"""Remote folders of shards. The small files of a folder are copied to the cache. Ranges of its shards are read through the
-cache."""
+"""Remote folders of shards. The small files of a folder are copied to the cache. The shards are read in ranges of bytes through
+the cache."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ DEFAULT_CACHE = CacheOptions()
 class RemoteFolder:
     """A folder of shards at an address. Independent. Thread-safe.
 
-    path: its address. local: a local folder with copies of index.json, tokenizer.json and special_tokens.json. The constructor
-    fetches these files, unless another process of this node has done so. Raises UsageError if the address is not valid, and
-    DataError if the server refuses a request or does not answer.
+    `path`: its address. `local`: a local folder with copies of index.json, tokenizer.json and special_tokens.json. The
+    constructor fetches these files, unless they are in the cache. It raises UsageError if the address is not valid, and DataError
+    if the server refuses a request or does not answer.
     """
 
     def __init__(self, address: str, options: CacheOptions = DEFAULT_CACHE) -> None:
@@ -56,8 +56,8 @@ class RemoteFolder:
         self.local = self._fetch_small_files()
 
     def open_file(self, name: str) -> RemoteFile:
-        """Open a file. Raises FileNotFoundError if the file is missing, and DataError if it was replaced since this job opened
-        it."""
+        """Open a file. Raises FileNotFoundError if the file is missing. Raises DataError if the file was replaced after this job
+        first opened it."""
         try:
             version = self._version(name)
         except Missing:
@@ -71,24 +71,24 @@ class RemoteFolder:
 
     @property
     def versions(self) -> dict[str, Version]:
-        """The versions of the files that were opened."""
+        """The versions of files, by name. They are the files that this rank has opened, and those that expect() has recorded."""
         return dict(self._versions)
 
     def expect(self, versions: Mapping[str, Version]) -> None:
-        """Record the versions that another rank has found. If this process later opens one of these files, the version must be
-        the same. Raises DataError if this rank has found a different version."""
+        """Record the versions that another rank has found. open_file() later raises DataError if a file has another version.
+        `versions`: {name: version}. Raises DataError if this rank has already found another version of a file."""
         for name, version in versions.items():
             if self._versions.setdefault(name, version) != version:
                 raise DataError(f"{self.path / name}: it was replaced on the server while this job started; start it again")
 
     def check_room(self, size: int) -> None:
-        """Log a warning if the cache is smaller than `size`, the number of bytes that a node reads ahead at a time."""
+        """Log a warning if the cache is smaller than `size`. `size`: the number of bytes that a node reads ahead at a time."""
         if size > self.cache.bound:
             log.warning("warning: data.cache_gb=%.3g is small: a node reads %.3g GB of %s at a time, so ranges are fetched "
                         "repeatedly", self.cache.bound / 1e9, size / 1e9, self.path)
 
     def report_waits(self, on_wait: Callable[[], None]) -> None:
-        """Call on_wait about every second while a failed request is repeated, and after each answer."""
+        """Call `on_wait` about every second during a pause between two tries of a request, and after each answer."""
         self._retries.report_waits(on_wait)
 
     def _version(self, name: str) -> Version:
@@ -110,7 +110,7 @@ class RemoteFolder:
             return folder
 
     def _copy_small_files(self, folder: Path, version: Version) -> None:
-        """Copy the files that the index names, then the index itself."""
+        """Copy the files that index.json names, and then index.json itself."""
         index = self._read_whole(INDEX, version)
         wanted: dict[str, str] = {}
         with suppress(ValueError, TypeError, KeyError, RecursionError):  # read_index() reports what is wrong with the index
@@ -138,7 +138,7 @@ class RemoteFolder:
 
 
 def _delete_old(folders: Path) -> None:
-    """Delete the copies of small files that no command has used for OLD_SECONDS."""
+    """Delete each copy of small files that no command has used for OLD_SECONDS."""
     for folder in folders.glob("*"):
         with suppress(OSError):
             if time.time() - folder.stat().st_mtime > OLD_SECONDS:

@@ -1,5 +1,5 @@
-"""Repeats failed requests up to a time limit. The pauses between tries double, and a random factor changes each pause. A warning
-of one line names the server."""
+"""Repeats failed requests until a time limit. The pause before a try is about twice the previous pause, with a random factor. A
+warning names the server and the problem."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Retries:
     """Makes the requests of one store. Thread-safe. Independent."""
 
     def __init__(self, seconds: float, setting: str = "data.retry_seconds") -> None:
-        """seconds: how long a failed request is repeated. setting: the name of the setting that has this limit, for errors."""
+        """`seconds`: the time limit for repeating a failed request. `setting`: the name of the setting that has this limit, for
+        errors."""
         self.seconds, self._setting = seconds, setting
         self.failures = 0  # number of failed tries
         self._answered = False
@@ -34,16 +35,17 @@ class Retries:
         self._random = random.Random()  # not the global generator, because training may use it
 
     def report_waits(self, on_wait: Callable[[], None]) -> None:
-        """Call on_wait about every second during a pause between two tries, and after each answer. Independent."""
+        """Call `on_wait` about every second during a pause between two tries, and after each answer. Independent."""
         self._on_wait = on_wait
 
     def close(self) -> None:
-        """End the pauses. Failed requests are then not repeated. Independent."""
+        """End the current pauses. From now on, do not repeat failed requests. Independent."""
         self._closed.set()
 
     def call(self, where: str, request: Callable[[], T]) -> T:
-        """Return request(). Raises Missing if the file is missing. Raises DataError, with the reason, if the server refuses the
-        request or the time limit is over. Independent."""
+        """Return request(). Repeat the call while it raises Unreachable. `where`: the address, for messages. Raises Missing if
+        the file is missing. Raises DataError, with the reason, if the server refuses the request or the time limit is over.
+        Independent."""
         began, pause, tries = time.monotonic(), FIRST_PAUSE, 0
         while True:
             try:

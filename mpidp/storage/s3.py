@@ -1,7 +1,7 @@
-"""Folders in S3, or in a store with the same protocol. A range is read with one GetObject, with the condition If-Match.
+"""Folders in S3, or in a store with the same protocol. A range is read with one GetObject request with the header If-Match.
 
-Credentials, region and endpoint are those of boto3: AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_DEFAULT_REGION, AWS_ENDPOINT_URL, and
-~/.aws. FSSPEC_S3_ANON=true reads public buckets without credentials. The package s3fs is imported on demand.
+Credentials, region and endpoint are read where boto3 reads them: AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_DEFAULT_REGION,
+AWS_ENDPOINT_URL, and ~/.aws. FSSPEC_S3_ANON=true reads public buckets without credentials.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class S3Store(FilesystemStore):
             raise UsageError(f"{named(name, address)}: the bucket is missing, as in s3://bucket/prefix")
 
     def version(self, name: str) -> Version:
-        """See Store. Raises Refused if the bucket is missing. Independent."""
+        """See Store. Raises Refused if there is no such bucket. Independent."""
         async def ask() -> Any:
             return await self._system._call_s3("head_object", Bucket=self._bucket, Key=self._key(name))
 
@@ -108,7 +108,7 @@ class S3Store(FilesystemStore):
 
 
 def _of_code(response: dict[str, Any]) -> Exception:
-    """Return the exception for an error answer of the server."""
+    """Return the exception of store.py for an error answer of S3."""
     code, status = str(response.get("Error", {}).get("Code", "")), response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     said = str(response.get("Error", {}).get("Message", "")).strip().rstrip(".")
     if code in PASSING or status >= 500 or status in (408, 429):

@@ -1,7 +1,6 @@
-"""The interface of all stores. A store has files with a size and a version, which are read in ranges of bytes.
+"""The interface of all stores. A store is a folder of files on a server, which are read in ranges of bytes.
 
-The version, for example an S3 ETag, changes when a file is replaced. read() returns bytes of the stated version, or raises
-Changed.
+A file has a version, for example an S3 ETag, which changes when the file is replaced.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from mpidp.storage.address import Address
 
 
 class Version(NamedTuple):
-    """The size of a file in bytes, and a text that changes when the file is replaced."""
+    """`size`: the size of a file in bytes. `tag`: a text that changes when the file is replaced."""
 
     size: int
     tag: str
@@ -36,8 +35,8 @@ class Changed(Refused):
 
 
 class Store(Protocol):
-    """A folder on a server. Every method makes one request. If the request fails, it raises Unreachable or Refused. Thread-safe.
-    Independent."""
+    """A folder on a server. A method raises Unreachable or Refused if its request fails. It does not repeat the request.
+    Thread-safe. Independent."""
 
     address: Address
 
@@ -45,21 +44,23 @@ class Store(Protocol):
         """Return the size and the version of a file. Raises Missing if the file does not exist. Independent."""
 
     def read(self, name: str, start: int, stop: int, version: Version) -> bytes:
-        """Return bytes [start, stop) of this version of a file. Raises Changed if the file has another version. Independent."""
+        """Return bytes [start, stop) of a file. Raises Changed if the file does not have version `version`. Independent."""
 
     def write(self, name: str, content: IO[bytes], size: int) -> None:
-        """Write a file of `size` bytes, and replace an existing file. If writing fails, the file does not exist or has a wrong
-        size. Independent."""
+        """Write `size` bytes of `content` to a file. An existing file is replaced. After an error, the file may be missing or
+        have a wrong size. Independent."""
 
     def names(self, folder: str) -> list[str]:
-        """Return the names of all files below a folder, relative to the store. Independent."""
+        """Return the names of all files in `folder` and its subfolders. A name includes the path from the store's folder.
+        Independent."""
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete files. Independent."""
+        """Delete the files with these names. Independent."""
 
 
 def checked_length(data: bytes, start: int, stop: int) -> bytes:
-    """Return the data if its length is that of the range. Raises Unreachable if the answer was cut off. Pure."""
+    """Return `data` if it has the length of the range [start, stop). Raises Unreachable for other lengths, because the answer was
+    cut off. Pure."""
     if len(data) != stop - start:
         raise Unreachable(f"{len(data):,} of {stop - start:,} bytes arrived")
     return data

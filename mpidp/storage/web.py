@@ -1,7 +1,7 @@
-"""Folders on a web server, which are read with Python's own HTTP client, by HEAD and by GET with Range.
+"""Folders on a web server. Files are read with Python's own HTTP client: HEAD for the version, and GET with Range for bytes.
 
-An answer must state the requested range (Content-Range), and the same version (ETag, else Last-Modified) as the first answer.
-User name and password come from ~/.netrc. Source: RFC 9110, sections 13 and 14.
+An answer must state the requested range (Content-Range) and the requested version (ETag, or Last-Modified if there is no ETag).
+User name and password are read from ~/.netrc. Source: RFC 9110, sections 13 and 14.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _translated(code: int) -> Exception:
 
 
 def _login(host: str) -> str:
-    """Return the header Authorization for a host that ~/.netrc names, or an empty text for other hosts."""
+    """Return the value of the header Authorization, or "" if ~/.netrc does not name `host`."""
     try:
         found = netrc.netrc().authenticators(host)
     except (OSError, netrc.NetrcParseError):
@@ -116,7 +116,7 @@ def _tag(answer: Any) -> str:
 
 
 def _body(answer: Any, size: int) -> bytes:
-    """Read at most `size` bytes of an answer, within REQUEST_SECONDS."""
+    """Return at most `size` bytes of an answer. Raises Unreachable if they do not arrive within REQUEST_SECONDS."""
     pieces, until = [], time.monotonic() + REQUEST_SECONDS
     try:
         while size > 0 and (piece := answer.read1(min(size, PIECE))):

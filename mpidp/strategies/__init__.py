@@ -1,4 +1,4 @@
-"""The table of strategies by name. A new strategy is added here."""
+"""The table of strategies by name. To add a strategy, add it to this table."""
 
 from functools import partial
 from typing import Any
@@ -18,8 +18,8 @@ STRATEGIES: dict[str, Any] = {
 
 
 def strategy_of(name: str, quorum: float, level: int = 0, model: Any = None) -> Any:
-    """Return the constructor of the strategy for strategy.name and strategy.quorum. level: the sharding level mesh.shard, 0 to 3.
-    model: the model to shard, for levels 2 and 3. Pure."""
+    """Return the constructor of a strategy. `name`, `quorum`: the settings strategy.name and strategy.quorum. `level`: the
+    setting mesh.shard, 0 to 3. `model`: the model to shard, for levels 2 and 3. Pure."""
     if level >= 2:
         return partial(Sharded, model=model, level=level)
     return Sliced if level else STRATEGIES[kind(name, quorum)]

@@ -1,4 +1,4 @@
-"""Reads from metrics.jsonl the order in which gradients arrived, to replay an asynchronous run."""
+"""Reads metrics.jsonl to replay an asynchronous run. The file contains the order in which gradients arrived."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ class _Line(TypedDict, total=False):
 
 
 def read_arrivals(log: str, workers: int, servers: int, staleness: int) -> Order:
-    """Read the arrivals of a run. log: the run's metrics.jsonl; if log is "", return {}. Raises UsageError if that run had other
-    numbers of workers and servers, or if its arrivals are damaged. If servers is 0, also raises UsageError if that run used no
-    quorum, or if a contribution was more than `staleness` rounds late. Independent."""
+    """Return {step of a meeting: the arrivals since the previous meeting}. `log`: the run's metrics.jsonl, or "" to return {}.
+    `workers`, `servers`: numbers of workers and of parameter servers. With a quorum, `servers` is 0 and `workers` is the number
+    of ranks. Raises UsageError if the file cannot be read, or if the arrivals are not possible with these numbers and with
+    `staleness`. Independent."""
     if not log:
         return {}
     try:
@@ -51,9 +52,9 @@ def _check_pushes(log: str, found: Order, workers: int, servers: int) -> None:
 
 
 def _check_rounds(log: str, found: Order, ranks: int, staleness: int) -> None:
-    """Raise UsageError if a replay of these rounds would deadlock or need too many buffers. When round i closes, at least one
-    rank must have contributed batch i, and no rank may have contributed a later batch. At that time each rank must have
-    contributed all batches up to i - staleness. At the end each rank must have contributed all batches."""
+    """Raise UsageError if the rounds are not possible. When round i closes, at least one rank must have contributed batch i, and
+    no rank may have contributed a later batch. At this time every rank must have contributed all batches up to i - staleness.
+    After the last round, every rank must have contributed all batches."""
     for step, rounds in found.items():
         had = [0] * ranks
         for i, joined in enumerate(rounds, 1):

@@ -1,4 +1,4 @@
-"""Groups of ranks that average with each other in round t. Pure.
+"""Groups of ranks that average their models in round t. Pure.
 
 | group | in round t | source |
 |---|---|---|
@@ -6,11 +6,10 @@
 | node | the ranks of each node | hierarchical averaging |
 | rotating | groups of `group_size` neighbours on a ring; the groups shift by one rank each round | |
 | pairs | random pairs, seeded by t; if the number of ranks is odd, one rank does not average | Lian 2018 (AD-PSGD), section 3 |
-| exponential | rank r receives from rank r - 2^(t mod ceil(log2 P)) | Assran 2019 (SGP), appendix A |
+| exponential | rank r averages its model with that of rank r - 2^(t mod ceil(log2 P)) | Assran 2019 (SGP), appendix A |
 
-P is the number of ranks. In each round, the weights that one rank's model has in all averages add up to one. Therefore no round
-changes the mean of the models over all ranks. With `exponential`, after ceil(log2 P) rounds each rank has received, directly or
-indirectly, from every other rank.
+P is the number of ranks. No round changes the mean of the models over all ranks. With `exponential`, every model has influenced
+every rank after ceil(log2 P) rounds.
 """
 
 from __future__ import annotations
@@ -23,8 +22,9 @@ GROUPS = ("all", *PARTITIONS, "exponential")
 
 
 def partition(kind: str, t: int, size: int, nodes: Sequence[Sequence[int]], group_size: int) -> list[tuple[int, ...]]:
-    """Return the groups of round t, each as a sorted tuple of ranks. Every rank is in exactly one group. Raises ValueError if
-    kind is not in PARTITIONS. Independent."""
+    """Return the groups of round number t. A group is a sorted tuple of ranks, and every rank is in exactly one group. `kind`:
+    node, rotating or pairs. `size`: number of ranks. `nodes`: the ranks of each node. `group_size`: number of ranks in a group,
+    for rotating. Raises ValueError for any other `kind`. Independent."""
     if kind == "node":
         return [tuple(ranks) for ranks in nodes]
     if kind == "rotating":
@@ -38,5 +38,5 @@ def partition(kind: str, t: int, size: int, nodes: Sequence[Sequence[int]], grou
 
 
 def hop(t: int, size: int) -> int:
-    """Return h if rank r receives from rank r - h in round t of `exponential`. If there is one rank, return 0. Independent."""
+    """Return h for round t of `exponential`: rank r receives from rank r - h. h is 0 if there is only one rank. Independent."""
     return 2 ** (t % max(1, (size - 1).bit_length())) if size > 1 else 0

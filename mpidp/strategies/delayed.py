@@ -1,9 +1,9 @@
 """Delayed updates: gradients are summed in a thread while the next batches are computed, and are applied k steps late.
 
-At step s a rank passes the gradient of its lanes of batch s to a thread, which sums the gradient over the ranks. At the same step
-the rank applies the sum of batch s - k, which was computed with the parameters of k updates ago (staleness k). All ranks apply
-the same sums in the same order, so replicas stay equal. With k = 0, this strategy is the same as `synchronous` with a reducer
-that has one buffer. The first k steps make no update. drain() applies the remaining sums.
+In step s, a rank passes the gradient of its lanes of batch s to a thread, which sums the gradient over the ranks. In the same
+step the rank applies the sum of batch s - k. The gradients in this sum were computed with the parameters before the last k
+updates (staleness k). All ranks apply the same sums in the same order, so replicas stay equal. The first k steps make no update.
+drain() applies the remaining sums. With k = 0, this strategy is the same as `synchronous` with a reducer that has one buffer.
 
 Delay compensation estimates the gradient at the current parameters theta from the late gradient g. The estimate is g + lambda g *
 g * (theta - theta_then), where theta_then are the parameters with which g was computed. See Zheng 2017, "Asynchronous Stochastic
@@ -35,7 +35,7 @@ from mpidp.strategies.synchronous import Synchronous
 
 @dataclass
 class PendingUpdate:
-    """A batch whose gradient has not been applied yet."""
+    """A batch whose gradient is in flight: the gradient has not been applied yet."""
 
     slot: int  # index of the gradient buffer of the batch
     tokens: Tensor  # (1,) float64: target tokens in this rank's lanes; after the sum, in the batch
@@ -51,14 +51,14 @@ class PendingUpdate:
 
 
 class Delayed(Synchronous):
-    """Implements delayed updates. Slot 0 of the gradient buffer holds the sum that is applied. The other k + 1 slots hold the
-    gradients of the current batch and of the k batches in flight."""
+    """Implements delayed updates with a delay of k steps. Slot 0 of the gradient buffer holds the sum that is applied. The other
+    k + 1 slots hold the gradient of the current batch and those of k batches in flight."""
 
     survives_failures = False
     synchronizes_always = False
 
     def __init__(self, *parts: Any, **more: Any) -> None:
-        """Takes the arguments of Synchronous. The reducer must be a FlatReducer. Collective over comm."""
+        """Take the arguments of Synchronous. The reducer must be a FlatReducer. Collective over comm."""
         super().__init__(*parts, **more)
         assert isinstance(self.reducer, FlatReducer)
         self._flat_reducer = self.reducer
@@ -73,7 +73,7 @@ class Delayed(Synchronous):
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Accumulate the gradient of micro-batch v in the current slot. Independent."""
+        """Return a context manager. The backward pass of micro-batch v must run in it. Independent."""
         if self._fresh:
             self.buffer.flat[self._slot].zero_()
             self._fresh = False
@@ -85,8 +85,8 @@ class Delayed(Synchronous):
         self._fresh = True
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Start to sum this batch's gradient, and apply the sum for the batch k steps ago. Return the norm of the applied sum.
-        tokens: number of target tokens in this rank's lanes. Collective over compute_comm."""
+        """Start to sum the gradient of this batch. Then apply the sum that was started k steps ago, and return the norm of this
+        sum in the StepStats. `tokens`: number of target tokens in this rank's lanes. Collective over compute_comm."""
         self.reducer.observers.enter("reduce")
         if self._fresh:  # this rank computed no lane
             self.buffer.flat[self._slot].zero_()
@@ -100,7 +100,7 @@ class Delayed(Synchronous):
         return self._apply(lr, self._in_flight.popleft())
 
     def _sum(self, pending: PendingUpdate) -> None:
-        """Sum the gradient of a batch. The thread calls _sum(). Collective over compute_comm."""
+        """Sum the gradient of a batch over the ranks. The thread runs this method. Collective over compute_comm."""
         self._flat_reducer.wait(self._flat_reducer.comm.Iallreduce(MPI.IN_PLACE, buf(pending.tokens)))
         for bucket in self.buffer.buckets:
             self._flat_reducer.sum_observed(self.buffer.flat[pending.slot], bucket)
@@ -124,13 +124,13 @@ class Delayed(Synchronous):
         return StepStats(grad_norm=norm, skipped=False)
 
     def drain(self) -> None:
-        """Apply the gradients in flight. Collective over compute_comm."""
+        """Apply the remaining sums. Collective over compute_comm."""
         while self._in_flight:
             self._apply(self._lr, self._in_flight.popleft())
 
     def state_dict(self) -> dict[str, Entry]:
-        """Wait until the sums in flight are complete, and return the state. It includes these sums, so that a resumed run applies
-        them. Call state_dict() at the same step on all ranks. Independent."""
+        """Return the state, including the sums in flight, so that a resumed run applies them. First wait until these sums are
+        complete. Therefore all ranks must call state_dict() at the same step. Independent."""
         for pending in self._in_flight:
             pending.wait()
         found = super().state_dict()
@@ -142,7 +142,7 @@ class Delayed(Synchronous):
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state, including the sums that were in flight when it was saved. Independent."""
+        """Load the state, including the sums that were in flight. Independent."""
         late = {name: value for name, value in state.items() if name.startswith("in_flight/")}
         super().load_state_dict({name: value for name, value in state.items() if name not in late})
         self._in_flight.clear()

@@ -1,9 +1,9 @@
-"""Parameters of units: whole on every rank (mesh.shard=2), or gathered when they are needed (mesh.shard=3).
+"""The parameters of units. They are whole on every rank (mesh.shard=2), or gathered when they are needed (mesh.shard=3).
 
-At level 3, a rank stores its slice of each Transformer block. The whole block exists while it is computed: gather() allocates its
-memory and receives the other slices, and the memory is freed when another block is gathered, or when the parameters change.
-Parameters outside of blocks are whole at both levels. The parameters stay views of the same memory, so tensors that autograd has
-saved are valid again after gather().
+With mesh.shard=3, a rank stores one slice of each Transformer block. gather() allocates memory for the whole block, and receives
+the other slices. The memory is freed when another block is gathered, or when the parameters change. Parameters outside of blocks
+are always whole. The parameters stay views of one torch storage, which gather() fills again. So tensors that autograd has saved
+are valid again after gather().
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mpidp.reducers.units import Channel, Member, Unit
 
 @dataclass(frozen=True)
 class ShardedParameter:
-    """The attribute `shards` of a parameter of which each rank stores a run of elements (checkpoint/local_parameters.py)."""
+    """The attribute `shards` of a parameter whose elements are divided among the ranks (checkpoint/local_parameters.py)."""
 
     unit: Unit
     member: Member
@@ -29,22 +29,23 @@ class ShardedParameter:
     channel: Channel
 
     def entries(self, name: str) -> dict[str, Entry]:
-        """Return this rank's boxes of the parameter. Independent."""
+        """Return the entries for a checkpoint with this rank's boxes of the parameter. `name`: the name of the parameter.
+        Independent."""
         rank = self.channel.comm.rank
         return self.unit.entries_of_run(self.member, self.unit.owned(self.member, self.owned, rank), rank, name)
 
     def whole(self) -> Tensor:
-        """Return the whole parameter. Collective over the ranks that hold shards of it."""
+        """Return the whole parameter. Collective over channel.comm."""
         return self.unit.whole(self.member, self.owned, self.channel)
 
 
 class UnitParameters:
-    """The parameters of units, with a slice of each unit that this rank owns."""
+    """The parameters of all units. This rank owns a slice of each unit."""
 
     @torch.no_grad()
     def __init__(self, units: Sequence[Unit], divided: Collection[str], channel: Channel, device: torch.device) -> None:
-        """Move the parameters into the memory of their units, one unit at a time. divided: the names of the units of which a rank
-        stores only its slice. Units with the same name are gathered together. Independent."""
+        """Move the parameters into the memory of their units. `divided`: the names of the units of which a rank stores only its
+        slice. Units with the same name are gathered together. Independent."""
         self._channel = channel
         self._divided: dict[str, list[Unit]] = {}
         self.whole: list[Tensor] = []  # the elements of each unit; without memory while a divided unit is not gathered
@@ -68,8 +69,8 @@ class UnitParameters:
 
     @torch.no_grad()
     def gather(self, name: str) -> None:
-        """Make the parameters of the divided units with this name whole, and free those that were gathered before. Do nothing if
-        they are whole. Collective over channel.comm: all ranks call this for the same names in the same order."""
+        """Make the parameters of the divided units named `name` whole, and free the units that were gathered before. Do nothing
+        if the parameters are whole. Collective over channel.comm: all ranks must pass the same names in the same order."""
         if name not in self._divided or name == self._gathered:
             return
         self.free()
@@ -87,7 +88,7 @@ class UnitParameters:
         self._gathered = ""
 
     def publish(self, units: Sequence[Unit]) -> None:
-        """Make the updated slices of units visible: gather those units that every rank stores as a whole. Collective over
+        """Free the gathered units. For units that every rank stores as a whole, gather the updated slices. Collective over
         channel.comm."""
         self.free()
         for unit in units:

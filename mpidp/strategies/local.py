@@ -3,17 +3,16 @@
 A rank updates its own parameters with the gradients of its own lanes (inner steps). Every `sync_every` steps the ranks average
 their models:
 
-- With group=all, every rank stores the parameters after the last average. They are the same on all ranks and are called the
-  anchor. The outer gradient of rank r is anchor - theta_r, where theta_r are its parameters. Outer gradients are averaged over
-  the ranks, weighted by target tokens. Then SGD with Nesterov momentum makes an outer step from the anchor (Douillard 2023,
-  DiLoCo, algorithm 1). outer_lr=1 with outer_momentum=0 is local SGD (Stich 2019), which averages parameters. With `fragments`,
-  the model is divided into fragments, which are averaged at different steps (Douillard 2025, Streaming DiLoCo, section 2.2). With
-  `overlap`, an average is started in one round and applied in the next round, to the parameters of the rank at that time (Kale
-  2025).
+- With group=all, every rank stores the parameters after the last average. They are called the anchor, and are the same on all
+  ranks. The outer gradient of rank r is anchor - theta_r, where theta_r are the parameters of the rank. The mean of the outer
+  gradients is weighted by target tokens. With this mean, SGD with Nesterov momentum makes an outer step from the anchor
+  (Douillard 2023, DiLoCo, algorithm 1). outer_lr=1 with outer_momentum=0 is local SGD (Stich 2019), which averages parameters.
+  With `fragments`, the model is divided into fragments, which are averaged at different steps (Douillard 2025, Streaming DiLoCo,
+  section 2.2). With `overlap`, an average that is started in one round is applied in the next round (Kale 2025).
 - With any other group, the parameters are averaged within the group of the round (averaging_groups.py).
 
-At a meeting all ranks average the whole model without delay, so that all have one common model. With group=all, the anchor and
-the outer momentum take 8 bytes of memory per parameter. `overlap` takes 8 bytes more.
+At a meeting all ranks average the whole model without delay, so that all have the same model. With group=all, the anchor and the
+outer momentum take 8 bytes of memory per parameter. `overlap` takes 8 bytes more.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ SUM, OWN = 1, 2  # slots of the gradient buffer for an average in flight: the su
 
 
 class Local(Synchronous):
-    """Updates each rank's parameters locally and averages them periodically. During a step, slot 0 of the gradient buffer holds
-    the gradient. After the step, averages without overlap are computed in slot 0."""
+    """Updates each rank's parameters independently, and averages them periodically. In a step, slot 0 of the gradient buffer
+    holds the gradient. After the step, an average without `overlap` uses slot 0."""
 
     survives_failures = False
     synchronizes_always = False
 
     def __init__(self, *parts: Any, **more: Any) -> None:
-        """Takes the arguments of Synchronous. The reducer must be a FlatReducer. Raises UsageError if there are more fragments
+        """Take the arguments of Synchronous. The reducer must be a FlatReducer. Raises UsageError if there are more fragments
         than buckets. Collective over comm."""
         super().__init__(*parts, **more)
         options = self.options
@@ -79,15 +78,15 @@ class Local(Synchronous):
         return 2 * options.overlap
 
     def start(self) -> None:
-        """Set the parameters and anchors of all ranks to rank 0's parameters. Collective over compute_comm."""
+        """Set the parameters of all ranks, and their anchors, to rank 0's parameters. Collective over compute_comm."""
         super().start()
         if self._outer:
             self._anchor.copy_(self.flat)
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Make an inner step and the averages that are due. If this rank has no target tokens, or its gradient is not finite or
-        exceeds `limit`, the rank makes no update, but the step is counted. tokens: number of target tokens in this rank's lanes.
-        Collective over compute_comm if an average is due, else independent."""
+        """Make an inner step, and the averages that are due. A rank makes no update if it has no target tokens, or if its
+        gradient is not finite or exceeds `limit`. The step is counted nevertheless. `tokens`: number of target tokens in this
+        rank's lanes. Collective over compute_comm if an average is due, else independent."""
         stats = self._inner(lr, tokens, limit)
         self._steps += 1
         self.reducer.observers.enter("reduce")
@@ -114,7 +113,7 @@ class Local(Synchronous):
         return StepStats(grad_norm=norm, skipped=False)
 
     def _average(self, i: int, buckets: Sequence[Bucket], at_once: bool) -> None:
-        """If an average of fragment i is in flight, apply it. Then start the next average. If at_once is true, wait for the new
+        """If an average of fragment i is in flight, apply it. Then start a new average. If `at_once` is true, wait for the new
         average and apply it, too."""
         if (task := self._in_flight[i]) is not None:
             with self.reducer.transport.timed():
@@ -139,8 +138,8 @@ class Local(Synchronous):
             self._outer_step(part, target[part], None)
 
     def _weight(self, i: int) -> float:
-        """Return this rank's weight in the average of fragment i: its fraction of the target tokens of all updates since the last
-        average. Raises MpidpError if no rank has made an update since then. Collective over compute_comm."""
+        """Return this rank's weight in the average of fragment i. The weight is the rank's fraction of the target tokens in all
+        updates since the last average. Raises MpidpError if no rank has made an update. Collective over compute_comm."""
         total = self._tokens[i : i + 1].clone()
         with self.reducer.transport.timed():
             self.group.wait(self.compute_comm.Iallreduce(MPI.IN_PLACE, buf(total)))
@@ -159,9 +158,9 @@ class Local(Synchronous):
         self._flat_reducer.end_round(applied=True)
 
     def _outer_step(self, part: slice, mean: Tensor, own: Tensor | None) -> None:
-        """Update the anchor with `mean`, the averaged outer gradient, and set the parameters to the anchor. own: this rank's
-        contribution, if the average was started in the previous round. Then the parameters keep the inner steps that were made
-        since then. None: the average was started in this step."""
+        """Update the anchor with `mean`, the averaged outer gradient. `own`: None if the average was started in this step. Then
+        also set the parameters to the anchor. If the average was started in the previous round, `own` is this rank's outer
+        gradient at that time. Then the parameters keep the inner steps that were made since that time."""
         anchor, momentum, mu = self._anchor[part], self._momentum[part], self.options.outer_momentum
         momentum.mul_(mu).add_(mean)
         moved = (mean + mu * momentum).mul_(-self.options.outer_lr)
@@ -191,8 +190,8 @@ class Local(Synchronous):
             self._peers.average(self.flat, mine, self.buffer.flat[0])
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the state at a meeting. At a meeting the parameters equal the anchor and no average is in flight, but each rank
-        has its own inner optimizer state. Independent."""
+        """Return the state at a meeting, when no average is in flight. It contains each rank's own inner optimizer state. It does
+        not contain the anchor, which equals the parameters at a meeting. Independent."""
         size, rank = self.compute_comm.size, self.compute_comm.rank
         assert self.optimizer is not None
         found = {"steps": Entry(torch.tensor(self._steps))}
@@ -204,8 +203,7 @@ class Local(Synchronous):
         return found | ({"outer/momentum": Entry(self._momentum)} if self._outer else {})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state. If the number of ranks has changed from P, rank r takes the inner state of the former rank r mod P.
-        Independent."""
+        """Load the state. If P ranks saved the state, rank r takes the inner state of rank r mod P. Independent."""
         assert self.optimizer is not None
         self._steps = int(state["steps"])
         row = self.compute_comm.rank % len(state["inner/updates"])
@@ -219,7 +217,7 @@ class Local(Synchronous):
             self._momentum.copy_(state["outer/momentum"])
 
     def close(self) -> None:
-        """Stop the thread and free communicators and memory. Collective over compute_comm."""
+        """Stop the thread, and free the communicators and the memory. Collective over compute_comm."""
         self._background.close()
         self._peers.close()
         super().close()

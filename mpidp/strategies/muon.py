@@ -1,7 +1,7 @@
-"""Muon (Jordan 2024) and NorMuon (Li 2025, arXiv 2510.05491) for matrices, or boxes of matrices, on one or several ranks.
+"""Muon (Jordan 2024) and NorMuon (Li 2025, arXiv 2510.05491) for hidden matrices: all matrices except embeddings and the head.
 
-A rank computes momentum, weight decay and the update element by element, on the elements that it holds. Only the update direction
-of a matrix is gathered on one rank. This rank makes the whole matrix orthogonal (parallel/whole_matrices.py). Therefore optimizer
+A rank computes momentum, weight decay and the update for the elements that it holds. Only the orthogonal update direction needs
+the whole matrix, so one rank gathers the matrix and computes the direction (parallel/whole_matrices.py). Therefore optimizer
 state and checkpoints are the same on every mesh.
 """
 
@@ -25,35 +25,35 @@ BETA2, EPS = 0.95, 1e-8  # decay and epsilon of NorMuon
 
 @dataclass(frozen=True)
 class HeldElements:
-    """The elements of a hidden matrix that a rank updates: the whole matrix, or consecutive elements of it, which are at most
-    three boxes."""
+    """The elements of a hidden matrix that a rank updates: the whole matrix, or consecutive elements of it. Consecutive elements
+    consist of at most three boxes."""
 
     parameter: torch.nn.Parameter  # with the gradient in .grad
     state: dict[str, Tensor]  # named as in MATRIX_STATE, with the shape of the parameter
     boxes: Sequence[Box]  # the boxes of the elements, in order
 
     def cut(self, tensor: Tensor) -> dict[Box, Tensor]:
-        """Return views of a tensor of the parameter's shape, one for each box. Pure."""
+        """Return {box: view of `tensor`} for every box. `tensor` has the parameter's shape. Pure."""
         views = tensor.view(-1).split([box.size[0] * box.size[1] for box in self.boxes])
         return {box: view.view(box.size) for box, view in zip(self.boxes, views, strict=True)}
 
     def joined(self, of_boxes: Sequence[Tensor]) -> Tensor:
-        """Return a tensor of the parameter's shape from the tensors of the boxes. Pure."""
+        """Return a tensor of the parameter's shape. `of_boxes`: its elements, as one tensor for each box. Pure."""
         if len(of_boxes) == 1 and of_boxes[0].shape == self.parameter.shape:
             return of_boxes[0]
         return torch.cat([one.reshape(-1) for one in of_boxes]).view_as(self.parameter)
 
 
 class Muon:
-    """Updates this rank's elements of hidden matrices."""
+    """Updates the elements of hidden matrices that this rank holds."""
 
     def __init__(
         self, name: str, hidden: Hidden, held: Sequence[HeldElements], weight_decay: float, cautious: bool = False,
         warmup: int = 0,
     ) -> None:
-        """name: muon or normuon. hidden: all hidden matrices, and the ranks that update them. held: the elements of this rank.
-        The second state tensor of NorMuon has one value per row, which is repeated along the row. cautious: decay only elements
-        that the update moves towards 0. warmup: number of updates over which the momentum rises to its final value. Collective
+        """`name`: muon or normuon. `hidden`: all hidden matrices, and the ranks that update them. `held`: the elements of this
+        rank. In the second state tensor of NorMuon, all elements of a row have the same value. `cautious`: decay only elements
+        that the update moves towards 0. `warmup`: number of updates in which the momentum rises to its final value. Collective
         over hidden.comm."""
         self._name, self._decay, self._cautious, self._warmup = name, weight_decay, cautious, warmup
         self._momentum = MOMENTUM
@@ -62,10 +62,10 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr: float, updates: int) -> None:
-        """Update the elements. updates: number of earlier updates. Collective over hidden.comm.
+        """Update the elements. `updates`: number of earlier updates. Collective over hidden.comm.
 
-        The update is 0.2 sqrt(max(m, n)) times the orthogonal matrix, so its elements are about as large as AdamW's (Liu 2025,
-        "Muon is Scalable for LLM Training")."""
+        The update is lr * 0.2 sqrt(max(m, n)) times the orthogonal matrix (m, n). This factor makes the elements about as large
+        as in an update of AdamW (Liu 2025, "Muon is Scalable for LLM Training")."""
         warm = min(1.0, updates / self._warmup) if self._warmup else 1.0
         self._momentum = FIRST_MOMENTUM + (MOMENTUM - FIRST_MOMENTUM) * warm if warm < 1.0 else MOMENTUM
         for now in self._matrices.rounds:
@@ -86,7 +86,8 @@ class Muon:
         return found
 
     def _orthogonal(self, matrices: list[tuple[str, Matrix]]) -> list[Matrix]:
-        """Return the updates of whole matrices, and with NorMuon also the new second moments (m, 1)."""
+        """Return [orthogonal update (m, n)] for each whole matrix. With NorMuon, a result is [update (m, n), new second moment
+        (m, 1)]."""
         found = orthogonalized([matrix[0] for _, matrix in matrices])
         if self._name == "muon":
             return [[one] for one in found]
@@ -105,15 +106,16 @@ class Muon:
 
 
 def decay_towards_zero(p: Tensor, update: Tensor, rate: float) -> None:
-    """Make cautious weight decay (Chen 2025, arXiv 2510.12402). The caller will subtract the update from p. Elements of p that
-    the update moves towards 0 are multiplied by 1 - rate. Other elements stay the same. Pure, except for p."""
+    """Apply cautious weight decay to `p` (Chen 2025, arXiv 2510.12402): multiply some elements by 1 - rate. These are the
+    elements that move towards 0 when the caller subtracts `update` from `p`. Pure, except for p."""
     p.sub_(p * (p * update >= 0), alpha=rate)
 
 
 def normalized(update: Tensor, second: Tensor) -> Matrix:
-    """Return [update, second moment] of NorMuon (algorithm 1). Each row of the orthogonal matrix is divided by the square root of
-    the moving average of its mean square. Then all rows are scaled by one factor, so that the root mean square of the elements is
-    that of an orthogonal matrix. update: (m, n). second: (m, 1). Pure."""
+    """Return NorMuon's update (m, n) and its new second moment (m, 1) (algorithm 1). The second moment is a moving average of
+    each row's mean square. Each row of the orthogonal matrix is divided by the square root of the second moment. Then all rows
+    are scaled by one factor, so that the root mean square of the elements is that of an orthogonal matrix. `update`: the
+    orthogonal matrix (m, n). `second`: the second moment (m, 1). Pure."""
     wide = update.float().contiguous()  # a sum over strided rows would have other bits
     second = second.lerp(wide.square().mean(1, keepdim=True), 1 - BETA2)
     rows = wide / (second.sqrt() + EPS)

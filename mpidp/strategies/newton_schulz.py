@@ -1,4 +1,5 @@
-"""Newton-Schulz iteration, which approximates the nearest semi-orthogonal matrix, as in torch.optim.Muon (Jordan 2024)."""
+"""The Newton-Schulz iteration of Muon, which approximates the nearest semi-orthogonal matrix (Jordan 2024; as in
+torch.optim.Muon)."""
 
 from __future__ import annotations
 
@@ -11,12 +12,11 @@ TOGETHER = 1 << 20  # number of elements; for larger matrices a batched product 
 
 
 def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
-    """Return U f(S) V^T in bfloat16 for each matrix U S V^T, with f(S) near 1. matrices: (m, n), of any shapes.
+    """Return U f(S) V^T in bfloat16 for each matrix U S V^T (singular value decomposition). The values f(S) are near 1.
+    `matrices`: 2-D tensors, which may have different shapes.
 
-    On the CPU, matrices of equal shape are multiplied as a batch. This is faster than one product per matrix: it takes a sixth of
-    the time for 8 matrices of 32 x 32, and half for 8 of 128 x 128. Each result has the same bits as without the batch, so it
-    does not depend on which matrices a rank owns. On CUDA the library chooses kernels by the size of the batch, so there each
-    matrix is multiplied alone. Independent."""
+    On the CPU, matrices of equal shape are multiplied as a batch, which is up to 6 times as fast. The bits of a result do not
+    depend on the other matrices in the batch. On CUDA they would, so there each matrix is multiplied alone. Independent."""
     found: list[Tensor] = [torch.empty(0)] * len(matrices)
     alike: dict[tuple[int, int], list[int]] = {}
     for i, one in enumerate(matrices):
@@ -31,7 +31,7 @@ def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
 
 
 def _iterated(matrices: list[Tensor]) -> list[Tensor]:
-    """Return the results for matrices of one shape."""
+    """Return the results of orthogonalized() for matrices that all have the same shape."""
     tall = matrices[0].shape[0] > matrices[0].shape[1]
     wide = [one.bfloat16().T if tall else one.bfloat16() for one in matrices]
     x = torch.stack([one / one.norm().clamp(min=EPS) for one in wide])  # the spectral norm is then at most 1

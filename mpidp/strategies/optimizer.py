@@ -1,4 +1,5 @@
-"""Optimizers of flat parameters and of shards: torch's optimizers, and Muon for hidden matrices."""
+"""Optimizers for flat parameters, and for parameters that are divided among ranks. Hidden matrices may be updated by Muon, other
+parameters by torch's optimizers."""
 
 from __future__ import annotations
 
@@ -18,17 +19,17 @@ from mpidp.strategies.muon import MATRIX_STATE, HeldElements, Muon
 
 
 def without_compiler(kind: type[torch.optim.Optimizer]) -> Any:
-    """Return the optimizer class without its torch.compile wrappers. The wrappers would import torch._dynamo in every process,
-    which takes about one second and 70 MB. Independent."""
+    """Return the optimizer class `kind` without torch.compile's wrappers. They would import torch._dynamo in every process, which
+    takes about one second and 70 MB. Independent."""
     plain = {"add_param_group": inspect.unwrap(kind.add_param_group), "step": torch.no_grad()(inspect.unwrap(kind.step))}
     return type(kind.__name__, (kind,), plain)
 
 
 def cautious_adamw() -> Any:
-    """Return the class of AdamW with cautious weight decay (muon.decay_towards_zero). Independent."""
+    """Return a class of AdamW with cautious weight decay (muon.decay_towards_zero()). Independent."""
 
     class Cautious(without_compiler(torch.optim.AdamW)):  # type: ignore[misc]
-        """AdamW whose weight decay is applied after the update, to the elements that the update has moved towards 0."""
+        """AdamW with cautious weight decay. After the update, only those elements decay that the update has moved towards 0."""
 
         @torch.no_grad()
         def step(self) -> None:
@@ -49,7 +50,8 @@ def cautious_adamw() -> Any:
 def make_torch_optimizer(
     name: str, members: list[torch.nn.Parameter], decay: float, beta1: float, beta2: float, cautious: bool = False
 ) -> torch.optim.Optimizer:
-    """Return the torch optimizer for optim.name. cautious: cautious weight decay, for adamw. Independent."""
+    """Return a torch optimizer. `name`: adamw, adam or sgd. `members`: the parameters. `decay`: the weight decay. `cautious`:
+    whether adamw uses cautious weight decay. Independent."""
     kind = without_compiler
     if cautious and decay:
         return cautious_adamw()(members, lr=0.0, betas=(beta1, beta2), eps=1e-8, weight_decay=decay, fused=True)
@@ -64,14 +66,15 @@ Memory = Callable[[int], Tensor]  # from a number of elements to a zeroed float3
 
 
 class PieceOptimizer:
-    """Updates pieces of parameters in place: hidden matrices with Muon, other pieces with an optimizer of torch."""
+    """Updates pieces of parameters in place. Muon updates the hidden matrices, and an optimizer of torch updates the other
+    pieces."""
 
     def __init__(
         self, name: str, pieces: Sequence[tuple[torch.nn.Parameter, bool, dict[str, Tensor]]], matrices: list[HeldElements],
         hidden: Hidden, weight_decay: float, beta1: float, beta2: float, cautious: bool, momentum_warmup: int,
     ) -> None:
-        """name and the settings after hidden: as for Optimizer. pieces: (piece with its gradient, whether weight decay applies,
-        its state tensors by key). matrices: this rank's elements of the hidden matrices. Collective over hidden.comm."""
+        """`pieces`: a (piece with its gradient, whether weight decay applies, {key: state tensor}) for each piece. `matrices`:
+        this rank's elements of the hidden matrices. For the other arguments see Optimizer. Collective over hidden.comm."""
         self.updates = 0
         self._steps: list[Tensor] = []  # torch has one step counter per parameter
         groups: dict[bool, list[torch.nn.Parameter]] = {}
@@ -93,7 +96,7 @@ class PieceOptimizer:
         self._muon = Muon(*muon) if name in MATRIX_STATE else None
 
     def step(self, lr: float) -> None:
-        """Update the pieces. Collective over hidden.comm."""
+        """Update all pieces. Collective over hidden.comm."""
         for part in self._parts:
             for group in part.param_groups:
                 group["lr"] = lr
@@ -110,10 +113,10 @@ class PieceOptimizer:
 
 
 class Optimizer(PieceOptimizer):
-    """An optimizer over flat parameters, gradients and state tensors. This rank updates its share of the parameters.
+    """An optimizer of parameters, gradients and state in flat tensors. It updates one share of the parameters.
 
-    Ranks that share memory update one share of the parameters each. The result does not depend on the shares. adamw, adam and sgd
-    work element by element, and their shares are cut at multiples of ALIGN. muon and normuon update whole matrices.
+    Ranks that share memory update different shares. The result does not depend on how the parameters are divided into shares. The
+    optimizers adamw, adam and sgd work element by element. The optimizers muon and normuon update whole matrices.
     """
 
     def __init__(
@@ -122,17 +125,17 @@ class Optimizer(PieceOptimizer):
         holds: range | None = None, hidden: Hidden | None = None, cautious: bool = False, momentum_warmup: int = 0,
         padded: bool = False,
     ) -> None:
-        """Weight decay applies to tensors with two or more dimensions. name: adamw, adam, sgd (with momentum beta1), muon or
-        normuon. muon and normuon use Muon (muon.py) for the hidden matrices and AdamW for the other parameters. parameters,
-        gradients: (num_elements,). share: (index, count). This rank updates share number `index` of `count` shares. bounds: the
-        count + 1 bounds of the shares, none of which is inside a hidden matrix. Without `bounds`, shares are cut at multiples of
-        ALIGN, and the hidden matrices are distributed in the order of their cost. holds: the indices of the shares whose state
-        this rank stores (default: all). With `holds`, state_dict() must not be used, and the caller saves the state. hidden: the
-        hidden matrices and the ranks that update them together (default: none). cautious, momentum_warmup: the settings of
-        section optim. padded: whether the zeros that fill the buffer after a parameter are updated with the parameter. They stay
-        0. With them, torch computes every element of the parameter with SIMD instructions. Without them, torch computes the last
-        elements one by one, and AdamW rounds such elements differently. Therefore, with `padded`, the bits do not depend on how
-        tensor parallelism cuts a parameter. Collective over hidden.comm."""
+        """Weight decay applies to tensors with two or more dimensions. `name`: adamw, adam, sgd (with momentum beta1), muon or
+        normuon. The last two update hidden matrices with Muon (muon.py) and other parameters with AdamW. `parameters`,
+        `gradients`: (num_elements,). `memory`: allocates the state. `share`: (index, count). This rank updates share number
+        `index` of `count` shares. `bounds`: the count + 1 bounds of the shares, none of which is inside a hidden matrix. Without
+        `bounds`, shares are cut at multiples of ALIGN, and hidden matrices are distributed by their cost. `holds`: the indices of
+        the shares whose state this rank stores (default: all). With `holds`, the caller must save the state itself, without
+        state_dict(). `hidden`: the hidden matrices and the ranks that update them together (default: none). `cautious`,
+        `momentum_warmup`: the settings of section optim. `padded`: whether to update the zeros that fill the buffer after a
+        parameter, too. They stay 0. With them, torch computes every element of the parameter with SIMD instructions. Without
+        them, torch rounds the last elements differently in AdamW. Therefore, with `padded`, the bits do not depend on how tensor
+        parallelism cuts a parameter. Collective over hidden.comm."""
         if name not in (*MOMENTS, *MATRIX_STATE):
             raise ValueError(f"unknown optimizer {name!r}")
         self._layout, self._name = layout, name
@@ -163,29 +166,29 @@ class Optimizer(PieceOptimizer):
         super().__init__(name, pieces, whole, hidden, weight_decay, beta1, beta2, cautious, momentum_warmup)
 
     def names(self, what: str) -> tuple[str, ...]:
-        """Return the names of the state tensors of a parameter."""
+        """Return the names of the state tensors of parameter `what`."""
         return MATRIX_STATE[self._name] if what in self._matrices else self.keys
 
     def _state(self, what: str, low: int, piece: torch.nn.Parameter) -> dict[str, Tensor]:
-        """Return the state of a piece of a parameter. The state consists of views of the flat state tensors, so ranks that share
-        memory have one copy. low: index of the first element of the piece."""
+        """Return {key: state tensor} of a piece of parameter `what`. The tensors are views of the flat state tensors, so ranks
+        that share memory have one copy. `low`: index of the piece's first element in the flat parameters."""
         low -= self.held.start
         flats = zip(self.names(what), self._moments, strict=False)
         return {key: flat[low : low + piece.numel()].view(piece.shape) for key, flat in flats}
 
     def moments(self) -> dict[str, Tensor]:
-        """Return the flat state tensors (num_elements,) by name."""
+        """Return {name: flat state tensor}. A tensor has the shape (num_elements,), or with `holds` fewer elements."""
         return {f"/moment_{i}": flat for i, flat in enumerate(self._moments, 1)}
 
     def _views(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield the parameter name, the key and the whole state tensor, for each state tensor of each parameter."""
+        """Yield (parameter name, key, state tensor) for each state tensor of each parameter."""
         whole = [self._layout.views(flat) for flat in self._moments]
         for i, (_, what, _) in enumerate(self._layout.placed()):
             for key, views in zip(self.names(what), whole, strict=False):
                 yield what, key, views[i]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state tensors of all parameters, by `parameter/key`, including parameters that other ranks update."""
+        """Return {parameter/key: state tensor} of all parameters, including parameters that other ranks update."""
         found = {f"{what}/{key}": view for what, key, view in self._views()}
         return found | {f"{what}/step": torch.tensor(float(self.updates)) for what, key, _ in self._views() if key == "exp_avg"}
 
@@ -203,25 +206,25 @@ class Optimizer(PieceOptimizer):
 
 @dataclass(frozen=True)
 class RunOfElements:
-    """Consecutive elements [low, high) of a parameter, which one rank updates (mesh.shard=2|3)."""
+    """The elements [low, high) of a parameter, which one rank updates (mesh.shard=2|3)."""
 
     name: str
     shape: tuple[int, ...]  # shape of the parameter
     low: int
     high: int
-    elements: Tensor  # (high - low,), a part of the parameter
-    gradient: Tensor  # (high - low,)
+    elements: Tensor  # (high - low,), a part of the parameter; there may be zeros at the end (`padded` of Optimizer)
+    gradient: Tensor  # like elements
 
 
 class ShardedOptimizer(PieceOptimizer):
-    """An optimizer over runs of elements (strategies/sharded.py)."""
+    """The optimizer of mesh.shard=2|3. It updates this rank's runs of elements (strategies/sharded.py)."""
 
     def __init__(
         self, name: str, runs: Sequence[RunOfElements], weight_decay: float, beta1: float, beta2: float,
         hidden: Hidden | None = None, cautious: bool = False, momentum_warmup: int = 0,
     ) -> None:
-        """Arguments as for Optimizer, but runs: this rank's elements, at most one run of each parameter. Collective over
-        hidden.comm."""
+        """`runs`: this rank's elements, with at most one run of each parameter. For the other arguments see Optimizer. Collective
+        over hidden.comm."""
         self.runs = runs
         hidden = hidden or Hidden()
         self._matrices, self._name = hidden.names if name in MATRIX_STATE else frozenset(), name
@@ -238,20 +241,20 @@ class ShardedOptimizer(PieceOptimizer):
         super().__init__(name, pieces, held, hidden, weight_decay, beta1, beta2, cautious, momentum_warmup)
 
     def keys(self, what: str) -> tuple[str, ...]:
-        """Return the names of the state tensors of a parameter."""
+        """Return the names of the state tensors of parameter `what`."""
         return MATRIX_STATE[self._name] if what in self._matrices else MOMENTS.get(self._name, MOMENTS["adamw"])
 
 
 def _order(layout: FlatLayout, hidden: Hidden) -> dict[str, int]:
-    """Return {name: position} of the hidden matrices, in the order of decreasing cost. The matrix at position i belongs to share
-    number i mod (number of shares). Therefore all shares cost about the same."""
+    """Return {name: position} of the hidden matrices, where position 0 has the highest cost. The matrix at position i belongs to
+    share number i mod (number of shares). Therefore all shares cost about the same."""
     found = [(p.numel() * min(p.shape), name) for _, name, p in layout.placed() if name in hidden.names]
     return {name: i for i, (_, name) in enumerate(sorted(found, reverse=True))}
 
 
 def bounds_outside(layout: FlatLayout, count: int, multiple: int, matrices: Collection[str]) -> list[int]:
-    """Return the count + 1 bounds of `count` slices of a flat tensor, at multiples of `multiple`. A bound inside one of the
-    matrices moves to the nearest multiple outside of them. matrices: names of parameters. Pure."""
+    """Return the count + 1 bounds of `count` slices of a flat tensor. The bounds are multiples of `multiple`. A bound that would
+    be inside a parameter named in `matrices` is moved to the nearest multiple outside. Pure."""
     inside = [(offset, offset + p.numel()) for offset, name, p in layout.placed() if name in matrices]
 
     def moved(bound: int, down: bool) -> int:

@@ -1,7 +1,7 @@
-"""The interface of strategies to the training loop. A new strategy is a new file that implements this interface. The training
-loop does not change.
+"""The interface between strategies and the training loop. A new strategy is a new file that implements this interface. The
+training loop does not change.
 
-A *meeting* is a step at which all ranks synchronize, and after which all ranks have the same model.
+A *meeting* is a step at which all ranks synchronize. After a meeting, all ranks have the same model.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class StepStats:
 
 @dataclass(frozen=True)
 class StrategyOptions:
-    """The resolved settings of section `strategy`, and facts about the run. config/settings.py describes the settings;
-    config/defaults.py has their defaults. Each strategy reads only some of them."""
+    """The resolved settings of section `strategy`, and facts about the run. config/settings.py describes the settings, and
+    config/defaults.py has their defaults. A strategy reads only those that it needs."""
 
     sync_every: int  # steps between averages
     meet_every: int  # steps between meetings
@@ -57,7 +57,8 @@ class StrategyOptions:
     def of(
         cls, settings: Mapping[str, Any] = DEFAULTS, total_steps: int = 0, node_sizes: Sequence[int] = (), **more: Any
     ) -> StrategyOptions:
-        """Return the options for the settings of section strategy. Pure."""
+        """Return the options. `settings`: the settings of section strategy. `node_sizes`: number of ranks on each node. `more`:
+        other fields, such as `arrivals`. Pure."""
         first = list(accumulate(node_sizes, initial=0))
         nodes = [range(at, at + size) for at, size in zip(first, node_sizes, strict=False)]
         known = {key: value for key, value in settings.items() if key in {one.name for one in fields(cls)}}
@@ -76,29 +77,31 @@ class Strategy(GradientSink, Protocol):
     survives_failures: bool  # whether a run resumes from memory after ranks failed; otherwise it resumes from a checkpoint
 
     def synchronizes_at(self, step: int) -> bool:
-        """Return whether this step (counted from 1) is a meeting. Evaluations, checkpoints and the end of the run are possible
-        only at meetings. The result is the same on every rank. Independent."""
+        """Return whether step number `step` (counted from 1) is a meeting. Evaluations, checkpoints and the end of the run are
+        possible only at meetings. The result is the same on every rank. Independent."""
 
     def fill(self, forwards: int, chunk: int | None = None) -> None:
-        """If forward passes of this strategy are collective, take part in `forwards` passes of other ranks through a chunk of
-        layers (default: all chunks). Otherwise do nothing. Collective over compute_comm in the first case, else independent."""
+        """Take part in the communication of `forwards` forward passes, which other ranks compute through a chunk of layers
+        (default: all chunks). Do nothing if forward passes of this strategy do not communicate. Collective over compute_comm if
+        they communicate, else independent."""
 
     def start(self) -> None:
-        """Prepare for the first step. Call start() once, after a checkpoint (if any) is loaded. Collective over compute_comm."""
+        """Prepare for the first step. Call start() once. If the run resumes from a checkpoint, load the checkpoint before this
+        call. Collective over compute_comm."""
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
-        """Call each observer with the gradient of every lane that this rank computes in the next step. Independent."""
+        """In the next step, call each observer with the gradient of every lane that this rank computes. Independent."""
 
     def discard(self) -> None:
-        """Discard the gradients of the current step, which will be computed again. Independent."""
+        """Discard the gradients of the current step, so that they can be computed again. Independent."""
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Make an update from the step's gradients. tokens: number of target tokens in the global batch if every step is a
-        meeting, else in this rank's lanes. limit: gradient norm above which the update is skipped. Collective over
+        """Make an update from the step's gradients. `tokens`: number of target tokens in the global batch if every step is a
+        meeting, else in this rank's lanes. `limit`: if the gradient norm is larger, the update is skipped. Collective over
         compute_comm."""
 
     def drain(self) -> None:
-        """Apply all updates in flight. Afterwards all ranks have the same model. Collective over compute_comm."""
+        """Apply all gradients in flight. Afterwards all ranks have the same model. Collective over compute_comm."""
 
     def state_dict(self) -> dict[str, Entry]:
         """Return the state that an exact resume needs in addition to the parameters. Independent."""
@@ -107,21 +110,22 @@ class Strategy(GradientSink, Protocol):
         """Load the state. Independent."""
 
     def release(self) -> None:
-        """Release the parameters after a failure of ranks, so that another strategy can use them. release() may be called several
+        """Release the parameters after ranks have failed, so that another strategy can use them. release() may be called several
         times. Independent."""
 
     def resume_after_failure(self, before: Any) -> None:
-        """Resume from the state of `before`, the strategy that was used before ranks failed. This strategy uses the same memory,
-        on the remaining ranks. If another rank fails during this call, `before` is unchanged. Collective over compute_comm."""
+        """Take over the state of `before`, the strategy that was used before ranks failed. This strategy uses the memory of
+        `before`, on the remaining ranks. If another rank fails during this call, `before` is unchanged. Collective over
+        compute_comm."""
 
     def resume_with_new_ranks(self, before: Any) -> None:
-        """Resume after new ranks have joined: broadcast rank 0's state from `before`, the previous strategy (None on new ranks).
-        State that differs between ranks stays on its ranks. If a rank fails during this call, `before` is unchanged. Collective
-        over compute_comm."""
+        """After new ranks have joined, take over the state that rank 0 has in `before`. `before`: the previous strategy, or None
+        on new ranks. State that differs between ranks is not sent: each old rank keeps its own. If a rank fails during this call,
+        `before` is unchanged. Collective over compute_comm."""
 
     def flats(self) -> dict[str, Tensor]:
-        """Return {suffix: flat tensor} for the tensors that must be equal on all replicas. The parameters have the suffix "", and
-        a state tensor has its name as suffix. Independent."""
+        """Return {suffix: flat tensor} of the tensors that must be equal on all replicas. The suffix of the parameters is "", and
+        that of a state tensor is its name. Independent."""
 
     def close(self) -> None:
-        """Free the shared memory with parameters and state. Collective over compute_comm."""
+        """Free the shared memory of parameters and state. Collective over compute_comm."""

@@ -1,16 +1,16 @@
 """Training with a quorum: an update is made when the gradients of a fraction of the lanes have arrived. Late gradients are added
 to a later update, so no gradient is dropped.
 
-Every rank computes its lanes of batch i with the parameters theta_i and contributes the gradient. Round i sums the contributions
-that have arrived when the round closes (quorum_rounds.py). Every rank divides the sum by the number of target tokens in the
-round, as in `synchronous`, and makes the update from theta_i to theta_{i+1}. A rank that is late with batch i finds round i
-closed, makes the same update, and continues with batch i + 1. Therefore replicas are equal at the same step. A late gradient was
-computed with the parameters theta_i of its batch i, but is added up to `staleness` rounds later. At a meeting all contributions
-have arrived. Therefore no contribution is in flight at a checkpoint, at an evaluation or at the end of the run.
+Every rank computes the gradient of its lanes of batch i with the parameters theta_i, and contributes it. Round i sums the
+contributions that have arrived when the round closes (quorum_rounds.py). Every rank divides the sum by the number of target
+tokens in the round, and makes the update from theta_i to theta_{i+1}. A rank that is late with batch i makes the same update, and
+continues with batch i + 1. Therefore replicas are equal at the same step. The late gradient is added to a later round, at most
+`staleness` rounds later. At a meeting all contributions have arrived. Therefore no contribution is in flight at a checkpoint, at
+an evaluation or at the end of the run.
 
 This strategy combines the majority collective of Eager-SGD with the bounded staleness of SSP. See Li 2020, "Taming unbalanced
 training workloads in deep learning with partial collective operations", section 4, and Ho 2013, section 3. A thread of rank 0
-receives notices of contributions and tells the threads of all ranks which contributions join each round. Then all threads take
+receives notices of contributions. It tells the threads of all ranks which contributions join each round. Then all threads take
 part in the sum. A rank without a contribution adds zeros.
 """
 
@@ -58,15 +58,15 @@ class Round:
 
 
 class Quorum(Synchronous):
-    """Slot 0 of the gradient buffer holds the gradient of the update. One other slot accumulates the gradient of the current
-    batch. The remaining `staleness` slots hold gradients that wait for a sum, are being summed, or wait for their update."""
+    """Implements training with a quorum. Slot 0 of the gradient buffer holds the gradient of the update. Another slot accumulates
+    the gradient of the current batch. The other `staleness` slots hold gradients that have not been applied yet."""
 
     survives_failures = False
     synchronizes_always = False
 
     def __init__(self, *parts: Any, **more: Any) -> None:
-        """Takes the arguments of Synchronous. The reducer must be a FlatReducer. Raises UsageError if the MPI library does not
-        support calls from several threads. Collective over comm."""
+        """Take the arguments of Synchronous. The reducer must be a FlatReducer. Raises UsageError if there are several ranks and
+        the MPI library does not support calls from several threads. Collective over comm."""
         super().__init__(*parts, **more)
         self._alone = self.compute_comm.size == 1  # one rank needs no thread
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE and not self._alone:
@@ -94,12 +94,12 @@ class Quorum(Synchronous):
         self._notices, self._received = 0, [0] * len(self._lanes)  # notices sent to rank 0; received by rank 0 from each rank
 
     def more_slots(self, options: StrategyOptions) -> int:
-        """Return staleness + 1 (see the class). Independent."""
+        """Return staleness + 1: the slots in addition to slot 0. Independent."""
         return options.staleness + 1
 
     def start(self) -> None:
-        """Prepare for the first step. Raises UsageError if the replayed run synchronized at other steps. Collective over
-        compute_comm."""
+        """Prepare for the first step. In a replay, raises UsageError if the replayed run had its meetings at other steps.
+        Collective over compute_comm."""
         super().start()
         order, last = self.options.arrivals, self.options.total_steps
         missing = [step for step in range(1, last + 1) if order and self.synchronizes_at(step) and step not in order]
@@ -111,13 +111,13 @@ class Quorum(Synchronous):
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Accumulate the gradient of micro-batch v in the current slot. Independent."""
+        """Return a context manager. The backward pass of micro-batch v must run in it. Independent."""
         self._begin()
         self.buffer.point(self._slot)
         yield
 
     def _begin(self) -> None:
-        """Provide a slot for the current batch, and start the thread after a meeting."""
+        """Choose a slot for the current batch. After a meeting, start the thread."""
         if not self._serving:
             next_sync = min((step for step in self.options.arrivals if step > self._steps), default=0)
             order = self.options.arrivals[next_sync][len(self._joined) :] if next_sync else None
@@ -135,9 +135,9 @@ class Quorum(Synchronous):
             self.buffer.flat[self._slot].zero_()
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Contribute the gradient of this rank's lanes, and make the update of this batch's round. tokens: number of target
-        tokens in this rank's lanes. Collective over compute_comm at a meeting. At other steps this rank waits only for the
-        quorum."""
+        """Contribute the gradient of this rank's lanes. Wait until the round of this batch is summed, and make its update.
+        `tokens`: number of target tokens in this rank's lanes. Collective over compute_comm at a meeting. At other steps a rank
+        waits only for the quorum."""
         self.reducer.observers.enter("reduce")
         self._begin()  # needed if this rank had no lane to compute
         synchronizes = self.synchronizes_at(self._steps + 1)
@@ -173,8 +173,8 @@ class Quorum(Synchronous):
         return StepStats(grad_norm=norm, skipped=skipped)
 
     def _round_report(self) -> dict[str, Any]:
-        """Return the arrivals and the number of late lanes since the last meeting, for metrics.jsonl. The result is the same on
-        every rank."""
+        """Return the arrivals and the number of late lanes since the last meeting, as fields for metrics.jsonl. The result is the
+        same on every rank."""
         late, had = 0, [0] * len(self._lanes)
         for batch, joined in enumerate(self._joined):
             for rank, count in enumerate(joined):
@@ -187,7 +187,7 @@ class Quorum(Synchronous):
     # The thread
 
     def _serve(self, tracker: RoundTracker) -> None:
-        """Sum all rounds from one meeting to the next. The thread runs _serve(). Collective over compute_comm."""
+        """Sum all rounds from one meeting to the next. The thread runs this method. Collective over compute_comm."""
         pause = FIRST_SECONDS
         try:
             while not self._closing:
@@ -204,8 +204,8 @@ class Quorum(Synchronous):
             self._summed.put(error)
 
     def _turn(self, tracker: RoundTracker) -> bool | None:
-        """Send and receive notices of contributions. If the next round has closed, sum it and return whether all ranks
-        synchronize at this round. Otherwise return None."""
+        """Send and receive notices of contributions. If the next round has closed, sum it, and return whether it is a meeting.
+        Return None if the round has not closed."""
         if (row := self._closed(tracker)) is None:
             return None
         self._sum(row[0], [int(count) for count in row[2:]])
@@ -247,7 +247,8 @@ class Quorum(Synchronous):
         self._sends.append((self._comm.Isend(row, rank, tag), row))
 
     def _sum(self, tokens: float, joined: list[int]) -> None:
-        """Sum the next round. Collective over compute_comm."""
+        """Sum the contributions of the next round. `tokens`: its target tokens. `joined`: number of contributions of each rank.
+        Collective over compute_comm."""
         slots = [self._waiting.popleft() for _ in range(joined[self._comm.rank])]
         slot = slots.pop(0) if slots else self._free.popleft()
         flat = self.buffer.flat[slot]
@@ -269,7 +270,7 @@ class Quorum(Synchronous):
         return found | ({"joined": Entry(torch.tensor(self._joined))} if self._joined else {})  # if the last batch was skipped
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state. Raises UsageError if the state is from a run without a quorum. Independent."""
+        """Load the state. Raises UsageError if it was saved by a run without a quorum. Independent."""
         own = {name: state[name] for name in ("steps", "joined") if name in state}
         if "steps" not in own:
             raise UsageError("strategy.quorum is below 1, but the checkpoint is of a run without a quorum")

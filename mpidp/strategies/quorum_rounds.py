@@ -1,4 +1,4 @@
-"""Decides which contributions each round of a quorum sums, from the order in which they arrive. Pure.
+"""Decides which contributions are summed in each round of a quorum. The decision depends on the order of arrival. Pure.
 
 Every rank contributes the gradients of its lanes of batch 0, 1, 2 and so on. Round i makes the update of batch i. Round i closes
 when
@@ -7,8 +7,8 @@ when
 2. the contributions contain target tokens (some lanes of an epoch's last batch are empty), and
 3. no rank is more than `staleness` batches behind.
 
-At a meeting, the round closes only when all contributions have arrived. A contribution that arrives after its round joins the
-next round that closes. Therefore every contribution is summed exactly once.
+At a meeting, the round closes only when all contributions have arrived. A contribution that arrives after its round has closed
+joins the next round. Therefore every contribution is summed exactly once.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from mpidp.errors import MpidpError
 
 
 class RoundTracker:
-    """Tracks the rounds from one meeting to the next. Independent."""
+    """Decides which contributions join each round, from one meeting to the next. Independent."""
 
     def __init__(
         self, lanes: Sequence[int], needed: int, staleness: int, order: Sequence[Sequence[int]] | None = None
     ) -> None:
-        """lanes: number of lanes of each rank. order: None, or in a replay a list of ranks for each round. A list has a rank once
-        for each of its contributions to the round."""
+        """`lanes`: number of lanes of each rank. `needed`, `staleness`: as at the top of this file. `order`: None, or in a replay
+        a list for each round. The list names a rank once for each contribution of the rank to the round."""
         self.lanes, self.needed, self.staleness = lanes, needed, staleness
         self.round = 0  # the round that closes next, and also the number of its batch
         self.given = [0] * len(lanes)  # number of contributions received from each rank
@@ -35,17 +35,17 @@ class RoundTracker:
         self._synchronizes = False
 
     def add(self, rank: int, tokens: float, synchronizes: bool) -> None:
-        """Record a rank's next contribution. tokens: number of its target tokens. synchronizes: whether all ranks synchronize at
-        this batch."""
+        """Record the next contribution of rank `rank`. `tokens`: number of its target tokens. `synchronizes`: whether the step is
+        a meeting."""
         self._waiting[rank].append(tokens)
         self.given[rank] += 1
         if self.given[rank] > self.round:
             self._synchronizes = synchronizes
 
     def close_round(self) -> tuple[list[int], float, bool] | None:
-        """If the next round can close, close it. Return the number of contributions of each rank in the round, the number of
-        target tokens in the round, and whether all ranks synchronize at this round. If the round cannot close yet, return None.
-        Raises MpidpError if the replayed run synchronized at another step."""
+        """Close the next round if possible. Return (number of contributions of each rank, number of target tokens, whether the
+        round is a meeting). Return None if the round cannot close yet. In a replay, raises MpidpError if the replayed run had its
+        meetings at other steps."""
         joining = [len(waiting) for waiting in self._waiting]
         if self._order is not None:
             joining = self._repeated()

@@ -1,8 +1,8 @@
 """The parameter server: N workers compute gradients, and M servers store and update slices of the parameters and optimizer state.
 
-A worker pushes slices of its gradient to the servers and waits for the updated slices of the parameters, without a global
-barrier. See Li 2014, "Scaling Distributed Machine Learning with the Parameter Server", section 3. The last M ranks of the job are
-servers, which compute no gradients. The other ranks are workers, which store no optimizer state.
+A worker pushes slices of its gradient to the servers, and waits until they answer with the updated slices of the parameters.
+There is no global barrier. See Li 2014, "Scaling Distributed Machine Learning with the Parameter Server", section 3. The last M
+ranks are the servers, which compute no gradients. The other ranks are the workers, which store no optimizer state.
 
 | mode | a server applies | a server answers |
 |---|---|---|
@@ -10,9 +10,10 @@ servers, which compute no gradients. The other ranks are workers, which store no
 | async | every push when it arrives | immediately |
 | ssp | every push when it arrives | when the worker is at most `staleness` batches ahead of the slowest worker (Ho 2013) |
 
-In modes async and ssp, a push with n of the B target tokens of its batch is applied with learning rate lr n / B. So the rates of
-all pushes of a batch add up to lr. The rate is then divided by 1 + floor(u / N), where u is the number of updates since the
-worker received its parameters. See Zhang 2016, "Staleness-aware Async-SGD", eq. 6, here with the delay in units of N updates.
+In modes async and ssp, every push makes an update. If the push has n of the B target tokens of its batch, the learning rate is lr
+n / B. So the rates of all pushes of a batch add up to lr. The rate is then divided by 1 + floor(u / N), where u is the number of
+updates since the worker received its parameters. See Zhang 2016, "Staleness-aware Async-SGD", eq. 6. Here the delay is in units
+of N updates.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Server(Synchronous):
     synchronizes_always = False
 
     def __init__(self, *parts: Any, **more: Any) -> None:
-        """Takes the arguments of Synchronous. The reducer must have a single buffer. Collective over comm."""
+        """Take the arguments of Synchronous. The reducer must have a single buffer. Collective over comm."""
         super().__init__(*parts, **more)
         self._comm, size = self.reducer.comm, self.compute_comm.size
         self._workers, self._servers = size - self.options.servers, self.options.servers
@@ -69,19 +70,20 @@ class Server(Synchronous):
         self._expected: deque[int] = deque()  # the workers whose pushes come next in a replay
 
     def optimizer_share(self) -> dict[str, Any] | None:
-        """Return the arguments of Optimizer for a server's slice. Return None on workers, which update nothing. Independent."""
+        """On a server, return the arguments of Optimizer for its slice. On a worker, return None, because workers update nothing.
+        Independent."""
         index, servers = self.compute_comm.rank - self.compute_comm.size + self.options.servers, self.options.servers
         self._bounds = self.bounds(servers, NORM_BLOCK)
         return {"share": (index, servers), "bounds": self._bounds} if index >= 0 else None
 
     def more_slots(self, options: StrategyOptions) -> int:
-        """Return 1 on servers, which receive into an additional slot, else 0. Independent."""
+        """Return 1 on servers, which receive into an additional slot. Return 0 on workers. Independent."""
         return int(self.compute_comm.rank >= self.compute_comm.size - options.servers)
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """On a worker: push the gradient and wait for the answers. On a server: receive, apply and answer pushes until every
-        worker's push of this batch has been applied. tokens: number of target tokens in this rank's lanes. All ranks must call
-        step() the same number of times. Collective over compute_comm at a meeting."""
+        """On a worker, push the gradient and wait for the answers. On a server, receive, apply and answer pushes, until the
+        pushes of this batch from all workers are applied. `tokens`: number of target tokens in this rank's lanes. All ranks must
+        call step() the same number of times. Collective over compute_comm at a meeting."""
         synchronizes = self.synchronizes_at(self._steps + 1)
         if self._mine is None:
             stats = self._work(lr, tokens, limit, synchronizes)
@@ -157,8 +159,8 @@ class Server(Synchronous):
         return self._stats
 
     def _next(self) -> int:
-        """Return the rank from which to receive the next push: any worker, or in a replay the same worker as in the replayed
-        run."""
+        """Return the rank from which to receive the next push, or MPI.ANY_SOURCE. In a replay, it is the worker whose push was
+        next in the replayed run."""
         if not self.options.arrivals:
             return MPI.ANY_SOURCE
         if not self._expected:
@@ -179,7 +181,7 @@ class Server(Synchronous):
                 transport.store(wire, arrived[start:stop])
 
     def _apply(self, header: np.ndarray) -> None:
-        """Apply a push. Skip the push if it has no target tokens, or if its gradient is not finite."""
+        """Apply a push. Skip it if it has no target tokens, or if its gradient is not finite."""
         self.reducer.observers.enter("apply")
         arrived = self.buffer.flat[1, self._mine]
         norm = float(torch.linalg.vector_norm(arrived))
@@ -193,8 +195,8 @@ class Server(Synchronous):
         self._stats = StepStats(norm, False)
 
     def _answer_ready(self, synchronizes: bool) -> None:
-        """Answer the waiting workers that may continue. At a meeting answers contain no parameters, because all
-        ranks then receive the parameters together."""
+        """Answer the waiting workers that may continue. At a meeting answers contain no parameters, because all ranks then
+        receive them in _publish_all()."""
         slowest = min(self._clocks)
         for worker, batch in list(self._waiting.items()):
             last = synchronizes and batch == self._pushed
@@ -213,8 +215,8 @@ class Server(Synchronous):
                 wire.sent_bytes += piece.nbytes
 
     def _serve_all(self, limit: float, synchronizes: bool) -> StepStats:
-        """In mode sync, add all workers' gradients of a batch in order of workers. Scale the sum, clip it by the norm over all
-        servers, and make the update."""
+        """In mode sync, add the gradients of a batch from all workers, in order of workers. Scale the sum to the mean over target
+        tokens, clip it by its norm over all servers, and make the update."""
         self.reducer.observers.enter("reduce")
         total, header, tokens, lr = self.buffer.total[self._mine], np.zeros(5), 0.0, 0.0
         total.zero_()
@@ -255,8 +257,8 @@ class Server(Synchronous):
     # All ranks
 
     def _publish_all(self) -> dict[str, Any]:
-        """At a meeting, broadcast every server's slice of the parameters. Return the order of pushes for metrics.jsonl, except in
-        mode sync. Collective over compute_comm."""
+        """At a meeting, broadcast every server's slice of the parameters. Return the field for metrics.jsonl with the order of
+        pushes, or {} in mode sync. Collective over compute_comm."""
         self.reducer.observers.enter("publish")
         wire = self.reducer.transport
         with wire.timed():
@@ -271,7 +273,8 @@ class Server(Synchronous):
         return {} if self.options.mode == "sync" else {"arrivals": [order for _, order in rows]}
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the counts of steps and, on a server, its slice of the optimizer state. Independent."""
+        """Return the numbers of steps and batches so far. On a server, also return its slice of the optimizer state.
+        Independent."""
         steps = {"steps": Entry(torch.tensor([self._steps, self._pushed]))}
         if self._mine is None:
             return steps
@@ -285,7 +288,7 @@ class Server(Synchronous):
         return steps | slices | {"server/updates": Entry(counts, "sharded", (index, 0), (self._servers, 2))}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state of a run with any number of servers and workers. Independent."""
+        """Load the state. The saved run may have had other numbers of servers and workers. Independent."""
         self._steps, self._pushed = map(int, state["steps"])
         self._clocks = [self._pushed] * self._workers
         updates, self._version = (int(one) for one in state["server/updates"].max(0).values)

@@ -1,18 +1,18 @@
-"""Synchronous data parallelism with sharded gradients and optimizer state (mesh.shard=2; ZeRO-2, Rajbhandari 2020), or also with
-sharded parameters (mesh.shard=3; ZeRO-3).
+"""Synchronous data parallelism with sharded gradients and optimizer state (mesh.shard=2; ZeRO-2, Rajbhandari 2020). With
+mesh.shard=3 (ZeRO-3), the parameters are sharded, too.
 
-The gradient of each micro-batch is sent to its owners during backward, one unit of the model at a time, and freed. Owners add
-lanes along the tree, so the weights equal those of level 0 bit for bit. At level 3, the parameters of a Transformer block are
+During the backward pass of a micro-batch, the gradient of each unit is sent to its owners and freed. Owners add lanes along the
+tree, so the weights equal those of mesh.shard=0 bit for bit. With mesh.shard=3, the parameters of a Transformer block are
 gathered before its forward pass and before its backward pass (gathered.py).
 
-Exchanges are collective, so all ranks make them in the same order. The micro-batches are dealt to the ranks in turn. A rank
-without a micro-batch in the last round, or with an empty one, makes the exchanges without computing.
+Exchanges are collective, so all ranks make them in the same order. The micro-batches are dealt to the ranks in turn. In the last
+round, some ranks may have no micro-batch, or an empty one. They make the exchanges without computing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +24,8 @@ from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry
 from mpidp.checkpoint.local_parameters import bytes_by_use, load_boxes
-from mpidp.comm.buffers import buf
 from mpidp.comm.group import Group
-from mpidp.comm.slices import NORM_BLOCK, norm_of_squares, squares_of_blocks
+from mpidp.comm.slices import ALIGN, round_up
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.reducers.base import LaneObserver, Reducer
 from mpidp.reducers.buckets import FlatLayout, unit_of
@@ -35,11 +34,12 @@ from mpidp.reducers.units import Channel, Unit, units_of
 from mpidp.strategies.gathered import UnitParameters
 from mpidp.strategies.optimizer import Optimizer, RunOfElements, ShardedOptimizer
 from mpidp.strategies.protocol import StepStats, StrategyOptions
+from mpidp.strategies.sharded_norm import ShardedNorm, ShardedNormBySlices
 
 
 @dataclass
 class UnitExchange:
-    """An exchange of a backward pass: gather a block, then reduce the gradients of a unit."""
+    """Up to two exchanges of a backward pass: gather a block if it is divided, then reduce the gradients of its unit."""
 
     name: str
     unit: Unit | None  # None: the block has only frozen parameters
@@ -47,12 +47,12 @@ class UnitExchange:
 
     @classmethod
     def of(cls, name: str, unit: Unit | None) -> UnitExchange:
-        """Return the exchange at the beginning of a backward pass. Pure."""
+        """Return a UnitExchange for a new backward pass. `name`: the name of the unit. Pure."""
         return cls(name, unit, {name} if unit is None else {member.name for member in unit.members})
 
 
 class Sharded:
-    """Synchronous data parallelism on a sharded model."""
+    """Synchronous data parallelism on a sharded model (mesh.shard=2|3)."""
 
     survives_failures = False  # a shard is lost with the rank that holds it
     synchronizes_always = True
@@ -64,10 +64,10 @@ class Sharded:
         spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None, *,
         model: Any, level: int,
     ) -> None:
-        """Takes the arguments of Synchronous. Only the attributes lanes and transport of the reducer are used. model: the model,
-        which this constructor moves to the device. level: 2 divides the gradients and the optimizer state among the ranks; 3
-        also divides the parameters of each block of a Transformer. Collective over hidden.comm, where `hidden` is the keyword
-        argument stored in make_optimizer."""
+        """Take the arguments of Synchronous. Of `reducer`, only the attributes lanes, transport and observers are used. `model`:
+        the model, which is moved to the device. `level`: 2 divides the gradients and the optimizer state among the ranks, and 3
+        also the parameters of each Transformer block. Collective over hidden.comm, where hidden is a keyword argument in
+        `make_optimizer`."""
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, False
         self.clip, self.nominal_tokens, self._parts = clip, nominal_tokens, parts
         device, channel = reducer.transport.device, Channel(comm, reducer.transport, group.wait)
@@ -81,11 +81,15 @@ class Sharded:
         self.parameters = UnitParameters([*self.units, *more], blocks, channel, device)
         model.to(device)  # the buffers and the other frozen parameters
         self.sum = ShardedSum(self.units, reducer.lanes, channel, device)
+        kind = ShardedNormBySlices if parts is not None and parts.norm_by_slices is not None else ShardedNorm
+        self._norm: ShardedNorm = kind(self.units, self._layout, channel, parts)  # type: ignore[arg-type]
         how = {key: value for key, value in make_optimizer.keywords.items() if key != "padded"}
-        self.optimizer = ShardedOptimizer(make_optimizer.args[0], self._runs(), **how)
+        whole = how["hidden"].names if make_optimizer.keywords.get("padded") else set(trained)  # parameters without padding
+        self.optimizer = ShardedOptimizer(make_optimizer.args[0], self._runs(whole), **how)
         self._blocks = [(name, chunk_of(f"{name}.")) for name in blocks]
         self._plans = self._plan(dict.fromkeys(unit_of(name) for name, _ in reversed(named)))
         self._queue: list[UnitExchange] = []  # what this micro-batch's backward must still do, in order
+        self._v, self._observers = 0, list[LaneObserver]()  # the micro-batch, and who sees its gradient
         self._hooks = [
             member.parameter.register_post_accumulate_grad_hook(partial(self._complete, unit, member.name))
             for unit in self.units for member in unit.members
@@ -95,9 +99,9 @@ class Sharded:
             self._hooks.append(block.register_forward_hook(partial(self._computed, name)))
 
     def _plan(self, names: Iterable[str]) -> dict[int, list[tuple[str, Unit | None]]]:
-        """Return the exchanges of a backward pass, by chunk: for each name of a unit, in the order of backward, gather the block
-        of this name (if it is divided), and reduce the unit (if it has trained parameters). Blocks before the first trained
-        parameter need no backward pass."""
+        """Return {chunk: exchanges of its backward pass}. An exchange is (name of a unit, unit). The unit is None if its
+        parameters are frozen. Blocks before the first trained parameter have no exchange, because they need no backward pass.
+        `names`: the names of units, in the order of backward."""
         chunks, found = dict(self._blocks), dict[int, list[tuple[str, Unit | None]]]()
         for name in names:
             units = [unit for unit in self.units if unit.name == name]
@@ -110,7 +114,9 @@ class Sharded:
                 plan.pop()
         return found
 
-    def _runs(self) -> list[RunOfElements]:
+    def _runs(self, unpadded: Collection[str]) -> list[RunOfElements]:
+        """Return the elements that this rank updates. The zeros after a parameter are updated with it (see Optimizer), unless the
+        parameter is in `unpadded`."""
         rank, found = self.compute_comm.rank, []
         for unit, gradient in zip(self.units, self.sum.totals, strict=True):
             owned = self.parameters.owned[unit.index]
@@ -118,12 +124,15 @@ class Sharded:
                 run, shape = unit.run(member, rank), tuple(member.parameter.shape)
                 if run:
                     ends = (run.start - member.offset, run.stop - member.offset)
-                    tensors = (unit.owned(member, one, rank) for one in (owned, gradient))
+                    start, length = run.start - unit.parts[rank].start, len(run)
+                    length = length if member.name in unpadded else round_up(length, ALIGN)
+                    tensors = (one[start : start + length] for one in (owned, gradient))
                     found.append(RunOfElements(member.name, shape, *ends, *tensors))
         return found
 
     def _complete(self, unit: Unit, name: str, _: Tensor) -> None:
-        """Backward has computed the gradient of a parameter: reduce all units that are complete and next in order."""
+        """Called when backward has computed the gradient of a parameter. Reduce the units that are complete, in the planned
+        order."""
         for one in self._queue:
             if one.unit is unit:
                 one.waits_for.discard(name)
@@ -131,7 +140,7 @@ class Sharded:
             self._exchange_next()
 
     def _computed(self, name: str, block: torch.nn.Module, inputs: Any, output: Tensor) -> None:
-        """Forward has computed a block: gather it again before its backward pass."""
+        """Called when forward has computed a block. Ask autograd to gather the block again before its backward pass."""
         if output.requires_grad and torch.is_grad_enabled():
             output.register_hook(lambda gradient: self._backward_reaches(name))
 
@@ -144,13 +153,21 @@ class Sharded:
         now = self._queue.pop(0)
         self.parameters.gather(now.name)  # on a rank that computes, it is gathered already
         if now.unit is not None:
+            if now.unit is self.units[0] and self._observers and self._v < self.reducer.lanes.num_micro_batches:
+                self._observe(now.unit.members[0].parameter)
             self.sum.reduce(now.unit)
+
+    def _observe(self, first: torch.nn.Parameter) -> None:
+        if first.grad is None:  # the micro-batch is empty
+            first.grad = torch.zeros_like(first)
+        for observe in self._observers:
+            observe(self.reducer.lanes.lane_of(self._v), first.grad.view(-1))
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Return a context in which the backward pass of micro-batch v must run. Ranks may pass different v. Raises RuntimeError
-        if a parameter gets a gradient after its unit was reduced. Collective over compute_comm."""
-        self._queue = [UnitExchange.of(name, unit) for name, unit in self._plans.get(chunk, ())]
+        """Return a context manager. The backward pass of micro-batch v must run in it. Ranks may pass different v. Raises
+        RuntimeError if a parameter gets a gradient after its unit was reduced. Collective over compute_comm."""
+        self._queue, self._v = [UnitExchange.of(name, unit) for name, unit in self._plans.get(chunk, ())], v
         yield
         while self._queue:
             self._exchange_next()
@@ -160,7 +177,7 @@ class Sharded:
                     raise RuntimeError(f"mesh.shard=2|3: backward has computed the gradient of {member.name} twice")
 
     def fill(self, forwards: int, chunk: int | None = None) -> None:
-        """Make the exchanges of `forwards` forward passes through a chunk (default: all chunks), which other ranks compute.
+        """Make the exchanges of `forwards` forward passes, which other ranks compute through a chunk (default: all chunks).
         Collective over compute_comm."""
         for _ in range(forwards):
             for name, its_chunk in self._blocks:
@@ -172,26 +189,25 @@ class Sharded:
         return True
 
     def start(self) -> None:
-        """Do nothing, because all replicas have equal weights: drawn from the same seed, or read from the same files.
-        Independent."""
+        """Do nothing, because all replicas already have equal weights. Independent."""
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
-        """Raise ValueError if there are observers, because no rank has the gradient of a single lane. Independent."""
-        if observers:
-            raise ValueError("sharded gradients are summed immediately: single lanes cannot be observed")
+        """Call each observer with a part of the gradient of every micro-batch in the next step: the gradient of the first
+        parameter in flat order, flattened. No rank has the gradient of a lane. Independent."""
+        self._observers = list(observers)
 
     def discard(self) -> None:
         """Discard the gradients of the current step. Independent."""
         self.sum.discard()
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Scale, clip and update like Synchronous.step, but on shards. Collective over compute_comm."""
+        """Do the same as Synchronous.step(), on shards. Collective over compute_comm."""
         observers = self.reducer.observers
         observers.enter("reduce")
         self._tie()
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
         if tokens:
-            norm = self._norm() * scale
+            norm = self._norm(self.sum.totals) * scale
             if self.clip and norm > self.clip:
                 scale *= self.clip / norm
         skipped = not (tokens and math.isfinite(norm) and norm <= limit)
@@ -208,34 +224,13 @@ class Sharded:
         return StepStats(grad_norm=norm, skipped=False)
 
     def _tie(self) -> None:
-        """Add the gradients of an embedding and a head that are one parameter but in different stages. In both stages, it is a
-        unit by itself, so a rank of each stage owns the same elements."""
+        """Add the gradients of the embedding and of the head, if they are one parameter that two pipeline stages hold. In both
+        stages, this parameter is a unit by itself. So a rank owns the same elements in both."""
         name = self._parts.tied_name if self._parts is not None else ""
         for unit, total in zip(self.units, self.sum.totals, strict=True):
             if name and any(member.name == name for member in unit.members):
                 assert self._parts is not None
                 total.add_(self._parts.tied_gradient(total).to(total.device))
-
-    def _norm(self) -> float:
-        """Return the norm with the bits of level 0: blocks have one owner each, and their squares are added in flat order."""
-        rank, squares = self.compute_comm.rank, torch.zeros(self._layout.num_elements // NORM_BLOCK, dtype=torch.float64)
-        for unit, total in zip(self.units, self.sum.totals, strict=True):
-            if total.numel():
-                first = (unit.start + unit.parts[rank].start) // NORM_BLOCK
-                squares[first : first + total.numel() // NORM_BLOCK] = squares_of_blocks(total).cpu()
-        with self.reducer.transport.timed():
-            self.group.wait(self.compute_comm.Iallreduce(MPI.IN_PLACE, buf(squares)))
-        if self._parts is None:
-            return norm_of_squares(squares)
-        spans: dict[int, tuple[int, int]] = {}
-        for unit in self.units:  # in flat order, the units of a chunk are consecutive
-            spans[unit.chunk] = (spans.get(unit.chunk, (unit.start, 0))[0], unit.start + unit.length)
-        uncounted = [
-            unit.whole(member, total, self._channel)
-            for unit, total in zip(self.units, self.sum.totals, strict=True)
-            for member in unit.members if not self._parts.counts(member.name)
-        ]
-        return self._parts.norm_of([spans[chunk] for chunk in sorted(spans)], squares, uncounted)
 
     def drain(self) -> None:
         """Do nothing: no update is in flight between steps. Independent."""
@@ -245,37 +240,38 @@ class Sharded:
         return {}
 
     def held(self) -> dict[str, int]:
-        """Return the bytes of memory in use for each purpose: parameters, gradients, optimizer. Independent."""
+        """Return {use: bytes of memory on this rank}. The uses are parameters, gradients and optimizer. Independent."""
         moments = [one for row in self.optimizer.state for one in row.values()]
         return bytes_by_use(
             parameters=[*self.parameters.whole, *self.parameters.owned], gradients=self.sum.slots, optimizer=moments
         )
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the optimizer state of this rank's slices, as boxes of the parameters' tensors. Independent."""
+        """Return the optimizer state of this rank's slices. The entries are boxes of the parameters' tensors. Independent."""
         rank, found = self.compute_comm.rank, dict[str, Entry]()
         states = {run.name: state for run, state in zip(self.optimizer.runs, self.optimizer.state, strict=True)}
         for unit in self.units:
             for member in unit.members:
                 for key in self.optimizer.keys(member.name):
                     state = states[member.name][key] if member.name in states else torch.empty(0)
+                    state = state[: len(unit.run(member, rank))]  # without padding
                     found |= unit.entries_of_run(member, state, rank, f"{member.name}/{key}")
                 if "exp_avg" in self.optimizer.keys(member.name):
                     found[f"{member.name}/step"] = Entry(torch.tensor(float(self.optimizer.updates)))
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the boxes that state_dict returns. Raises ValueError for any other entry. Independent."""
+        """Load the entries that state_dict() returns. Raises ValueError for any other entry. Independent."""
         own = {name: value for name, value in state.items() if not name.startswith("reducer/")}
         self.reducer.load_state_dict({name.removeprefix("reducer/"): state[name] for name in state if name not in own})
         load_boxes(own, self.state_dict(), self.optimizer)
 
     def release(self) -> None:
-        """Remove the hooks. Independent."""
+        """Remove the autograd hooks. Independent."""
         for hook in self._hooks:
             hook.remove()
 
     def close(self) -> None:
-        """Free the communicators. Collective over compute_comm."""
+        """Remove the autograd hooks, and free the communicators. Collective over compute_comm."""
         self.release()
         self.group.close()

@@ -1,9 +1,9 @@
-"""Synchronous training with a sharded optimizer state (mesh.shard=1; ZeRO-1, Rajbhandari 2020). Each rank has a copy of the
-parameters, or the ranks of a node share one copy. Each rank stores the optimizer state of one slice of the parameters, and
-updates this slice. Then all updated slices are gathered into every copy.
+"""Synchronous training with a sharded optimizer state (mesh.shard=1; ZeRO-1, Rajbhandari 2020). Each rank stores the optimizer
+state of one slice of the parameters, and updates this slice. Then all updated slices are gathered into every copy of the
+parameters. There is one copy per rank, or one copy per node.
 
-Gradients are summed as without sharding, and updates work element by element. Therefore the weights equal those of mesh.shard=0
-bit for bit. If all ranks are on one node and share a copy, the optimizer state is stored only once even without sharding.
+The weights equal those of mesh.shard=0 bit for bit. If all ranks are on one node and share a copy, the optimizer state is stored
+only once even without sharding.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from mpidp.strategies.synchronous import Synchronous
 
 
 class Sliced(Synchronous):
-    """Implements mesh.shard=1. Each rank updates one slice. If the ranks of a node share a copy, the node stores the optimizer
-    state of the slices of all its ranks."""
+    """Implements mesh.shard=1. Each rank updates one slice. If the ranks of a node share a copy, their window holds the optimizer
+    state of all their slices."""
 
     survives_failures = False  # a slice is lost with the rank that holds it
 
     def optimizer_share(self) -> dict[str, Any] | None:
-        """Return the arguments of Optimizer: the slice that this rank updates, and the slices whose state its memory holds.
+        """Return arguments of Optimizer: which slice this rank updates, and of which slices this rank's memory holds the state.
         Independent."""
         rank, size, members = self.compute_comm.rank, self.compute_comm.size, self.group.members[self.group.index]
         self._bounds = self.bounds(size, ALIGN)
         return {"share": (rank, size), "bounds": self._bounds, "holds": members if self.one_copy else range(rank, rank + 1)}
 
     def _publish(self) -> None:
-        """Gather all slices into every copy. If the ranks of a node share a copy, the slices of the node are divided into equal
-        ranges, one per rail, and each rail exchanges its range."""
+        """Gather all slices into every copy. If the ranks of a node share a copy, the elements of the node's slices are divided
+        into one range per rail. Each rail exchanges its ranges."""
         transport = self.reducer.transport
         with transport.timed():
             self.group.fence()
@@ -50,7 +50,7 @@ class Sliced(Synchronous):
             self.group.fence()
 
     def _of_nodes(self) -> list[range]:
-        """Return, for each node, the range of elements that this rank's rail exchanges."""
+        """Return, for each node, the range of elements that the node sends in this rank's rail."""
         bounds, rail, found = self._bounds, self.group.node.rank, []
         for members in self.group.members:
             start, stop = bounds[members.start], bounds[members.stop]
@@ -59,16 +59,16 @@ class Sliced(Synchronous):
         return found
 
     def _exchange(self, comm: MPI.Intracomm, parts: list[range]) -> None:
-        """Allgather the parameters in place. parts: the range that each rank of comm has written. Collective over comm."""
+        """Gather the parameters in place. `parts`: for each rank of comm, the range that the rank sends. Collective over comm."""
         allgather_ranges(self.reducer.transport, comm, self.group.wait, self.flat, parts)
 
     def flats(self) -> dict[str, Tensor]:
-        """Return the parameters only, because the optimizer state is not replicated."""
+        """Return {"": the flat parameters}. The optimizer state is not replicated."""
         return {"": self.flat}
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the optimizer state of this rank's slice, as boxes of the parameters' tensors. A parameter outside the slice has
-        an empty box. Independent."""
+        """Return the optimizer state of this rank's slice. The entries are boxes of the parameters' tensors. A parameter outside
+        the slice has an empty box. Independent."""
         assert self.optimizer is not None
         optimizer, found = self.optimizer, {}
         for i, flat in enumerate(optimizer.moments().values()):
@@ -88,7 +88,7 @@ class Sliced(Synchronous):
         return found | {f"reducer/{name}": entry for name, entry in self.reducer.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the boxes that state_dict returns. Raises ValueError for any other entry. Independent."""
+        """Load the entries that state_dict() returns. Raises ValueError for any other entry. Independent."""
         assert self.optimizer is not None
         self.reducer.load_state_dict({
             name.removeprefix("reducer/"): value for name, value in state.items() if name.startswith("reducer/")

@@ -1,5 +1,5 @@
-"""Exact synchronous data parallelism: each step averages the gradients of all lanes, and all replicas (or only rank 0) make the
-same update.
+"""Exact synchronous data parallelism: each step averages the gradients of all lanes. Then all replicas make the same update.
+(With comm.reducer=root, only rank 0 makes the update.)
 
 theta <- update(theta, (sum over lanes of the gradients of token losses) / (number of tokens)). The gradient is the mean over the
 tokens of the global batch. It is not a mean of the means of lanes or ranks. docs/equations.md explains the formula.
@@ -34,7 +34,7 @@ from mpidp.strategies.protocol import StepStats, StrategyOptions
 
 
 class Synchronous:
-    """Synchronous data parallelism: every step waits for all lanes."""
+    """Synchronous data parallelism. Every step waits for all lanes."""
 
     survives_failures = True
     synchronizes_always = True
@@ -44,12 +44,13 @@ class Synchronous:
         make_optimizer: partial[Optimizer], clip: float, nominal_tokens: int, bucket_bytes: int, one_copy: bool,
         spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None,
     ) -> None:
-        """make_optimizer: called with layout, parameters, gradients, memory and share. clip: largest gradient norm, or 0 for no
-        clipping. nominal_tokens: global_batch x seq_len, by which losses are divided. one_copy: whether the ranks of a group
-        share one copy of parameters and optimizer state. Each rank then updates a share of this copy. spare_slots: number of
-        gradient buffers in addition to those of the reducer. most_slots: number of gradient buffers that this rank may need after
-        failures of other ranks. parts: this rank's part of the model, if the model is divided by mesh.tp or mesh.pp. Collective
-        over comm, and over parts.grid.world if there are parts."""
+        """`comm`: the ranks that hold the same part of the model. `make_optimizer`: called with layout, parameters, gradients,
+        memory and the result of optimizer_share(). `clip`: largest gradient norm, or 0 for no clipping. `nominal_tokens`:
+        global_batch x seq_len. The loss is a sum over tokens divided by this number. `one_copy`: whether the ranks of a group
+        share one copy of parameters and optimizer state. If so, each rank updates a share of the copy. `spare_slots`: number of
+        gradient buffers in addition to those of the reducer. `most_slots`: number of gradient buffers that this rank may need
+        after other ranks have failed. `parts`: this rank's part of the model, if mesh.tp or mesh.pp divides the model. Collective
+        over comm. With `parts`, collective over parts.grid.world."""
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, one_copy
         self.options = options or StrategyOptions.of()
         spare_slots += self.more_slots(self.options)
@@ -92,24 +93,24 @@ class Synchronous:
         self.buffer.on_full(lambda: self._last and reducer.overlaps(), reducer.begin)
 
     def optimizer_share(self) -> dict[str, Any] | None:
-        """Return the arguments of Optimizer for the share of the parameters that this rank updates. Return None if this rank
+        """Return arguments of Optimizer, which state the share of the parameters that this rank updates. Return None if this rank
         updates nothing. Independent."""
         if not self.reducer.holds_sum:
             return None
         return {"share": (self.group.node.rank, self.group.node.size)} if self.one_copy else {}
 
     def bounds(self, count: int, multiple: int) -> list[int]:
-        """Return the count + 1 bounds of `count` slices of the flat parameters, at multiples of `multiple` and outside the
-        matrices that the optimizer updates as a whole. Independent."""
+        """Return the count + 1 bounds of `count` slices of the flat parameters. The bounds are multiples of `multiple`. No bound
+        is inside a matrix that the optimizer updates as a whole. Independent."""
         return bounds_outside(self.buffer.layout, count, multiple, self._whole)
 
     def more_slots(self, options: StrategyOptions) -> int:
-        """Return the number of gradient buffers that the strategy needs in addition to the reducer's. Independent."""
+        """Return the number of gradient buffers that the strategy needs in addition to those of the reducer. Independent."""
         return 0
 
     def resume_after_failure(self, before: Synchronous) -> None:
-        """Take over the state of `before`. If the last update of `before` is incomplete, first restore the copy from before the
-        update. Collective over compute_comm."""
+        """Take over the state of `before`. If a failure has interrupted the last update of `before`, first undo this update.
+        Collective over compute_comm."""
         if before.torn:
             self._copy_share(before._spare, list(self.flats().values()))
         if self.optimizer is not None and before.optimizer is not None:
@@ -126,7 +127,7 @@ class Synchronous:
         self.reducer.stop_worker()
 
     def synchronizes_at(self, step: int) -> bool:
-        """Return whether this step is a meeting. Independent."""
+        """Return whether step number `step` is a meeting. Independent."""
         return self.synchronizes_always or step % self.options.meet_every == 0 or step == self.options.total_steps
 
     def start(self) -> None:
@@ -134,7 +135,7 @@ class Synchronous:
         self._spread([self.flat])
 
     def resume_with_new_ranks(self, before: Synchronous | None) -> None:
-        """Broadcast rank 0's state. Collective over compute_comm."""
+        """Broadcast the state that rank 0 has in `before`. Collective over compute_comm."""
         updates = 0
         if before is not None and self.compute_comm.rank == 0:
             held = before._spare if before.torn else list(before.flats().values())
@@ -148,7 +149,7 @@ class Synchronous:
         self.reducer.resume_from(before.reducer if before is not None else None)
 
     def _spread(self, flats: list[Tensor]) -> None:
-        """Broadcast rank 0's tensors. Collective over compute_comm."""
+        """Broadcast rank 0's values of the tensors `flats`. Collective over compute_comm."""
         self.group.fence()
         for flat in flats:
             wire = flat.cpu()  # on the CPU this is flat itself
@@ -159,7 +160,7 @@ class Synchronous:
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Return a context in which the backward pass of micro-batch v must run. Independent."""
+        """Return a context manager. The backward pass of micro-batch v must run in it. Independent."""
         if self._late is not None:
             raise self._late
         self._last = last
@@ -169,8 +170,8 @@ class Synchronous:
         self._last = False
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
-        """Call each observer with the gradient of every lane in the next step. Raises ValueError if the reducer does not store
-        the gradients of single lanes. Independent."""
+        """In the next step, call each observer with the gradient of every lane that this rank computes. Raises ValueError if the
+        reducer does not store the gradients of single lanes. Independent."""
         self.reducer.observe_lanes(observers)
 
     def discard(self) -> None:
@@ -178,9 +179,9 @@ class Synchronous:
         self.reducer.discard()
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Sum the gradients, scale them to the mean over `tokens` target tokens, clip, and update. If the gradient of any lane is
-        not finite, or the norm is above the limit, the update is skipped. All ranks make the same decision, because they
-        compute the same norm. Collective over compute_comm."""
+        """Sum the gradients, divide the sum by `tokens` to get the mean, clip it, and update. Skip the update if the gradient of
+        any lane is not finite, or if the norm exceeds `limit`. All ranks compute the same norm, so they make the same decision.
+        Collective over compute_comm."""
         self.reducer.observers.enter("reduce")
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
         with commit(self._everyone):  # no rank updates before the end of this block; then all remaining ranks update
@@ -208,10 +209,10 @@ class Synchronous:
         return StepStats(grad_norm=norm, skipped=False)
 
     def _publish(self) -> None:
-        """Make the updated parameters visible on all ranks. If a rank fails during an update of shared parameters, the update is
-        incomplete, and all ranks restore the copy from before the update. If a rank fails and parameters are not shared, the step
-        is complete. In this case the next micro_batch() raises the failure, before it overwrites gradients that other ranks may
-        still read. Collective over compute_comm."""
+        """Make the updated parameters visible on all ranks. If ranks share parameters and a rank fails, the update is incomplete,
+        and all ranks raise RankFailure. They later restore the state before the update. If ranks share no parameters, the update
+        is complete even after a failure. In this case the next micro_batch() raises the failure, before it overwrites gradients
+        that other ranks may still read. Collective over compute_comm."""
         if self._spare:
             self.torn = True
             with commit(self._everyone):
@@ -227,23 +228,23 @@ class Synchronous:
             self._late = failure
 
     def _copy_share(self, source: list[Tensor], target: list[Tensor]) -> None:
-        """Copy this rank's slice of each tensor from source to target. The other ranks of the node copy the other slices.
-        Independent."""
+        """Copy this rank's slice of each tensor from `source` to `target`. The other ranks of the node must copy the other
+        slices. Independent."""
         bounds = slice_bounds(self.flat.numel(), self.group.node.size)
         mine = slice(bounds[self.group.node.rank], bounds[self.group.node.rank + 1])
         for one, other in zip(source, target, strict=False):
             other[mine] = one[mine]
 
     def fill(self, forwards: int, chunk: int | None = None) -> None:
-        """Do nothing: ranks may run different numbers of forward passes. Independent."""
+        """Do nothing, because ranks may compute different numbers of forward passes. Independent."""
 
     def flats(self) -> dict[str, Tensor]:
-        """Return {suffix: flat tensor} for the tensors that must be equal on all replicas (see Strategy). Independent."""
+        """Return {suffix: flat tensor} of the tensors that must be equal on all replicas (see Strategy.flats()). Independent."""
         return {"": self.flat} | (self.optimizer.moments() if self.optimizer is not None else {})
 
     def held(self) -> dict[str, int]:
-        """Return the bytes of memory in use for each purpose: parameters, gradients, optimizer. If ranks share a window, the
-        bytes are those of the whole node. Independent."""
+        """Return {use: bytes of memory}. The uses are parameters, gradients and optimizer. If ranks share a window, the bytes are
+        those of the whole node. Independent."""
         moments = self.optimizer.moments().values() if self.optimizer is not None else []
         return bytes_by_use(parameters=[self.flat], gradients=[self.buffer.flat], optimizer=moments)
 
@@ -251,7 +252,8 @@ class Synchronous:
         """Do nothing: no update is in flight between steps. Independent."""
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the optimizer state (with comm.reducer=root only on rank 0) and the reducer's state. Independent."""
+        """Return the optimizer state and the reducer's state. With comm.reducer=root, return {} on ranks other than 0.
+        Independent."""
         if self.optimizer is None:
             return {}
         layout: Layout = "replicated" if self.reducer.everyone_updates else "sharded"
@@ -266,7 +268,7 @@ class Synchronous:
             self.optimizer.load_state_dict({name: value for name, value in state.items() if name not in held})
 
     def close(self) -> None:
-        """Free the shared memory with parameters, gradients and state. Collective over compute_comm."""
+        """Free the shared memory of parameters, gradients and state. Collective over compute_comm."""
         self.reducer.stop_worker()
         self.group.fence()
         if self.group.node.size > 1:

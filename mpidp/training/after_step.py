@@ -1,4 +1,4 @@
-"""The work after a step: log the step, rebalance lanes, evaluate, write a checkpoint, decide whether to stop."""
+"""The work after a step: log the step, rebalance the lanes, evaluate, write a checkpoint, and decide whether to stop."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from mpidp.training.step_report import StepReport, noise_of
 
 
 def log_update(job: Job, lr: float, stats: StepStats, report: StepReport, epoch: int) -> None:
-    """Log a step that made an update. Independent."""
+    """Write the line of a step that made an update to metrics.jsonl. Independent."""
     learned = {"train_loss": report.loss, "lr": lr, "grad_norm": stats.grad_norm, **stats.extra}
     log_step(job, learned | noise(job, noise_of(job, report, stats.grad_norm)), report, epoch)
 
 
 def skip(job: Job, batch: int, tokens: int, grad_norm: float) -> None:
-    """Log a batch that made no update. After train.max_skipped batches in a row without an update, raise Damaged. The run then
-    returns to the last checkpoint and skips all batches up to this one. If no checkpoint was written since the last such return,
-    raise MpidpError instead. All ranks make the same decision. Independent."""
+    """Log a batch that made no update. `tokens`: number of its target tokens. After train.max_skipped such batches in a row,
+    raise Damaged, so that the run returns to the last checkpoint and skips all batches up to this one. Raise MpidpError instead
+    if no checkpoint was written since the last such return. All ranks make the same decision. Independent."""
     at, progress, train = job.position, job.services.progress, job.config.train
     why = "it has no target token" if tokens == 0 else "its gradient is not finite"
     if tokens and math.isfinite(grad_norm):
@@ -50,8 +50,8 @@ def skip(job: Job, batch: int, tokens: int, grad_norm: float) -> None:
 
 
 def rebalance(job: Job, report: StepReport, loader: Loader) -> None:
-    """Distribute the lanes again by the measured speed of the ranks, if this makes steps faster. All ranks make the same
-    decision. Independent."""
+    """Pass the measured times of the last step to the balance. If the balance changes the lanes of the ranks, log the change. All
+    ranks make the same decision. Independent."""
     change = job.balance.observe(report.seconds.tolist(), [int(n) for n in report.counts])
     if change:
         loader.expect(job.micro_batches())
@@ -61,8 +61,8 @@ def rebalance(job: Job, report: StepReport, loader: Loader) -> None:
 
 
 def follow_up(job: Job, stop: StopRequest, saving: np.ndarray, must_stop: bool) -> None:
-    """Evaluate, write a checkpoint, or stop, if one of these is due after the last step. After a recovery, work that was done
-    before the failure is not repeated. Collective over job.comm."""
+    """Evaluate, write a checkpoint, or stop, if this is due after the last step. `saving`: see StepReport. `must_stop`: whether
+    any rank received a request to stop. Work that was done before a failure is not repeated. Collective over job.comm."""
     at, every = job.position, job.config.train.eval_every
     job.services.timeline.write_if_complete(job.comm, at.step)
     if every and at.step % every == 0 and at.evaluated_step != at.step:

@@ -1,8 +1,8 @@
-"""The attempts of a run. Each attempt trains until the run ends, ranks fail, or the state is found to be damaged. The next
-attempt continues with the state in the memory of the surviving ranks, or from the last checkpoint.
+"""The attempts of a run. An attempt trains until the run ends, ranks fail, or the state is found to be damaged. The next attempt
+continues with the state in the memory of the surviving ranks, or from the last checkpoint.
 
-`train.run` repeats attempts. RunAttempts holds the state between attempts; recovery.py decides which ranks continue with which
-state.
+`train.run` repeats attempts. RunAttempts holds the state between attempts. recovery.py decides which ranks continue, and with
+which state.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ MAX_RETURNS = 3  # most returns to the last checkpoint in one command; a machine
 
 
 class RunAttempts:
-    """Makes the attempts of one rank. All ranks make the same calls."""
+    """Makes the attempts of a run on one rank. All ranks must make the same calls."""
 
     def __init__(self, config: Config, plan: RunPlan | None, world: MPI.Intracomm, crew: Crew | None) -> None:
-        """plan: the plan of the run. None: this is a replacement rank. crew: the facts that a replacement rank receives when it
-        joins. None: this is not a replacement rank. Collective over world."""
+        """`plan`: the plan of the run, or None on a replacement rank. `crew`: the facts that a replacement rank receives when it
+        joins, or None on other ranks. Collective over world."""
         self.config, self.plan, self.world = config, plan, world
         self.growing = crew is not None  # whether more replacement ranks may follow
         self.replicas = Replicas(list(range(world.size)), [])  # which of the world's ranks train; the others are spare ranks
@@ -75,8 +75,9 @@ class RunAttempts:
             self.faults = faults_from_environment(self.number)
 
     def attempt(self) -> dict[str, Any] | None:
-        """Gather the ranks, restore the state, and train. Return the content of the `end` line, or None if the job first needs
-        more ranks. Raises Damaged if the state is found to be damaged, and RankFailure if a rank fails. Collective over world."""
+        """Gather the ranks, restore the state, and train. Return the content of the `end` line of metrics.jsonl. Return None if
+        the job needs more ranks before it trains. Raises Damaged if the state is found to be damaged, and RankFailure if a rank
+        fails. Collective over world."""
         self._gather()
         order = self.replicas.order
         if len(order) == self.world.size:
@@ -88,7 +89,8 @@ class RunAttempts:
         return ended.record if ended.over else None
 
     def _train(self) -> dict[str, Any] | None:
-        """Restore the state and train. Return the end record, or None if the job first needs more ranks."""
+        """Restore the state and train. Return the content of the `end` line, or None if the job needs more ranks before it
+        trains."""
         assert self.plan is not None
         world = self.plan.world
         with commit(world):
@@ -105,7 +107,7 @@ class RunAttempts:
         return end
 
     def _gather(self) -> None:
-        """Add replacement ranks until the world has its full size, make the plan for this world, and find out which ranks
+        """Add replacement ranks until the world has its full size. Then make the plan for this world, and determine which ranks
         train."""
         mesh = self.crew.config.mesh
         joins, self._joins = self._joins, False
@@ -136,7 +138,7 @@ class RunAttempts:
             self._leave_seat()
 
     def _leave_seat(self) -> None:
-        """Drop the state if it is not whole, or if this rank does not train. The first rank that trains takes over the lock and
+        """Drop the state if it is not whole, or if this rank does not train. Only the first rank that trains keeps the lock and
         the mirror. Independent."""
         if self.world.rank != self.replicas.order[0]:
             if self.mirror is not None:
@@ -150,7 +152,8 @@ class RunAttempts:
             self.job = None
 
     def _drop_state(self, why: str) -> None:
-        """Drop the state of the failed job, so that the next attempt starts from the last checkpoint. Independent."""
+        """Drop the state of the failed job. The next attempt then starts from the last checkpoint. `why`: the reason, for
+        metrics.jsonl. Independent."""
         if self.job is not None:
             recovery.abandon(self.job, self.stop)
             self.job, self.stop = None, None
@@ -158,8 +161,8 @@ class RunAttempts:
         self.crew.events.append({"event": "went_back", "why": why})
 
     def _take_state(self, plan: RunPlan) -> dict[str, Any] | None:
-        """Make the job of all ranks, with the state from the memory of surviving ranks or from a checkpoint. Return the content
-        of the `end` line if the run is over, else None."""
+        """Make the job of all ranks, with the state in the memory of surviving ranks, or with that of a checkpoint. Return the
+        content of the `end` line if the run is over, else None."""
         world = plan.world
         with raise_together(world):
             if world.rank == 0 and self.lock is None:
@@ -211,8 +214,8 @@ class RunAttempts:
         return self.crew.returns + (not damage.next_batch) <= MAX_RETURNS
 
     def go_back(self, damage: Damaged) -> None:
-        """Drop the damaged state, so that the next attempt starts from the last checkpoint. After MAX_RETURNS returns, raise
-        `damage` instead. Returns because of skipped batches do not count. Independent."""
+        """Drop the damaged state, so that the next attempt starts from the last checkpoint. After MAX_RETURNS such returns, raise
+        `damage` instead. A return because of skipped batches is not counted. Independent."""
         self._next_batch, self.job, self.stop = damage.next_batch, None, None
         if not self._can_return(damage):
             raise damage
@@ -221,8 +224,8 @@ class RunAttempts:
         self.crew.events.append(past | {"why": str(damage)})
 
     def drop_failed_ranks(self, failure: RankFailure) -> None:
-        """Continue with the surviving ranks only. If the strategy cannot resume from memory, drop the state. Collective over the
-        surviving ranks."""
+        """Continue with the surviving ranks only. If the strategy cannot resume from memory, the next attempt starts from the
+        last checkpoint. Collective over the surviving ranks."""
         self._failed_at, self.growing = self._failed_at or time.monotonic(), False
         self.world, self.regrouped = recovery.survivors(self.world, str(failure)), False
         if not self.survives:
@@ -233,8 +236,8 @@ class RunAttempts:
             self._drop_state(f"ranks failed, and {method} cannot continue in the middle of a step")
 
     def close(self, error: BaseException | None) -> None:
-        """Record the error with which the run ended, unless another job has taken over the folder. Wait until the last checkpoint
-        is copied to run.mirror. Release the lock. Independent."""
+        """Record `error`, the exception with which the run ended, unless another job has taken over the folder. Wait a limited
+        time until the last checkpoint is copied to run.mirror. Release the lock. Independent."""
         if error is not None and (self.lock is None or self.lock.held()):
             self.tries.ended(error, self.world.rank)
         if self.mirror is not None:
@@ -244,8 +247,9 @@ class RunAttempts:
 
 
 def listen(job: Job, before: StopRequest | None) -> StopRequest:
-    """Listen for requests to stop. Rank 0 also watches the file STOP, the job's time limit and the lock, and prints when the time
-    limit will stop the run. before: the StopRequest of the job that this job continues. Collective over job.comm."""
+    """Return an object that detects requests to stop: signals and the job's time limit, and on rank 0 also the file STOP and a
+    lost lock. Rank 0 prints when the time limit will stop the run. `before`: the StopRequest of the job that this job continues,
+    or None. Collective over job.comm."""
     first, state, config = job.comm.rank == 0, job.state, job.config
     if not state.recovered:  # asking the scheduler takes time
         end = job_end() if first else None

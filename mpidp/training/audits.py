@@ -1,4 +1,4 @@
-"""Audits in the training loop. They compare the replicas, and report differences."""
+"""Audits in the training loop: compares the replicas, and reports differences."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from mpidp.training.job import Job
 
 
 def audit_weights(job: Job, now: bool = False) -> None:
-    """If an audit is due, or if `now` is true, check that all replicas hold the same bits. Raises Damaged if they differ and no
-    majority of them is equal. Collective over job.comm."""
+    """If an audit is due, check that all replicas hold the same parameters and optimizer state, and repair those that differ from
+    the majority. `now`: if audits are on, check at this step. Raises Damaged if a repair is not possible. Collective over
+    job.comm."""
     step = job.position.step
     if not now:
         job.services.faults.flip(step, list(job.engine.model.parameters()))
@@ -24,7 +25,7 @@ def audit_weights(job: Job, now: bool = False) -> None:
 
 
 def report_finding(job: Job, step: int, finding: AuditFinding, action: str) -> None:
-    """Write the finding to metrics.jsonl and print it. Independent."""
+    """Write a finding to metrics.jsonl and print it. `step`: the audited step. `action`: what is done about it. Independent."""
     job.record.write({"event": "audit", "step": job.position.step, "of_step": step, "ranks": finding.ranks, "what": finding.what,
                       "then": action})
     job.services.progress.print(f"step {step}  audit: ranks {finding.ranks}: {finding.what}; {action}")

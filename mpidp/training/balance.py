@@ -1,7 +1,8 @@
-"""Distributes the lanes of a step among the ranks evenly, by measured speed, or by work stealing. Pure.
+"""Distributes the lanes of a step among the ranks: evenly, by measured speed, or by work stealing. Pure.
 
-Ranks are ordered node by node, and neighbouring ranks have neighbouring ranges of lanes. The sum does not depend on which rank
-computes a lane. Therefore the distribution may change at any step, if all ranks compute it from the same numbers."""
+Ranks are ordered node by node, and neighbouring ranks have neighbouring ranges of lanes. The sum of the gradients does not depend
+on which rank computes a lane. Therefore the distribution may change at any step. All ranks must compute it from the same
+numbers."""
 
 from __future__ import annotations
 
@@ -24,11 +25,12 @@ SHORTEST_SECONDS = 1e-9  # least time of a lane in computations, because a clock
 
 
 def by_speed(num_lanes: int, seconds_per_lane: Sequence[float], max_lanes: int | None = None) -> list[range]:
-    """Return the contiguous ranges of 1 to max_lanes lanes per rank that minimize the time of the slowest rank. Independent.
+    """Return one contiguous range of 1 to max_lanes lanes for each rank. The ranges minimize the time of the slowest rank.
+    Independent.
 
-    Lanes are assigned one at a time, each to the rank that would finish it first. If several ranks would finish at the same time,
-    the lowest rank gets the lane. This is optimal, because an additional lane never reduces the time of a rank. Raises ValueError
-    if there are too few lanes, or more than max_lanes per rank."""
+    Lanes are assigned one at a time. The rank that would finish the lane first gets it. If several ranks would finish at the same
+    time, the lowest rank gets it. This is optimal, because an additional lane never reduces the time of a rank. Raises ValueError
+    if there are fewer lanes than ranks, or more than max_lanes per rank."""
     size = len(seconds_per_lane)
     most = num_lanes if max_lanes is None else max_lanes
     if not size <= num_lanes <= size * most:
@@ -48,7 +50,7 @@ def by_speed(num_lanes: int, seconds_per_lane: Sequence[float], max_lanes: int |
 
 @dataclass(frozen=True)
 class Terms:
-    """The arguments of the classes that implement Balance. The names in parentheses say which classes use an argument."""
+    """The arguments of the classes that implement Balance. A name in parentheses says which balance uses an argument."""
 
     num_lanes: int
     size: int  # ranks that share the lanes
@@ -61,25 +63,25 @@ class Terms:
 
 
 class Balance(Protocol):
-    """Decides which rank computes which lanes."""
+    """Decides which rank computes which lanes of a step."""
 
     ranges: list[range]  # the lanes of each rank, as known before the step
     static: bool  # whether no lane moves during the step
 
     def lanes(self, batch: int) -> Iterator[int]:
-        """Yield the lanes of global batch `batch` that this rank computes. Every rank calls lanes() once per step.
+        """Yield the lanes of global batch number `batch` that this rank computes. Every rank must call lanes() once per step.
         Independent."""
 
     def observe(self, seconds: Sequence[float], counts: Sequence[int]) -> str | None:
-        """Record the compute seconds and the number of lanes of each rank in the last step. All ranks pass the same values. If
-        the ranges change, return a message for the log, else None. Independent."""
+        """Record the last step. `seconds`, `counts`: the compute seconds and the number of lanes of each rank. All ranks must
+        pass the same values. If the ranges change, return a message for the log, else None. Independent."""
 
     def close(self) -> None:
         """Release shared memory. Collective over the ranks of a node."""
 
 
 class Even:
-    """Implements train.balance=even: a rank computes the same lanes in every step."""
+    """Implements train.balance=even. A rank computes the same lanes in every step."""
 
     static = True
 
@@ -101,8 +103,8 @@ class Even:
 
 
 class Measured(Even):
-    """Implements train.balance=measured: faster ranks get more lanes, by the median time per lane. Raises ValueError if max_lanes
-    is too low."""
+    """Implements train.balance=measured. A rank with a shorter median time per lane gets more lanes. Raises ValueError if
+    max_lanes is too low."""
 
     def __init__(self, terms: Terms) -> None:
         super().__init__(terms)
@@ -112,8 +114,8 @@ class Measured(Even):
         self._wait = FIRST_STEPS
 
     def observe(self, seconds: Sequence[float], counts: Sequence[int]) -> str | None:
-        """Record the measurements. Every few steps, change the ranges if the slowest rank becomes faster by more than the noise
-        of measurements."""
+        """Record the last step. Every few steps, change the ranges if this makes the slowest rank faster by more than the noise
+        of the measurements."""
         for memory, spent, count in zip(self._measured, seconds, counts, strict=True):
             if count:
                 memory.append(spent / count)
@@ -136,8 +138,8 @@ class Measured(Even):
 
 
 class Steal:
-    """Implements train.balance=steal. A step starts with even ranges. A rank that has finished its lanes takes lanes of other
-    ranks of its node, while it has free slots."""
+    """Implements train.balance=steal. A step starts with even ranges. A rank that has finished its lanes takes lanes from other
+    ranks of its node, as long as it has free slots."""
 
     static = False
 
@@ -149,7 +151,7 @@ class Steal:
         self._of_node = self.ranges[terms.first_place : terms.first_place + terms.tickets.size]
 
     def lanes(self, batch: int) -> Iterator[int]:
-        """Yield the lanes of this rank that no other rank has taken. Then yield lanes that this rank takes from others."""
+        """Yield the lanes of this rank that no other rank has taken. Then yield lanes that this rank takes from other ranks."""
         self._tickets.begin(self._of_node)  # set before this rank takes its first lane, because other ranks may steal earlier
         return self._take()
 
@@ -164,12 +166,12 @@ class Steal:
         return None
 
     def close(self) -> None:
-        """Release the tickets. Collective over the node."""
+        """Release the tickets. Collective over the ranks of a node."""
         self._tickets.close()
 
 
 def slowest(ranges: Sequence[range], seconds_per_lane: Sequence[float]) -> float:
-    """Return the seconds of the slowest rank. Independent."""
+    """Return the seconds that the slowest rank needs for its range of lanes. Independent."""
     return max(len(lanes) * one for lanes, one in zip(ranges, seconds_per_lane, strict=True))
 
 

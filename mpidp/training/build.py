@@ -1,4 +1,4 @@
-"""Builds a job from a plan. The order is model, services, data-parallel memory, strategy, engine, saver, record."""
+"""Builds a job from a plan, in this order: model, services, data-parallel memory, strategy, engine, saver, record."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from mpidp.parallel.engine import Engine
 from mpidp.parallel.pipeline import Stages
 from mpidp.parallel.whole_matrices import Hidden
 from mpidp.reducers import overlap
+from mpidp.reducers.tree import Tree
 from mpidp.runtime.environment import launched_with_ulfm
 from mpidp.runtime.log import log
 from mpidp.runtime.observers import StepObserver
@@ -47,11 +48,11 @@ def build(
     on_hang: Callable[[str], None] = lambda report: None, observers: Sequence[StepObserver] = (),
     mirror: Mirror | None = None,
 ) -> Job:
-    """Build the parts of a job on the device, with equal replicas.
+    """Build a job. All replicas have equal parameters.
 
-    before: None, or a job in which ranks have failed, whose model and memory the surviving ranks keep. lock: the lock of the
-    run's folder, on rank 0. on_hang: called with the report of a hang. observers: called in every step. mirror: copies
-    checkpoints, on rank 0. Collective over plan.world."""
+    `before`: None, or a job in which ranks have failed. The surviving ranks keep the model and the memory of `before`. `lock`:
+    the lock of the run's folder, on rank 0. `on_hang`: called with the report of a hang. `observers`: observers of every step.
+    `mirror`: copies checkpoints, on rank 0. Collective over plan.world."""
     torch.set_num_threads(plan.config.train.threads)
     state = RunState() if before is None else before.state.portable()
     tasks = tasks_of(plan, None if before is None else before.tasks)  # before the weights, because the tasks may be missing
@@ -64,6 +65,7 @@ def build(
         plan, transport, sum(p.numel() for _, p in model.named), services.observers, model.parts,
         services.faults.changes_gradients, None if before is None else (before.strategy.group, before.strategy.one_copy),
     )
+    services.faults.check(memory.level >= 2 or isinstance(memory.reducer, Tree), memory.level >= 2)
     strategy = make_strategy(plan, model, memory, before)
     engine = make_engine(plan, model, transport, strategy, services)
     saver = make_saver(plan, model, strategy, lock)
@@ -71,9 +73,7 @@ def build(
         plan, model.module, model.origin, services.machines, state, None if before is None else before.record
     )
     train = plan.config.train
-    audit = Audit(
-        plan.grid, train.audit_every, memory.replicas, strategy.buffer, strategy.flats(), model.parts.part.is_cut
-    )
+    audit = Audit(plan.grid, train.audit_every, memory.replicas, strategy.buffer, strategy.flats(), model.parts.part.is_cut)
     schedule = schedule_of(plan.config.flat())
     evaluation = TaskEvaluation(plan, model.module, services.observers, tasks) if train.eval_tasks else None
     return Job(
@@ -82,7 +82,8 @@ def build(
 
 
 def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory, before: Job | None) -> Strategy:
-    """Make the strategy, and choose the reducer's overlap mode. Collective over plan.mesh.dp."""
+    """Make the strategy, and choose how the reducer overlaps with backward. `before`: as in build(). Collective over
+    plan.mesh.dp."""
     config, grid, dp = plan.config, plan.grid, plan.mesh.dp
     optim, train, reducer = config.optim, config.train, memory.reducer
     nominal_tokens = train.global_batch * config.model.seq_len
@@ -95,7 +96,7 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
     strategy: Strategy = strategy_of(config.strategy.name, config.strategy.quorum, memory.level, model.module)(
         dp, memory.group, model.named, reducer, make_optimizer, optim.clip, nominal_tokens, int(config.comm.bucket_mb * 2**20),
         memory.one_copy, spare_slots=int(train.audit_every > 0), most_slots=2 * plan.lanes.num_lanes.bit_length() + 3,
-        options=options, parts=model.parts if grid.parts > 1 else None,
+        options=options, parts=model.parts if grid.parts > 1 or (memory.level >= 2 and not model.parts.plain_norm) else None,
     )
     if before is None:
         strategy.start()
@@ -108,12 +109,12 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
 
 
 def make_hidden(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory) -> Hidden:
-    """Find the hidden matrices, and the ranks that update them together. Collective over plan.world.
+    """Return the hidden matrices, and the ranks that update them together. Collective over plan.world.
 
-    With mesh.tp or mesh.shard=2|3, the ranks that hold boxes of the same matrices update them together. Otherwise,
-    if there are several copies of the parameters on CPUs, each copy computes the updates of some matrices and sends them to the
-    other copies. Every copy computes all updates if copies are independent (local, quorum, audits), or if an update must not need
-    other ranks (ULFM)."""
+    With mesh.tp or mesh.shard=2|3, the ranks that hold boxes of the same matrices update them together. Otherwise, if CPUs hold
+    several copies of the parameters, each copy computes the updates of some matrices and sends them to the other copies. In two
+    cases every copy computes all updates: copies are independent (local, quorum, audits), or an update must not need other ranks
+    (ULFM)."""
     config, grid, shape, dp = plan.config, plan.grid, plan.shape, plan.mesh.dp
     method, tp = kind(config.strategy.name, config.strategy.quorum), grid.tp.size > 1
     independent = method == "local" or config.train.audit_every > 0 or launched_with_ulfm()
@@ -139,7 +140,7 @@ def make_hidden(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory) 
 
 
 def make_engine(plan: RunPlan, model: TrainedModel, transport: Messages, strategy: Strategy, services: Services) -> Engine:
-    """Make the engine. Collective over plan.grid.pp."""
+    """Make the engine, which runs forward and backward passes. Collective over plan.grid.pp."""
     config, grid, part = plan.config, plan.grid, model.parts.part
     stages = Stages(grid, transport, plan.device, config.mesh.interleave) if grid.pp.size > 1 else None
     return Engine(

@@ -1,4 +1,4 @@
-"""Checkpoints in the training loop: saves and restores a job, and stops a job after a checkpoint."""
+"""Checkpoints in the training loop: saves a job, restores it, and stops it after a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mpidp.training.state import Position
 
 
 def save(job: Job, end: dict[str, Any] | None = None, wait: bool = False) -> None:
-    """Begin to write a checkpoint of this step. Writing continues during training. end: the content of the `end` line, if the run
-    is over. With `end` or `wait`, return only when the checkpoint is on the disk. In this case raise MpidpError on every rank if
-    the checkpoint cannot be written. Collective over job.comm."""
+    """Begin to write a checkpoint of this step. Writing continues during training. `end`: the content of the `end` line, if the
+    run is over. With `end` or `wait`, return only when the checkpoint is on the disk. In this case raises MpidpError on every
+    rank if the checkpoint cannot be written. Collective over job.comm."""
     at, wait, enter = job.position, wait or end is not None, job.services.observers.enter
     if wait:
         with job.services.clock.timed("checkpoint"):
@@ -36,7 +36,7 @@ def save(job: Job, end: dict[str, Any] | None = None, wait: bool = False) -> Non
 
 
 def report_saves(job: Job) -> None:
-    """Log the checkpoints that were written, or failed, since the last call. Independent."""
+    """Log the checkpoints that were written since the last call, and those that could not be written. Independent."""
     for event in job.saver.pop_events():
         job.record.write(event)
         if event["event"] == "saved":
@@ -47,7 +47,7 @@ def report_saves(job: Job) -> None:
 
 
 def restore(job: Job, reader: Reader) -> None:
-    """Load parameters, optimizer state and position from a checkpoint. Any number of ranks may have written the checkpoint.
+    """Load parameters, optimizer state and position from a checkpoint. The checkpoint may be from another number of ranks.
     Collective over job.comm."""
     with raise_together(job.comm), manifest.readable(reader.path), torch.no_grad():
         job.parts.load(reader, job.engine.model)
@@ -57,8 +57,8 @@ def restore(job: Job, reader: Reader) -> None:
 
 
 def stop_run(job: Job, stop: StopRequest) -> MpidpError:
-    """Write a checkpoint, and return the exception with which every rank stops. Write nothing if another copy of the job has
-    taken over the run. Collective over job.comm."""
+    """Write a checkpoint, and return the exception that every rank must raise. Write nothing if another copy of the job has taken
+    over the run. Collective over job.comm."""
     reasons = [r for r in job.comm.allgather(stop.reason) if r]
     if TAKEN_OVER in reasons:
         return MpidpError.on_every_rank(

@@ -1,4 +1,4 @@
-"""Data parallelism in a job: decides which lanes each rank computes, and which ranks share memory."""
+"""Data parallelism in a job. Decides which lanes each rank computes, and which ranks share memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mpidp.training.balance import BALANCES, Balance, Terms
 
 
 class MemoryRequest(Protocol):
-    """The first argument of share_memory(). RunPlan and library.SharingPlan implement this protocol."""
+    """The type of the first argument of share_memory(). RunPlan and library.SharingPlan implement this protocol."""
 
     @property
     def config(self) -> Config:
@@ -36,7 +36,7 @@ class MemoryRequest(Protocol):
 
     @property
     def mesh(self) -> Topology:
-        """The placement of the ranks that hold the same part of the model, one per replica."""
+        """The ranks that hold the same part of the model, one rank of each replica."""
 
     @property
     def world(self) -> MPI.Intracomm:
@@ -44,7 +44,7 @@ class MemoryRequest(Protocol):
 
     @property
     def lanes(self) -> Lanes:
-        """The lanes of a batch."""
+        """The lanes of a global batch."""
 
     @property
     def device(self) -> torch.device:
@@ -52,7 +52,7 @@ class MemoryRequest(Protocol):
 
     @property
     def shape(self) -> Any:
-        """The model's shape. Each of the num_layers layers begins a new norm block."""
+        """The model's shape. Each of its num_layers layers begins a new norm block."""
 
 
 HELD = (  # messages by mesh.shard: what a rank holds of parameters and optimizer state
@@ -73,8 +73,8 @@ class DataParallelMemory:
     level: int  # mesh.shard, or 0 if there is only one copy: it need not be sharded
 
     def micro_batches(self, rank: int) -> list[int]:
-        """Return the micro-batches that a rank computes, in order, if they are known before the step. At levels 2 and 3, they are
-        dealt to the ranks in turn. Independent."""
+        """Return the micro-batches that rank `rank` computes, in order. With train.balance=steal, other ranks may take some of
+        them during the step. With mesh.shard=2|3, the micro-batches are dealt to the ranks in turn. Independent."""
         lanes = self.reducer.lanes
         if self.level >= 2:
             return list(range(rank, lanes.num_micro_batches, len(self.balance.ranges)))
@@ -82,8 +82,8 @@ class DataParallelMemory:
 
 
 def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at: bool = False) -> tuple[int, int]:
-    """Return the number of gradient buffers that a rank needs, and the largest number of lanes that it may get. The second number
-    is 0 if the rank's lanes never change. looked_at: as in share_memory(). Independent."""
+    """Return (number of gradient buffers that rank `rank` needs, largest number of lanes that it may get). The second number is 0
+    if the rank's lanes never change. `size`: number of replicas. `looked_at`: as in share_memory(). Independent."""
     mine = lanes.of_rank(rank, size)
     kind, most = config.train.balance if size > 1 else "even", 0
     if kind == "measured":  # at most three times as many as with even ranges; memory grows with the logarithm of `most`
@@ -97,19 +97,19 @@ def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at
 
 
 def held_buffers(config: Config) -> int:
-    """Return the number of buffers of a gradient's size that compression needs. These are the residual and its previous value,
-    and with momentum also the velocity and its previous value. Pure."""
+    """Return the number of buffers that compression needs, each as large as a gradient. They are the residual and its previous
+    value. With momentum, the velocity and its previous value are added. Pure."""
     return 2 * (1 + (config.comm.momentum > 0)) if config.comm.compress != "none" else 0
 
 
 def held_floats(config: Config, slots: int, size: int) -> float:
-    """Return the number of float32 values that a rank holds between steps for each parameter: the parameter, two moments and the
-    gradient buffers. slots: number of gradient buffers. size: number of replicas. Pure."""
+    """Return how many float32 values a rank stores between steps per parameter of the model. These values are the parameter, two
+    moments and the gradient buffers. `slots`: number of gradient buffers. `size`: number of replicas. Pure."""
     return (3 + slots, 1 + 2 / size + slots, 1 + (2 + slots) / size, (3 + slots) / size)[config.mesh.shard]
 
 
 def _can_steal(mesh: Topology) -> bool:
-    """Return whether, on every node, ranks can take lanes of each other. Collective over mesh.dp."""
+    """Return whether, on every node, a rank can take lanes from another rank. Collective over mesh.dp."""
     node = cast(MPI.Intracomm, mesh.dp.Split(mesh.node_index, mesh.dp.rank))
     free = bool(mesh.dp.allreduce(mesh.local_size == 1 or steals_freely(node), op=MPI.LAND))
     node.Free()
@@ -120,11 +120,12 @@ def share_memory(
     plan: MemoryRequest, transport: Messages, num_parameters: int, observers: StepObservers = NO_OBSERVERS,
     parts: ModelPartition | None = None, looked_at: bool = False, before: tuple[Group, bool] | None = None,
 ) -> DataParallelMemory:
-    """Make the group, the balance and the reducer of this rank as configured. Rank 0 logs what was chosen.
+    """Make the group, the balance and the reducer of this rank from the configuration. Rank 0 logs what was chosen.
 
-    parts: the part of the model on this rank. looked_at: whether injected faults need the gradients of single lanes. before:
-    None, or after a failure the group whose memory the surviving ranks keep, and whether the ranks of this group shared one copy.
-    Raises UsageError if the configuration is not possible with this launch. Collective over plan.mesh.dp."""
+    `parts`: this rank's part of the model. `looked_at`: whether injected faults need the gradients of single lanes. `before`:
+    None, or after a failure (the group before the failure, whether its ranks shared one copy). The surviving ranks keep the
+    memory of this group. Raises UsageError if the configuration is not possible with this launch. Collective over
+    plan.mesh.dp."""
     mesh, c, lanes = plan.mesh, plan.config, plan.lanes
     world = mesh.dp
     if c.comm.compress == "powersgd" and world.size == 1 and before is None:

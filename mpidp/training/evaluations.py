@@ -11,8 +11,8 @@ from mpidp.training.job import Job, ended
 
 
 def evaluate(job: Job) -> None:
-    """Compute and record val_loss and the figures of train.eval_tasks at this step. Without a validation split, check at the end
-    of the run that the weights are usable. Collective over job.comm."""
+    """Compute and record val_loss and the figures of train.eval_tasks at this step. If there is no validation split, check
+    instead at the end of the run whether the weights are usable. Collective over job.comm."""
     at = job.position
     with job.phase("evaluate"):
         line = evaluate_validation(job, job.plan.validation) if job.plan.validation is not None else {}
@@ -25,7 +25,7 @@ def evaluate(job: Job) -> None:
 
 
 def evaluate_validation(job: Job, validation: TokenStream) -> dict[str, Any]:
-    """Compute val_loss, and return the fields for the line of the evaluation. Collective over job.comm."""
+    """Compute val_loss. Return the fields for the line of the evaluation in metrics.jsonl. Collective over job.comm."""
     loss, tokens = _loss_on(job, validation, job.config.train.eval_tokens)
     job.services.progress.print(f"step {job.position.step}  val_loss {loss:.4f}  ({tokens:,} tokens)")
     if not math.isfinite(loss):
@@ -34,8 +34,8 @@ def evaluate_validation(job: Job, validation: TokenStream) -> dict[str, Any]:
 
 
 def evaluate_tasks(job: Job) -> dict[str, Any]:
-    """Evaluate on train.eval_tasks, and return the fields for the line of the evaluation. Tasks that cannot be evaluated do not
-    stop the run. Collective over job.comm."""
+    """Evaluate the tasks of train.eval_tasks. Return the fields for the line of the evaluation. If the tasks cannot be evaluated,
+    print a warning. Collective over job.comm."""
     if job.tasks is None:
         return {}
     figures, problem = job.tasks.run()
@@ -49,8 +49,8 @@ def evaluate_tasks(job: Job) -> dict[str, Any]:
 
 
 def check_last_update(job: Job) -> None:
-    """Warn if the loss on one batch of training data is not finite. The loss of a step is computed before its update, so no
-    step shows the effect of the last update. Collective over job.comm."""
+    """Warn if the loss on one batch of training data is not finite. This detects a bad last update, because the loss of a step is
+    computed before the update. Collective over job.comm."""
     config = job.config
     try:
         loss, _ = _loss_on(job, job.plan.training, config.train.global_batch * config.model.seq_len)
@@ -61,7 +61,7 @@ def check_last_update(job: Job) -> None:
 
 
 def warn_unusable(job: Job, kind: str) -> None:
-    """Print that a loss of this kind is not finite. Independent."""
+    """Print that the loss is not finite. `kind`: "validation" or "training". Independent."""
     job.services.progress.print(
         f"warning: step {job.position.step}: the {kind} loss is not finite, so the weights are unusable (nan, inf or too large). "
         "Checkpoints from this step on cannot be evaluated or sampled: stop, and continue from an earlier one with a lower "

@@ -1,4 +1,4 @@
-"""Writes the lines of the training loop to metrics.jsonl: start, step, skipped batch and end."""
+"""Writes lines of the training loop to metrics.jsonl: start, step, skipped batch and end."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ NAMED_RANKS = 64  # if there are more ranks, not every line lists the seconds of
 
 
 def record_start(job: Job) -> None:
-    """Write the `start` line. It has facts about the run, and the time and work that were lost since the checkpoint.
-    Independent."""
+    """Write the `start` line. It contains facts about the run. After a resume, it also contains how much time and how many steps
+    were lost, because they were after the checkpoint. Independent."""
     job.record.write({
         "event": "start", "step": job.position.step, "ranks": job.comm.size, "lanes": job.lanes.num_lanes,
         "micro_batches": job.lanes.num_micro_batches, "setup_seconds": time.time() - BEGAN,
@@ -24,8 +24,8 @@ def record_start(job: Job) -> None:
 
 
 def spent(job: Job) -> dict[str, Any]:
-    """Return the seconds of each phase and the bytes sent since the last call. The time of the strategy's communication is part
-    of comm_wait_seconds, not of update_seconds. Independent."""
+    """Return the seconds of each phase, and the bytes sent, since the last call, as fields for metrics.jsonl. The field
+    comm_wait_seconds includes the strategy's communication, and update_seconds does not. Independent."""
     seconds = job.services.clock.pop_seconds()
     sent_bytes, comm_seconds = job.transport.pop_counts()
     if "step_seconds" in seconds:
@@ -35,8 +35,9 @@ def spent(job: Job) -> dict[str, Any]:
 
 
 def log_step(job: Job, learned: dict[str, Any], report: StepReport, epoch: int) -> None:
-    """Write the line of a step. The fields that end in _seconds are this rank's times, except slowest_cost_seconds and the lists.
-    slowest_cost_seconds is the mean time that ranks waited for the slowest rank. Lists have one entry per rank. Independent."""
+    """Write the line of a step. A field that ends in _seconds is this rank's time, or a list with the time of every rank. The
+    field slowest_cost_seconds is the mean time that ranks waited for the slowest rank. `learned`: the loss and other fields for
+    the line. Independent."""
     at, seconds = job.position, spent(job)
     speed = report.tokens / (report.steps * seconds["step_seconds"])
     slowest = int(report.seconds.argmax())
@@ -61,7 +62,7 @@ def log_skipped(job: Job, batch: int, grad_norm: float) -> None:
 
 
 def record_end(job: Job, end: dict[str, Any]) -> None:
-    """Write the `end` line, with the seconds since the last step. Collective over job.comm."""
+    """Write the `end` line. `end`: its content, to which the seconds since the last step are added. Collective over job.comm."""
     rest = job.services.clock.pop_seconds()
     if job.record.facts.get("energy_of"):
         rest["energy_joules"] = job.comm.allreduce(job.services.meter.pop_joules(now=True))
@@ -69,7 +70,7 @@ def record_end(job: Job, end: dict[str, Any]) -> None:
 
 
 def noise(job: Job, measured: Noise | None) -> dict[str, float | None]:
-    """Return the fields for the gradient noise in the line of a step, or {} if the noise was not measured. Independent."""
+    """Return the fields for the gradient noise in the line of a step. Return {} if `measured` is None. Independent."""
     if measured is None:
         return {}
     job.position.noise.add(measured)

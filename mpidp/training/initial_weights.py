@@ -1,7 +1,7 @@
 """Implements train.init_from: initial weights from another run or from a Hugging Face folder.
 
-Only the weights are loaded. The optimizer starts at step 0 without state. On any mesh, each rank loads its own part of the model.
-RUN/init.json stores facts about the source. Therefore the run can resume without the source as soon as it has a checkpoint.
+Only the weights are loaded. The optimizer starts at step 0. On any mesh, each rank loads its own part of the model. RUN/init.json
+stores facts about the source. Therefore, when the run has a checkpoint, it can resume without the source.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Origin:
     wanted_sha256: str = ""  # the hash that the weights of a resumed run must have; "": any hash
 
     def completed(self, config: Config) -> Config:
-        """Return the config with the model settings of the source. Raises UsageError if the config sets other values for these
-        settings, or if the source has a custom model that the config does not name. Pure."""
+        """Return the config with the model settings of the source. Raises UsageError if the config sets these settings to other
+        values. Also raises UsageError if the source has a custom model that the config does not name. Pure."""
         plain = Config().model
         if (kind := self.settings.get("kind", plain.kind)) not in KINDS:
             check_named(kind, config.model.kind if config.model.kind != plain.kind else "", f"train.init_from={self.path}")
@@ -80,8 +80,8 @@ class Origin:
         return config.with_values(model=self.settings | {"vocab_size": rows})
 
     def check_shape(self, shape: Shape) -> None:
-        """Raise DataError if the source does not hold a model of this shape. Otherwise a few numbers in an untrusted file could
-        request all memory of the machine. Independent."""
+        """Raise DataError if the source does not contain a model of this shape. Otherwise wrong sizes in an untrusted file could
+        make mpidp allocate all memory of the machine. Independent."""
         if self.weights is None:
             return
         if isinstance(self.weights, ModelFolder):
@@ -96,12 +96,12 @@ class Origin:
                             "are damaged, or belong to different models")
 
     def _added_bytes(self, shape: Shape) -> int:
-        """Return an upper bound on the bytes of the rows that are added to the vocabulary."""
+        """Return an upper bound on the bytes of the rows that the run adds to the vocabulary."""
         width = getattr(shape, "model_dim", 0)
         return 8 * width * max(0, shape.vocab_size - int(self.settings["vocab_size"]))
 
     def check_tokenizer(self, data: Path | str, used: bytes) -> None:
-        """Raise DataError unless `data` was prepared with the source's tokenizer, to which tokens may have been added.
+        """Raise DataError unless `used`, the tokenizer of `data`, is the source's tokenizer. Tokens may have been added to it.
         Independent."""
         if self.tokenizer is not None and not tokens.extends(self.tokenizer, used):
             raise DataError(
@@ -110,8 +110,9 @@ class Origin:
             )
 
     def load(self, parts: ModelPartition, model: Any) -> Origin:
-        """Load the weights of this rank's part of the model. Compute the hash of all weights, which does not depend on the mesh.
-        Raises DataError if the hash is not the required one, or if a weight is not finite. Collective over parts.grid.world."""
+        """Load the weights of this rank's part into `model`. Return an Origin with the hash of all weights, which does not depend
+        on the mesh. Raises DataError if the hash is not the required one, or if a weight is not finite. Collective over
+        parts.grid.world."""
         assert self.weights is not None
         with raise_together(parts.grid.world), readable(Path(self.path)):
             stored = self.settings["vocab_size"]
@@ -130,7 +131,7 @@ class Origin:
         return replace(self, weights_sha256=found)
 
     def keep(self, run_dir: Path) -> None:
-        """Write RUN/init.json. Copy the companion files of the source (hf/companions.py) into the folder RUN/hf. Independent."""
+        """Write RUN/init.json, and copy the source's companion files (hf/companions.py) to the folder RUN/hf. Independent."""
         if self.come_along:
             shutil.rmtree(run_dir / "hf", ignore_errors=True)
             (run_dir / "hf").mkdir()
@@ -142,9 +143,9 @@ class Origin:
 
 
 def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
-    """Open and check the source that train.init_from names. Return None if the setting is empty. Raises UsageError if the source
-    is neither a run nor a Hugging Face folder, DataError if its files are invalid, and CheckpointError if the source is a run
-    without a valid checkpoint. Collective over world."""
+    """Open and check the source that train.init_from names. Return None if this setting is empty. Raises UsageError if the source
+    is neither a run nor a Hugging Face folder. Raises DataError if its files are invalid, and CheckpointError if the source is a
+    run without a valid checkpoint. Collective over world."""
     if not config.train.init_from:
         return None
     kept, is_run, path = None, False, Path(config.train.init_from)
@@ -174,7 +175,7 @@ def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
 
 
 def _kept(config: Config) -> Origin | None:
-    """Return the source from RUN/init.json if the run has a checkpoint, else None."""
+    """If the run has a checkpoint, return the source that RUN/init.json describes, else None."""
     run_dir = Path(config.run.dir)
     if config.run.resume == "never" or not committed(run_dir / "checkpoints"):
         return None

@@ -32,7 +32,7 @@ from mpidp.training.task_evaluation import TaskEvaluation
 
 @dataclass(frozen=True)
 class Job:
-    """The objects of a training run. build.build() makes them."""
+    """The objects that a training run needs. build.build() makes them."""
 
     plan: RunPlan
     parts: ModelPartition  # the part of the model that this rank holds
@@ -63,7 +63,7 @@ class Job:
 
     @property
     def mesh(self) -> Topology:
-        """The placement of the ranks that hold the same part of the model, one per replica."""
+        """The ranks that hold the same part of the model, one rank of each replica."""
         return self.plan.mesh
 
     @property
@@ -83,11 +83,11 @@ class Job:
         return self.plan.run_dir
 
     def micro_batches(self) -> list[int]:
-        """Return the micro-batches of this rank, in order, as known before the step. Independent."""
+        """Return the micro-batches of this rank, in order (see DataParallelMemory.micro_batches()). Independent."""
         return self.memory.micro_batches(self.mesh.dp.rank)
 
     def open_loader(self, batch: int) -> Loader:
-        """Return a loader of this rank's micro-batches that begins with this batch. Independent."""
+        """Return a loader of this rank's micro-batches. `batch`: the number of the first global batch. Independent."""
         plan = self.plan
         for stream in filter(None, (plan.training, plan.validation)):  # waiting for a server does not count as a hang
             stream.storage.report_waits(self.services.observers.progressed)
@@ -96,16 +96,16 @@ class Job:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Callable[[], float]]:
-        """Return a context for a phase of the step. The time of the phase is measured. The context yields a function that returns
-        the seconds since its start. Independent."""
+        """Run the body of a `with` statement as phase `name` of the step, and measure its time. Yield a function that returns the
+        seconds since the start of the phase. Independent."""
         self.services.observers.enter(name)
         with self.services.clock.timed(name) as seconds:
             yield seconds
 
 
 def ended(job: Job) -> str:
-    """Return the reason why the run is over, or an empty string if it is not. The result is the same on every rank.
-    Independent."""
+    """Return the reason why the run is over: steps, target_loss or patience. Return "" if it is not over. The result is the same
+    on every rank. Independent."""
     at, train = job.position, job.config.train
     if at.step >= train.steps:
         return "steps"

@@ -1,4 +1,4 @@
-"""The training loop. The loop has no code that depends on the training method."""
+"""The training loop, which is the same for all training methods."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from mpidp.training.step_report import exchange_reports
 
 
 def fit(job: Job, loader: Loader, stop: StopRequest) -> dict[str, Any]:
-    """Train until all steps are done or a stopping rule holds, and return the content of the `end` line. On a request to stop,
-    write a checkpoint and raise Stopped. Collective over job.comm."""
+    """Train until all steps are done or a stopping rule holds. Return the content of the `end` line of metrics.jsonl. If a stop
+    is requested, write a checkpoint and raise Stopped. Collective over job.comm."""
     at, clock = job.position, job.services.clock
     if job.state.recovered:
         audit_weights(job)
@@ -56,7 +56,8 @@ def fit(job: Job, loader: Loader, stop: StopRequest) -> dict[str, Any]:
 
 
 def end_run(job: Job, reason: str) -> dict[str, Any]:
-    """Write the last checkpoint and the `end` line, and return the content of the line. Collective over job.comm."""
+    """Write the last checkpoint and the `end` line. Return the content of this line. `reason`: why the run is over. Collective
+    over job.comm."""
     at, peak = job.position, job.engine.peak_bytes()
     end = {
         "event": "end", "step": at.step, "reason": reason, "tokens": at.tokens, "skipped": at.skipped,
@@ -70,7 +71,7 @@ def end_run(job: Job, reason: str) -> dict[str, Any]:
 
 def run_to_end(job: Job, stop: StopRequest, events: list[dict[str, Any]]) -> dict[str, Any]:
     """Open the record and the services, call fit(), and close the record and the services. Return the content of the `end` line.
-    events: lines about earlier failures, to write after the `start` line. Collective over job.comm."""
+    `events`: lines about earlier failures, which are written after the `start` line. Collective over job.comm."""
     services, at = job.services, job.position
     job.record.open()
     services.timeline.open(job.comm, at.step)
@@ -104,7 +105,7 @@ def run_to_end(job: Job, stop: StopRequest, events: list[dict[str, Any]]) -> dic
 
 
 def close(job: Job) -> None:
-    """Wait for the checkpoint that is being written, and free the shared memory. The model cannot be used afterwards. Collective
+    """Wait until the current checkpoint is written, and free the shared memory. Afterwards the model cannot be used. Collective
     over job.comm."""
     job.saver.wait_for_save(enter=job.services.observers.enter)
     report_saves(job)

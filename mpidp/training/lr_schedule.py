@@ -12,7 +12,7 @@ SETTINGS = ("train.steps", "optim.schedule", "optim.lr", "optim.min_lr", "optim.
 
 @dataclass(frozen=True)
 class Schedule:
-    """A learning rate for each step. Steps count from 1."""
+    """A learning-rate schedule. Steps are counted from 1."""
 
     kind: str  # cosine | linear | constant | wsd
     lr: float
@@ -21,10 +21,10 @@ class Schedule:
     total_steps: int
 
     def lr_at(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 1. After a linear warm-up to lr, the rate follows a cosine or linear
-        decay from lr to min_lr, or stays constant. With wsd (warmup-stable-decay, Hu 2024), the rate is constant until it decays
-        linearly over the last fifth of the steps. The decay would reach min_lr one step after the last step, as in transformers
-        and PyTorch. Therefore the learning rate of the last step is above min_lr. Pure."""
+        """Return the learning rate of step number `step`, counted from 1. In the first warmup_steps steps, the rate rises
+        linearly to lr. After that, constant stays at lr, and cosine and linear decay to min_lr. wsd (warmup-stable-decay, Hu
+        2024) stays at lr, and decays linearly in the last fifth of the remaining steps. The decay would reach min_lr one step
+        after the last step, as in PyTorch. Therefore the rate of the last step is above min_lr. Pure."""
         if step <= self.warmup_steps:
             return self.lr * step / self.warmup_steps
         fraction = (step - 1 - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
@@ -37,14 +37,14 @@ class Schedule:
 
 
 def schedule_of(settings: Mapping[str, Any]) -> Schedule:
-    """Return the schedule of resolved settings {section.key: value}. Pure."""
+    """Return the schedule. `settings`: resolved settings {section.key: value}. Pure."""
     steps, kind, lr, min_lr, warmup_steps = (settings[key] for key in SETTINGS)
     return Schedule(kind, lr, min_lr, warmup_steps, steps)
 
 
 def change(saved: Mapping[str, Any], now: Mapping[str, Any], step: int) -> str:
-    """Return a line that tells how the schedule changes when a run resumes after `step`, or "" if it does not change. saved, now:
-    resolved settings {section.key: value} of the checkpoint and of the resumed run. Pure."""
+    """Return a line that describes how the schedule changes when a run resumes after step `step`. Return "" if it does not
+    change. `saved`, `now`: resolved settings {section.key: value} of the checkpoint and of the resumed run. Pure."""
     changed = [f"{key} {saved[key]} -> {now[key]}" for key in SETTINGS if saved[key] != now[key]]
     if not changed:
         return ""

@@ -1,9 +1,8 @@
-"""Implements train.micro_batch=auto: chooses the number of sequences per forward pass by a short measurement when a run starts.
+"""Implements train.micro_batch=auto: measures, when a run starts, how many sequences per forward pass are fastest.
 
-Candidates are divisors of the global batch. All ranks measure a candidate at the same time, on the first tokens of the data, with
-a forward and a backward pass of their replicas. The time of the slowest rank is used, so all ranks choose the same value. The
-value is then treated like any other setting: config.toml and checkpoints contain it, and a run that resumes does not measure
-again.
+Candidates are divisors of the global batch. All ranks measure a candidate at the same time. They run a forward and a backward
+pass on the first tokens of the data. The time of the slowest rank counts, so all ranks choose the same value. The value is stored
+in config.toml and in checkpoints, so a run that resumes does not measure again.
 """
 
 from __future__ import annotations
@@ -41,9 +40,8 @@ STATE_BYTES = 24  # bytes per parameter for several gradient buffers and the mom
 
 
 def with_micro_batch(config: Config, grid: Grid) -> Config:
-    """Return the config, in which a number of sequences replaces train.micro_batch=auto (0). If the run resumes, it is the number
-    that the run had before. Otherwise it is measured, and the errors of run_plan.plan() may be raised. Collective over
-    grid.world."""
+    """Return the config with a number in place of train.micro_batch=auto (0). If the run resumes, it keeps its earlier number.
+    Otherwise the number is measured. Raises the errors of run_plan.plan(). Collective over grid.world."""
     if config.train.micro_batch:
         return config
     size, found = 0, ""
@@ -60,17 +58,17 @@ def with_micro_batch(config: Config, grid: Grid) -> Config:
 
 
 def recorded(run_dir: Path, mirror: str = "") -> int:
-    """Return train.micro_batch from the config.toml of the run in this folder, if the run has a checkpoint. Otherwise return the
-    value from the config.toml on the mirror, if the mirror has a checkpoint. If neither has a checkpoint, return 0. Raises
-    DataError if the mirror's server fails. Independent."""
+    """Return train.micro_batch of an earlier start of the run, or 0 if there is no checkpoint. The value is read from config.toml
+    in `run_dir` if there is a checkpoint, else from config.toml on `mirror`. Raises DataError if the mirror's server fails.
+    Independent."""
     if any((run_dir / "checkpoints").glob("*/manifest.json")) and (run_dir / "config.toml").is_file():
         return int(read_run_config(run_dir / "config.toml").get("train.micro_batch", 0))
     return int(settings_on(mirror).get("train", {}).get("micro_batch", 0)) if mirror else 0
 
 
 def candidates(global_batch: int, lanes: int) -> list[int]:
-    """Return the divisors of the global batch to measure, in ascending order. lanes: the smallest allowed number of micro-batches
-    per step. Pure."""
+    """Return the micro-batches to measure, which are divisors of the global batch, in ascending order. `lanes`: the smallest
+    allowed number of micro-batches per step. Pure."""
     found: list[int] = []
     for size in range(1, global_batch // lanes + 1):
         if global_batch % size == 0 and (not found or size >= GROWTH * found[-1]):
@@ -79,14 +77,14 @@ def candidates(global_batch: int, lanes: int) -> list[int]:
 
 
 def chosen(rates: dict[int, float]) -> int:
-    """Return the smallest micro-batch that has nearly the highest throughput. rates: throughput by micro-batch. Pure."""
+    """Return the smallest micro-batch with nearly the highest throughput. `rates`: {micro-batch: throughput}. Pure."""
     return min(size for size, rate in rates.items() if rate >= ENOUGH * max(rates.values()))
 
 
 def measured(trial: RunPlan, lanes: int = 0) -> dict[int, float]:
-    """Return the tokens per second of a rank, by micro-batch. trial: the plan of the run with any micro-batch. lanes: the setting
-    train.lanes. The measurement stops before a candidate that would need too much memory, and after two candidates in a row
-    without a higher throughput. Collective over trial.world."""
+    """Return {micro-batch: tokens per second of a rank}. `trial`: the plan of the run, with any micro-batch. `lanes`: the setting
+    train.lanes. Measure smaller micro-batches first. Stop before one that would need too much memory, or after two in a row
+    without a higher throughput. Raises UsageError if one sequence needs too much memory. Collective over trial.world."""
     config, world = trial.config, trial.world
     rates: dict[int, float] = {}
     with raise_together(world):
@@ -113,7 +111,7 @@ def measured(trial: RunPlan, lanes: int = 0) -> dict[int, float]:
 
 
 class Measurement:
-    """Measures forward and backward passes of a replica of the model. Independent."""
+    """Measures forward and backward passes of this rank's part of the model. Independent."""
 
     def __init__(self, trial: RunPlan) -> None:
         config, shape, device = trial.config, trial.shape, trial.device
@@ -129,13 +127,13 @@ class Measurement:
         self._before, self._last = _peak_bytes(device), (0, 0)  # _last: the last micro-batch, and the bytes that it needed
 
     def fits(self, size: int) -> bool:
-        """Return whether the memory is sufficient for this micro-batch. The estimate is based on the largest micro-batch so
-        far."""
+        """Return whether there is enough memory for `size` sequences. The estimate is based on the last measured micro-batch."""
         last, needed = self._last
         return not last or needed * size / last < self._free
 
     def seconds(self, size: int) -> float:
-        """Return the seconds of one forward and backward pass, or inf if the device's memory is not sufficient."""
+        """Return the seconds of one forward and backward pass with `size` sequences. Return inf if the device has too little
+        memory."""
         trial, config = self._trial, self._trial.config
         rows = chunk_rows(config.train.loss, trial.shape, size * config.model.seq_len)
         if rows:  # the model keeps this change, which larger micro-batches need, too

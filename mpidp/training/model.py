@@ -1,9 +1,10 @@
-"""Makes the model of a job: this rank's part of the model, its initial weights, and tensor parallelism."""
+"""Makes the model of a job: this rank's part of the model, with initial weights and tensor parallelism."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from mpidp.comm.transport import Messages
 from mpidp.model.frozen import trained
 from mpidp.model.loss_chunks import chunk_rows
 from mpidp.model.shape import CustomShape
-from mpidp.model.starting import base_weights, prepared
+from mpidp.model.starting import adapters, base_weights, prepared
 from mpidp.parallel.chunked_loss import defer_head
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.parallel.sliced_layers import slice_layers, sliced_loss
@@ -30,7 +31,7 @@ from mpidp.training.run_plan import RunPlan
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model on its device, with its trained parameters and the origin of its weights."""
+    """A model on its device, with the list of its trained parameters and the origin of its weights."""
 
     module: Any
     named: list[tuple[str, torch.nn.Parameter]]  # trained parameters
@@ -40,18 +41,22 @@ class TrainedModel:
 
 
 def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> TrainedModel:
-    """Return the model of a job. module: an existing model to use again. None: make a new model. Collective over plan.world."""
+    """Return the model of a job. `module`: an existing model to use again, or None to make a new one. Collective over
+    plan.world."""
     config, grid = plan.config, plan.grid
-    parts, origin = ModelPartition(grid, plan.shape, config.mesh.sequence, config.mesh.interleave, config.model.slices), None
+    cut = config.mesh.sequence, config.mesh.interleave, config.model.slices
+    partition = partial(ModelPartition, grid, plan.shape, *cut)
+    origin = None
     if module is None:
-        module, origin = _new(plan, parts)
+        module, origin = _new(plan, partition())
+    parts = partition(adapters=adapters(config.flat(), plan.shape))
     token_losses, first = None, parts.part.own_range(plan.shape.vocab_size).start
     positions, dtype = config.train.micro_batch * config.model.seq_len, getattr(torch, config.train.dtype)
     rows = chunk_rows(config.train.loss, plan.shape, positions)
     if (slices := config.model.slices) > 1:
         tree = TreeComm(grid, transport, config.mesh.sequence)
         token_losses = sliced_loss(module, slices, rows or positions, dtype, tree)
-        slice_layers(module, slices, tree)
+        slice_layers(module, slices, tree, parts.sizes)
         return TrainedModel(module, trained(module), parts, token_losses, origin)
     ring: TensorComm | None = getattr(module, "tensor_comm", None)  # an existing model already uses it
     shared = ring is not None
@@ -69,7 +74,7 @@ def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> Traine
 
 
 def _new(plan: RunPlan, parts: ModelPartition) -> tuple[Any, Origin | None]:
-    """Make a new model, with initial weights that are equal on all replicas. Return the model and the origin of the weights."""
+    """Return a new model, and the origin of its weights. The initial weights are equal on all replicas."""
     config, shape, world, origin = plan.config, plan.shape, plan.world, plan.origin
     settings = config.flat()
     base = base_weights(settings, shape, parts.part)
@@ -89,8 +94,8 @@ def _new(plan: RunPlan, parts: ModelPartition) -> tuple[Any, Origin | None]:
 
 
 def _begin_alike(module: Any, parts: ModelPartition, world: MPI.Intracomm) -> None:
-    """Give every rank the initial weights of rank 0. Warn if the user's factory drew other weights on some ranks. Collective over
-    world."""
+    """Give every rank the initial weights of rank 0. Warn if the user's factory made different weights on some ranks. Collective
+    over world."""
     others = parts.broadcast_parameters(module)
     if others and world.rank == 0:
         log.warning(

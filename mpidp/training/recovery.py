@@ -1,15 +1,15 @@
 """Recovery after ranks have failed. The surviving ranks continue in the same processes, with the state in their memory.
 
-They form new groups and build a new job. The new job takes over the objects that do not depend on the number of ranks. These are
-the model, and the memory of parameters, optimizer state and gradients. No rank writes to this memory before all ranks have agreed
-on the next update. Therefore a further failure during recovery does not change the state, and the next attempt starts from the
-same state.
+The surviving ranks form new groups and build a new job. The new job takes over the model, and the memory of parameters, optimizer
+state and gradients. No rank writes to this memory before all ranks have agreed on the next update. Therefore another failure
+during recovery does not change the state, and the next attempt starts from it.
 
 With faults.respawn, new processes then join until the job has its full number of ranks. All ranks build a new job, and rank 0
 sends its state to the new ranks in MPI messages. During this time the old ranks have two jobs in memory.
 
-On a mesh, the living ranks form as many replicas as they can (parallel/replicas.py); the others wait (spares.py). If ranks of
-different replicas form one, all ranks build a new job, too, and the first replica sends its state.
+If mesh.tp or mesh.pp divides the model, the living ranks form as many replicas as they can (parallel/replicas.py). The other
+ranks wait (spares.py). If ranks of different old replicas form one replica, all ranks build a new job, and the first replica
+sends its state.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Build = Callable[[RunPlan, Job | None], Job]
 
 @dataclass
 class Crew:
-    """Facts about a run that are the same on all ranks. New ranks receive them when they join."""
+    """Facts about a run that are the same on all ranks. A new rank receives them when it joins."""
 
     config: Any  # the resolved configuration of the run
     automatic: frozenset[str]  # as RunPlan.automatic
@@ -54,12 +54,12 @@ class Crew:
     events: list[dict[str, Any]] = field(default_factory=list)  # the lines in metrics.jsonl about returns to the last checkpoint
 
     def lacks(self, size: int) -> bool:
-        """Return whether a job of this size needs replacement ranks. Independent."""
+        """Return whether a job of `size` ranks needs replacement ranks. Independent."""
         return self.respawn and size < self.full
 
 
 def survivors(world: MPI.Intracomm, why: str) -> MPI.Intracomm:
-    """Return a communicator of the surviving ranks. Raises MpidpError if no rank has failed. why: the error that MPI reported.
+    """Return a communicator of the surviving ranks. `why`: the error that MPI reported. Raises MpidpError if no rank has failed.
     Collective over the surviving ranks of world."""
     left = shrink(world)
     command.continue_in(left)
@@ -69,8 +69,9 @@ def survivors(world: MPI.Intracomm, why: str) -> MPI.Intracomm:
 
 
 def must_grow(crew: Crew, size: int, job: Job | None) -> bool:
-    """Return whether a job of `size` living ranks needs replacement ranks before it continues. After ATTEMPTS attempts at one
-    step, return False. job: None if no rank has a state. The result is the same on every rank. Independent."""
+    """Return whether a job of `size` living ranks must get replacement ranks before it continues. If so, this call counts as an
+    attempt. After ATTEMPTS attempts at one step, return False. `job`: the job, or None if no rank has a state. The result is the
+    same on every rank. Independent."""
     if not crew.lacks(size):
         return False
     step = job.position.step if job is not None else -1
@@ -83,9 +84,9 @@ def must_grow(crew: Crew, size: int, job: Job | None) -> bool:
 
 
 def one_more(world: MPI.Intracomm, crew: Crew, before: Job | None) -> MPI.Intracomm:
-    """Start a replacement rank, and return a communicator of world's ranks followed by the new rank. If no process can be
-    started, return world, and make no further attempts in this run. before: the job of the surviving ranks, or None on
-    replacement ranks. Raises RankFailure if a rank fails. Collective over world."""
+    """Start a replacement rank. Return a communicator of world's ranks, followed by the new rank. If no process can be started,
+    return `world`, and make no further attempts in this run. `before`: the job of the surviving ranks, or None on replacement
+    ranks. Raises RankFailure if a rank fails. Collective over world."""
     beat: Callable[[], None] = lambda: None  # noqa: E731
     if before is not None:
         before.services.observers.enter("respawn")
@@ -103,8 +104,7 @@ def one_more(world: MPI.Intracomm, crew: Crew, before: Job | None) -> MPI.Intrac
 
 
 def newest(world: MPI.Intracomm, crew: Crew) -> Crew:
-    """Return the newest of the ranks' facts. Spare ranks do not follow the changes of the training ranks. Collective over
-    world."""
+    """Return the newest of the ranks' facts, because the facts of spare ranks may be old. Collective over world."""
     ages = world.allgather((len(crew.events), crew.number, crew.step, crew.attempts, not crew.respawn))
     return world.bcast(crew, root=ages.index(max(ages)))  # type: ignore[no-any-return]
 
@@ -112,9 +112,9 @@ def newest(world: MPI.Intracomm, crew: Crew) -> Crew:
 def regroup(
     plan: RunPlan | None, world: MPI.Intracomm, crew: Crew, number: int, job: Job | None
 ) -> tuple[RunPlan | None, Replicas]:
-    """Return (the plan for the ranks of a new world, which of them train). If there are replacement ranks, which have no plan,
-    the training ranks make a new plan. Other ranks keep theirs. number: this rank's number, which does not change when the world
-    changes. job: the job whose state this rank holds. Collective over world."""
+    """Return the plan for a new world, and which of its ranks train. A replacement rank has no plan. If one trains, all training
+    ranks make a new plan, else ranks keep their plan. `number`: this rank's number, which is the same in every world. `job`: the
+    job whose state this rank holds, or None. Collective over world."""
     command.continue_in(world)
     tp, pp = crew.config.mesh.tp, crew.config.mesh.pp
     if tp * pp == 1:
@@ -134,7 +134,7 @@ def regroup(
 
 
 def _planned(plan: RunPlan | None, grid: Grid, crew: Crew) -> RunPlan:
-    """Return the plan for a grid of ranks. Collective over grid.world."""
+    """Return the plan for the ranks of `grid`. Collective over grid.world."""
     known = all(grid.world.allgather(plan is not None))
     if plan is not None and known:
         return replace(plan, grid=grid)
@@ -142,9 +142,9 @@ def _planned(plan: RunPlan | None, grid: Grid, crew: Crew) -> RunPlan:
 
 
 def rebuild(build: Build, plan: RunPlan, before: Job, found: Replicas, failed_at: float) -> tuple[Job, dict[str, Any]]:
-    """Make a job of the surviving ranks, which continues at the position of `before`. Return the job, and a line for
-    metrics.jsonl. Raises Damaged if the surviving ranks do not have the whole state, or are at different steps. failed_at:
-    time.monotonic() of the failure. Collective over plan.world."""
+    """Return a job of the surviving ranks, and a line for metrics.jsonl. The job continues at the position of `before`. `build`:
+    builds a job. `found`: the result of regroup(). `failed_at`: time.monotonic() of the failure. Raises Damaged if the surviving
+    ranks do not have the whole state, or are at different steps. Collective over plan.world."""
     before.saver.close()
     with commit(plan.world):  # all ranks continue with the new job, or all ranks try again from the old job
         job = build(plan, before)
@@ -157,7 +157,7 @@ def rebuild(build: Build, plan: RunPlan, before: Job, found: Replicas, failed_at
 
 
 def abandon(job: Job, stop: StopRequest | None) -> None:
-    """Release a job that this rank does not continue. Independent."""
+    """Release a job that does not continue on this rank. Independent."""
     job.saver.close()
     job.strategy.release()
     job.services.watchdog.close()
@@ -168,8 +168,8 @@ def abandon(job: Job, stop: StopRequest | None) -> None:
 def hand_over(
     build: Build, plan: RunPlan, before: Job | None, found: Replicas, failed_at: float
 ) -> tuple[Job, dict[str, Any]]:
-    """Make a job of all training ranks. The first replica sends its state to the others. Return the job, and a line for
-    metrics.jsonl. before: the previous job, or None on ranks without a state. failed_at: as in rebuild(). Collective over
+    """Return a job of all training ranks, and a line for metrics.jsonl. The first replica sends its state to the others.
+    `before`: the previous job, or None on ranks without a state. `build`, `found`, `failed_at`: as in rebuild(). Collective over
     plan.world."""
     if before is not None:
         before.saver.close()
@@ -185,7 +185,8 @@ def hand_over(
 
 
 def _take_over(job: Job, before: Job | None) -> list[tuple[int, str]]:
-    """Give `job` the state of the previous jobs besides parameters and optimizer state. Return (number, host) of their ranks."""
+    """Copy the state besides parameters and optimizer state from the previous job to `job`. Return (number, host) of each rank of
+    the previous job."""
     reached: list[tuple[int, int, int]] = job.comm.allgather(
         (-1, -1, -1) if before is None else (before.position.step, before.position.skipped, before.position.evaluated_step)
     )
@@ -205,7 +206,8 @@ def _take_over(job: Job, before: Job | None) -> list[tuple[int, str]]:
 
 
 def _event(job: Job, old: list[tuple[int, str]], found: Replicas, failed_at: float) -> dict[str, Any]:
-    """Print which ranks failed or joined, and return the line for metrics.jsonl. old: (number, host) of the ranks before."""
+    """Print which ranks failed or joined, and return a line for metrics.jsonl. `old`: (number, host) of each rank of the previous
+    job."""
     lost = [{"rank": number, "host": host.rstrip("#")} for number, host in old if number not in found.numbers]
     known = {number for number, _ in old}
     came = [number for number in job.grid.everyone.numbers if number not in known]

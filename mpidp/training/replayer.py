@@ -1,7 +1,6 @@
 """Replays steps of a run on any number of ranks: restores a state, repeats the steps, and compares the results with the record.
 
-The replay starts from the newest checkpoint before the step, or from the initial weights. It works in memory and does not write
-to RUN.
+The replay starts from the newest checkpoint before the step, or from the initial weights. It does not write to RUN.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ PLAIN = {"train.balance": "even", "train.audit_every": 0, "train.noise_every": 0
 
 
 def print_on_rank_0(world: Any, text: str) -> None:
-    """Print a message on rank 0. Independent."""
+    """Print `text` on rank 0, unless it is empty. Independent."""
     if world.rank == 0 and text:
         print(text, flush=True)
 
 
 @dataclass(frozen=True)
 class Record:
-    """The files of a run that a replay uses."""
+    """What a replay needs from the files of a run."""
 
     path: Path
     lines: dict[int, dict[str, Any]]  # lines of metrics.jsonl, by step
@@ -55,13 +54,14 @@ class Record:
     ranks: dict[int, int] = field(default_factory=dict)  # step after which the number of ranks was set -> number of ranks
 
     def ranks_in(self, start: int, last: int) -> set[int]:
-        """Return the numbers of ranks that computed the steps start + 1 to last. Empty: unknown. Pure."""
+        """Return the numbers of ranks with which the run computed steps start + 1 to last, or an empty set if unknown. Pure."""
         begun = max((at for at in self.ranks if at <= start), default=0)
         return {ranks for at, ranks in self.ranks.items() if at == begun or start < at < last}
 
 
 def read_record(run: str, world: Any) -> Record:
-    """Read the record of a run on rank 0, for all ranks. Raises UsageError if there is no such run. Collective over world."""
+    """Return the record of a run. `run`: its folder. All ranks get what rank 0 reads. Raises UsageError if there is no such run.
+    Collective over world."""
     from mpidp.checkpoint.manifest import committed
     from mpidp.runtime.world import raise_together
 
@@ -83,7 +83,7 @@ def read_record(run: str, world: Any) -> Record:
 
 @dataclass
 class Seen:
-    """A replayed batch. An object without figures represents the state from which the replay starts."""
+    """The results of a replayed batch. If `figures` is empty, the object represents the state from which the replay starts."""
 
     step: int  # the step of the batch, even if its update was skipped
     batch: int
@@ -94,7 +94,7 @@ class Seen:
 
 
 class SumObserver(StepObserver):
-    """Stores each step's gradient (the sum over lanes, not yet scaled) and computes its checksums."""
+    """Stores the sum of each step's gradients over the lanes, before it is scaled. Computes checksums of the sum."""
 
     def __init__(self) -> None:
         self._total: Any = None
@@ -103,7 +103,7 @@ class SumObserver(StepObserver):
         self._total = total.clone()
 
     def checksums(self, layout: Any) -> dict[str, int]:
-        """Return the checksums by parameter, in the order of the model. Independent."""
+        """Return {"gradient/" + name of a parameter: checksum} of the last sum, in the order of the model. Independent."""
         from mpidp.faults.audit import checksum
 
         sums = list(zip(layout.placed(), layout.views(self._total), strict=True))
@@ -111,11 +111,11 @@ class SumObserver(StepObserver):
 
 
 class Replay:
-    """A run restored to its newest checkpoint before a step, or to its beginning."""
+    """A job that holds an earlier state of a run, and repeats the run's steps from this state."""
 
     def __init__(self, record: Record, last: int, options: Namespace, world: Any) -> None:
-        """Restore the run. Raises UsageError if the run did not reach step `last`, and DataError if the run's data is missing.
-        Collective over world."""
+        """Restore the newest checkpoint before step `last`, or the initial weights. `options`: the options of the command. Raises
+        UsageError if the run did not reach step `last`, and DataError if the run's data is missing. Collective over world."""
         from mpidp.checkpoint import manifest
         from mpidp.checkpoint.resume import open_run
         from mpidp.config import command_line
@@ -177,8 +177,8 @@ class Replay:
         print_on_rank_0(world, f"{record.path}: {steps}{loose}")
 
     def batches(self, inside: bool) -> Iterator[Seen]:
-        """Yield a Seen for the first state, then a Seen for each batch up to the last step. inside: also record the micro-batches
-        of the last step. Collective over job.comm."""
+        """Yield a Seen for the first state, then a Seen for each batch up to the last step. `inside`: whether to record the
+        micro-batches of the last step. Collective over job.comm."""
         from mpidp.training.loop import close
         from mpidp.training.step import compute
         from mpidp.training.step_report import exchange_reports
@@ -204,8 +204,8 @@ class Replay:
         close(job)
 
     def _inside(self, batch: Any) -> list[dict[str, Any]]:
-        """Compute each micro-batch of the batch separately, in a spare slot. Return a row for each micro-batch, with its mean
-        loss and its gradient norm. Collective over job.comm."""
+        """Compute each micro-batch of `batch` separately, in a spare slot. Return a row for each micro-batch, with its mean loss
+        and its gradient norm. Collective over job.comm."""
         from mpidp.comm.slices import global_norm
         from mpidp.faults.audit import SpareSlot
         from mpidp.parallel.schedule import one_f_one_b
@@ -221,8 +221,8 @@ class Replay:
         return [row for part in job.comm.allgather(rows) for row in part]
 
     def tensors(self) -> dict[str, Any]:
-        """Return parameters in model order, then optimizer state, by their names in a checkpoint. If every rank holds a summand
-        of a tensor, the summands are added in rank order, as in a checkpoint. Collective over job.comm."""
+        """Return {name in a checkpoint: tensor}: the parameters in model order, then the optimizer state. If every rank holds a
+        summand of a tensor, return the sum. Collective over job.comm."""
         from mpidp.checkpoint.local_parameters import parameters_of
 
         found = {f"model/{name}": entry.tensor for name, entry in parameters_of(self.job.engine.model).items()}
@@ -232,7 +232,7 @@ class Replay:
         return found
 
     def compare(self, seen: Seen) -> list[tuple[bool, str]]:
-        """Compare a batch with its record. Return (equal or close, message) for each recorded value. Collective over job.comm."""
+        """Return (whether equal or close, message) for each recorded value of a replayed batch. Collective over job.comm."""
         line, recorded, found = self.record.lines.get(seen.step, {}), seen.batch in self.record.skipped, []
         if not seen.figures or seen.skipped or recorded:
             words = f"batch {seen.batch} skipped: {recorded} recorded, {seen.skipped} now"
@@ -266,8 +266,8 @@ class Replay:
 def check_method(
     record: Record, settings: Mapping[str, Any], start: int, last: int, saved_ranks: int | None, size: int
 ) -> None:
-    """Raise UsageError if `size` ranks cannot replay the steps start + 1 to last, because of the run's method. saved_ranks: the
-    number of ranks in the nearest checkpoint, used if metrics.jsonl does not state it. Independent."""
+    """Raise UsageError if the run's method does not permit `size` ranks to replay the steps start + 1 to last. `saved_ranks`: the
+    number of ranks in the nearest checkpoint, which is used if metrics.jsonl does not state it. Independent."""
     name, quorum = settings.get("strategy.name", "synchronous"), settings.get("strategy.quorum", 1.0)
     if kind(name, quorum) != "synchronous":
         raise UsageError(
@@ -294,7 +294,7 @@ def check_method(
 
 
 def _sum_in_rank_order(mine: Any, comm: Any) -> Any:
-    """Return the sum of every rank's tensor, added in rank order to zeros. Collective over comm."""
+    """Return zeros plus every rank's tensor `mine`, added in rank order. Collective over comm."""
     from mpidp.comm.buffers import buf
 
     own = mine.detach().cpu()

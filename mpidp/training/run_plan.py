@@ -1,4 +1,4 @@
-"""The plan of a run. To make a plan, the data is opened and checked, and the configuration is resolved. Making a plan uses little
+"""The plan of a run. To make a plan, the data is opened and checked, and the configuration is resolved. This uses little
 memory."""
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ KEPT = {"train.threads": 0, "optim.warmup_steps": -1}  # the value that means au
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A resolved run: configuration, data, grid of ranks, model shape. It holds no large memory."""
+    """What is known before a run starts: resolved configuration, data, grid of ranks, and model shape. It holds no large
+    memory."""
 
     config: Config  # resolved: without automatic values
     automatic: frozenset[str]  # the settings of KEPT that the user left automatic
@@ -69,7 +70,7 @@ class RunPlan:
 
     @property
     def mesh(self) -> Topology:
-        """The ranks that hold the same part of the model as this rank. If mesh.tp and mesh.pp are 1, the part is the whole
+        """The ranks that hold the same part of the model as this rank. If mesh.tp and mesh.pp are 1, every rank holds the whole
         model."""
         return self.grid.replicas
 
@@ -79,9 +80,9 @@ class RunPlan:
         return part_of(self.shape, grid.pp.rank, grid.pp.size, grid.tp.rank, grid.tp.size, chunks=self.config.mesh.interleave)
 
     def adopt(self, reader: Reader | None, notes: list[str]) -> RunPlan:
-        """Return the plan for resuming from the checkpoint `reader`, or for a new run if reader is None. The plan has the
-        checkpoint's values of the settings that the user left automatic. notes: messages to log. Raises UsageError if a setting
-        that must not change has changed. Collective over world."""
+        """Return the plan for resuming from the checkpoint `reader`. If `reader` is None, return the plan for a new run. Settings
+        that the user left automatic get the checkpoint's values. `notes`: messages to log. Raises UsageError if the user changed
+        a setting that must not change. Collective over world."""
         plan = self
         if reader is not None:
             with raise_together(self.world), readable(reader.path):
@@ -110,7 +111,7 @@ class RunPlan:
         return plan
 
     def _kept(self, saved: Mapping[str, Any]) -> Config:
-        """Return the config with the saved values of the automatic settings. Raises ValueError if a saved value is not
+        """Return the config, in which automatic settings have the values in `saved`. Raises ValueError if a saved value is not
         plausible."""
         values: dict[str, dict[str, Any]] = {}
         for key in self.automatic:
@@ -123,8 +124,8 @@ class RunPlan:
         return self.config.with_values(**values)
 
     def has_ended(self, reader: Reader) -> dict[str, Any] | None:
-        """Return the content of the `end` line if the run is over and no setting that decides its end has changed, else None.
-        Independent."""
+        """Return the content of the `end` line if the run is over. Return None if the run is not over, or if the user has changed
+        a setting that decides when the run ends. Independent."""
         with readable(reader.path):
             end: dict[str, Any] | None = reader.meta["end"]
             if end is None or end["step"] >= self.config.train.steps and end["reason"] == "steps":
@@ -134,7 +135,7 @@ class RunPlan:
             return end if all(reader.meta["config"][key] == now[key] for key in rules) else None
 
     def print_end(self, end: dict[str, Any]) -> None:
-        """Print on rank 0 that the run is over. Write the last line of the metrics file if it is missing. Independent."""
+        """Print on rank 0 that the run is over. Add the `end` line to metrics.jsonl if it is missing. Independent."""
         if self.world.rank:
             return
         file = Path(self.config.run.dir) / "metrics.jsonl"
@@ -157,9 +158,9 @@ def _open(path: str, split: str, cache: CacheOptions) -> TokenStream | None:
 
 
 def plan(config: Config, grid: Grid) -> RunPlan:
-    """Open and check the data, resolve the configuration, and check that all ranks agree on it. Raises UsageError if the
-    configuration is invalid or does not fit the launch or the data, and DataError if the data is invalid. Collective over
-    grid.world."""
+    """Open and check the data, resolve the configuration, and check that all ranks have the same configuration. Raises DataError
+    if the data is invalid. Raises UsageError if the configuration is invalid, or does not fit the number of ranks or the data.
+    Collective over grid.world."""
     world, replicas = grid.world, grid.replicas.dp.size
     origin = open_origin(config, world)
     with raise_together(world):

@@ -1,4 +1,4 @@
-"""The record of a run: RUN/metrics.jsonl, trackers, and the facts in `start` lines and checkpoints."""
+"""The record of a run: metrics.jsonl, the trackers, and facts that are stored in `start` lines and checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from mpidp.training.state import RunState
 
 @dataclass
 class RunRecord:
-    """The record of a run. Rank 0 writes the files. Every rank keeps the lines since the last update in memory."""
+    """The record of a run. Rank 0 writes the files. Every rank keeps in memory the lines that were written after the last
+    update."""
 
     run_dir: Path
     meta: dict[str, Any]  # facts for every checkpoint: config, fingerprint, data
@@ -40,7 +41,7 @@ class RunRecord:
     file: MetricsFile | None = None  # open while the job runs
 
     def open(self) -> None:
-        """Open the files. Remove the lines of steps after the current step. Independent."""
+        """Open metrics.jsonl and the trackers. Remove the lines of steps after the current step. Independent."""
         at = self.state.position
         if self.writes:
             latest = self.state.lines if self.state.recovered else None
@@ -48,7 +49,7 @@ class RunRecord:
             self.file = MetricsFile(self.run_dir / "metrics.jsonl", at.step, at.batch, latest, also)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Add the time to a line, and write the line to metrics.jsonl. Independent."""
+        """Add the current time to a line, and write the line to metrics.jsonl and the trackers. Independent."""
         line = line | {"unix_seconds": round(time.time(), 3)}
         self.state.lines.append(line)
         if self.file is not None:
@@ -59,24 +60,25 @@ class RunRecord:
         return self.file.lost if self.file is not None else {}
 
     def mfu(self, tokens_per_second: float) -> float | None:
-        """Return the model FLOPs utilization, or None if the peak FLOP/s of the devices are not known. Independent."""
+        """Return the model FLOPs utilization at a throughput of `tokens_per_second`. Return None if the peak FLOP/s of the device
+        are not known. Independent."""
         peak = self.facts["peak_flops_per_second"]
         return tokens_per_second * self.facts["flops_per_token"] / peak if peak else None
 
     def _about(self, step: int) -> dict[str, Any]:
-        """Return the facts for the trackers. See metrics.track.tracked.TrackedRun."""
+        """Return facts for the trackers (see metrics.track.tracked.TrackedRun)."""
         run_dir, config = self.run_dir.resolve(), self.meta["config"]
         tags = [tag.strip() for tag in config["metrics.tags"].split(",") if tag.strip()]
         return {"folder": str(run_dir / "track"), "name": run_dir.name, "project": config["metrics.project"], "tags": tags,
                 "step": step, "config": config}
 
     def close(self) -> None:
-        """Close the file, and send the trackers no more lines. Independent."""
+        """Close metrics.jsonl. From now on, send no lines to the trackers. Independent."""
         if self.file is not None:
             self.file.close()
 
     def finish(self) -> None:
-        """Wait a limited time until the trackers have stored all lines. Independent."""
+        """Wait until the trackers have stored all lines, but only for a limited time. Independent."""
         if self.file is not None and self.file.also is not None:
             self.file.also.finish()
 
@@ -85,8 +87,8 @@ def make_run_record(
     plan: RunPlan, model: torch.nn.Module, origin: Origin | None, machines: dict[str, Any], state: RunState,
     before: RunRecord | None,
 ) -> RunRecord:
-    """Make the record of a job. before: the record of the job that this job continues, or None in a new process. Without
-    `before`, rank 0 also writes config.toml and the tokenizer. Independent."""
+    """Return the record of a job. `before`: the record of the job that this job continues. In a new process, `before` is None,
+    and rank 0 writes config.toml and the tokenizer. Independent."""
     config, first = plan.config, plan.world.rank == 0
     meta = {
         "config": config.flat(),
@@ -108,7 +110,7 @@ def make_run_record(
 
 
 def _write_files(plan: RunPlan, origin: Origin | None) -> None:
-    """Write the files of a new run. They include the tokenizer, so that the run can be used without its data."""
+    """Write the files of a new run. One of them is the tokenizer, so that the run can be used without its data."""
     folder = plan.training.folder
     special = plan.training.index.special_tokens_bytes(folder)
     table = None if special is None else read_special_tokens(folder)
@@ -121,8 +123,8 @@ def _write_files(plan: RunPlan, origin: Origin | None) -> None:
 
 
 def keep_special_tokens(content: bytes | None, template: str | None, run_dir: Path) -> None:
-    """Write the data's special_tokens.json to the run. The chat template of the data replaces that of the model in RUN/hf.
-    Independent."""
+    """Write the data's special_tokens.json to the run. `content`: its content, or None if there is none. `template`: the chat
+    template of the data. It replaces the model's template in RUN/hf. Independent."""
     (run_dir / FILE).unlink(missing_ok=True)
     if content is None:
         return

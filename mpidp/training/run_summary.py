@@ -26,10 +26,9 @@ Row = tuple[str, str, str, int, int, int]  # one rank's host, cores, device, thr
 
 
 def log_summary(plan: RunPlan, given: Config, everything: bool = False) -> None:
-    """On rank 0, log the settings that differ from the defaults, and lines about model, memory, batch, data and ranks. given: the
-    configuration before automatic values were resolved. All settings and a table of ranks are logged too, at level debug, or at
-    level info if `everything` is true. Collective over plan.world.
-    """
+    """On rank 0, log the settings that differ from the defaults. Also log lines about model, memory, batch, data and ranks. At
+    level debug, also log all settings and a table of ranks. If `everything` is true, log these at level info. `given`: the
+    configuration before automatic values were resolved. Collective over plan.world."""
     dp = plan.mesh.dp
     lanes = plan.lanes.of_rank(dp.rank, dp.size - plan.config.strategy.servers)
     device = f"{plan.device} {torch.cuda.get_device_name(plan.device)}" if plan.device.type == "cuda" else "cpu"
@@ -50,7 +49,7 @@ def log_summary(plan: RunPlan, given: Config, everything: bool = False) -> None:
 
 
 def changed_settings(given: Config) -> str:
-    """Return a line with the settings that differ from the defaults. Pure."""
+    """Return a line with the settings in `given` that differ from the defaults. Pure."""
     defaults = Config().flat()
     text = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in given.flat().items()}
     changed = [shlex.quote(f"{key}={text[key]}") for key, value in given.flat().items() if value != defaults[key]]
@@ -58,8 +57,8 @@ def changed_settings(given: Config) -> str:
 
 
 def rank_table(plan: RunPlan, rows: Sequence[Row]) -> list[str]:
-    """Return a line per rank with its host, cores, device, threads and lanes. If the model is divided, the line also has the
-    rank's place in the mesh. Pure."""
+    """Return a heading, and a line for each rank with its host, cores, device, threads and lanes. If mesh.tp or mesh.pp divides
+    the model, the line also states the rank's place in the mesh. Pure."""
     cut = plan.grid.parts > 1
     places = "  dp pp tp   parameters" * cut
     lines = [f"{'rank':>5}  {'host':<20} {'cores':<12} {'device':<24} {'threads':>7} {'lanes':>6}{places}"]
@@ -70,7 +69,8 @@ def rank_table(plan: RunPlan, rows: Sequence[Row]) -> list[str]:
 
 
 def model_line(plan: RunPlan, rows: Sequence[Row]) -> str:
-    """Return a line with the kind and size of the model, and the size of the largest part of a rank. Pure."""
+    """Return a line with the kind of the model and its number of parameters. If the model is divided, the line also states the
+    size of the largest part. Pure."""
     words = [f"model: {plan.config.model.kind}, {num_parameters(plan.shape):,} parameters"]
     if plan.grid.parts > 1:
         words.append(f"at most {max(row[-1] for row in rows):,} on a rank")
@@ -80,7 +80,7 @@ def model_line(plan: RunPlan, rows: Sequence[Row]) -> str:
 
 
 def memory_line(plan: RunPlan, rows: Sequence[Row]) -> str:
-    """Return a line with the memory that a rank needs between steps, without activations. Pure."""
+    """Return a line with the memory that a rank needs between steps. Pure."""
     c, size, count = plan.config, plan.mesh.dp.size, max(row[-1] for row in rows)
     slots = gradient_slots(c, plan.lanes, 0, size)[0] + held_buffers(c)
     trained = _trained_parameters(plan) if _is_partly_frozen(c) else count
@@ -91,7 +91,7 @@ def memory_line(plan: RunPlan, rows: Sequence[Row]) -> str:
 
 
 def batch_line(plan: RunPlan) -> str:
-    """Return a line with the size of the global batch, its parts, and the number of ranks. Pure."""
+    """Return a line with the size of the global batch, its numbers of micro-batches and lanes, and the number of ranks. Pure."""
     c, t = plan.config, plan.config.train
     return (f"batch: {t.global_batch} sequences x {c.model.seq_len} = {t.global_batch * c.model.seq_len:,} tokens per step, in "
             f"{plan.lanes.num_micro_batches} micro-batches and {t.lanes} lanes, on {counted(plan.world.size, 'rank')} of "
@@ -107,8 +107,8 @@ def data_line(plan: RunPlan) -> str:
 
 
 def ranks_line(rows: Sequence[Row]) -> str:
-    """Return a line with the number of ranks on each host, a faster launch if there is one, and how to list the ranks and all
-    settings. Pure."""
+    """Return a line with the number of ranks on each host, and with the way to list all ranks and settings. If another launch is
+    probably faster, the line recommends it. Pure."""
     sizes, threads = Counter(row[0] for row in rows), sorted({row[3] for row in rows})
     hosts = [f"{host} ({size})" if len(sizes) > 1 else host for host, size in sizes.items()]
     more = [f"{len(hosts) - NAMED_HOSTS} more hosts"] * (len(hosts) > NAMED_HOSTS)

@@ -1,4 +1,4 @@
-"""The services of a job: watchdog, injected faults, timeline, clock, progress output and energy meter."""
+"""The services of a job: watchdog, injected faults, timeline, clock, progress output, and energy meter."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from mpi4py import MPI
 
 from mpidp.checkpoint.mirror import Mirror
+from mpidp.comm.waiting import REPORTS
 from mpidp.config.rules import steps_of
 from mpidp.faults.heartbeat import open_heartbeat_board
 from mpidp.faults.inject import InjectedFaults
@@ -26,7 +27,7 @@ from mpidp.training.state import RunState
 
 @dataclass
 class Services:
-    """The objects that watch and measure a job. Training would work without them."""
+    """The objects that watch, measure and test a job."""
 
     faults: InjectedFaults  # faults injected on this rank
     watchdog: Watchdog
@@ -40,7 +41,7 @@ class Services:
     mirror: Mirror | None = None  # on rank 0, if run.mirror is set
 
     def close(self) -> None:
-        """Stop measuring and close the progress bar. Independent."""
+        """Stop measuring energy, and close the progress bar. Independent."""
         self.meter.close()
         self.progress.close()
 
@@ -49,14 +50,15 @@ def make_services(
     plan: RunPlan, state: RunState, faults: InjectedFaults, lock: RunLock | None, on_hang: Callable[[str], None],
     more: Sequence[StepObserver] = (), mirror: Mirror | None = None,
 ) -> Services:
-    """Make the services of a job. on_hang: called with the report of a hang. more: further observers of every step. Collective
-    over plan.world."""
+    """Make the services of a job. `on_hang`: called with the report of a hang. `more`: additional observers of every step.
+    Collective over plan.world."""
     config, world, host = plan.config, plan.world, plan.grid.everyone.host
     board = open_heartbeat_board(world, host, plan.run_dir) if config.run.hang_seconds else None
     # With one rank os._exit is sufficient. With several ranks mpirun takes the exit code from MPI_Abort.
     abort: dict[str, Any] = {"abort": world.Abort} if world.size > 1 else {}
     watchdog = Watchdog(board, config.run.hang_seconds, 10.0 if config.train.compile else 3.0, on_hang=on_hang, **abort)
     first_last = steps_of(config.metrics.timeline)
+    REPORTS.observe = watchdog.waits
     timeline = Timeline(first_last, plan.run_dir, host.partition("#")[0], config.metrics.kernels)
     observers = StepObservers([watchdog, faults, timeline, *more], lambda: state.position.step)
     meter, machines = watch_energy(config.metrics.energy, host, plan.device, world)
@@ -66,8 +68,8 @@ def make_services(
 
 def watch_energy(wanted: bool, host: str, device: torch.device, world: MPI.Intracomm) -> tuple[Meter, dict[str, Any]]:
     """Return this rank's energy meter, and facts for the `start` line. The facts are the number of devices, what is measured on
-    all machines, and why other counters are missing. The first rank of each machine reads the counters, even if a setting divides
-    the machine into several nodes. Collective over world."""
+    all machines, and why other counters are missing. `wanted`: the setting metrics.energy. `host`: this rank's host name. Only
+    the first rank of each machine reads the counters. Collective over world."""
     cuda = device.type == "cuda"
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if cuda else ""
     machine = host.partition("#")[0]

@@ -1,7 +1,7 @@
-"""Spare ranks, which live but fill no replica of the mesh. They wait until an attempt of the training ranks has ended.
+"""Spare ranks: living ranks that fill no replica of the mesh. They wait until an attempt of the training ranks has ended.
 
-Each attempt ends with an agreement of all living ranks on its outcome. So the spare ranks continue as the training ranks do, also
-if a training rank fails at the end of an attempt.
+At the end of an attempt, all living ranks agree on its outcome. Therefore spare ranks and training ranks continue in the same
+way, even if a training rank fails at the end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ SPARE = -1  # all bits are set, so the outcome is that of the training ranks
 
 @dataclass(frozen=True)
 class Ended:
-    """An attempt without an error. All living ranks have equal results, except that only training ranks have the end record."""
+    """The outcome of an attempt without an error. It is the same on all living ranks, except that `record` is empty on spare
+    ranks."""
 
     over: bool  # whether the run is over
     grow: bool  # whether the job first needs more ranks
@@ -33,9 +34,10 @@ class Ended:
 def attempt(
     world: MPI.Intracomm, first: int, train: Callable[[], dict[str, Any] | None] | None, can_return: Callable[[Damaged], bool]
 ) -> Ended:
-    """Call `train` on the training ranks, and wait for its end on the spare ranks, where it is None. Return the outcome, or raise
-    the error of the training ranks. A spare rank does not raise Damaged. first: the first training rank. can_return: whether the
-    run can return to its last checkpoint after this error. Raises RankFailure if training ranks fail. Collective over world."""
+    """Call `train` on the training ranks. On spare ranks, `train` must be None, and this function waits. Return the outcome, or
+    raise the error of the training ranks. `first`: the first training rank. `can_return`: whether the run can return to its last
+    checkpoint after a Damaged error. If so, spare ranks do not raise this error. Raises RankFailure if training ranks fail.
+    Collective over world."""
     code, end = SPARE, None
     error: Exception | None = None
     if train is not None:

@@ -18,7 +18,7 @@ KNOWN_AFTER = 20  # after this number of updates the usual norm is known
 
 @dataclass
 class Position:
-    """The position of a run. Every checkpoint contains all fields."""
+    """The position of a run. Every checkpoint contains all its fields."""
 
     step: int = 0  # updates made
     skipped: int = 0  # batches that made no update
@@ -37,17 +37,16 @@ class Position:
 
     @property
     def batch(self) -> int:
-        """The number of the next batch. The loader needs no other state."""
+        """The number of the next global batch. The data loader needs no other state."""
         return self.step + self.skipped
 
     def norm_limit(self, spike: float) -> float:
-        """Return the largest gradient norm with which an update is made. It is `spike` times the median of the last norms. A few
-        unusual norms hardly change the median, and the median has the same bits on any machine. Return infinity before
-        KNOWN_AFTER updates, and if spike is 0. Independent."""
+        """Return the largest gradient norm with which an update is made: `spike` times the median of the last norms. The median
+        hardly changes after a few unusual norms. Return infinity before KNOWN_AFTER updates, and if `spike` is 0. Independent."""
         return spike * statistics.median_low(self.norms) if spike and len(self.norms) >= KNOWN_AFTER else math.inf
 
     def count(self, stats: StepStats, tokens: int) -> None:
-        """Count a batch that made an update or was skipped. tokens: number of its target tokens. Independent."""
+        """Count a batch, which made an update or was skipped. `tokens`: number of its target tokens. Independent."""
         if stats.skipped:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         else:
@@ -55,8 +54,8 @@ class Position:
             self.norms = [*self.norms, *filter(None, [stats.grad_norm])][-REMEMBERED:]
 
     def evaluated(self, loss: float | None) -> None:
-        """Record that this step was evaluated. loss: val_loss, or None if there is no validation split. A loss that is not finite
-        is never the best. Independent."""
+        """Record that the current step was evaluated. `loss`: val_loss, or None if there is no validation split. A loss that is
+        not finite is never the best loss. Independent."""
         self.evaluated_step = self.step
         if loss is None:
             return
@@ -66,13 +65,13 @@ class Position:
         self.val_loss, self.best_val_loss = loss, loss if better else self.best_val_loss
 
     def skip_to(self, batch: int) -> None:
-        """Skip the batches before `batch`. Independent."""
+        """Count the batches before number `batch` as skipped. Independent."""
         self.skipped, self.skipped_in_a_row = batch - self.step, 0
 
 
 @dataclass
 class RunState:
-    """The state of a run besides parameters and optimizer state. A job passes all of it to the next job."""
+    """The state of a run besides parameters and optimizer state. A job passes it to the job that continues the run."""
 
     position: Position = field(default_factory=Position)
     lines: list[dict[str, Any]] = field(default_factory=list)  # lines of metrics.jsonl since the last update, on every rank
@@ -82,10 +81,10 @@ class RunState:
     unreported: np.ndarray | None = None  # this rank's reports since the last exchange (step_report.py)
 
     def portable(self) -> RunState:
-        """Return a copy without the values that only this rank has. Independent."""
+        """Return a copy without this rank's own values. Independent."""
         return replace(self, unreported=None)
 
     def adopt(self, other: RunState) -> None:
-        """Copy every value of another state. Independent."""
+        """Take over every value of `other`. Independent."""
         for one in fields(self):
             setattr(self, one.name, getattr(other, one.name))

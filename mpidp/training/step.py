@@ -1,4 +1,4 @@
-"""Runs the forward and backward passes of one step on this rank, and the audits that are due in the step."""
+"""Runs the forward and backward passes of one step on this rank. Also runs the audit of the step if one is due."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ATTEMPTS = 3  # number of attempts at a step in which two ranks compute differen
 
 
 def compute(job: Job, batch: Batch) -> Computed:
-    """Run the forward and backward passes of this rank's lanes. In an audited step, two ranks compute the same lane. If their
-    gradients differ, the step is computed again. If they differ in ATTEMPTS attempts, raise an MpidpError that names the
-    suspected ranks. Independent, except that an audited step is collective over job.comm."""
+    """Run the forward and backward passes of this rank's lanes. In an audited step, two ranks compute the same lane, and the step
+    is computed again if their gradients differ. After ATTEMPTS attempts with differences, raises an MpidpError that names the
+    suspected ranks. Collective over job.comm in an audited step, else independent."""
     step, faults = job.position.step + 1, job.services.faults
     squares: dict[int, float] = {}
     looks = []
@@ -66,8 +66,8 @@ def _run(job: Job, batch: Batch, squares: dict[int, float], lanes: Iterator[int]
 
 
 def _with_empty(job: Job, batch: Batch, mine: list[int]) -> list[int]:
-    """With mesh.shard=2|3, all ranks must run the same number of passes. If this rank has one micro-batch less than other ranks,
-    add an empty one at the end. Its number is the number of micro-batches in the batch."""
+    """Return the micro-batches `mine`. With mesh.shard=2|3, all ranks must run the same number of passes. If this rank has one
+    micro-batch less than other ranks, add an empty one to `batch`, and its number V to the result."""
     most = -(-job.lanes.num_micro_batches // job.mesh.dp.size)
     if job.memory.level < 2 or len(mine) == most:
         return mine
@@ -77,8 +77,8 @@ def _with_empty(job: Job, batch: Batch, mine: list[int]) -> list[int]:
 
 
 def _compute_again(job: Job, batch: Batch, lane: int, spoils: Sequence[LaneObserver]) -> AuditFinding | None:
-    """Compute a lane of another rank in a spare slot, and compare the two gradients. spoils: injected faults. Collective over
-    job.comm."""
+    """Compute lane `lane`, which another rank has computed, in a spare slot. Compare the two gradients, and return the finding if
+    they differ. `spoils`: injected faults. Collective over job.comm."""
     aside = SpareSlot(job.audit.buffer, -1)
     job.engine.run(one_f_one_b(list(job.lanes.micro_batches(lane)), job.grid.pp.rank, job.grid.pp.size), batch, aside)
     for spoil in spoils:

@@ -1,4 +1,4 @@
-"""The reports that ranks exchange after computing a step."""
+"""The reports that ranks exchange after they have computed a step."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mpidp.training.job import Job
 
 @dataclass
 class StepReport:
-    """The reports of all ranks for the steps since the last exchange, usually for one step. The values are the same on every
-    rank. If the step is not a meeting, the values are those of this rank only."""
+    """The reports of all ranks since the last exchange, which usually cover one step. They are the same on every rank. If the
+    step is not a meeting, the object contains only this rank's report of the step."""
 
     losses: np.ndarray  # (V,) sums of token losses
     num_tokens: np.ndarray  # (V,) target tokens
@@ -33,21 +33,21 @@ class StepReport:
 
     @property
     def tokens(self) -> int:
-        """The number of target tokens of the global batches."""
+        """The number of target tokens in the reported steps."""
         return int(self.num_tokens.sum())
 
     @property
     def loss(self) -> float:
-        """Mean loss over tokens, in nats. The loss sums of micro-batches are added in their order, so the mean does not depend on
-        the number of ranks."""
+        """The mean loss over tokens, in nats. The sums of the micro-batches are added in a fixed order, so the mean does not
+        depend on the number of ranks."""
         return sum_in_order(self.losses.tolist()) / max(1.0, self.tokens)
 
 
 def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> StepReport:
-    """Exchange the reports of this step with all ranks. If this step is not a meeting of the strategy, keep this rank's report
-    for the next exchange. The call first waits until this rank has copied its state for a checkpoint, because the next update
-    changes the state. At a meeting, all ranks have copied their state when the call returns. Collective over job.comm if this
-    step is a meeting, else independent."""
+    """Exchange the reports of this step with all ranks, and return them. If the step is not a meeting, keep this rank's report
+    for the next exchange. `done`: the losses of this step. `seconds`: how long this rank has computed. `stop`: whether this rank
+    received a request to stop. First wait until a checkpoint has copied this rank's state, because the next update changes the
+    state. Collective over job.comm if this step is a meeting, else independent."""
     clock, step = job.services.clock, job.position.step + 1
     with clock.timed("stall"):  # the part of comm_wait without communication
         job.saver.wait_for_recent_save(step)
@@ -81,8 +81,8 @@ def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> St
 
 
 def noise_of(job: Job, report: StepReport, grad_norm: float) -> Noise | None:
-    """Return the gradient noise of this step. Return None if the norms of lanes were not measured in this step, or if the noise
-    cannot be estimated from them. Independent."""
+    """Return the gradient noise of this step. Return None if the norms of lanes were not measured, or if the noise cannot be
+    estimated from them. Independent."""
     if not report.lane_squares.any():
         return None
     tokens = [int(report.num_tokens[list(job.lanes.micro_batches(lane))].sum()) for lane in range(job.lanes.num_lanes)]

@@ -20,17 +20,16 @@ from mpidp.training.run_plan import RunPlan
 
 
 class TaskEvaluation:
-    """Evaluates the model during training. When the ranks evaluate, all replicas have the same model."""
+    """Evaluates the model on tasks during training. All replicas must have the same model at that time."""
 
     def __init__(self, plan: RunPlan, model: Any, observers: StepObservers, tasks: dict[str, Any] | None) -> None:
-        """tasks: the result of load_tasks() on rank 0, and None on other ranks. observers: objects that are notified of the
-        progress."""
+        """`tasks`: the result of tasks_of(). `observers`: objects that are notified of the progress."""
         self._plan, self._model, self._observers, self.tasks = plan, model, observers, tasks
         self._requests: SharedRequests | None = None
 
     def run(self) -> tuple[dict[str, float | None], str]:
-        """Return {TASK/METRIC: value} and "". If the tasks cannot be evaluated, return {} and the reason. The result is the same
-        on every rank. Collective over plan.world."""
+        """Return ({TASK/METRIC: value}, ""). If the tasks cannot be evaluated, return ({}, reason). The result is the same on
+        every rank. Collective over plan.world."""
         plan, training = self._plan, self._model.training
         self._model.eval()
         try:
@@ -52,7 +51,7 @@ class TaskEvaluation:
         return plan.world.bcast(figures), ""
 
     def _open(self) -> SharedRequests:
-        """Make the requests of the tasks. Collective over plan.world."""
+        """Return an object that answers the requests of the tasks with the model. Collective over plan.world."""
         plan = self._plan
         with raise_together(plan.world):
             tokenizer = load_tokenizer(plan.run_dir / "tokenizer.json", plan.training.eod)
@@ -64,14 +63,14 @@ class TaskEvaluation:
 
 
 def options_of(config: Config) -> TaskOptions:
-    """Return the names of the tasks in train.eval_tasks, and the options for evaluating them. Pure."""
+    """Return the options for evaluating the tasks in train.eval_tasks, including their names. Pure."""
     names = [name.strip() for name in config.train.eval_tasks.split(",")]
     return TaskOptions(names, config.train.eval_tasks_dir, limit=config.train.eval_tasks_limit)
 
 
 def tasks_of(plan: RunPlan, before: TaskEvaluation | None) -> dict[str, Any] | None:
-    """Load the tasks of train.eval_tasks on rank 0. Return None on other ranks, and if there are none. before: the TaskEvaluation
-    of the job that this job continues, or None.
+    """Load the tasks in train.eval_tasks on rank 0, and return them. Return None on other ranks, and if this setting is empty.
+    `before`: the TaskEvaluation of the job that this job continues, or None.
 
     Raises UsageError if lm-eval is not installed or a task is unknown, and DataError if a task cannot be read. Collective over
     plan.world.

@@ -5,6 +5,7 @@
 | SIGSTOP | 6; rank 1, compute of step 4, stopped; the stacks of a waiting rank | code of both mpiruns, output |
 | it sleeps forever | 6; rank 1, compute of step 4; its stacks | same |
 | it never returns from a C function that holds the GIL | the same: it prints its stacks itself | same |
+| it sleeps, and others wait for it in the middle of a micro-batch (mesh.shard=2, 3, mesh.tp, mesh.pp) | the same | output |
 | it is stopped, alone on its node | 6; rank 1 sends no heartbeat; ranks of other nodes report this too | output |
 | it sleeps, alone on its node | 6; ranks of other nodes name its phase | output |
 | run.dir is removed, then it is stopped | 6; rank 1, compute of step 4, stopped | output |
@@ -31,10 +32,11 @@ HOLD = "lock = ctypes.PyDLL(None).pthread_mutex_lock; mutex = ctypes.create_stri
 WHERE = "in compute of step 4 for"
 
 
-def hang(shell: Shell, fault: str, ranks: int = 3, **extra: str) -> Ended:
+def hang(shell: Shell, fault: str, ranks: int = 3, settings: tuple[str, ...] = (), **extra: str) -> Ended:
     """Run training with this fault on rank 1. Assert that no process remains and that the message was saved for the next start.
     """
-    started = shell.start("-c", faulty(fault, ranks=[1]) + ENTER, "tiny.toml", "--run.hang_seconds=4", ranks=ranks, **extra)
+    source = faulty(fault, ranks=[1]) + ENTER
+    started = shell.start("-c", source, "tiny.toml", "--run.hang_seconds=4", *settings, ranks=ranks, **extra)
     started.until_exists(shell.folder / "run" / "checkpoints")
     members = family(started.process.pid)
     ended = started.wait()
@@ -59,11 +61,23 @@ def test_a_rank_that_gets_no_further(either: Shell, fault: str) -> None:
     assert "; of the others 2 are in comm_wait" in said, ended
     assert ("stopped (state T)" in said) == (fault == STOP), ended
     if fault == STOP:  # it cannot print: the stacks are those of a waiting rank
-        assert "in share" in ended.err, ended
+        assert "in exchange_reports" in ended.err, ended
     else:
         assert re.search(r'File "<string>", line \d+ in run\b', ended.err), ended
     left = json.loads((either.folder / "run" / "tries.json").read_text())
     assert left["tries"] == 1 and left["words"].startswith("the other ranks wait for rank 1 ("), left
+
+
+@pytest.mark.parametrize(("ranks", "settings"), [
+    (3, "mesh.shard=3"), (3, "mesh.shard=2"), (4, "mesh.tp=2 mesh.shard=3"), (4, "mesh.pp=2 mesh.shard=2"), (2, "mesh.tp=2"),
+])
+def test_a_rank_for_which_others_wait_while_they_compute(place: Path, ranks: int, settings: str) -> None:
+    """The other ranks are in the same phase, but they wait for a message."""
+    words_ = tuple(f"--{word}" for word in ("model.num_layers=2", *settings.split()))
+    ended = hang(Shell(place, "mpich"), SLEEP, ranks, words_)
+    said = next(line for line in ended.err.splitlines() if "no rank has made progress for" in line)
+    assert re.search(rf": the other ranks wait for rank 1 \(\w+, pid \d+\), {WHERE} \d+ s; of the others", said), ended
+    assert "in compute of step 4 (waiting for other ranks)" in said, ended
 
 
 def test_a_rank_alone_on_its_node(place: Path) -> None:

@@ -4,6 +4,7 @@ holds the predicted bytes."""
 from __future__ import annotations
 
 import hashlib
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from mpi4py import MPI
 from mpidp.checkpoint.reader import Reader
 from mpidp.checkpoint.resume import find_checkpoint
 from mpidp.config.schema import Config
+from mpidp.errors import UsageError
+from mpidp.faults.inject import VARIABLE
 from mpidp.strategies.optimizer import MOMENTS
 from mpidp.training.job import Job
 from mpidp.training.step import compute
 from mpidp.training.step_report import exchange_reports
+from tests.laws.test_skipped import spoilt
 from tests.memory_formulas import of_replicas, of_shards
 from tests.mpi.test_kinds import KINDS
 from tests.registries import OPTIMIZERS
@@ -94,7 +98,7 @@ def test_no_level_changes_a_bit(
     (2, (2, 2, 1), {}), (3, (2, 2, 1), {}), (3, (2, 2, 1), FOUR_LAYERS | {"mesh": {"interleave": 2}}),
     (2, (2, 2, 1), FOUR_LAYERS | {"mesh": {"interleave": 2}}), (2, (2, 1, 2), {}), (3, (2, 1, 2), {}),
     (3, (2, 1, 2), {"mesh": {"sequence": True}}), (3, (2, 2, 1), RECOMPUTE), (3, (2, 2, 1), SOME_FROZEN), (2, (2, 2, 1), TIED),
-    (3, (2, 2, 1), TIED), (3, (2, 1, 2), TIED),
+    (3, (2, 2, 1), TIED), (3, (2, 1, 2), TIED), (3, (2, 2, 1), LORA), (2, (2, 1, 2), LORA),
 ])  # fmt: skip
 def test_no_level_changes_a_bit_on_a_mesh(
     shared_folder: Path, shared_tmp: Path, level: int, mesh: tuple[int, int, int], sections: dict[str, Any]
@@ -202,3 +206,36 @@ def test_a_gradient_beyond_the_limit_makes_no_update_anywhere(shared_folder: Pat
     for n in sizes(1, 3):
         for level in (2, 3):
             assert at(n, lambda comm, level=level: work(comm, level)) == [[False, True, True, True]] * n
+
+
+@pytest.mark.parametrize("level", [2, 3])
+def test_gradients_that_are_not_finite_are_skipped_as_at_level_0(
+    shared_folder: Path, shared_tmp: Path, monkeypatch: pytest.MonkeyPatch, level: int
+) -> None:
+    data, lines = corpus(shared_folder), {}
+    for n in sizes(2, 3):
+        for how in (0, level):
+            with monkeypatch.context() as patch:
+                patch.setenv(VARIABLE, "nan:1:2,times=2")
+                run = train_at(n, tiny(data, shared_tmp / f"injected_{n}_{how}", **with_level(how, train={"steps": 4})))
+            with spoilt(lambda batch, v: (batch, v) in {(1, 1), (2, 4)}, math.nan):
+                again = train_at(n, tiny(data, shared_tmp / f"computed_{n}_{how}", **with_level(how, train={"steps": 4})))
+            assert again.lines == run.lines and [line["batch"] for line in run.events("skipped")] == [1, 2]
+            lines[how] = run.lines
+        assert lines[level] == lines[0]
+
+
+@pytest.mark.parametrize("fault", ["wrong:1:2", "flip:1:2,tensor=0,bit=3"])
+def test_faults_that_no_audit_can_find_are_refused(
+    shared_folder: Path, shared_tmp: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    if WORLD.size == 1:
+        pytest.skip("needs two ranks")
+    monkeypatch.setenv(VARIABLE, fault)
+    for level in (2, 3):
+        with pytest.raises(UsageError, match=f"'{fault}' is not possible with mesh.shard=2.3.*no audit.*use mesh.shard=0"):
+            train_at(2, tiny(corpus(shared_folder), shared_tmp / "run", **with_level(level)))
+    assert not list(shared_tmp.glob("run/checkpoints/*"))
+    monkeypatch.setenv(VARIABLE, "nan:1:2")
+    with pytest.raises(UsageError, match="'nan:1:2' changes the gradient of a lane, and only comm.reducer=tree keeps such"):
+        train_at(2, tiny(corpus(shared_folder), shared_tmp / "run", comm={"reducer": "allreduce"}))

@@ -7,22 +7,25 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from mpidp.comm import waiting
 from mpidp.faults import heartbeat
 from mpidp.faults.heartbeat import LOST, SILENT, HeartbeatBoard, HeartbeatRow, blame
 from mpidp.faults.watchdog import Watchdog
 
 
 def row(
-    rank: int, phase: str = "comm_wait", step: int = 12, state: str = "S", host: str = "node1", bucket: int = -1
+    rank: int, phase: str = "comm_wait", step: int = 12, state: str = "S", host: str = "node1", bucket: int = -1,
+    waits: bool = False,
 ) -> HeartbeatRow:
     if state == SILENT:
         return HeartbeatRow(rank, host, 400 + rank)
-    return HeartbeatRow(rank, host, 400 + rank, step, phase, bucket, 63.0, 63.0, state)
+    return HeartbeatRow(rank, host, 400 + rank, step, phase, bucket, 63.0, 63.0, state, waits)
 
 
 COMPUTES, WAITS, REDUCES = row(3, "compute"), row(1), row(2, "reduce")
@@ -43,6 +46,13 @@ BLAMED = [  # rows, the ranks waited for, a part of the message
      "all ranks are at the same place (waiting for messages that did not arrive; check the network)"),
     ([row(0, "compute"), row(1, "compute")], [0, 1], "all ranks are at the same place: rank 0 (node1, pid 400), in compute"),
     ([row(0, "data", state="D")], [0], "rank 0 (node1, pid 400), in data of step 12 for 63 s, waiting for a disk or a file"),
+    ([row(0, "compute", waits=True), row(1, "compute"), row(2, "compute", waits=True)], [1],  # for a message within the model
+     "the other ranks wait for rank 1 (node1, pid 401), in compute of step 12 for 63 s; of the others 2 are in compute of "
+     "step 12 (waiting for other ranks)"),
+    ([row(0, "compute", waits=True), row(1, waits=True), row(2, "reduce")], [0], "of the others 1 is in comm_wait of step 12, 1"),
+    ([row(0, "compute", waits=True), row(1, "compute", waits=True), row(2, state=SILENT)], [2], "no heartbeat received"),
+    ([row(0, "compute", waits=True), row(1, "compute", waits=True)], [0, 1],
+     "all ranks are at the same place (waiting for messages that did not arrive; check the network)"),
     ([row(r, "apply") for r in range(9)] + [row(9)], [9], "rank 9 (node1, pid 409), in comm_wait"),
     ([row(r, "apply") for r in range(9)] + [row(9, "publish")], list(range(9)), FOUR),
 ]
@@ -76,10 +86,11 @@ def test_neighbours_see_at_once_what_a_rank_wrote(tmp_path: Path) -> None:
     a, b = boards(tmp_path, ["x", "x"])
     assert [one.state for one in a.rows(1.0)] == [SILENT, SILENT]
     now = time.monotonic()
-    b.write(7, "reduce", 3, now - 50, now - 20)  # small: the clock may have begun at the machine's start, minutes ago
+    b.write(7, "reduce", 3, now - 50, now - 20, waits=True)  # small: the clock may have begun at the machine's start, minutes ago
     (_, seen), (_, same) = a.rows(1.0), b.rows(1.0)
     assert (seen.rank, seen.host, seen.pid, seen.step, seen.phase, seen.bucket) == (1, "x", os.getpid(), 7, "reduce", 3)
     assert 50 <= seen.entered < 70 and 20 <= seen.heard < 40 and seen.state in "RS" and same.phase == "reduce"
+    assert seen.waits
     assert 20 <= a.quiet_seconds() < 40
     a.write(7, "compute", -1, now, now)
     assert b.quiet_seconds() < 20
@@ -208,7 +219,31 @@ def test_a_board_costs_a_step_nothing(tmp_path: Path) -> None:
     """A slot has 56 bytes: a rank writes within one page, whatever the others write beside it."""
     (a, *_) = boards(tmp_path, ["x"] * 8)
     a.write(2**62, "a phase whose name is far too long for its place", 2**31, 1e9, 1e9)
-    assert heartbeat.SLOT.size == 56 and a.rows(1.0)[1].state == SILENT and a.rows(1.0)[0].phase == "a phase whose name is fa"
+    assert heartbeat.SLOT.size == 56 and a.rows(1.0)[1].state == SILENT and a.rows(1.0)[0].phase == "a phase whose name is f"
+
+
+def test_the_board_shows_whether_a_rank_waits_for_a_message(tmp_path: Path) -> None:
+    class Request:
+        """A request that is complete after some tests."""
+
+        left = 5
+
+        def Test(self) -> bool:  # noqa: N802
+            self.left -= 1
+            seen.append(board.rows(1.0)[0].waits)
+            return self.left == 0
+
+    (board,), seen = boards(tmp_path, ["x"]), list[bool]()
+    dog = Watchdog(board, 60.0)
+    waiting.REPORTS.observe = dog.waits
+    dog.enter(3, "compute")
+    waiting.doze(Request())  # type: ignore[arg-type]
+    assert seen == [True] * 5 and not board.rows(1.0)[0].waits
+    thread = threading.Thread(target=waiting.doze, args=(Request(),))
+    thread.start()
+    thread.join()
+    assert seen[5:] == [False] * 5, "a thread waits while the rank computes"
+    dog.close()
 
 
 # --- how long to wait

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -16,6 +17,7 @@ from mpidp.model.part import part_of
 from mpidp.model.shape import TransformerShape, flops_per_token, num_parameters
 from mpidp.model.transformer import Transformer
 from mpidp.parallel.chunked_loss import ChunkedLoss
+from mpidp.parallel.grid import Grid
 from mpidp.parallel.tensor import Regather, share_layers
 from mpidp.plan.mesh.activations import kept_of_block, kept_of_last_norm, logits_bytes, loss_bytes
 from mpidp.plan.mesh.memory import Memory, largest, layers_of, memory_of, parameters_of
@@ -280,7 +282,7 @@ def test_bytes_follow_the_formulas() -> None:
     wide = step_of(BIG, Shape(1, 4, 1), Work(3, 1), FAST)
     assert wide.pp_bytes == 2 * 3 * 4 * t * d and wide.between_bytes == 0
     away = step_of(BIG, Shape(4, 4, 1), Work(12, 1), FAST)
-    assert away.between_bytes == away.pp_bytes  # dp's four ranks are on one node, stages are not
+    assert away.between_bytes == away.dp_bytes  # the four stages of a replica are on one node, replicas are not
 
 
 def test_links_are_shared_as_ranks_lie() -> None:
@@ -292,7 +294,25 @@ def test_links_are_shared_as_ranks_lie() -> None:
     rails = half_allreduce(FAST, 4, 8, one)  # eight rings, one for each local rank
     assert rails.between and rails.seconds == pytest.approx(8 * 6e9 / 4e11)
     assert message(FAST, Shape(1, 2, 8), one).seconds == pytest.approx(8 * one / 4e11)
-    assert not message(FAST, Shape(1, 2, 4), one).between
+    assert not message(FAST, Shape(1, 2, 4), one).between and not message(FAST, Shape(4, 2, 4), one).between
+    assert message(FAST, Shape(1, 16, 1), one).seconds == pytest.approx(one / 4e11)  # one rank of each node sends to another node
+
+
+MESHES = [(8, 1, 1), (4, 4, 1), (2, 8, 1), (1, 16, 1), (2, 2, 8), (8, 2, 2), (4, 2, 4), (16, 4, 2)]
+
+
+@pytest.mark.parametrize(("dp", "pp", "tp"), MESHES)
+def test_traffic_leaves_a_node_where_the_ranks_of_the_mesh_do(dp: int, pp: int, tp: int) -> None:
+    """The prediction assumes the numbering of ranks in parallel/grid.py."""
+    sizes = {"model": SimpleNamespace(size=pp * tp), "pp": SimpleNamespace(size=pp), "tp": SimpleNamespace(size=tp)}
+    nodes: dict[tuple[str, int, int], set[int]] = {}
+    for rank in range(dp * pp * tp):
+        replica, stage, index = Grid.coordinates(SimpleNamespace(**sizes), rank)  # type: ignore[arg-type]
+        nodes.setdefault(("dp", stage, index), set()).add(rank // FAST.ranks_a_node)
+        nodes.setdefault(("pp", replica, index), set()).add(rank // FAST.ranks_a_node)
+    leaves = {kind: any(len(found) > 1 for (of, *_), found in nodes.items() if of == kind) for kind in ("dp", "pp")}
+    assert data_parallel(BIG, Shape(dp, pp, tp), Work(dp, 1), FAST)[0].between == leaves["dp"]
+    assert message(FAST, Shape(dp, pp, tp), 1.0).between == leaves["pp"]
 
 
 def test_hidden_traffic_is_not_waited_for() -> None:

@@ -1,4 +1,4 @@
-"""Writes to MLflow, in the database RUN/track/mlflow.db unless MLFLOW_TRACKING_URI names another place."""
+"""Writes to MLflow. The metrics are stored in RUN/track/mlflow.db, unless MLFLOW_TRACKING_URI names another place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEFAULTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT
 
 
 class MlflowTracker:
-    """See tracked.Tracker. MLflow would keep every value that is written for a step, so each step is written only once."""
+    """See tracked.Tracker. MLflow keeps every value that it gets for a step, so each step is written only once."""
 
     note = ""
     purges = False
@@ -33,8 +33,8 @@ class MlflowTracker:
             self._open(run, "", "offline_run_id")
 
     def _open(self, run: TrackedRun, server: str, key: str) -> None:
-        """Open the run. MLflow's id of the run is stored in run.state[key]. server: the address of a server, or "" for the
-        database in the run's folder."""
+        """Open the run. run.state[key] stores MLflow's id of the run. server: the address of a server, or "" for a database in
+        run.folder."""
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient(tracking_uri=server or f"sqlite:///{run.folder}/mlflow.db")
@@ -52,8 +52,8 @@ class MlflowTracker:
         return found.experiment_id if found is not None else self._client.create_experiment(name, artifacts or None)
 
     def _params(self, config: Mapping[str, Any]) -> None:
-        """Store the settings as parameters. MLflow cannot change a parameter, so a setting that a later job changes is stored
-        as a tag."""
+        """Store the settings as parameters. MLflow cannot change a parameter, so the changed settings of a later job are stored
+        as tags."""
         from mlflow.entities import Param
 
         known = self._client.get_run(self._id).data.params

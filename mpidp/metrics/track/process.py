@@ -1,10 +1,9 @@
 """The process of one tracker: `python -m mpidp.metrics.track.process NAME LOG PATIENCE_SECONDS FINISH_SECONDS`.
 
-The process reads JSON lines from standard input. The first line is the TrackedRun, and the others are lines of metrics.jsonl. The
-process ends at the end of the input. Training only writes to a pipe, so a tracker that is slow, hangs, raises an exception or
-crashes cannot delay training. The output of the tracker goes to LOG. Warnings go to the standard error of the run, at most one of
-each kind. A call of the tracker that takes longer than PATIENCE_SECONDS causes a warning. FINISH_SECONDS after the end of the
-input, the process ends even if a call does not return.
+It reads JSON lines from standard input. The first line is the TrackedRun, and the others are lines of metrics.jsonl. Training
+only writes to a pipe, so a slow or failing tracker cannot delay training. The output of the tracker goes to LOG. Warnings go to
+the standard error of the run, at most one of each kind. If a call of the tracker takes longer than PATIENCE_SECONDS, there is a
+warning. The process ends at the end of the input, at most FINISH_SECONDS later.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ ADVICE = "training continues; metrics.jsonl has all numbers"
 
 
 class Warnings:
-    """Prints each warning once, on the standard error of the run."""
+    """Prints warnings on the standard error of the run, at most one of each kind."""
 
     def __init__(self, name: str, stream: Any, seconds: float) -> None:
-        """seconds: time limit of a call. A longer call causes a warning."""
+        """name: the tracker. stream: where warnings are printed. seconds: a call that takes longer causes a warning."""
         self._name, self._stream, self._seconds, self._said = name, stream, seconds, set[str]()
 
     def say(self, kind: str, text: str) -> None:
@@ -49,7 +48,7 @@ class Warnings:
 
     @contextmanager
     def patience(self, what: str) -> Iterator[None]:
-        """Warn if the code inside this context takes too long."""
+        """Return a context. Warn if the code inside takes longer than the limit. what: a description of this code."""
         text = f"{what} has not finished after {self._seconds:g} s"
         timer = threading.Timer(self._seconds, self.say, ("slow", text))
         timer.daemon = True
@@ -61,10 +60,10 @@ class Warnings:
 
 
 class Inbox:
-    """Receives the lines of the run. A thread reads them, so that the pipe never fills up."""
+    """Receives the lines of the run. A thread reads them all the time, so the run never has to wait."""
 
     def __init__(self, stream: Any, seconds: float, overdue: Callable[[], None]) -> None:
-        """overdue: called `seconds` after the end of the input."""
+        """overdue: a function that is called `seconds` after the end of the input."""
         self._stream, self._seconds, self._overdue = stream, seconds, overdue
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.left_out = 0
@@ -83,7 +82,8 @@ class Inbox:
         self._overdue()
 
     def batches(self) -> Iterator[list[dict[str, Any]]]:
-        """Yield the lines that arrive within BATCH_SECONDS, until the end of the input."""
+        """Yield lists of lines until the end of the input. A list has the lines that arrive within BATCH_SECONDS, at most
+        MAX_BATCH."""
         while (line := self._lines.get()) is not None:
             batch, until = [line], time.monotonic() + BATCH_SECONDS
             while len(batch) < MAX_BATCH:
@@ -103,11 +103,12 @@ class Inbox:
 
 
 class State:
-    """The content of RUN/track/NAME.json: the id of the run and, for each kind of line, the last step that was written. The
-    process of an earlier job may still be writing. A lock makes this job wait for it."""
+    """The contents of RUN/track/NAME.json: the id of the run and, for each kind of line, the last step that was written. A lock
+    keeps two processes from using the file at the same time."""
 
     def __init__(self, path: Path, seconds: float) -> None:
-        """seconds: how long to wait for the lock."""
+        """seconds: how long to wait for the lock, which the process of an earlier job may hold. After this time, the file is
+        used without a lock."""
         self.path, self._lock = path, open(path.with_suffix(".lock"), "ab")  # noqa: SIM115
         until = time.monotonic() + seconds
         while time.monotonic() < until:
@@ -128,22 +129,22 @@ class State:
         self.last: dict[str, int] = {k: v for k, v in last.items() if isinstance(v, int)} if isinstance(last, dict) else {}
 
     def wrote(self, batch: list[dict[str, Any]]) -> None:
-        """Record the steps of a batch that was written. Save the state if it was last saved more than SAVE_SECONDS ago."""
+        """Record the steps of a batch that was written. Save the state if the last save is more than SAVE_SECONDS old."""
         for line in batch:
             self.last[kind_of(line)] = max(self.last.get(kind_of(line), -1), line["step"])
         if time.monotonic() > self._saved + SAVE_SECONDS:
             self.save()
 
     def save(self) -> None:
-        """Save the state. Errors such as a full disk are ignored. If they were raised, serve() would write the same lines to the
-        tracker again."""
+        """Save the state. Errors such as a full disk are ignored."""
         self._saved = time.monotonic()
         with suppress(OSError):
             write_file(self.path, json.dumps(self.values | {"last": self.last}).encode())
 
 
 def serve(name: str, stream: Any, warnings: Warnings, seconds: float) -> int:
-    """Open the tracker, and pass lines to the tracker until the input ends. Return the exit code. Independent."""
+    """Open the tracker, and pass lines from `stream` to it until the input ends. Return the exit code. seconds: time limit after
+    the end of the input. Independent."""
     inbox = Inbox(stream, seconds, lambda: os._exit(3))
     about = inbox.first()
     if about is None:
@@ -200,7 +201,7 @@ def _short(error: BaseException) -> str:
 
 
 def main() -> None:
-    """Run the process of the tracker that the command line names. Independent."""
+    """Run the tracker that the command line names. Independent."""
     name, log_path, patience, finish = sys.argv[1:]
     for number in (signal.SIGINT, signal.SIGTERM):  # schedulers signal all processes; the end of the input ends this one
         signal.signal(number, signal.SIG_IGN)

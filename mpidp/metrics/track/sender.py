@@ -1,4 +1,4 @@
-"""Sends the lines of metrics.jsonl from rank 0 to the processes of the trackers. Training does not wait for these processes."""
+"""Sends the lines of metrics.jsonl from rank 0 to the processes of the trackers. During training, it never waits for them."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ FINISH_SECONDS = 30.0  # time limit at the end of a run, for all trackers togeth
 
 
 class Trackers:
-    """The trackers of a run. Only finish() waits. No method raises an exception because of a tracker. Independent."""
+    """The trackers of a run. Only finish() waits. If a tracker fails, a warning is logged, and no exception is raised.
+    Independent."""
 
     def __init__(self, names: Sequence[str], about: Mapping[str, Any]) -> None:
-        """Start a process for each name. about: the fields of tracked.TrackedRun."""
+        """Start a process for each tracker in `names`. about: the fields of tracked.TrackedRun."""
         self._processes = [_Process(name, about) for name in names]
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Send a line of metrics.jsonl."""
+        """Send a line of metrics.jsonl to all trackers."""
         if self._processes:
             raw = json.dumps(compact(line)).encode() + b"\n"
             for process in self._processes:
                 process.send(raw)
 
     def close(self) -> None:
-        """Send no more lines. The trackers store the lines that they have received, and end."""
+        """Send no more lines. Each tracker stores the lines that it has got, and ends."""
         for process in self._processes:
             process.end_input()
 
     def finish(self) -> None:
-        """Wait until the trackers have stored all lines, for at most FINISH_SECONDS. Then stop the trackers that are not
-        finished."""
+        """Wait until the trackers have stored all lines, for at most FINISH_SECONDS. Then stop those that have not finished."""
         until = time.monotonic() + FINISH_SECONDS
         for process in self._processes:
             process.finish(until)
@@ -53,7 +53,7 @@ class Trackers:
 
 
 class _Process:
-    """The process of a tracker, and the lines that its pipe does not accept yet."""
+    """The process of a tracker, and the lines that its pipe has no room for yet."""
 
     def __init__(self, name: str, about: Mapping[str, Any]) -> None:
         self.name, self._waiting, self._left_out = name, deque[bytes](), 0
@@ -84,7 +84,7 @@ class _Process:
         self._push()
 
     def _push(self) -> None:
-        """Write the waiting lines until the pipe is full."""
+        """Write waiting lines until the pipe is full."""
         assert self._child is not None and self._child.stdin is not None
         try:
             while self._waiting:
@@ -108,7 +108,7 @@ class _Process:
         return None
 
     def _lost(self, why: str) -> None:
-        """Stop sending. why: the text of the warning to print, or "" if the process itself has printed a warning."""
+        """Stop sending. why: the text of a warning, or "" if the process itself has printed one."""
         if why:
             log.warning("warning: metrics.track=%s: %s; training continues; metrics.jsonl has all numbers", self.name, why)
         self._child = None

@@ -1,5 +1,5 @@
-"""The table of trackers. A tracker is a program that stores and plots metrics. A new tracker needs a row here and a file beside
-this file."""
+"""The table of trackers. A tracker is a program that stores and plots metrics. To add one, add a row here, and a file in this
+folder."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PACKAGES = {  # tracker -> the packages that it needs; without the last two, mlf
 
 
 def trackers_of(track: str, tensorboard: bool = False) -> list[str]:
-    """Return the names of the trackers, each name once. Pure.
+    """Return the names of the trackers. Each name occurs once. Pure.
 
-    track: metrics.track, a comma-separated list of names. tensorboard: metrics.tensorboard, the earlier setting, which adds the
-    tracker tensorboard. Raises UsageError if a name is not in the table.
+    track: metrics.track, a comma-separated list of names. tensorboard: metrics.tensorboard. If True, the tracker tensorboard is
+    added. Raises UsageError if a name is not in the table.
     """
     names = [name.strip() for name in track.split(",") if name.strip()]
     for name in names:
@@ -30,7 +30,8 @@ def trackers_of(track: str, tensorboard: bool = False) -> list[str]:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise UsageError if the package of a tracker is not installed. The packages are not imported. Independent."""
+    """Raise UsageError if a package that one of these trackers needs is not installed. The packages are not imported.
+    Independent."""
     for name, package in ((tracker, package) for tracker in names for package in PACKAGES[tracker]):
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:  # a folder wandb/ without __init__.py has a spec, but no origin

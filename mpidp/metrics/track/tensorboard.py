@@ -1,4 +1,4 @@
-"""Writes scalars to RUN/tensorboard, in TensorBoard's event files. Events of a run are written as text."""
+"""Writes numbers to RUN/tensorboard, in TensorBoard's event files. Events of a run, such as its end, are written as text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from mpidp.metrics.track.tracked import TrackedRun, scalars_of
 
 
 class TensorboardTracker:
-    """See tracked.Tracker. If earlier jobs wrote steps that this job computes again, TensorBoard hides the values of the earlier
-    jobs."""
+    """See tracked.Tracker. If this job computes steps again, TensorBoard hides the values that earlier jobs wrote for these
+    steps."""
 
     note = ""
     purges = True

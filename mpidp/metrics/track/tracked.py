@@ -1,4 +1,4 @@
-"""The data that a tracker receives: first the facts of a run, then batches of lines of metrics.jsonl."""
+"""The interface of trackers. A tracker first gets the facts of a run, and then batches of lines of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -29,24 +29,25 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """A run in a tracker. If a method raises an exception, a warning is printed and the run continues."""
+    """Writes the metrics of one run to a tracker. If a method raises an exception, a warning is printed, and training
+    continues."""
 
     note: str  # a warning from opening the run, or ""
     purges: bool  # whether a step that is written again replaces the first values; if not, the step is not written again
 
     def __init__(self, run: TrackedRun) -> None:
-        """Open the run, or continue it."""
+        """Open the run. If an earlier job has opened it, continue it."""
 
     def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Store the scalars of these lines. After an exception, the same lines are given again, together with later lines."""
+        """Store the numbers in these lines. After an exception, the same lines are passed again, together with later lines."""
 
     def close(self, ended: bool) -> None:
-        """Store what is left, and close the run. ended: whether the run has reached its end. If not, the run may be resumed."""
+        """Store what is left, and close the run. ended: whether the run is complete. If False, the run may be resumed."""
 
 
 def compact(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a line of metrics.jsonl that trackers use. These are numbers and some short texts. For a `start` line,
-    the fields of its objects are also returned, as OBJECT.FIELD. Pure."""
+    """Return the fields of a line of metrics.jsonl that trackers use: numbers and some short texts. For a `start` line, fields
+    inside an object are also returned, with the names OBJECT.FIELD. Pure."""
     found = {key: value for key, value in line.items() if key in TEXTS or _is_number(value)}
     if line.get("event") == "start":
         for key, value in line.items():
@@ -56,8 +57,8 @@ def compact(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scalars_of(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of a line by name. The names are val/KEY for the line of an evaluation, else steps/KEY. The line of an
-    event has no numbers. Pure."""
+    """Return {name: number} for a line. The names are val/KEY for the line of an evaluation, and steps/KEY for the line of a
+    step. For the line of an event, return {}. Pure."""
     if "event" in line:
         return {}
     return {f"{kind_of(line)}/{key}": value for key, value in line.items() if key not in LEFT_OUT and _is_number(value)}
@@ -69,8 +70,8 @@ def kind_of(line: Mapping[str, Any]) -> str:
 
 
 def facts_of(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts of a `start` line (versions, hosts, ranks) or of an `end` line (reason, val_loss, hash of the weights).
-    Other lines have no facts. Pure."""
+    """Return the facts in a `start` line (versions, hosts, ranks) or in an `end` line (reason, val_loss, hash of the weights).
+    For other lines, return {}. Pure."""
     return {k: v for k, v in line.items() if k not in (*LEFT_OUT, "event")} if line.get("event") in ("start", "end") else {}
 
 

@@ -1,4 +1,4 @@
-"""Writes to trackio, in a database in RUN/track/trackio unless TRACKIO_DIR, TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set."""
+"""Writes to trackio. The database is in RUN/track/trackio, unless TRACKIO_DIR, TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from mpidp.metrics.track.tracked import TrackedRun, facts_of, scalars_of
 
 
 class TrackioTracker:
-    """See tracked.Tracker. trackio continues an earlier run that has the same name. Therefore the name includes the id of the
-    run."""
+    """See tracked.Tracker. trackio would continue any earlier run with the same name, so the name includes the id of the run."""
 
     note = ""
     purges = False

@@ -1,5 +1,5 @@
-"""Writes to Weights & Biases. Unless the environment names a server, the run is stored offline in RUN/track/wandb. `wandb sync`
-can upload it later."""
+"""Writes to Weights & Biases. Without a server in the environment variables, the run is stored offline in RUN/track/wandb.
+`wandb sync` can upload it later."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Computes the bytes that the forward pass of one micro-batch keeps for backward, in a block, the last norm, and the logits.
-Pure.
+"""Computes the bytes that the forward pass of one micro-batch keeps for backward. There are functions for a block, for the last
+norm, and for the logits. Pure.
 
-These are the tensors that autograd saves in mpidp.model (checked in tests/unit/test_mesh_formulas.py). For multiplications by
-constants, biases and residual sums, autograd saves nothing.
+The counted tensors are those that autograd saves in mpidp.model (checked in tests/unit/test_mesh_formulas.py). For
+multiplications by constants, biases and residual sums, autograd saves nothing.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
 
 
 def _norm(model: ModelSizes) -> tuple[int, int]:
-    """Return (bytes per channel of a position, bytes per position) that a norm keeps for backward. Its output is not counted.
-
-    RMSNorm keeps its input, the normalized input and a factor. LayerNorm also keeps a mean (on a GPU, not the normalized input).
-    """
+    """Return (a, b). A norm of D channels keeps a D + b bytes per position for backward. The norm's output is not counted.
+    RMSNorm keeps its input, the normalized input and a factor. LayerNorm also keeps a mean. On a GPU, LayerNorm does not keep
+    the normalized input."""
     return (8, 8) if model.options.norm == "layer" else (8, 4)
 
 
 def _between_branches(model: ModelSizes, work: Work) -> int:
-    """Return the bytes per token that norms keep, and that products keep as copies of their inputs. mesh.sequence divides these
-    bytes by tp."""
+    """Return the bytes per token that a block keeps for its norms, and for copies of the inputs of its matrix products. Sequence
+    parallelism divides these bytes by tp."""
     o, d = model.options, model.model_dim
     channel, position = _norm(model)
     norms = len(o.norms()) * (channel * d + position)
@@ -35,8 +34,8 @@ def _between_branches(model: ModelSizes, work: Work) -> int:
 def _copied(model: ModelSizes) -> float:
     """Return the fraction of the layers that keep the result of attention twice.
 
-    The input of the projection o is a copy of this result in layers with a window. It is also a copy if only some dimensions of
-    the queries are rotated.
+    The second copy is the input of the output projection. It exists in layers with an attention window, or if only some
+    dimensions of the queries are rotated.
     """
     if model.options.positions == "rotary" and 0 < model.options.rotary_dims < model.shape.head_dim:
         return 1.0
@@ -44,7 +43,8 @@ def _copied(model: ModelSizes) -> float:
 
 
 def _inside_branches(model: ModelSizes, work: Work) -> float:
-    """Return the bytes per token that are kept for heads and hidden channels. Tensor parallelism divides these bytes by tp."""
+    """Return the bytes per token that a block keeps for its heads and hidden channels. Tensor parallelism divides these bytes by
+    tp."""
     o, w, heads, kv, e = model.options, work.number_bytes, model.num_heads, model.num_kv_heads, model.shape.head_dim
     attention: float = w * 4 * heads * e  # queries, repeated keys and values, and the result
     if not o.attention_cap:  # with a cap, backward computes the scores again
@@ -56,29 +56,31 @@ def _inside_branches(model: ModelSizes, work: Work) -> float:
 
 
 def kept_of_block(model: ModelSizes, shape: Shape, work: Work) -> float:
-    """Return the bytes per token that one block saves for backward. Attention that is not fused also saves its scores, the scores
-    after dropout, and the dropout mask. In 16 bits these take 5 bytes per score (Korthikanti 2022, section 4.1). Pure."""
+    """Return the bytes per token that one block saves for backward on each rank. Attention that is not fused also saves its
+    scores, the scores after dropout, and the dropout mask. In 16 bits these three take 5 bytes per score (Korthikanti 2022,
+    section 4.1). Pure."""
     between = _between_branches(model, work) / (shape.tp if work.sequence else 1)
     return between + _inside_branches(model, work) / shape.tp
 
 
 def kept_of_last_norm(model: ModelSizes, number_bytes: int) -> int:
-    """Return the bytes per token that the last norm and the input of the head take. Pure."""
+    """Return the bytes per token that the last norm and the input of the head take on a rank that has all positions. Pure."""
     return (_norm(model)[0] + number_bytes) * model.model_dim
 
 
 def logits_bytes(model: ModelSizes, shape: Shape, number_bytes: int) -> float:
-    """Return the bytes of logits per token, with train.loss=whole. A soft-cap of the logits also keeps its result. Pure."""
+    """Return the bytes per token that the logits and their gradients take on each rank with train.loss=whole. A soft-cap of the
+    logits also keeps its result. Pure."""
     each = (8 if number_bytes == 4 else 10) + (number_bytes if model.options.logit_cap else 0)
     return each * model.vocab_size / shape.tp
 
 
 def loss_bytes(model: ModelSizes, shape: Shape, work: Work) -> float:
-    """Return the peak number of bytes of the logits of a micro-batch and of their gradients.
+    """Return the peak number of bytes that the loss of a micro-batch takes on each rank of the last stage.
 
-    With train.loss=whole, these are the log-probabilities, their gradients and the gradients of the logits. In chunks, these are
-    the logits of one chunk, and the gradients of the hidden states and of the head. Those gradients are computed together with
-    the loss, and scaled in backward. Pure.
+    If the loss is computed at once, the bytes are those of the log-probabilities, their gradients and the gradients of the
+    logits. If the loss is computed in chunks, they are those of the logits of one chunk, and of the gradients of the hidden
+    states and of the head. These two gradients are computed together with the loss, and scaled in backward. Pure.
     """
     tokens, capped = work.micro_batch * model.seq_len, model.options.logit_cap > 0
     rows = chunk_rows(work.loss, model.shape, tokens)

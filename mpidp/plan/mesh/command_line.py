@@ -55,7 +55,7 @@ WHOLE = ("vocab", "seq-len", "global-batch", "micro-batch", "ranks-per-node", "g
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `plan mesh`, without --json. Pure."""
+    """Add all options of `plan mesh` except --json to `parser`. Independent."""
     parser.add_argument("--config", metavar="FILE", help="instead of --params: take the model from "
                         "CONFIG.toml of a run, which also gives the batch, or from config.json of a Hugging Face model")
     add_ranks(parser, "the number in cluster.json")
@@ -73,7 +73,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> dict[str, Any]:
-    """Return the results of `plan mesh` for parsed options, as plan_mesh() does. settings: the arguments --section.key=value.
+    """Return the results of plan_mesh() for parsed options. settings: the arguments --section.key=value.
 
     Raises UsageError if an option is missing or not valid, or if no mesh is possible. Independent."""
     given = {name: number(text, name) * one for name, _, one in NUMBERS if (text := getattr(options, name.replace("-", "_")))}
@@ -124,17 +124,17 @@ def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> d
 
 
 def _reject_uncut(values: Mapping[str, Any]) -> None:
-    """Raise UsageError for models that support data parallelism only. Pure."""
+    """Raise UsageError for models whose time and memory the predictions do not describe. Pure."""
     kind, rank = values["model.kind"], values["model.lora_rank"]
     if kind != "transformer" or rank:
-        what = f"model.lora_rank={rank}: adapters" if kind == "transformer" else f"model.kind={kind}"
-        raise UsageError(f"{what}: only data parallelism is supported, so each rank holds a whole replica; use "
+        what = f"model.lora_rank={rank}" if kind == "transformer" else f"model.kind={kind}"
+        raise UsageError(f"{what}: the predictions are only for Transformers that train all parameters; use "
                          "`python -m mpidp.plan methods`")
 
 
 def _initial_model(path: str) -> dict[str, Any]:
-    """Return the model settings {section.key: value} of train.init_from, which is a Hugging Face folder or a run. Raises
-    UsageError or DataError if its configuration cannot be read. Independent."""
+    """Return the model settings {section.key: value} of the model in `path`. path: the value of train.init_from, which is a
+    Hugging Face folder, a run, or "". Raises UsageError or DataError if the model's configuration cannot be read. Independent."""
     if not path:
         return {}
     config = Path(path) / "config.json"
@@ -145,15 +145,15 @@ def _initial_model(path: str) -> dict[str, Any]:
 
 
 def _config_json(given: str) -> Path | None:
-    """Return the path of the config.json of a Hugging Face model, if `given` is this file or its folder. Return None for a TOML
-    file."""
+    """Return the path of the config.json of a Hugging Face model. given: the path of this file, of its folder, or of a TOML file.
+    Return None for a TOML file."""
     path = Path(given) / "config.json" if Path(given).is_dir() else Path(given)
     return path if path.suffix == ".json" else None
 
 
 def _settings_of(config: Path, what: str) -> dict[str, Any]:
-    """Return the model settings {section.key: value} of a config.json, with its longest context as model.seq_len. what: name of
-    the model in error messages. Raises UsageError or DataError if config.json cannot be read. Independent."""
+    """Return the model settings {section.key: value} of the config.json `config`. model.seq_len is the model's longest context.
+    what: name of the model in error messages. Raises UsageError or DataError if config.json cannot be read. Independent."""
     try:
         content = read_json(config)
     except (OSError, ValueError) as error:
@@ -163,8 +163,8 @@ def _settings_of(config: Path, what: str) -> dict[str, Any]:
 
 
 def _cluster(file: str | None) -> dict[str, Any]:
-    """Return the content of cluster.json, or {} if no file was given and the current folder has none. Raises UsageError if the
-    file cannot be read."""
+    """Return the content of cluster.json. file: its path (default: cluster.json in the current folder). Return {} if the default
+    file does not exist. Raises UsageError if the file cannot be read."""
     path = Path(file or "cluster.json")
     if not path.is_file():
         if file:

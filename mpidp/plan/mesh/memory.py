@@ -1,9 +1,9 @@
 """Computes the memory that each rank of a mesh needs for each use, from the sizes of the model. Pure.
 
-p is the number of parameters of a rank: those of the layers of its stage, with matrices divided by tp. w is the number of bytes
-per number in matrix products. n = micro_batch x seq_len is the number of tokens of a micro-batch. M is the number of
-micro-batches per replica. f = min(M, pp - stage) micro-batches have finished forward, but not backward (1F1B, Narayanan 2021,
-section 2.2.1).
+p is the number of parameters of a rank. The rank has the parameters of its stage, and 1 / tp of each matrix. w is the number of
+bytes per number in matrix products. n = micro_batch x seq_len is the number of tokens of a micro-batch. M is the number of
+micro-batches per replica. f = min(M, pp - stage) is the largest number of micro-batches between their forward and backward passes
+(1F1B, Narayanan 2021, section 2.2.1).
 
 | use | bytes | divided by dp with |
 |---|---|---|
@@ -16,12 +16,13 @@ section 2.2.1).
 | logits | on the last stage 12 n V / tp, for log-probabilities and two gradients | |
 | logits, if in chunks | g + max(g, 4 r V / tp), 16 bits: g + max(g, 6 r V / tp), where g = 4 n D + 4 V D / tp | |
 
-W counts the activations of norms and residuals, which every tensor-parallel rank holds in full. S counts the activations between
-matrices that are divided by tp. With mesh.sequence, W and the activations that recompute keeps are divided by tp. In 16 bits W is
-then 20 D + 8, because an input that several products share is saved once. activations.py computes W and S for all options of the
-Transformer. With train.loss=auto, the loss is computed in chunks of r tokens if the logits are large. model/loss_chunks.py
-determines r. Embedding and head are divided by tp along the vocabulary. Layers are assigned to stages such that the slowest stage
-is as fast as possible. The last stage also computes the head.
+D is model_dim, F is hidden_dim, H is the number of heads, and V is the vocabulary size. W counts the activations of norms and
+residuals, which every tensor-parallel rank holds in full. S counts the activations that tensor parallelism divides. With
+mesh.sequence, W and the activations that recompute keeps are divided by tp. In 16 bits W is then 20 D + 8, because an input that
+several products share is saved once. activations.py computes W and S for all options of the Transformer. With train.loss=auto,
+the loss is computed in chunks of r tokens if the logits are large (model/loss_chunks.py). Embedding and head are divided by tp
+along the vocabulary. The last stage also computes the head. Layers are assigned to stages so that the slowest stage is as fast as
+possible.
 """
 
 from __future__ import annotations
@@ -59,21 +60,22 @@ def _layers(model: ModelSizes, pp: int) -> list[int]:
 
 
 def layers_of(model: ModelSizes, shape: Shape, stage: int) -> int:
-    """Return the number of blocks of a stage. The last stage may have fewer blocks, because it also computes the head. Pure."""
+    """Return the number of blocks of stage `stage`. The last stage may have fewer blocks than others, because it also computes
+    the head. Pure."""
     return _layers(model, shape.pp)[stage]
 
 
 def stages_of(model: ModelSizes, shape: Shape) -> set[int]:
-    """Return the stages that can need the most memory or time. These are the first stage, the first stage with the most blocks,
-    and the last stage. Pure."""
+    """Return the stages that can need the most memory or time: the first stage, the first stage with the most blocks, and the
+    last stage. Pure."""
     layers = _layers(model, shape.pp)
     return {0, layers.index(max(layers)), shape.pp - 1}
 
 
 def parameters_of(model: ModelSizes, shape: Shape, stage: int) -> float:
-    """Return the number of parameters of each rank of a stage, before sharding over dp. Every tensor-parallel rank has all
-    weights of norms and all learned positions. If embedding and head are tied, the first and the last stage both have the
-    embedding. Pure."""
+    """Return the number of parameters of each rank of stage `stage`, before sharding over dp. Tensor parallelism divides the
+    matrices, but not the norms or the learned positions. If embedding and head are tied and pp is above 1, the first and the last
+    stage both have the embedding. Pure."""
     first, last = stage == 0, stage == shape.pp - 1
     tables = first + last - (model.tie_embeddings and shape.pp == 1)
     cut = layers_of(model, shape, stage) * model.matrices + tables * model.table
@@ -82,7 +84,7 @@ def parameters_of(model: ModelSizes, shape: Shape, stage: int) -> float:
 
 
 def memory_of(model: ModelSizes, shape: Shape, work: Work, stage: int) -> Memory:
-    """Return the memory of each rank of this stage. Pure."""
+    """Return the memory of each rank of stage `stage`. Pure."""
     p, small = parameters_of(model, shape, stage), work.number_bytes == 2
     tokens, last = work.micro_batch * model.seq_len, stage == shape.pp - 1
     working = 0.0
@@ -106,6 +108,5 @@ def memory_of(model: ModelSizes, shape: Shape, work: Work, stage: int) -> Memory
 
 
 def largest(model: ModelSizes, shape: Shape, work: Work) -> Memory:
-    """Return the memory of the stage that needs the most memory. This stage is one of the first, which have the most
-    micro-batches in flight, or the last, which has the logits. Pure."""
+    """Return the memory of each rank of the stage that needs the most memory. Pure."""
     return max((memory_of(model, shape, work, stage) for stage in stages_of(model, shape)), key=lambda one: one.total)

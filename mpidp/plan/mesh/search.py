@@ -1,7 +1,7 @@
 """Finds the meshes of N ranks that have enough memory for a model, and predicts the step time of each mesh.
 
 memory.py computes the memory. time.py computes the time and the bytes sent. Each input value is given on the command line,
-measured in a RUN, read from cluster.json, or assumed. The output lists the values with their sources. This module imports neither
+measured in a run, read from cluster.json, or assumed. The output lists the values with their sources. This module imports neither
 torch nor MPI.
 """
 
@@ -42,8 +42,8 @@ OF_PEAK = 0.5  # assumed fraction of the datasheet's FLOP/s
 
 
 def number(given: str, name: str) -> float:
-    """Parse a number like 7b, 100m, 1.5k or 4e9. name: the option, for messages. Raises UsageError unless the number is above 0.
-    Pure."""
+    """Return the number in a text such as 7b, 100m, 1.5k or 4e9. given: the text. name: the option, for error messages. Raises
+    UsageError unless the number is above 0. Pure."""
     text = given.strip().lower()
     try:
         value = float(text[:-1]) * SUFFIXES[text[-1]] if text[-1:] in SUFFIXES else float(text)
@@ -55,9 +55,10 @@ def number(given: str, name: str) -> float:
 
 
 def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[ModelSizes, str]:
-    """Return (a LLaMA-like model with about this many parameters, its name). If a published model has about this size, return
-    this model. Otherwise the model has about 12 x layers x width^2 parameters, and its number of layers is near width / 128.
-    Raises UsageError if the embedding and head of this vocabulary alone are too large. Pure."""
+    """Return (a LLaMA-like model with about `parameters` parameters, its name or description). If a published model is within 5%
+    of `parameters` and has the vocabulary size, it is returned. Otherwise the number of layers is near width / 128. vocab_size,
+    seq_len: 0 means the default. Raises UsageError if no such model has about this many parameters, for example because the
+    vocabulary is too large. Pure."""
     for known, (name, model) in KNOWN.items():
         if abs(parameters - known) <= NEAR * known and vocab_size in (0, model.vocab_size):
             return replace(model, seq_len=seq_len or model.seq_len), name
@@ -81,8 +82,8 @@ def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[
 
 
 def vocab_size_of(values: Mapping[str, Any]) -> int:
-    """Return the vocabulary size of a configuration {section.key: value}, or else of its data. Raises UsageError if the
-    configuration has no vocabulary size and the data cannot be read. Independent."""
+    """Return the vocabulary size that a configuration {section.key: value} sets. If it sets none, return that of its data. Raises
+    UsageError if the vocabulary size is not set and the data cannot be read. Independent."""
     from mpidp.data.shard_folder import open_index  # imported here, because it imports numpy
 
     try:
@@ -92,15 +93,13 @@ def vocab_size_of(values: Mapping[str, Any]) -> int:
 
 
 def model_of_config(values: Mapping[str, Any], vocab_size: int) -> ModelSizes:
-    """Return the model of a configuration {section.key: value}. Pure."""
+    """Return the sizes of the model of a configuration. values: {section.key: value}. Pure."""
     m = {key: values[f"model.{key}"] for key in ("num_layers", "model_dim", "num_heads", "seq_len", "tie_embeddings")}
     hidden = values["model.hidden_dim"] or -(-8 * m["model_dim"] // (3 * 64)) * 64
     heads = values["model.num_kv_heads"] or m["num_heads"]
     options = TransformerOptions(**{name: values.get(f"model.{name}", plain) for name, plain in OPTIONS.items()})
     head_size = int(values.get("model.head_dim", 0))
-    return ModelSizes(
-        **m, hidden_dim=hidden, num_kv_heads=heads, vocab_size=vocab_size, head_size=head_size, options=options
-    )
+    return ModelSizes(**m, hidden_dim=hidden, num_kv_heads=heads, vocab_size=vocab_size, head_size=head_size, options=options)
 
 
 @dataclass(frozen=True)
@@ -120,8 +119,9 @@ class GivenFigures:
 def machine_of(
     given: GivenFigures, cluster: Mapping[str, Any], run: tuple[float, float] | None, number_bytes: int
 ) -> tuple[Machine, list[str]]:
-    """Return (machine, source of each figure). Each figure is taken from the first of these sources that has it: the command
-    line, a run (only flops and memory), cluster.json, the assumptions. Pure."""
+    """Return (machine, lines that state each figure and its source). Each figure is taken from the first source that has it. The
+    sources are, in order, `given` (the command line), `run` (FLOP/s and memory bytes/s), `cluster` (cluster.json), and
+    assumptions. number_bytes: bytes per number in matrix products. Pure."""
     sources: list[str] = []
 
     def choose(what: str, unit: str, one: float, *options: tuple[str, float | None]) -> float:
@@ -156,8 +156,8 @@ def machine_of(
 
 
 def machine_of_run(run: Path, vocab_size: int) -> tuple[float, float]:
-    """Return (FLOP/s, memory bytes/s), computed from the step times of a run of mpidp.train. Raises UsageError if the run
-    recorded no step times on one rank. Independent."""
+    """Return (FLOP/s, memory bytes/s), computed from the step times of a run of mpidp.train on one rank. run: its folder.
+    vocab_size: 0 means that of the run. Raises UsageError if the run recorded no step times on one rank. Independent."""
     found = measured.read(run)
     times = [one for one in measured.seconds([found]) if one.ranks == 1]
     if not times or not times[0].update or "model.num_layers" not in found.config:
@@ -170,7 +170,7 @@ def machine_of_run(run: Path, vocab_size: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class MeshRow:
-    """A mesh with its best settings, memory and step time."""
+    """A mesh with its best settings, and their memory and step time."""
 
     shape: Shape
     work: Work
@@ -188,16 +188,16 @@ class MeshRow:
 
 
 def shapes(model: ModelSizes, ranks: int, most_dp: int, slices: int = 1) -> Iterator[Shape]:
-    """Yield all possible meshes. tp must divide the number of key-value heads, each stage must have at least one layer, and dp
-    must be at most most_dp. With slices (model.slices) above 1, tp must divide slices, mesh.shard is at most 1, and a model with
-    tied embeddings has one stage. Pure."""
+    """Yield all possible meshes of `ranks` ranks. tp divides the number of key-value heads, and each stage has at least one
+    layer. dp is at most `most_dp`. mesh.shard is at most 1 if pp is above 1. If `slices` (model.slices) is above 1, tp also
+    divides `slices`, and a model with tied embeddings has one stage. Pure."""
     for tp in range(1, min(ranks, model.num_kv_heads) + 1):
         if ranks % tp or model.num_kv_heads % tp or (slices > 1 and slices % tp):
             continue
         for pp in range(1, min(ranks // tp, 1 if slices > 1 and model.tie_embeddings else model.num_layers) + 1):
             dp, rest = divmod(ranks // tp, pp)
             if rest == 0 and dp <= most_dp:
-                yield from (Shape(dp, pp, tp, shard) for shard in range(1 if dp == 1 else 2 if pp > 1 or slices > 1 else 4))
+                yield from (Shape(dp, pp, tp, shard) for shard in range(1 if dp == 1 else 2 if pp > 1 else 4))
 
 
 def rows_of(
@@ -205,10 +205,10 @@ def rows_of(
     parts: Sequence[bool],
 ) -> list[MeshRow]:
     """Return a row for each mesh, with the fastest settings that fit in memory. If no settings fit, the row has the settings that
-    need the least memory. Rows that fit come first and are sorted by time.
+    need the least memory. Rows that fit come first, sorted by time. The other rows follow, sorted by memory.
 
-    base: the global batch and the dtypes. limit: bytes of memory per rank. micro: the micro-batch sizes to try. again: the values
-    of recompute to try. parts: the values of mesh.sequence to try. Pure."""
+    base: the global batch, the dtypes and other fixed settings. limit: bytes of memory per rank. micro: the micro-batch sizes to
+    try. again: the values of recompute to try. parts: the values of mesh.sequence to try. Pure."""
     best: dict[tuple[int, int, int], tuple[tuple[bool, float, int, bool, bool], MeshRow]] = {}
     for shape in shapes(model, ranks, base.global_batch // min(micro), base.slices):
         for size in micro:
@@ -228,8 +228,9 @@ def rows_of(
 def three_ways(
     rows: Sequence[MeshRow], ranks: int, parameters: float, samples: float | None, limit: float
 ) -> list[dict[str, Any]]:
-    """Return the best data-parallel, the best model-parallel and the best hybrid mesh, with the parameters and samples per rank.
-    parameters, samples: the numbers for the whole model and the whole data. limit: bytes of memory per rank. Pure."""
+    """Return three dictionaries, for the best data-parallel, the best model-parallel and the best hybrid mesh. They include the
+    parameters and samples per rank. rows: the result of rows_of(). parameters, samples: the totals of the model and of the data.
+    limit: bytes of memory per rank. Pure."""
     kinds = {
         "data": [row for row in rows if row.shape.dp == ranks], "model": [row for row in rows if row.shape.dp == 1],
         "hybrid": [row for row in rows if 1 < row.shape.dp < ranks],
@@ -252,9 +253,9 @@ def plan_mesh(
     base: Work, micro: Sequence[int] = MICRO_BATCHES, again: Sequence[bool] = (False, True),
     parts: Sequence[bool] = (False, True), samples: float | None = None, top: int = 5,
 ) -> dict[str, Any]:
-    """Return the results of `plan mesh` as plain values. taken: source of the model. parameters: the requested number of
-    parameters. sources: source of each figure of the machine. samples: number of samples in the data. top: number of meshes to
-    return. For the other arguments see rows_of(). Raises UsageError if no mesh is possible. Pure."""
+    """Return the results of `plan mesh` as plain values. taken: source of the model, to print. parameters: the requested number
+    of parameters. sources: lines that state the figures of the machine and their sources. samples: number of samples in the data.
+    top: number of meshes to return. For the other arguments see rows_of(). Raises UsageError if no mesh is possible. Pure."""
     micro = [size for size in micro if size <= base.global_batch]
     if not micro:
         raise UsageError(f"the micro-batch exceeds the global batch of {base.global_batch} sequences: raise --global-batch")

@@ -14,7 +14,7 @@ from mpidp.model.shape import TransformerShape, block_sizes, num_parameters
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """The sizes of a model. They determine its parameters, memory and operations."""
+    """The sizes and options of a Transformer, which determine its parameters, memory and operations."""
 
     num_layers: int
     model_dim: int
@@ -28,13 +28,13 @@ class ModelSizes:
     options: TransformerOptions = TransformerOptions()
 
     def plain(self) -> dict[str, Any]:
-        """Return the sizes and the options that differ from LLaMA's, as plain values for JSON."""
+        """Return the sizes as plain values for JSON. Options are included if they differ from LLaMA's."""
         found = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("head_size", "options")}
         return found | ({"head_dim": self.head_size} if self.head_size else {}) | self.shape.changed()
 
     @cached_property
     def shape(self) -> TransformerShape:
-        """The model's shape."""
+        """The sizes and options as a TransformerShape."""
         sizes = (self.vocab_size, self.num_layers, self.num_heads, self.num_kv_heads, self.model_dim, self.hidden_dim)
         return TransformerShape(
             *sizes, self.seq_len, tie_embeddings=self.tie_embeddings, head_size=self.head_size, **vars(self.options)
@@ -42,13 +42,13 @@ class ModelSizes:
 
     @cached_property
     def replicated(self) -> dict[str, int]:
-        """The parameters of a block that every tensor-parallel rank holds in full: the number of elements by name."""
+        """{name: number of elements} of those parameters in a block that every tensor-parallel rank holds in full."""
         cut = part_of(self.shape, stage=0, stages=1, index=0, size=2)
         return {name: math.prod(size) for name, size in block_sizes(self.shape).items() if not cut.is_cut(f"blocks.0.{name}")}
 
     @cached_property
     def matrices(self) -> int:
-        """The number of parameters of a block that tensor-parallel ranks divide. These are the matrices and some biases."""
+        """The number of elements in those parameters of a block that tensor parallelism divides: the matrices and some biases."""
         return self.block - sum(self.replicated.values())
 
     @cached_property
@@ -58,8 +58,8 @@ class ModelSizes:
 
     @cached_property
     def attended(self) -> float:
-        """The number of positions that a position attends to, as a mean over the layers. In a layer this is seq_len, or the
-        window if it is shorter."""
+        """The mean over the layers of the number of positions that a position attends to. In a layer this number is seq_len, or
+        the length of the attention window if that is shorter."""
         return sum(map(self.shape.attended, range(self.num_layers))) / self.num_layers
 
     @property
@@ -69,12 +69,12 @@ class ModelSizes:
 
     @property
     def positions(self) -> int:
-        """The number of parameters of the table of learned positions."""
+        """The number of parameters of the table of learned positions, or 0 if the model has none."""
         return self.shape.table_rows * self.model_dim
 
     @property
     def table(self) -> int:
-        """The number of parameters of the embedding. The head has the same number."""
+        """The number of parameters of the embedding. The head has the same number of parameters."""
         return self.vocab_size * self.model_dim
 
     @property
@@ -94,11 +94,11 @@ class Shape:
 
     @property
     def ranks(self) -> int:
-        """The number of ranks."""
+        """The number of ranks of the mesh."""
         return self.dp * self.pp * self.tp
 
     def over_dp(self, level: int) -> int:
-        """Return dp if the level of sharding is at least `level`, else 1."""
+        """Return dp if `shard` is at least `level`, else 1. Pure."""
         return self.dp if self.shard >= level else 1
 
     def __str__(self) -> str:
@@ -107,7 +107,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """How a step is computed: the batch sizes, the bytes per number, and options such as recomputation."""
+    """How a step is computed: its batch sizes, bytes per number, and options such as recomputation."""
 
     global_batch: int  # sequences
     micro_batch: int  # sequences
@@ -121,5 +121,5 @@ class Work:
     slices: int = 1  # model.slices
 
     def micro_batches(self, shape: Shape) -> int:
-        """Return M, the number of micro-batches per replica."""
+        """Return M, the number of micro-batches per replica in a step. Pure."""
         return -(-self.global_batch // (self.micro_batch * shape.dp))

@@ -1,8 +1,8 @@
 """Computes the time of a step on a mesh and the bytes sent, from the compute speed of a rank and the speed of links. Pure.
 
-Ranks are ordered by pp, then dp, then tp. The tensor-parallel ranks of a stage are neighbours, and the ranks of different stages
-are far apart. In the table, g is the size of a group and n is a number of bytes. p is the number of parameters of a rank. w is
-the number of bytes per number in matrix products. M is the number of micro-batches per replica.
+Ranks are numbered by replica, then by stage, then by tensor-parallel index, as in parallel/grid.py. In the table, g is the size
+of a group and n is a number of bytes. p is the number of parameters of a rank. w is the number of bytes per number in matrix
+products. M is the number of micro-batches per replica.
 
 | what | seconds |
 |---|---|
@@ -10,7 +10,7 @@ the number of bytes per number in matrix products. M is the number of micro-batc
 | tp | float32 allreduces of (B, T, D): 4 per block (half of them in forward), 2 more with recompute, 2 for embedding and head |
 | tp, sequence | as many float32 reduce_scatters; 6 allgathers per block and 2 for the head, w bytes per number |
 | tp, sequence | also float32 allreduces of the gradients of the parameters that are not divided |
-| pp | m is the time of a float32 message of (B, T, D), or with mesh.sequence of 1 / tp of it |
+| pp | m is the time of a float32 message of (B, T, D); mesh.sequence divides the size of the message by tp |
 | micro-batch | max c over the stages + 2 m (pp - 1) / pp |
 | pipeline | M - 1 micro-batches + sum of c over stages + 2 m (pp - 1); equal stages have a bubble of (pp - 1) / (M + pp - 1) |
 | dp, shard 0 | an allreduce of 4 p, which overlaps with 2/3 of a micro-batch (its backward) |
@@ -20,10 +20,11 @@ the number of bytes per number in matrix products. M is the number of micro-batc
 | dp, shard 2 and 3 | also `gather_seconds` for each of these exchanges of each block: host time that does not overlap |
 | update | 28 bytes per parameter that a rank updates / memory bandwidth |
 
-An allgather or reduce_scatter takes (g - 1)/g n / B + ceil(log2 g) a, for bandwidth B and latency a. An allreduce takes twice as
-long. If a group extends over several nodes, (ranks per node) / (members of the group in a node) groups share the network of a
-node. `overlap` is the fraction of the possible overlap that is achieved. If ranks share devices, other ranks use a device during
-a rank's bubble. The devices of a node then compute the work of all ranks of the node. A step takes at least as long as this.
+An allgather or reduce_scatter takes (g - 1)/g n / b + ceil(log2 g) a, where b is the bandwidth and a the latency of a link. An
+allreduce takes twice as long. If a group extends over several nodes, each node's network is shared by (ranks per node) / (members
+of the group in a node) groups. Machine.overlap is the fraction of the possible overlap that is achieved. If ranks share devices,
+the other ranks of a device compute during a rank's bubble. A step then takes at least the time in which the devices of a node
+compute the work of all its ranks.
 """
 
 from __future__ import annotations
@@ -67,14 +68,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class Traffic:
-    """The traffic of one rank in an exchange of a group of ranks."""
+    """The bytes that one rank sends in exchanges of a group of ranks, and the time of these exchanges."""
 
     sent_bytes: float = 0.0
     seconds: float = 0.0
     between: bool = False  # whether a part of this traffic is between nodes
 
     def times(self, count: float) -> Traffic:
-        """Return `count` times this traffic."""
+        """Return the traffic of `count` such exchanges. Pure."""
         return Traffic(count * self.sent_bytes, count * self.seconds, self.between)
 
     def __add__(self, other: Traffic) -> Traffic:
@@ -82,8 +83,8 @@ class Traffic:
 
 
 def half_allreduce(machine: Machine, size: int, stride: int, num_bytes: float) -> Traffic:
-    """Return the traffic of an allgather or reduce_scatter of num_bytes over `size` ranks, whose rank numbers differ by `stride`.
-    Pure."""
+    """Return the traffic of an allgather or reduce_scatter of num_bytes over `size` ranks. The numbers of successive ranks differ
+    by `stride`. Pure."""
     if size == 1:
         return Traffic()
     sent = num_bytes * (size - 1) / size
@@ -98,9 +99,9 @@ def half_allreduce(machine: Machine, size: int, stride: int, num_bytes: float) -
 
 
 def message(machine: Machine, shape: Shape, num_bytes: float) -> Traffic:
-    """Return the traffic when every rank of a stage sends a message to the next stage. Pure."""
-    stride, k = shape.tp * shape.dp, machine.ranks_a_node
-    if shape.ranks <= k:
+    """Return the traffic of one rank when every rank of a stage sends num_bytes to the next stage. Pure."""
+    stride, k = shape.tp, machine.ranks_a_node
+    if stride * shape.pp <= k:
         return Traffic(num_bytes, num_bytes / machine.inside.bandwidth_bytes_per_second + machine.inside.latency_seconds)
     outside = num_bytes * min(stride, k) / machine.between.bandwidth_bytes_per_second
     return Traffic(num_bytes, outside + machine.between.latency_seconds, True)
@@ -108,18 +109,19 @@ def message(machine: Machine, shape: Shape, num_bytes: float) -> Traffic:
 
 @dataclass(frozen=True)
 class Flow:
-    """The operations in matrix products, the memory traffic and the tp traffic of one micro-batch on one rank."""
+    """What one micro-batch needs on one rank: floating-point operations in matrix products, bytes of memory traffic, and tp
+    traffic."""
 
     flops: float = 0.0
     num_bytes: float = 0.0
     tp: Traffic = Traffic()
 
     def seconds(self, machine: Machine) -> float:
-        """Return the compute time in seconds, without tp traffic."""
+        """Return the compute time in seconds, without tp traffic. Pure."""
         return self.flops / machine.flops + self.num_bytes / machine.memory_bytes_per_second
 
     def times(self, count: float) -> Flow:
-        """Return `count` times this flow."""
+        """Return the sum of `count` such flows. Pure."""
         return Flow(count * self.flops, count * self.num_bytes, self.tp.times(count))
 
     def __add__(self, other: Flow) -> Flow:
@@ -127,7 +129,7 @@ class Flow:
 
 
 def _parts(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tuple[Flow, Flow, Flow]:
-    """Return the flows of (a block, the embedding, the final norm with the head) in forward and backward of a micro-batch."""
+    """Return the flows of (a block, the embedding, the final norm with the head) for forward and backward of one micro-batch."""
     tokens, again = work.micro_batch * model.seq_len, work.recompute
     weights = ACCUMULATE + (CAST if work.number_bytes == 2 else 0)
     wire = half_allreduce(machine, shape.tp, 1, float(tokens * model.model_dim * work.wire_bytes)).times(2)
@@ -137,7 +139,7 @@ def _parts(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tup
     block_wire, head_wire, embedding_wire = wire.times(4 + 2 * again), wire, wire
 
     def gradients(*elements: int) -> Traffic:
-        """Return the traffic to sum the gradients of replicated parameters."""
+        """Return the traffic to sum the gradients of replicated parameters. elements: their numbers of elements."""
         return sum((half_allreduce(machine, shape.tp, 1, 4.0 * n).times(2) for n in elements if n), Traffic())
 
     if work.sequence:
@@ -160,7 +162,7 @@ def _parts(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tup
 
 @dataclass(frozen=True)
 class Step:
-    """The times of one step on one mesh, and the bytes that a rank of the busiest stage sends."""
+    """The predicted times of one step on one mesh, and the bytes that a rank of the busiest stage sends."""
 
     compute_seconds: float  # compute time of the busiest stage, for all micro-batches
     tp_seconds: float  # tp traffic of the busiest stage, for all micro-batches
@@ -175,18 +177,18 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """The time of the step."""
+        """The time of the step in seconds."""
         return self.compute_seconds + self.tp_seconds + self.pipeline_seconds + self.dp_seconds + self.update_seconds
 
 
 def data_parallel(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tuple[Traffic, float]:
-    """Predict the data-parallel exchanges of one step, for the stage with the most parameters. Return (their Traffic per rank,
-    the host seconds for their gathers and scatters). Pure."""
+    """Predict the data-parallel exchanges of one step, for the stage with the most parameters. Return (Traffic of a rank, host
+    seconds of a rank for gathers and scatters). Pure."""
     p, stage = max((parameters_of(model, shape, stage), stage) for stage in stages_of(model, shape))
     m, units = work.micro_batches(shape), layers_of(model, shape, stage) + 1
 
     def half(bytes_each: float, count: int, pieces: int = units) -> Traffic:
-        return half_allreduce(machine, shape.dp, shape.tp, bytes_each * p / pieces).times(count * pieces)
+        return half_allreduce(machine, shape.dp, shape.tp * shape.pp, bytes_each * p / pieces).times(count * pieces)
 
     if shape.shard < 2:
         return half(MASTER, 2, 1), 0.0
@@ -197,7 +199,7 @@ def data_parallel(model: ModelSizes, shape: Shape, work: Work, machine: Machine)
 
 
 def step_of(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> Step:
-    """Predict one step. Pure."""
+    """Return the predicted times and bytes of one step. Pure."""
     block, embedding, head = _parts(model, shape, work, machine)
     stages = {
         stage: block.times(layers_of(model, shape, stage)) + embedding.times(stage == 0) + head.times(stage == shape.pp - 1)
@@ -233,8 +235,9 @@ def step_of(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> St
 def measured_machine(
     model: ModelSizes, micro_batch: int, compute_seconds: float, update_seconds: float, micro_batches: int, number_bytes: int,
 ) -> tuple[float, float]:
-    """Return (FLOP/s, memory bytes/s), computed from times that were measured on one rank. The memory bandwidth follows from the
-    time of the update. The time of matrix products is the compute time minus the time of memory traffic. Pure."""
+    """Return (FLOP/s, memory bytes/s), computed from times that were measured on one rank. The memory bandwidth follows from
+    `update_seconds`, the time of the update. The time of matrix products is `compute_seconds`, the compute time of a step, minus
+    the time of memory traffic. micro_batches: their number in a step. Pure."""
     alone, work = Shape(1, 1, 1), Work(micro_batches * micro_batch, micro_batch, number_bytes=number_bytes)
     memory = UPDATE * model.parameters / update_seconds
     nothing = LinkSpeed(0.0, math.inf)

@@ -1,6 +1,6 @@
 """Predicts how much each method sends and how long its steps take on a cluster, from the link speed and the compute time. Pure.
 
-There are P ranks, n bytes of gradients, links of latency a and bandwidth B, and k ranks per node. "Sum" is the time of one
+There are P ranks, n bytes of gradients, links of latency a and bandwidth B, and k ranks per node. `sum` is the time of one
 reduction of all gradients over all ranks, which traffic.py computes.
 
 | strategy | seconds per step |
@@ -12,7 +12,7 @@ reduction of all gradients over all ranks, which traffic.py computes.
 | local, group=pairs | compute + (k n / B + a) / sync_every |
 | server | the longer of compute + 2 n k / B + 2 a (on a worker) and w n / B (on a server that has w workers) |
 
-Local methods need a full sum at each meeting (strategy.meet_every), when all ranks average their models.
+With `local`, each meeting (strategy.meet_every) also takes the time `sum`, because all ranks average their models.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ BACKWARD = 2 / 3  # share of backward in the compute time
 
 
 def variant(config: Config, name: str) -> Config:
-    """Return the configuration with the method `name` instead of its own. Raises UsageError if the other settings do not allow
-    this method. Pure."""
+    """Return `config` with the method `name` instead of its own method. Raises UsageError if the other settings do not allow this
+    method. Pure."""
     plain = Config()
     base = replace(config, strategy=plain.strategy).with_values(
         comm={"compress": "none", "ratio": 0.0, "ratio_warmup": 0, "momentum": 0.0}
@@ -70,8 +70,8 @@ def _sync_intervals(config: Config, steps: int) -> tuple[int, int]:
 
 
 def sent_bytes(config: Config, sizes: Sizes, cluster: Cluster, steps: int) -> int:
-    """Return the bytes that rank 0 sends in a run of `steps` steps, as metrics.jsonl counts them. The last step is a meeting.
-    Pure."""
+    """Return the bytes that rank 0 sends in a run of `steps` steps, as metrics.jsonl counts them. The last step counts as a
+    meeting. Pure."""
     if cluster.ranks == 1:
         return 0
     strategy, a_sum = config.strategy, one_sum(config, sizes, cluster).sent_bytes
@@ -90,8 +90,8 @@ def sent_bytes(config: Config, sizes: Sizes, cluster: Cluster, steps: int) -> in
 
 
 def step_seconds(config: Config, sizes: Sizes, cluster: Cluster, compute: float) -> float:
-    """Return the mean time of a step in a long run, in seconds. compute: compute time of a step whose lanes are divided among all
-    ranks. Pure."""
+    """Return the mean time of a step in a long run, in seconds. compute: compute time of a step in seconds, if its lanes are
+    divided among all ranks. Pure."""
     if cluster.ranks == 1:
         return compute
     a_sum, small = one_sum(config, sizes, cluster).seconds(cluster), cluster.small_exchange_seconds
@@ -129,8 +129,8 @@ class MethodRow:
 
 
 def predict(config: Config, vocab_size: int, cluster: Cluster, compute: float, wanted: Sequence[str] = ()) -> list[MethodRow]:
-    """Predict bytes and step time of the method synchronous and the `wanted` methods (default: all methods), in the order of
-    METHODS. Raises UsageError if a wanted method is unknown. compute: compute time of a step, in seconds. Pure."""
+    """Predict bytes and step time of the method synchronous and the `wanted` methods (default: all methods). Return the rows in
+    the order of METHODS. compute: compute time of a step, in seconds. Raises UsageError if a wanted method is unknown. Pure."""
     if unknown := sorted(set(wanted) - set(METHODS)):
         raise UsageError(f"--methods: {', '.join(unknown)}: no such method; the methods are {', '.join(METHODS)}")
     sizes, rows = sizes_of(config, vocab_size), list[MethodRow]()
@@ -152,14 +152,14 @@ def predict(config: Config, vocab_size: int, cluster: Cluster, compute: float, w
 
 
 def with_speeds(rows: Sequence[MethodRow]) -> list[MethodRow]:
-    """Return the rows with their speeds relative to the row `synchronous`. Without this row the speeds are None. Pure."""
+    """Return the rows with their speeds relative to the row `synchronous`. If there is no such row, the speeds are None. Pure."""
     base = next((row.step_seconds for row in rows if row.method == "synchronous"), None)
     return [replace(row, speed=base / row.step_seconds if base and row.step_seconds else None) for row in rows]
 
 
 def recommend(rows: Sequence[MethodRow], tried: bool) -> tuple[str, str]:
     """Return (recommended method, reason). tried: whether the rows are results of trials. Trials are compared by loss.
-    Predictions are compared by speed: among the methods within 10% of the fastest, the method closest to synchronous training is
+    Predictions are compared by speed: of the methods within 10% of the fastest, the one closest to synchronous training is
     recommended. A method that is less than 10% faster than synchronous is never recommended. Pure."""
     there = {row.method: row for row in rows if not row.refused and row.step_seconds and row.speed and (row.loss or not tried)}
     if "synchronous" not in there:

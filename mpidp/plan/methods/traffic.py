@@ -1,6 +1,6 @@
 """Computes the traffic of a sum of gradients over all ranks, and its time on a cluster. Pure.
 
-There are P ranks, n bytes of gradients, a link of latency a and bandwidth B per node, and k ranks per node.
+There are P ranks, n bytes of gradients, and k ranks per node. Each node has a link of latency a and bandwidth B.
 
 | what | seconds |
 |---|---|
@@ -56,7 +56,7 @@ class Cluster:
 
 def cluster_of(content: Mapping[str, Any], ranks: int, where: str) -> Cluster:
     """Return the cluster that mpidp.doctor measured. content: the content of cluster.json. ranks: number of ranks, or 0 for the
-    number in the file. where: name of the file. Raises UsageError if the file has no measured link. Pure."""
+    number in the file. where: name of the file in error messages. Raises UsageError if the file has no measured link. Pure."""
     try:
         seen = int(content["ranks"])
         latency, bandwidth = float(content["latency_seconds"]), float(content["bandwidth_bytes_per_second"])
@@ -72,8 +72,8 @@ def cluster_of(content: Mapping[str, Any], ranks: int, where: str) -> Cluster:
 
 
 def link_of(given: str, ranks: int) -> Cluster:
-    """Parse --link=MBIT,MS and return a cluster with one rank per node. MBIT: bandwidth of each node. MS: one-way delay. Raises
-    UsageError if the option is not valid. Pure."""
+    """Return a cluster of `ranks` nodes with one rank each. given: the value MBIT,MS of --link. MBIT is the bandwidth of each
+    node in Mbit/s. MS is the one-way delay in ms. Raises UsageError if the value is not valid. Pure."""
     try:
         mbit, ms = map(float, given.split(","))
         if not (0 < mbit < math.inf and 0 <= ms < math.inf):
@@ -85,7 +85,7 @@ def link_of(given: str, ranks: int) -> Cluster:
 
 
 def lanes_of(config: Config) -> Lanes:
-    """Return the lanes of a batch. Pure."""
+    """Return the lanes of a global batch. Pure."""
     return Lanes(config.train.global_batch, config.train.micro_batch, config.train.lanes)
 
 
@@ -123,7 +123,7 @@ class Sum:
 
 
 def one_sum(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
-    """Return the traffic of a sum with the reducer and compression of the configuration. Pure."""
+    """Return the traffic of one sum with the reducer and the compression of `config`. Pure."""
     c, size = config.comm, cluster.ranks
     if size == 1:
         return Sum(0, 0.0, 0)
@@ -149,8 +149,8 @@ def one_sum(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
 
 
 def _by_tree(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
-    """Return the traffic of the tree reducer. Ranks that share memory add their lanes. Then the owners of each slice exchange
-    their partial sums."""
+    """Return the traffic of one sum with the reducer `tree`. Ranks that share memory add their lanes. Then the owners of each
+    slice exchange their partial sums."""
     lanes = lanes_of(config)
     shared = 1 if config.comm.transport == "messages" else cluster.ranks_a_node
     groups, count = -(-cluster.ranks // shared), lanes.num_lanes
@@ -173,7 +173,7 @@ def _by_tree(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
 
 
 def _outgoing_share(cluster: Cluster) -> float:
-    """Return how many bytes leave a node if each rank sends one byte in total. The byte is divided equally among all other
-    ranks."""
+    """Return how many bytes leave a node if each rank sends one byte in total, divided equally among all other ranks. On one
+    node, return 1."""
     k = cluster.ranks_a_node
     return k * (cluster.ranks - k) / (cluster.ranks - 1) if cluster.nodes > 1 else 1.0

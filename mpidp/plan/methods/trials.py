@@ -1,7 +1,8 @@
-"""Implements `python -m mpidp.plan methods`: measures compute time and link speed, and trains with each method for a short time.
+"""Implements `python -m mpidp.plan methods`: measures compute time and link speed, and with --run trains with each method for a
+short time.
 
-Trial runs are written to a temporary folder beside run.dir, which all nodes must share. During the trials, one line per method is
-printed on standard error.
+Trial runs are written to a temporary folder beside run.dir, on a disk that all nodes must share. During the trials, one line per
+method is printed on standard error.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class TrialOptions:
 
 @dataclass
 class TrialResult:
-    """The result of a trial, read by rank 0."""
+    """The result of a trial, which rank 0 has read from the metrics.jsonl of the trial."""
 
     problem: str = ""  # error message of a trial that failed
     loss: float = 0.0  # loss at the end
@@ -67,7 +68,7 @@ class TrialResult:
 
     @property
     def steps(self) -> int:
-        """The number of steps."""
+        """The number of steps of the trial."""
         return len(self.curve)
 
     @property
@@ -78,10 +79,9 @@ class TrialResult:
 
 
 def compare_methods(config: Config, options: TrialOptions, world: MPI.Intracomm) -> dict[str, Any]:
-    """Compare the methods. Return the results as plain values, which are equal on all ranks.
+    """Compare the methods. Return the results as plain values, the same on all ranks.
 
-    Raises UsageError if the options cannot be used together, and DataError if the shards cannot be read. Collective over
-    world."""
+    Raises UsageError if the options cannot be used together, and DataError if the data cannot be read. Collective over world."""
     if options.seconds and world.size == 1:
         raise UsageError("--run trains on the ranks of this launch, but there is only one: mpirun -np N python -m mpidp.plan ...")
     if options.seconds and options.ranks not in (0, world.size):
@@ -120,8 +120,8 @@ def compare_methods(config: Config, options: TrialOptions, world: MPI.Intracomm)
 
 
 def find_cluster(config: Config, options: TrialOptions, world: MPI.Intracomm) -> tuple[Cluster, str]:
-    """Return the cluster and the source of its figures: --link, cluster.json, or a measurement between the ranks of this launch.
-    Raises UsageError if none of these is available. Collective over world."""
+    """Return (cluster, source of its figures). The source is --link, cluster.json, or a measurement between the ranks of this
+    launch. Raises UsageError if none of these is available. Collective over world."""
     ranks = options.ranks or (world.size if world.size > 1 else 0)
     if options.link:
         if not ranks:
@@ -152,8 +152,8 @@ def find_cluster(config: Config, options: TrialOptions, world: MPI.Intracomm) ->
 
 
 def compute_seconds(config: Config, micro_batches: int, world: MPI.Intracomm) -> float:
-    """Measure the compute time of a step with this many micro-batches on each rank, while all ranks compute. Return the time of
-    the slowest rank in seconds. Collective over world."""
+    """Measure the compute time of a step with `micro_batches` micro-batches per rank. All ranks measure at the same time. Return
+    the time of the slowest rank in seconds. Collective over world."""
     from mpi4py import MPI
 
     threads = resolve_threads(config.train.threads, make_topology(world))
@@ -174,7 +174,8 @@ def compute_seconds(config: Config, micro_batches: int, world: MPI.Intracomm) ->
 
 @contextmanager
 def folder_beside(run_dir: Path, world: MPI.Intracomm) -> Iterator[Path]:
-    """Return a context with a temporary folder beside run_dir, on the disk that all nodes share. Collective over world."""
+    """Return a context manager whose value is a new temporary folder beside run_dir. The folder is deleted at the end. Raises
+    UsageError if the folder cannot be created. Collective over world."""
     made = ""
     with raise_together(world):
         if world.rank == 0:
@@ -192,8 +193,8 @@ def folder_beside(run_dir: Path, world: MPI.Intracomm) -> Iterator[Path]:
 
 
 def try_all(config: Config, rows: list[MethodRow], seconds: float, world: MPI.Intracomm) -> dict[str, TrialResult]:
-    """Train with each usable method for about this many seconds. A short run before each trial measures the step time, which
-    determines the number of steps. Return the result of each method. Collective over world."""
+    """Train with each usable method for about `seconds` seconds. A short run before each trial measures the step time, which
+    determines the number of steps. Return {method: result}. Collective over world."""
     found: dict[str, TrialResult] = {}
     with folder_beside(Path(config.run.dir), world) as folder:
         for row in rows:
@@ -212,7 +213,8 @@ def try_all(config: Config, rows: list[MethodRow], seconds: float, world: MPI.In
 
 
 def _with_short_evaluation(config: Config) -> Config:
-    """Return the config for a run that only measures step times. Its last evaluation uses one training window."""
+    """Return the configuration of a run that only measures step times. The last evaluation of this run uses one training
+    window."""
     return config.with_values(train={"eval_tokens": config.model.seq_len})
 
 
@@ -221,8 +223,8 @@ def _steps(seconds: float, each: float) -> int:
 
 
 def trial(config: Config, steps: int, run_dir: Path, world: MPI.Intracomm) -> TrialResult:
-    """Train for this many steps from the initial weights, with a constant learning rate after the warm-up. Return the result,
-    which is the same on all ranks. Collective over world."""
+    """Train for `steps` steps from the initial weights, with a constant learning rate after the warm-up. Write the run to
+    `run_dir`, and delete it afterwards. Return the result, the same on all ranks. Collective over world."""
     config = config.with_values(
         train={"steps": steps, "tokens": 0, "epochs": 0.0, "eval_every": 0, "save_every": 0, "target_loss": 0.0, "patience": 0},
         optim={"schedule": "constant", "warmup_steps": -1}, run={"dir": str(run_dir), "resume": "never"},
@@ -253,8 +255,8 @@ def trial(config: Config, steps: int, run_dir: Path, world: MPI.Intracomm) -> Tr
 
 
 def _read(metrics: Path, val_loss: float | None) -> TrialResult:
-    """Read the result of a trial. The loss is the last val_loss. Without evaluations it is the mean train_loss of the last
-    quarter of the steps. Independent."""
+    """Return the result of a trial. metrics: its metrics.jsonl. val_loss: the last val_loss of the trial, which becomes the loss
+    of the result. If val_loss is None, the loss is the mean train_loss of the last quarter of the steps. Independent."""
     lines = [line for line in read_lines(metrics) if "step_seconds" in line]
     seconds, sent, curve = 0.0, 0, list[tuple[float, int, float]]()
     for line in lines:

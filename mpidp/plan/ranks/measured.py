@@ -38,7 +38,8 @@ class MeasuredRun:
 
 
 def read(run: Path) -> MeasuredRun:
-    """Read a run. Raises UsageError if RUN is not a run with at least one step. Independent."""
+    """Return the records of the run in the folder `run`. Raises UsageError if the folder is not a run with at least one step.
+    Independent."""
     if not (run / "metrics.jsonl").is_file() or not (run / "config.toml").is_file():
         raise UsageError(f"{run}: no metrics.jsonl or no config.toml there; give the folder of a run (its run.dir)")
     config = read_run_config(run / "config.toml")
@@ -73,9 +74,9 @@ def _add(run: MeasuredRun, line: dict[str, Any]) -> None:
 
 
 def steps_to(run: MeasuredRun, loss: float | None) -> tuple[float, float | None, str]:
-    """Return (steps, loss, name of the loss) of the goal. If `loss` is None, the goal is the end of the run. Otherwise the goal
-    is the step at which val_loss reached `loss`, interpolated linearly between evaluations. Raises UsageError if the run did not
-    reach `loss`. Pure."""
+    """Return (steps, loss, name of the loss) of the goal. If `loss` is None, the goal is the last evaluation, or the last step if
+    there is no evaluation. Otherwise the goal is the step at which val_loss reached `loss`, interpolated linearly between
+    evaluations. Raises UsageError if the run did not reach `loss`. Pure."""
     if loss is None:
         if run.evaluations:
             return *run.evaluations[-1], "val_loss"
@@ -93,8 +94,8 @@ def steps_to(run: MeasuredRun, loss: float | None) -> tuple[float, float | None,
 
 
 def seconds(runs: Sequence[MeasuredRun]) -> list[StepTimes]:
-    """Return the median step times for each number of ranks in these runs. If a run did not record its number of ranks, 1 is
-    assumed. Raises UsageError if no step has a compute time. Pure."""
+    """Return the median step times for each number of ranks in `runs`. If a run did not record its number of ranks, 1 is assumed.
+    Raises UsageError if no step has a compute time. Pure."""
     found: dict[int, list[tuple[float, float, float]]] = {}
     for run in runs:
         for recorded, lines in run.starts:
@@ -115,7 +116,8 @@ def seconds(runs: Sequence[MeasuredRun]) -> list[StepTimes]:
 
 
 def step_seconds(run: MeasuredRun) -> float | None:
-    """Return the median time of the steps since the last start, in seconds. Return None if step times were not recorded. Pure."""
+    """Return the median time in seconds of the steps since the last start of the run. Return None if step times were not
+    recorded. Pure."""
     found = [one for line in _timed(run.starts[-1][1]) if (one := number(line, "step_seconds"))]
     return statistics.median(found) if found else None
 

@@ -1,8 +1,9 @@
 """Predicts the time to reach the same loss with other batch sizes and numbers of ranks, from measurements of a run. Pure.
 
-With b tokens per step, a run needs S(b) = S_min (1 + B_noise / b) steps to reach a loss. This follows from (S/S_min - 1)(E/E_min
-- 1) = 1 with E = b S tokens and B_noise = E_min / S_min (McCandlish et al. 2018, section 2.3). The time of a step is the compute
-time of the rank with the most micro-batches, plus the times of communication and update, which do not depend on the batch.
+With b tokens per step, a run needs S(b) = S_min (1 + B_noise / b) steps and E(b) = b S(b) tokens to reach a loss. S_min and E_min
+are the fewest steps and tokens for any b. The formula follows from (S/S_min - 1)(E/E_min - 1) = 1 and B_noise = E_min / S_min
+(McCandlish et al. 2018, section 2.3). The time of a step is the compute time of the rank with the most micro-batches, plus the
+time of communication and the time of the update. The last two times do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # multiples of the run's batc
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Measured times of a step on one number of ranks."""
+    """The measured times of a step for one number of ranks."""
 
     ranks: int
     micro_batch: float  # seconds of one micro-batch: forward, backward, and waiting for data
@@ -28,7 +29,7 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class Learned:
-    """The progress of a run towards a loss."""
+    """The number of steps in which a run reached a loss, and the batch and the gradient noise of the run."""
 
     steps: float  # number of steps to reach the loss
     tokens_a_step: float  # batch size B
@@ -37,13 +38,13 @@ class Learned:
 
     @property
     def fewest_steps(self) -> float:
-        """S_min, the number of steps with an infinitely large batch."""
+        """S_min, the number of steps that an infinitely large batch would need."""
         return self.steps / (1 + self.noise_scale_tokens / self.tokens_a_step)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The prediction for one batch size and one number of ranks."""
+    """The predicted time for one batch size and one number of ranks."""
 
     multiple: float  # batch size, relative to that of the run
     ranks: int
@@ -51,18 +52,18 @@ class Cell:
 
     @property
     def at(self) -> tuple[float, int]:
-        """The position of the cell in the table."""
+        """The position of the cell in the table: (multiple, ranks)."""
         return self.multiple, self.ranks
 
     @property
     def rank_seconds(self) -> float:
-        """The cost in rank-seconds: time x ranks."""
+        """The cost in rank-seconds: seconds x ranks."""
         return self.seconds * self.ranks
 
 
 @dataclass(frozen=True)
 class BatchRow:
-    """One batch size, with a cell for each number of ranks. A cell is left out if there are fewer lanes than ranks."""
+    """The predictions for one batch size, with a cell for each number of ranks that has at least one lane per rank."""
 
     multiple: float
     lanes: Lanes
@@ -72,8 +73,9 @@ class BatchRow:
 
 
 def scaled(lanes: Lanes, multiple: float) -> Lanes | None:
-    """Return the lanes of a batch `multiple` times as large, with the same micro-batch size and about as many micro-batches per
-    lane. Return None if this batch is not a whole number of sequences, or is smaller than a micro-batch. Pure."""
+    """Return the lanes of a batch that is `multiple` times as large. Its micro-batches have the same size, and its lanes have
+    about as many micro-batches. Return None if the batch is not a whole number of sequences, or is smaller than a micro-batch.
+    Pure."""
     sequences = lanes.global_batch * multiple
     if sequences != int(sequences) or sequences < lanes.micro_batch:
         return None
@@ -82,14 +84,14 @@ def scaled(lanes: Lanes, multiple: float) -> Lanes | None:
 
 
 def most_micro_batches(lanes: Lanes, ranks: int) -> int:
-    """Return the largest number of micro-batches on a rank. The other ranks wait for this rank. Pure."""
+    """Return the number of micro-batches of the rank that has the most. The other ranks wait for this rank. Pure."""
     cuts = [rank * lanes.num_lanes // ranks * lanes.num_micro_batches // lanes.num_lanes for rank in range(ranks + 1)]
     return max(b - a for a, b in zip(cuts, cuts[1:], strict=False))
 
 
 def _between(points: Sequence[tuple[int, float]], ranks: int, grows: bool = False) -> float:
-    """Interpolate linearly in log2(ranks) between measured points (ranks, value), which are sorted by ranks. Outside the points,
-    return the nearest value. grows: extrapolate after the last point if the last two values rise."""
+    """Return the value at `ranks`, interpolated linearly in log2(ranks) between `points`. points: (ranks, value), sorted by
+    ranks. Outside the points, return the nearest value. grows: if the last two values rise, extrapolate after the last point."""
     if ranks <= points[0][0]:
         return points[0][1]
     for (low, a), (high, b) in zip(points, points[1:], strict=False):
@@ -103,9 +105,9 @@ def _between(points: Sequence[tuple[int, float]], ranks: int, grows: bool = Fals
 
 
 def seconds_at(measured: Sequence[StepTimes], ranks: int) -> StepTimes:
-    """Return the step times on this number of ranks, interpolated between measurements. Runs on one rank do not communicate, so
-    for several ranks the time of communication is taken from runs on several ranks. If there are no such runs, the time is 0.
-    measured: one or more measurements, each with a different number of ranks. Pure."""
+    """Return the step times on `ranks` ranks, interpolated between measurements. measured: one or more measurements, each with a
+    different number of ranks. Runs on one rank do not communicate. For several ranks, the time of communication is therefore
+    taken from runs on several ranks, or is 0 if there are none. Pure."""
     measured = sorted(measured, key=lambda one: one.ranks)
     comm = [(one.ranks, one.comm) for one in measured if one.ranks > 1]
     if ranks == 1:
@@ -119,13 +121,13 @@ def seconds_at(measured: Sequence[StepTimes], ranks: int) -> StepTimes:
 
 
 def step_seconds(lanes: Lanes, measured: Sequence[StepTimes], ranks: int) -> float:
-    """Return the predicted time of one step with these lanes, in seconds. Pure."""
+    """Return the predicted time in seconds of one step with these lanes on `ranks` ranks. Pure."""
     at = seconds_at(measured, ranks)
     return most_micro_batches(lanes, ranks) * at.micro_batch + at.comm + at.update
 
 
 def predict(learned: Learned, measured: Sequence[StepTimes], ranks: Sequence[int]) -> list[BatchRow]:
-    """Return the predictions, with one row per batch size. ranks: the numbers of ranks for the cells of a row. Pure."""
+    """Return the predictions, with one row per batch size. ranks: the numbers of ranks for which a row has cells. Pure."""
     rows = []
     for multiple in MULTIPLES:
         lanes = scaled(learned.lanes, multiple)
@@ -139,6 +141,6 @@ def predict(learned: Learned, measured: Sequence[StepTimes], ranks: Sequence[int
 
 
 def best_at(rows: Sequence[BatchRow], ranks: int) -> Cell | None:
-    """Return the cell of the fastest batch size on this number of ranks, or None if no batch has enough lanes. Pure."""
+    """Return the cell of the fastest batch size on `ranks` ranks, or None if no batch has enough lanes. Pure."""
     cells = [cell for row in rows for cell in row.cells if cell.ranks == ranks]
     return min(cells, key=lambda cell: cell.seconds, default=None)

@@ -1,4 +1,4 @@
-"""Formats the tables that `python -m mpidp.plan` and `plan methods` print. Pure, except for the plot."""
+"""Formats the tables that `python -m mpidp.plan` and `plan methods` print. Pure, except for plot()."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def duration(seconds: float) -> str:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Format the plan as text. Pure."""
+    """Format the result of plan() as text. Pure."""
     noise, ranks, scale = found["noise"], found["columns"], found["noise"]["noise_scale_tokens"]
     bounds = noise["bounds_tokens"]
     spread = f"about {bounds[0]:,.0f} to {bounds[1]:,.0f}" if bounds else "no bounds: too few or too scattered measurements"
@@ -93,7 +93,7 @@ def size(number: float) -> str:
 
 
 def methods_table(found: dict[str, Any]) -> str:
-    """Format the comparison of methods as text. Pure."""
+    """Format the result of compare_methods() as text. Pure."""
     tried, rows, nodes = found["tried_seconds"], found["rows"], found["nodes"]
     link = f"{1e3 * found['latency_seconds']:.3g} ms, {8e-6 * found['bandwidth_bytes_per_second']:,.4g} Mbit/s"
     how = "given" if found["compute_given"] else "measured"
@@ -125,8 +125,8 @@ def methods_table(found: dict[str, Any]) -> str:
 
 
 def plot(found: dict[str, Any], file: str) -> None:
-    """Plot the train_loss of each method that was tried, against time and against bytes sent. file: path of the picture.
-    Independent."""
+    """Plot the train_loss of each method that was tried, once against time and once against bytes sent. found: the result of
+    compare_methods(). file: path of the picture. Independent."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -9,13 +9,14 @@
 | int2 | 1/4 | 0, or the sign times the mean absolute value of the block's large values (ternary weight networks, Li 2016) |
 | onebit | 1/8 | the sign times the block's mean absolute value (Seide 2014; Karimireddy 2019, section 5) |
 
-The codes with a scale take 4 more bytes per block. In the following, the error of a code is the sum of squares of x - decoded,
-relative to the sum of squares of x. The expected error must be below 1, because otherwise error feedback would make residuals
-grow without bound (Karimireddy 2019, assumption A). If n values are rounded stochastically to k levels up to the largest value,
-the error is at most (1 + sqrt(n)) / (2 k) - 1. This bound is 0.21 for int4. It would be 7.5 for int2, which therefore does not
-round stochastically. For normally distributed values the error of int2 is 0.19, and the error of onebit is 0.36. For any values
-the error of int2 is 1 - m s^2 / sum(x^2), where s is the mean absolute value of the m large values. These statements hold for all
-values from the smallest normal float32 to the largest one. Every decoded value is finite.
+A block is BLOCK consecutive values. All codes except plain and bf16 also store a scale per block, in 4 bytes. The error of a code
+is the sum of squares of x - decoded, divided by the sum of squares of x. The expected error must be below 1. Otherwise error
+feedback would make residuals grow without bound (Karimireddy 2019, assumption A). If n values are rounded stochastically to k
+levels up to the largest value, the expected error is at most (1 + sqrt(n)) / (2 k) - 1. This bound is 0.21 for int4. It would be
+7.5 for int2, which therefore does not round stochastically. The error of int2 is 1 - m s^2 / sum(x^2), where s is the mean
+absolute value of the m large values. For normally distributed values, the error of int2 is 0.19 and the error of onebit is 0.36.
+These statements hold for all absolute values from the smallest normal float32 to the largest float32. Every decoded value is
+finite.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ SMALLEST = 2.0**-149  # the smallest float32 above 0, which is denormal
 
 
 def seed_of(*numbers: int) -> int:
-    """Return a random seed computed from the numbers and their order. Pure."""
+    """Return a random seed that depends only on the numbers and their order. Pure."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
 
 
 def uniform(shape: torch.Size, seed: int, device: torch.device) -> Tensor:
-    """Return uniform random numbers in [0, 1), determined by the seed. Independent."""
+    """Return uniform random numbers in [0, 1). They depend only on `seed`, `shape` and the type of device. Independent."""
     return torch.rand(shape, device=device, generator=torch.Generator(device).manual_seed(seed))
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """Pack uint8 values (n,) below 2^bits into bytes, 8 // bits values per byte. Return uint8 (ceil(n * bits / 8),). bits: 1, 2,
-    4 or 8. Pure."""
+    """Return the values packed into bytes, uint8 (ceil(n * bits / 8),). values: uint8 (n,), each below 2^bits. bits: 1, 2, 4 or
+    8. Pure."""
     rows = F.pad(values, (0, -values.numel() % (8 // bits))).view(8 // bits, -1)  # values of one byte are far apart
     packed = rows[0].clone()
     for i, row in enumerate(rows[1:], 1):
@@ -52,19 +53,20 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """Reverse pack(). Return uint8 (n,). Pure."""
+    """Return the values that were packed by pack(), uint8 (n,). Pure."""
     if bits == 8:
         return packed
     return torch.stack([(packed >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)]).view(-1)[:n]
 
 
 def blocks(x: Tensor) -> Tensor:
-    """Return x (n,) as rows of BLOCK values, (ceil(n / BLOCK), BLOCK). The last row is padded with zeros. Pure."""
+    """Return `x`, (n,), as rows of BLOCK values. The result is (ceil(n / BLOCK), BLOCK). The last row is padded with zeros.
+    Pure."""
     return (F.pad(x, (0, -x.numel() % BLOCK)) if x.numel() % BLOCK else x).view(-1, BLOCK)
 
 
 def mean_size(rows: Tensor) -> Tensor:
-    """Return the mean absolute value of each row, (rows, 1). The sum does not overflow. Pure."""
+    """Return the mean absolute value of each row, (rows, 1). It does not overflow for finite values. Pure."""
     return (rows.abs() / rows.shape[1]).sum(1, keepdim=True)
 
 
@@ -78,17 +80,18 @@ class Code:
         return 4 * n
 
     def encode(self, x: Tensor, wire: Tensor, seed: int) -> None:
-        """Encode x into wire. x: float32 (n,), n > 0, all values finite. wire: uint8 (num_bytes(n),), aligned to 4 bytes. seed:
-        for stochastic rounding. Independent."""
+        """Encode `x` into `wire`. x: float32 (n,), n > 0, all values finite. wire: uint8 (num_bytes(n),), aligned to 4 bytes.
+        seed: the seed of stochastic rounding. Independent."""
         wire.view(torch.float32).copy_(x)
 
     def decode(self, wire: Tensor, n: int) -> Tensor:
-        """Decode wire, and return float32 (n,). Independent."""
+        """Return the n values encoded in `wire`, float32 (n,). Independent."""
         return wire.view(torch.float32).clone()
 
 
 class BFloat16(Code):
-    """Rounds values to the nearest bfloat16. |x - decoded| is at most the larger of 2^-8 |x| and half the smallest bfloat16."""
+    """Rounds values to the nearest bfloat16. |x - decoded| is at most the larger of 2^-8 |x| and half the smallest bfloat16 above
+    0."""
 
     def num_bytes(self, n: int) -> int:
         return 2 * n
@@ -102,7 +105,7 @@ class BFloat16(Code):
 
 
 class Scaled(Code):
-    """Base class of codes that store one scale per block and each value as a multiple of it."""
+    """Base class of codes that store one scale per block, and each value as a multiple of the scale."""
 
     bits: int
 
@@ -110,14 +113,14 @@ class Scaled(Code):
         return 4 * -(-n // BLOCK) + -(-n * self.bits // 8)
 
     def parts(self, wire: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """Return views of wire: (scales, float32 (ceil(n / BLOCK), 1); encoded values, uint8). Pure."""
+        """Return two views of `wire`: the scales, float32 (ceil(n / BLOCK), 1), and the encoded values, uint8. Pure."""
         cut = 4 * -(-n // BLOCK)
         return wire[:cut].view(torch.float32).view(-1, 1), wire[cut:]
 
 
 class Float16(Scaled):
     """Stores values as float16 multiples of the scale. The scale is a power of two near m / 2^15, where m is the block's largest
-    absolute value, so no multiple overflows. |x - decoded| is at most the larger of 2^-11 |x| and 2^-39 m."""
+    absolute value. No multiple overflows. |x - decoded| is at most the larger of 2^-11 |x| and 2^-39 m."""
 
     bits = 16
     largest = (2.0**15 - 2.0**4) * 2.0**113  # the largest float32 that is a float16 multiple of its scale
@@ -135,11 +138,11 @@ class Float16(Scaled):
 
 
 class Integer(Scaled):
-    """Rounds values stochastically and without bias to integer multiples of the scale, from -levels to levels. |x - decoded| <=
-    scale."""
+    """Rounds values to integer multiples of the scale, from -levels to levels. The rounding is stochastic and without bias. |x -
+    decoded| <= scale."""
 
     def __init__(self, bits: int) -> None:
-        """bits: 8 or 4."""
+        """bits: the number of bits per value, 8 or 4."""
         self.bits = bits
         self.levels = 2 ** (bits - 1) - 1
 
@@ -165,8 +168,7 @@ class Integer(Scaled):
 
 class Ternary(Scaled):
     """Encodes values as -s, 0 or s. A value is large if its absolute value is above 3/4 of the block's mean absolute value. Large
-    values become -s or s, where s is the mean absolute value of the large values. Other values become 0. The factor 3/4 is best
-    for normally distributed values."""
+    values become -s or s, where s is the mean absolute value of the large values. Other values become 0."""
 
     bits = 2
 
@@ -185,8 +187,8 @@ class Ternary(Scaled):
 
 
 class OneBit(Scaled):
-    """Encodes values as their signs. The sign of 0 is positive. A sign is decoded as plus or minus the block's mean absolute
-    value. In each block of n values, the sum of (x - decoded)^2 is sum(x^2) - n mean(|x|)^2."""
+    """Encodes values as their signs. The sign of 0 is positive. A sign is decoded as plus or minus the mean absolute value of the
+    block. In a block of n values, the sum of (x - decoded)^2 is sum(x^2) - n mean(|x|)^2."""
 
     bits = 1
     keeps_zeros = False

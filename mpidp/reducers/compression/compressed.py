@@ -1,16 +1,17 @@
-"""Compressed sums with error feedback (Seide 2014; Karimireddy 2019), for every method of comm.compress.
+"""Compressed sums with error feedback (Seide 2014; Karimireddy 2019), for every method of comm.compress. Rank i has the gradient
+g_i and the residual r_i:
 
     x_i = g_i + r_i;  total = compressed sum of all x_i;  r_i <- compression error on rank i
 
-The residual r_i contains the error of encoding the rank's own values. In the slice that this rank sums, it also contains the
-error of encoding the sum. Therefore this equation holds after every round, up to float32 rounding: (sum over rounds of total) +
-(sum over ranks of r_i) = (sum over rounds and ranks of g_i).
+The new residual r_i contains the error of encoding x_i. In the slice that rank i owns, it also contains the error of encoding the
+sum. Therefore this equation holds after every round, up to float32 rounding: (sum over rounds of total) + (sum over ranks of r_i)
+= (sum over rounds and ranks of g_i).
 
-A round sums every bucket once. end_round() can undo the round, so a skipped step does not change the residuals. If a value of a
-bucket is not finite on any rank, the bucket's sum is nan on all ranks, and its residuals do not change.
+A round sums every bucket once. end_round() can undo the round, so a skipped step does not change the residuals. If any rank has a
+value of a bucket that is not finite, the bucket's sum is nan on all ranks, and the bucket's residuals do not change.
 
-With momentum m (Deep Gradient Compression, Lin 2018, sections 3.1 and 3.2), u_i <- m u_i + g_i takes the place of g_i. After the
-sum, u_i is reset to 0 at the places whose values were sent.
+With momentum m (Deep Gradient Compression, Lin 2018, sections 3.1 and 3.2), the velocity u_i <- m u_i + g_i takes the place of
+g_i. After the sum, u_i is reset to 0 at the places whose values were sent.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from mpidp.reducers.compression.topk import RandomKMethod, TopKMethod
 
 
 def method_of(name: str, ratio: float, warmup: int, rank: int, seed: int) -> CompressionMethod:
-    """Return the compression method for comm.compress=name. ratio, warmup (in rounds) and rank: the settings comm.ratio,
-    comm.ratio_warmup and comm.rank. Pure."""
+    """Return the compression method for comm.compress=`name`. ratio: comm.ratio. warmup: comm.ratio_warmup, in rounds. rank:
+    comm.rank. seed: the seed of powersgd. Pure."""
     if name == "powersgd":
         return PowerSGD(rank, seed)
     if name in ("topk", "randomk"):
@@ -47,21 +48,21 @@ def method_of(name: str, ratio: float, warmup: int, rank: int, seed: int) -> Com
 
 
 def trimmed(bucket: Bucket) -> Bucket:
-    """Return the bucket without the padding after its last parameter. The padding is not sent. Pure."""
+    """Return the bucket without the padding after its last parameter. The padding need not be sent. Pure."""
     end = bucket.offsets[-1] + bucket.shapes[-1].numel()
     return replace(bucket, stop=min(bucket.stop, -(-end // ALIGN) * ALIGN))
 
 
 def padding_of(bucket: Bucket) -> Tensor:
-    """Return the indices of the elements of the bucket, int64, that belong to no parameter. Pure."""
+    """Return the int64 indices of the elements of the bucket that belong to no parameter. Index 0 is the bucket's first element.
+    Pure."""
     ends = [offset + shape.numel() for offset, shape in zip(bucket.offsets, bucket.shapes, strict=True)]
     nexts = [*bucket.offsets[1:], bucket.stop]
     return torch.cat([torch.arange(end, then) for end, then in zip(ends, nexts, strict=True)]) - bucket.start
 
 
 class Compressed(FlatReducer):
-    """Sums compressed gradients. Each rank adds its compression error to the values that it sends in the next step (error
-    feedback)."""
+    """Sums compressed gradients. Each rank adds its compression error to the gradient of the next round (error feedback)."""
 
     def __init__(
         self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int, method: CompressionMethod,
@@ -81,7 +82,7 @@ class Compressed(FlatReducer):
         self.held, self._before = ({name: torch.zeros_like(buffer.flat[0]) for name in names} for _ in range(2))
 
     def bytes_sent(self, bucket: Bucket) -> int:
-        """Return the bytes that this rank sends for the next sum of the bucket. Independent."""
+        """Return the number of bytes that this rank sends for the next sum of the bucket. Independent."""
         return self.method.bytes_sent(trimmed(bucket), self.rounds, self.comm.rank, self.comm.size)
 
     def sum(self, flat: Tensor, bucket: Bucket) -> None:
@@ -125,8 +126,8 @@ class Compressed(FlatReducer):
         self._round.clear()
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return copies of the state, because a thread may change the state while a checkpoint writes the copies. A round that
-        has not ended counts as applied."""
+        """Return copies of the state. Later rounds do not change the copies. A round that has not ended counts as applied.
+        Independent."""
         found = {name: Entry(tensor.clone(), "additive") for name, tensor in self.held.items()}
         found["rounds"] = Entry(torch.tensor([self.rounds + bool(self._round)]))
         return found | {f"method/{name}": Entry(tensor) for name, tensor in self.method.state_dict().items()}
@@ -144,7 +145,7 @@ class Compressed(FlatReducer):
         self.method.load_state_dict(mine)
 
     def resume_from(self, before: Reducer | None) -> None:
-        """Take over the state of `before`. The residuals of failed ranks are lost. Collective over all ranks."""
+        """Take over the state of `before` (see Reducer). The residuals of failed ranks are lost. Collective over all ranks."""
         state: dict[str, Tensor] = {}
         if before is not None:
             before.end_round(False)  # undo the failed step

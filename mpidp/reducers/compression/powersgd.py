@@ -1,12 +1,12 @@
 """PowerSGD (Vogels 2019) approximates the sum of the ranks' matrices by a product of two thin matrices, with one power iteration.
 
-Rank i has the matrix M_i, (rows, cols). Q, (cols, r), is the same on all ranks. Algorithm 1 of the paper, with sums instead of
-means, computes P = orthogonalized sum of M_i Q, and then Q' = sum of M_i^T P. P Q'^T approximates the sum of M_i. The next round
-uses Q' as its Q (warm start, section 4.2). The residual of rank i is M_i - P (M_i^T P)^T. The residuals add up to the sum of M_i
-minus P Q'^T. Vectors are sent uncompressed. A matrix is also sent uncompressed if P and Q together are not smaller than the
-matrix.
+Rank i has the matrix M_i, (rows, cols). All ranks have the same Q, (cols, r). Algorithm 1 of the paper, with sums instead of
+means, first computes S = (sum over ranks of M_i Q). P is an orthonormal basis of the columns of S. The algorithm then computes Q'
+= (sum over ranks of M_i^T P). P Q'^T approximates the sum of all M_i. The next round uses Q' as its Q (warm start, section 4.2).
+The residual of rank i is M_i - P (M_i^T P)^T. The sum of the residuals is (sum of M_i) - P Q'^T. Vectors are sent uncompressed. A
+matrix that is not larger than P and Q together is also sent uncompressed.
 
-Every rank orthogonalizes the same matrix. If ranks run on different types of CPUs, the bits of their results can differ.
+Every rank computes P itself, from the same S. If ranks run on different types of CPUs, the bits of their results can differ.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from mpidp.reducers.compression.exchange import CompressionMethod, Exchange, Sum
 
 
 class PowerSGD(CompressionMethod):
-    """Implements comm.compress=powersgd. rank: number of columns of the thin matrices (comm.rank). seed: random seed of the first
-    Q."""
+    """Implements comm.compress=powersgd. rank: number of columns of the thin matrices (comm.rank). seed: random seed of the Q in
+    the first round."""
 
     def __init__(self, rank: int, seed: int) -> None:
         super().__init__(PLAIN)
@@ -33,22 +33,22 @@ class PowerSGD(CompressionMethod):
         self._round_q: dict[str, Tensor] = {}  # Q' of each parameter in this round
 
     def thin(self, shape: torch.Size) -> tuple[int, int, int]:
-        """Return rows and cols, the size of the parameter as a matrix, and r, the number of columns of its thin matrices. If r is
-        0, the parameter is sent uncompressed. shape: the shape of the parameter. Pure."""
+        """Return (rows, cols, r) of a parameter with this shape. rows, cols: the size of the parameter as a matrix. r: the number
+        of columns of its thin matrices, or 0 if the parameter is sent uncompressed. Pure."""
         rows = shape[0] if len(shape) > 1 else 1
         cols = shape.numel() // rows if rows else 0
         r = min(self.rank, rows, cols)
         return rows, cols, r if r * (rows + cols) < rows * cols else 0
 
     def _matrices(self, bucket: Bucket) -> Iterator[tuple[str, slice, int, int, int]]:
-        """For each compressed matrix, yield its name, its place in the bucket, and the result of thin()."""
+        """For each compressed matrix of the bucket, yield (name, place in the bucket, rows, cols, r). See thin()."""
         for name, shape, offset in zip(bucket.names, bucket.shapes, bucket.offsets, strict=True):
             rows, cols, r = self.thin(shape)
             if r:
                 yield name, slice(offset - bucket.start, offset - bucket.start + rows * cols), rows, cols, r
 
     def _others(self, bucket: Bucket) -> list[slice]:
-        """Return the places in the bucket of the uncompressed parameters."""
+        """Return the places in the bucket at which the uncompressed parameters are."""
         return [
             slice(offset - bucket.start, offset - bucket.start + shape.numel())
             for shape, offset in zip(bucket.shapes, bucket.offsets, strict=True) if not self.thin(shape)[2]

@@ -1,10 +1,9 @@
-"""Sends a small fraction of the values: the largest values (topk), or the values at random places (randomk). The random places
-are the same on all ranks.
+"""Sends a small fraction of the values: those with the largest absolute values (topk), or those at random places (randomk). The
+random places are the same on all ranks.
 
 Sources: Aji & Heafield 2017; Stich 2018, who proves convergence with error feedback. The warm-up of the ratio, and the momentum
-in compressed.py, are from Deep Gradient Compression (Lin 2018). With topk the owner of a slice sends only the k largest values of
-the sum (gTop-k, Shi 2019) and keeps the rest as a residual. The owner cannot send all nonzero values of the sum, because their
-number is not known in advance.
+in compressed.py, are from Deep Gradient Compression (Lin 2018). With topk, also the sum of a slice is reduced to its k largest
+values before the owner sends it (gTop-k, Shi 2019). The owner keeps the rest as a residual.
 """
 
 from __future__ import annotations
@@ -22,28 +21,28 @@ CHUNK, LARGE_CHUNK = 1 << 12, 1 << 16  # values per chunk, from which the larges
 
 
 def ratio_at(ratio: float, warmup: int, number: int) -> float:
-    """Return the fraction of values sent in round `number`, counted from 0. The fraction falls exponentially to `ratio` in
-    `warmup` rounds. For example, with ratio 0.001 and warmup 4 the fractions are 0.25, 0.06, 0.016, 0.004, then 0.001 (Lin 2018,
-    section 3.4). Pure."""
+    """Return the fraction of values that are sent in round `number`, counted from 0. The fraction falls exponentially to `ratio`
+    in `warmup` rounds. For example, with ratio 0.001 and warmup 4 the fractions are 0.25, 0.06, 0.016, 0.004, then 0.001 (Lin
+    2018, section 3.4). Pure."""
     return float(ratio ** ((number + 1) / (warmup + 1))) if number < warmup else ratio
 
 
 def count(ratio: float, n: int) -> int:
-    """Return how many of n values are sent: ratio * n, but at least one. Pure."""
+    """Return how many of n values are sent: about ratio * n, but at least one. Pure."""
     return min(n, max(1, round(ratio * n)))
 
 
 class TopK(Code):
-    """Divides the values into groups of CHUNK or LARGE_CHUNK. Stores the k largest values of each group as float32, and their
-    places in the group in 2 bytes each (DeMo, Peng 2024, section 3; SparseLoCo, Sarfi 2025, section 3). In a comparison, the
-    largest values of a whole slice gave no lower loss (docs/results/2026-11-25-per-token.md)."""
+    """Encodes a group of consecutive values by the k values with the largest absolute values. These k values are stored as
+    float32, and their places in the group in 2 bytes each (DeMo, Peng 2024, section 3; SparseLoCo, Sarfi 2025, section 3). A
+    group has CHUNK values, or LARGE_CHUNK if the ratio is small."""
 
     def __init__(self, ratio: float) -> None:
         self.ratio, self.chunk = ratio, CHUNK if ratio * CHUNK >= 16 else LARGE_CHUNK
 
     def _rows(self, n: int) -> list[tuple[int, int, int]]:
-        """Return two entries, one for the full groups and one for the rest. An entry is (number of groups, values per group,
-        values sent per group). An entry without values is left out. Pure."""
+        """Return a list of (number of groups, values per group, values sent per group). It has one entry for the full groups and
+        one for the rest of the n values. An entry without values is left out. Pure."""
         whole, rest = divmod(n, self.chunk)
         return [(rows, width, count(self.ratio, width)) for rows, width in ((whole, self.chunk), (1, rest)) if rows and width]
 
@@ -51,8 +50,8 @@ class TopK(Code):
         return 6 * sum(rows * k for rows, _, k in self._rows(n))
 
     def _parts(self, wire: Tensor, n: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """For each entry of _rows(), yield the index of its first value, the number of values per group, and two views of wire:
-        the sent values, float32 (groups, k), and their places, int16 (groups, k). Pure."""
+        """For each entry of _rows(), yield (index of its first value, values per group, sent values, their places). The last two
+        are views of `wire`: float32 (groups, k) and int16 (groups, k). Pure."""
         at, start = 0, 0
         cut = 4 * sum(rows * k for rows, _, k in self._rows(n))
         values, places = wire[:cut].view(torch.float32), wire[cut:].view(torch.int16)
@@ -88,15 +87,15 @@ class TopKMethod(CompressionMethod):
 
 class RandomKMethod(CompressionMethod):
     """Implements comm.compress=randomk. Of each range of 1 / ratio values, one value is sent. Each round draws new places, with
-    the same seed on all ranks. Therefore places need not be sent, and the sum of the sent values is exact up to rounding."""
+    the same seed on all ranks. Therefore places need not be sent. The sent values are summed in float32, without encoding."""
 
     def __init__(self, ratio: float, warmup: int) -> None:
         super().__init__(PLAIN)
         self._ratio, self._warmup = ratio, warmup
 
     def places(self, bucket: Bucket, number: int, seed: int) -> Tensor:
-        """Return the places of the sent values within the bucket, in ascending order, int64 (k,). They are computed on the CPU,
-        so they do not depend on the device. Pure."""
+        """Return the places in the bucket of the values that are sent in round `number`, int64 (k,), in ascending order. They do
+        not depend on the device, because they are computed on the CPU. Pure."""
         k = self._count(bucket, number)
         edges = torch.arange(k + 1) * (bucket.stop - bucket.start) // k
         widths = edges[1:] - edges[:-1]
