@@ -72,9 +72,7 @@ class Reader(Mapping[str, Tensor]):
         for file, key, box in pieces:
             if any(not 0 <= start <= stop <= length for (start, stop), length in zip(box, about["shape"], strict=True)):
                 raise ValueError(f"{name}: box {box} is outside shape {about['shape']}")
-            ranges = [
-                (max(start, a), min(stop, a + length)) for (start, stop), a, length in zip(box, at, shape, strict=True)
-            ]
+            ranges = [(max(start, a), min(stop, a + length)) for (start, stop), a, length in zip(box, at, shape, strict=True)]
             if any(low >= high for low, high in ranges) and found.numel():
                 continue
             with safetensors.safe_open(self.path / file, "pt") as opened:

@@ -149,9 +149,7 @@ class ZstdStream(io.RawIOBase):
         described = self._exactly(1)
         flags = described[0]
         single = flags >> 5 & 1
-        header = ZSTD + described + self._exactly(
-            (not single) + (0, 1, 2, 4)[flags & 3] + (single, 2, 4, 8)[flags >> 6]
-        )
+        header = ZSTD + described + self._exactly((not single) + (0, 1, 2, 4)[flags & 3] + (single, 2, 4, 8)[flags >> 6])
         window = 0
         try:
             window = self._zstandard.get_frame_parameters(header).window_size

@@ -215,9 +215,7 @@ def parse(text: str, rank: int = 0) -> InjectedFaults:
     return InjectedFaults([_fault(word) for word in text.split()], rank)
 
 
-def faults_from_environment(
-    rank: int, environment: Mapping[str, str] = os.environ, size: float = math.inf
-) -> InjectedFaults:
+def faults_from_environment(rank: int, environment: Mapping[str, str] = os.environ, size: float = math.inf) -> InjectedFaults:
     """Return the faults in the variable MPIDP_FAULT. If it is not set, there are no faults. Rank 0 prints a warning if there are
     faults. `size`: the largest number of ranks of the job. Raises UsageError if the variable is not valid, or names a rank that
     the job cannot have. Independent."""

@@ -166,6 +166,7 @@ class Transformer(nn.Module):
         self.defers_head = True
         if self.head is not None:
             self.head.forward = _unchanged  # type: ignore[method-assign]
+            self.head._forward_hooks.clear()  # the loss applies the adapter of the head, too (lora.weight_of)
 
     def new_cache(self, positions: int) -> Cache | None:
         """Return an empty cache for a sequence of `positions` positions, but at most seq_len."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from mpi4py import MPI
 from torch import Tensor
 
+from mpidp.model.lora import weight_of
 from mpidp.model.products import product
 from mpidp.model.shape import Shape, TransformerShape
 from mpidp.parallel.tensor_comm import TensorComm
@@ -125,4 +126,4 @@ def defer_head(
     arguments are those of ChunkedLoss. If `weights` is None, the head is one matrix. Independent."""
     assert isinstance(shape, TransformerShape)
     model.defer_head()
-    return ChunkedLoss(shape, weights or (lambda: [model.head.weight]), rows, dtype, first, tp, add)
+    return ChunkedLoss(shape, weights or (lambda: [weight_of(model.head)]), rows, dtype, first, tp, add)

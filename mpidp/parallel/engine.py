@@ -155,7 +155,9 @@ class Engine:
         if self.stages is None or ends:
             (pending.output / self.nominal_tokens).backward()
         else:
-            pending.output.backward(self.stages.receive(BACKWARD, pending.mb.v, tuple(pending.output.shape), pending.chunk))
+            grad = self.stages.receive(BACKWARD, pending.mb.v, tuple(pending.output.shape), pending.chunk)
+            if pending.output.requires_grad:  # otherwise all parameters before this output are frozen
+                pending.output.backward(grad)
         if pending.received is not None and self.stages is not None:
             assert pending.received.grad is not None
             self.stages.send(BACKWARD, pending.mb.v, pending.received.grad, pending.chunk)

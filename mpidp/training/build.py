@@ -73,9 +73,7 @@ def build(
         plan, model.module, model.origin, services.machines, state, None if before is None else before.record
     )
     train = plan.config.train
-    audit = Audit(
-        plan.grid, train.audit_every, memory.replicas, strategy.buffer, strategy.flats(), model.parts.part.is_cut
-    )
+    audit = Audit(plan.grid, train.audit_every, memory.replicas, strategy.buffer, strategy.flats(), model.parts.part.is_cut)
     schedule = schedule_of(plan.config.flat())
     evaluation = TaskEvaluation(plan, model.module, services.observers, tasks) if train.eval_tasks else None
     return Job(

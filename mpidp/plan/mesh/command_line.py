@@ -124,11 +124,11 @@ def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> d
 
 
 def _reject_uncut(values: Mapping[str, Any]) -> None:
-    """Raise UsageError if the settings are of a model that supports data parallelism only. values: {section.key: value}. Pure."""
+    """Raise UsageError for models whose time and memory the predictions do not describe. Pure."""
     kind, rank = values["model.kind"], values["model.lora_rank"]
     if kind != "transformer" or rank:
-        what = f"model.lora_rank={rank}: adapters" if kind == "transformer" else f"model.kind={kind}"
-        raise UsageError(f"{what}: only data parallelism is supported, so each rank holds a whole replica; use "
+        what = f"model.lora_rank={rank}" if kind == "transformer" else f"model.kind={kind}"
+        raise UsageError(f"{what}: the predictions are only for Transformers that train all parameters; use "
                          "`python -m mpidp.plan methods`")
 
 

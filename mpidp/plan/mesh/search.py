@@ -99,9 +99,7 @@ def model_of_config(values: Mapping[str, Any], vocab_size: int) -> ModelSizes:
     heads = values["model.num_kv_heads"] or m["num_heads"]
     options = TransformerOptions(**{name: values.get(f"model.{name}", plain) for name, plain in OPTIONS.items()})
     head_size = int(values.get("model.head_dim", 0))
-    return ModelSizes(
-        **m, hidden_dim=hidden, num_kv_heads=heads, vocab_size=vocab_size, head_size=head_size, options=options
-    )
+    return ModelSizes(**m, hidden_dim=hidden, num_kv_heads=heads, vocab_size=vocab_size, head_size=head_size, options=options)
 
 
 @dataclass(frozen=True)
