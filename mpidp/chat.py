@@ -102,9 +102,7 @@ def talk(world: Any, options: argparse.Namespace) -> None:
     conversation = None
     with raise_together(world):
         template = template_of(encoder.table, options.run, time.time())
-        conversation = Conversation(
-            template, encoder, reader.meta["config"]["model.seq_len"], options.tokens, options.system
-        )
+        conversation = Conversation(template, encoder, reader.meta["config"]["model.seq_len"], options.tokens, options.system)
     if options.exact == "true":
         by_rows(loaded.model)
     sampling, screen, number = Sampling(options.temperature, options.top_k, options.top_p), Screen(world.rank == 0), 0

@@ -52,6 +52,8 @@ _SHARDS, _TWO = "mesh.shard=1|2|3", "mesh.shard=2|3"
 _shards, _two = _is_not("mesh.shard", 0), _is("mesh.shard", 2, 3)
 _THREE, _three = "mesh.shard=3", _is("mesh.shard", 3)
 _lora = _is_not("model.lora_rank", 0)
+_HEAD = "model.lora_rank with head in model.lora_targets"
+_head: Callable[[Settings], bool] = lambda s: _lora(s) and "head" in s["model.lora_targets"].replace(" ", "").split(",")  # noqa: E731
 _TIMES, _times = "mesh.interleave above 1", _is_not("mesh.interleave", 1)
 _partial = _is_not("strategy.group", "all")
 _tasks = _is_not("train.eval_tasks", "")
@@ -126,7 +128,7 @@ RULES = [
          "gradients are reduced in backward by the same thread"),
     Rule(_TWO, "comm.transport=window", _two, _is("comm.transport", "window"), "shards are sent as MPI messages"),
     Rule(_TWO, "comm.copies=node", _two, _is("comm.copies", "node"), "ranks exchange shards in messages and share no memory"),
-    Rule(_CUT, "model.lora_rank", _cut, _lora, "LoRA adapters are not split; use data parallelism only (mesh.dp)"),
+    Rule(_CUT, _HEAD, _cut, _head, "the adapter of the head is not split; use other model.lora_targets"),
     Rule(_NOT, "model.lora_rank", _not, _lora, "LoRA is implemented for the built-in Transformer only"),
     Rule(_SLICES, _OTHERS, _slices, _other, "not tested"),
     Rule(_SLICES, "comm.compress", _slices, _is_not("comm.compress", "none"),
@@ -134,7 +136,7 @@ RULES = [
     Rule(_SLICES, "model.tie_embeddings with mesh.pp above 1", _slices,
          lambda s: s["model.tie_embeddings"] and s["mesh.pp"] > 1,
          "the two gradients of the shared matrix would be added in another order than on one stage"),
-    Rule(_SLICES, "model.lora_rank", _slices, _lora, "LoRA adapters are not split"),
+    Rule(_SLICES, _HEAD, _slices, _head, "the adapter of the head is not split; use other model.lora_targets"),
     Rule(_SLICES, "train.compile", _slices, _is("train.compile", True), "tensor parallelism cannot be compiled"),
     Rule(_SLICES, "train.eval_tasks", _slices, _tasks, "slices have no key-value cache; use mpidp evaluate --tasks"),
     Rule(_NOT, _SLICES, _not, _slices, "only the built-in Transformer can be cut into slices"),
