@@ -59,7 +59,7 @@ class RawWriter:
         self._inside = False
 
     def close(self) -> Raw:
-        """Close the files, and return a Raw to read them with."""
+        """Close the files, and return a `Raw` object, which reads them."""
         for file in filter(None, (self._ids, self._starts, self._mask)):
             with writing(file.name, ADVICE):
                 file.close()

@@ -1,8 +1,8 @@
 """Reads the files of a source in pieces of bounded size. Bad input is counted and skipped.
 
 The text of a file is yielded in pieces. After each document, None is yielded. A text file is one document. In a file of rows,
-each row is a document. Its text is in the field that --text-key names (default: text). Files of rows are JSON lines, a JSON
-array, .csv, .parquet and .arrow (mpidp/data/text_files.py).
+each row is a document. Its text is in the field that --text-key names. By default, this is the field `text`. Files of rows are
+JSON lines, a JSON array, .csv, .parquet and .arrow (mpidp/data/text_files.py).
 """
 
 from __future__ import annotations

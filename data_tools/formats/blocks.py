@@ -66,8 +66,8 @@ def read_array(path: Path, dtype: Any, offset: int = 0, count: int = -1, unit: s
     """Yield the numbers of a file, as arrays of at most BLOCK_TOKENS numbers.
 
     `offset`: the position of the first number in bytes. `count`: how many numbers to read (-1: all). `unit`: what the numbers
-    are, for messages. Raises DataError if the file cannot be read or is too short. Also raises DataError if `count` is -1 and the
-    last number is incomplete. Independent.
+    are. Errors name it. Raises DataError if the file cannot be read or is too short. Also raises DataError if `count` is -1 and
+    the last number is incomplete. Independent.
     """
     kind = np.dtype(dtype)
     with readable(path), open_regular(path) as file:
@@ -104,8 +104,8 @@ def with_starts(pieces: Iterable[tuple[np.ndarray, np.ndarray | None]], starts: 
 
 
 def checked_ids(block: TokenBlock, options: ReadOptions, where: object, at: int) -> TokenBlock:
-    """Return the block, with its loss mask as uint8. Raises DataError if an id is not one of the tokenizer's ids. `where`, `at`:
-    the file and the position of the block in it, for the error message. Pure."""
+    """Return the block, with its loss mask as uint8. Raises DataError if an id is not one of the tokenizer's ids. `where`: the
+    file. `at`: the position of the block in this file. Errors show both. Pure."""
     ids = block.ids
     if not len(ids):
         return block

@@ -50,7 +50,8 @@ def folders_with_index(
     source: Path, is_one: Callable[[Path], bool], program: str, writer: str, remarks: list[str]
 ) -> list[SourcePart]:
     """Return the folders whose index.json is_one(folder) accepts, each with its split. `source`: a folder, or an index.json.
-    `program`, `writer`: names for the error message. Raises DataError if there are no such folders. Independent."""
+    `program`, `writer`: names of the program that reads such folders and of the program that writes them. Errors show these
+    names. Raises DataError if there are no such folders. Independent."""
     folder = source.parent if source.name == "index.json" else source
     parts = [path.parent for path in files_in(folder, "index.json") if is_one(path.parent)]
     if not parts:

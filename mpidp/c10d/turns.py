@@ -31,7 +31,8 @@ NAMED = 8  # most ranks listed in one message
 
 
 class Turns:
-    """The queue of one group's collectives. All ranks must submit the same collectives in the same order. Independent."""
+    """The queue of one group's collectives. The methods do not wait for other ranks, but all ranks must submit the same
+    collectives in the same order."""
 
     def __init__(self, calls: Calls, name: str, store: Any) -> None:
         """`calls`: runs the collectives. `name`: the name of the group. `store`: a torch store that only this group uses, or

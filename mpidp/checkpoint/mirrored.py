@@ -1,5 +1,5 @@
-"""The folder of a mirror (mirror.py). This module lists its checkpoints, finds out to which run they belong, and fetches the
-newest checkpoint."""
+"""Access to a mirror, the folder with copies of a run's checkpoints (mirror.py). This module lists these checkpoints, finds out
+to which run they belong, and fetches the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ MARK = "mirror.json"
 
 
 class MirrorFolder:
-    """A mirror, which is a folder at an address. A request that fails is repeated for RETRY_SECONDS. Then the method raises
-    DataError. Independent."""
+    """The mirror of a run: a folder with copies of the run's checkpoints (run.mirror). `address`: the address of this folder. If
+    a request fails, the methods repeat it for RETRY_SECONDS. Then they raise DataError. Independent."""
 
     def __init__(self, address: str) -> None:
         self._store = open_store(address, "run.mirror")

@@ -42,8 +42,8 @@ class Reader(Mapping[str, Tensor]):
         return len(self._pieces)
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the whole tensor. If its layout is additive, return the sum of all ranks' tensors, added in order of ranks.
-        Raises CheckpointError if a piece is missing."""
+        """Return the whole tensor. If its layout is additive, each rank stored one summand of the tensor. Then return the sum,
+        added in order of ranks. Raises CheckpointError if a piece is missing."""
         return self.part(name)
 
     def part(self, name: str, at: Sequence[int] = (), shape: Sequence[int] | None = None) -> Tensor:
@@ -110,9 +110,9 @@ class Reader(Mapping[str, Tensor]):
         return found
 
     def own(self, name: str, rank: int, size: int) -> Tensor:
-        """Return the whole tensor. If its layout is additive, return the tensor with which rank `rank` of `size` ranks continues.
-        If `size` ranks wrote the checkpoint, this is the tensor that the same rank wrote. Otherwise rank 0 gets the sum, and
-        other ranks get zeros."""
+        """Return the whole tensor, unless its layout is additive. In an additive layout, each rank stored one summand of the
+        tensor. Then the result depends on `rank`, a rank of a run with `size` ranks. If `size` ranks wrote the checkpoint, return
+        the summand of this rank. Otherwise return the sum to rank 0, and zeros to other ranks."""
         pieces, about = self._pieces[name], self.meta["tensors"][name]
         if about["layout"] == "additive":  # own summand if as many ranks wrote the tensor; else rank 0 gets the sum
             pieces = pieces[rank : rank + 1] if len(pieces) == size else pieces if rank == 0 else []

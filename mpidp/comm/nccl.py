@@ -168,8 +168,8 @@ def gpu_name(device: torch.device) -> str:
 
 
 def shared_gpus(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """Return one message for each GPU that several ranks share. `rows`: (host, name of the GPU) of each rank, in order of ranks.
-    Pure."""
+    """Return a list with one warning text for each GPU that several ranks share. `rows`: (host, name of the GPU) of each rank, in
+    order of ranks. Pure."""
     users: dict[tuple[str, str], list[str]] = {}
     for rank, row in enumerate(rows):
         users.setdefault(row, []).append(str(rank))

@@ -45,8 +45,9 @@ def sync_intervals(settings: Settings, steps: int) -> tuple[int, int]:
 def outer(settings: Settings) -> tuple[float, float]:
     """Return (outer_lr, outer_momentum). With strategy.name=local and strategy.group=all, automatic values are filled in.
 
-    The default momentum is smaller with strategy.overlap, and 0 with comm.compress=topk or randomk. In both cases updates arrive
-    late, and momentum would repeat them even later (SparseLoCo, Sarfi 2025, section 3). Pure.
+    The default momentum is smaller with strategy.overlap, and 0 with comm.compress=topk or randomk. With strategy.overlap, and
+    with either value of comm.compress, updates arrive late. Momentum would repeat them even later (SparseLoCo, Sarfi 2025,
+    section 3). Pure.
     """
     lr, momentum = settings["strategy.outer_lr"], settings["strategy.outer_momentum"]
     if settings["strategy.name"] != "local" or settings["strategy.group"] != "all":

@@ -63,7 +63,7 @@ def packing(path: str | Path) -> bytes:
 
 
 def zstandard(path: str | Path) -> Any:
-    """Import and return the module zstandard. `path`: the file to read, for the message. Raises UsageError if the module is
+    """Import and return the module zstandard. `path`: the file to read. Errors name it. Raises UsageError if the module is
     missing. Independent."""
     try:
         import zstandard as library

@@ -142,7 +142,7 @@ def table_of_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
 
 
 def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str | None = None) -> Encoder:
-    """Return an Encoder with a tokenizer and with the special tokens of the training data.
+    """Return an `Encoder` object with a tokenizer and with the special tokens of the training data.
 
     path: a tokenizer.json or a folder that contains one, or None for the model's tokenizer. special: how names of special tokens
     in a text, such as <|im_start|>, are encoded. With "text", they are encoded like any other text. With "tokens", they become

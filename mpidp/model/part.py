@@ -109,13 +109,13 @@ class Part:
 
 
 def whole(shape: Shape) -> Part:
-    """Return a Part that is the whole model. Pure."""
+    """Return the whole model as a `Part` object. Pure."""
     return Part((range(shape.num_layers),), tied=shape.tie_embeddings, head_dim=shape.head_dim)
 
 
 def part_of(shape: Shape, stage: int, stages: int, index: int, size: int, sequence: bool = False, chunks: int = 1) -> Part:
-    """Return the Part of a rank. stage: the rank's pipeline stage, from 0. stages: number of stages. index: the rank's
-    tensor-parallel index, from 0. size: number of tensor-parallel ranks.
+    """Return a `Part` object, which describes the part of a rank. stage: the rank's pipeline stage, from 0. stages: number of
+    stages. index: the rank's tensor-parallel index, from 0. size: number of tensor-parallel ranks.
 
     sequence: whether to use sequence parallelism. chunks: number of chunks per stage (mesh.interleave). Pure.
     """

@@ -176,9 +176,9 @@ class Engine:
         seq_len: number of inputs per window. Windows are computed independently, and the last window may be shorter. max_tokens:
         if above 0, evaluate only the first max_tokens // seq_len windows, but at least one. sequences: number of windows per
         batch. The losses of batches are added in order, so the bits do not depend on the number of ranks. replicas: the batches
-        are distributed over the ranks of this communicator (default: comm). It differs from `comm` if several ranks compute a
-        batch together. Raises DataError if a token id is outside the vocabulary, or if the loss mask excludes all targets.
-        Collective over comm.
+        are distributed over the ranks of this communicator. By default, it is `comm`. It differs from `comm` if several ranks
+        compute a batch together. Raises DataError if a token id is outside the vocabulary, or if the loss mask excludes all
+        targets. Collective over comm.
         """
         self.model.eval()
         targets = stream.num_tokens - 1

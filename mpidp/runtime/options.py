@@ -120,7 +120,8 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
 
 
 def add_texts(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add --special and --seq-len, which say how texts are encoded. `default`: the default of --special, in words. Pure."""
+    """Add --special and --seq-len, which say how texts are encoded. `default`: the words with which the help describes the
+    default of --special. Pure."""
     parser.add_argument("--special", choices=("text", "tokens"),
                         help="how to encode the name of a special token in a text, such as <|im_start|>. tokens: as the id of "
                         f"the token; text: like any other text ({default})")

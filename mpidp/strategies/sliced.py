@@ -67,8 +67,8 @@ class Sliced(Synchronous):
         return {"": self.flat}
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the optimizer state of this rank's slice. The entries are boxes of the parameters' tensors. A parameter outside
-        the slice has an empty box. Independent."""
+        """Return the optimizer state of this rank's slice. A state tensor has the shape of its parameter, and an entry holds one
+        box of it. If a parameter is outside the slice, the box is empty. Independent."""
         assert self.optimizer is not None
         optimizer, found = self.optimizer, {}
         for i, flat in enumerate(optimizer.moments().values()):

@@ -112,9 +112,9 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
 def make_hidden(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory) -> Hidden:
     """Return the hidden matrices, and the ranks that update them together. Collective over plan.world.
 
-    With mesh.tp or mesh.shard=2|3, the ranks that hold boxes of the same matrices update them together. Otherwise, if CPUs hold
-    several copies of the parameters, each copy computes the updates of some matrices and sends them to the other copies. In two
-    cases every copy computes all updates: copies are independent (local, quorum, audits), or an update must not need other ranks
+    With mesh.tp or mesh.shard=2|3, the ranks that hold boxes of the same matrices update them together. Without these settings,
+    each copy of the parameters computes the updates of some matrices, and sends them to the other copies. Every copy computes all
+    updates if the device is a GPU, if copies are independent (local, quorum, audits), or if an update must not need other ranks
     (ULFM)."""
     config, grid, shape, dp = plan.config, plan.grid, plan.shape, plan.mesh.dp
     method, tp = kind(config.strategy.name, config.strategy.quorum), grid.tp.size > 1

@@ -177,8 +177,8 @@ class Replay:
         print_on_rank_0(world, f"{record.path}: {steps}{loose}")
 
     def batches(self, inside: bool) -> Iterator[Seen]:
-        """Yield a Seen for the first state, then a Seen for each batch up to the last step. `inside`: whether to record the
-        micro-batches of the last step. Collective over job.comm."""
+        """Yield `Seen` objects: one for the state before the first batch, then one for each batch up to the last step. `inside`:
+        whether to record the micro-batches of the last step. Collective over job.comm."""
         from mpidp.training.loop import close
         from mpidp.training.step import compute
         from mpidp.training.step_report import exchange_reports

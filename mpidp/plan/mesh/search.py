@@ -42,7 +42,7 @@ OF_PEAK = 0.5  # assumed fraction of the datasheet's FLOP/s
 
 
 def number(given: str, name: str) -> float:
-    """Return the number in a text such as 7b, 100m, 1.5k or 4e9. given: the text. name: the option, for error messages. Raises
+    """Return the number in a text such as 7b, 100m, 1.5k or 4e9. given: the text. name: the option. Errors name it. Raises
     UsageError unless the number is above 0. Pure."""
     text = given.strip().lower()
     try:
