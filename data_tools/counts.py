@@ -32,7 +32,8 @@ class Counts:
     forms: dict[str, int] = field(default_factory=dict)  # number of rows of each form other than the usual one (row_forms.py)
 
     def note(self, kind: str, where: str) -> None:
-        """Count a problem of this kind. `where`: its location, which is stored for the first few problems of the kind."""
+        """Count a problem of this kind. `where`: the location of the problem. The locations of the first few problems of each
+        kind are stored."""
         setattr(self, kind, getattr(self, kind) + 1)
         shown = self.problems.setdefault(kind, [])
         if len(shown) < MAX_SHOWN:

@@ -78,8 +78,8 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
 
 
 def recognized(path: str | Path) -> TextFile:
-    """Return a TextFile. It states what kind of text or rows the file contains. Raises DataError if the file cannot be read as
-    text. Independent."""
+    """Return a `TextFile` object, which states what kind of text or rows the file contains. Raises DataError if the file cannot
+    be read as text. Independent."""
     try:
         return recognize(path)
     except NotText as error:

@@ -65,7 +65,7 @@ class Part:
         return "embedding.weight" if self.tied and name == "head.weight" else name
 
     def box(self, name: str, size: tuple[int, ...]) -> tuple[slice, ...]:
-        """Return this rank's box of a parameter. name, size: its name and shape in the whole model. Pure."""
+        """Return this rank's box of a parameter. name, size: the parameter's name and shape in the whole model. Pure."""
         dim, found = self._dim(name), [slice(0, length) for length in size]
         if dim is not None:
             unit = self.head_dim if ".attention." in name else 1  # heads are never split
@@ -91,7 +91,7 @@ class Part:
         return 0 if rows or (self.norms_all_heads and layer in HEAD_NORMS) else None
 
     def has(self, name: str) -> bool:
-        """Return whether this rank has a parameter or a section of it. name: its name in the whole model. Pure."""
+        """Return whether this rank has a parameter or a section of it. name: the parameter's name in the whole model. Pure."""
         names = name.split(".")
         if names[0] == "blocks":
             return int(names[1]) in self.layers

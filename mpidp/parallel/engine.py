@@ -63,8 +63,8 @@ class Engine:
     ) -> None:
         """dtype: dtype of matrix products under autocast. The weights stay float32. nominal_tokens: every loss is divided by this
         number before backward, so that gradients do not overflow 16-bit formats. stages: this rank's pipeline stage, or None
-        without a pipeline. token_losses: a function (logits, targets) that returns the sum of the token losses (default:
-        plain_losses). reports_loss: False if another rank reports the same losses. observers: notified of every micro-batch and
+        without a pipeline. token_losses: a function (logits, targets) that returns the sum of the token losses. By default, it is
+        plain_losses(). reports_loss: False if another rank reports the same losses. observers: notified of every micro-batch and
         phase. fill: Strategy.fill, which takes part in forward passes of other ranks."""
         self.model, self.device, self.dtype = model, device, dtype
         self.seed, self.dropout, self.nominal_tokens = seed, dropout, nominal_tokens

@@ -84,13 +84,13 @@ def slice_norm(norm: Any, ranges: PositionRanges) -> None:
 
 
 def slice_bias(output: Any, ranges: PositionRanges) -> None:
-    """Change an OutputLinear so that the gradient of its bias is summed range by range. Independent."""
+    """Change an `OutputLinear` layer so that the gradient of its bias is summed range by range. Independent."""
     if output.bias is not None:
         output.add_bias = lambda y: y + _Spread.apply(output.bias, y, ranges).to(y.dtype)  # type: ignore[no-untyped-call]
 
 
 def slice_mix(mix: Any, ranges: PositionRanges) -> None:
-    """Change an InputMix so that the gradients of its factors are summed range by range. Independent."""
+    """Change an `InputMix` layer so that the gradients of its factors are summed range by range. Independent."""
 
     def forward(x: Tensor, x0: Tensor) -> Tensor:
         a, b = (_Spread.apply(factor, x, ranges) for factor in mix.weight.to(x.dtype))  # type: ignore[no-untyped-call]

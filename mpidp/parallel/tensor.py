@@ -155,12 +155,12 @@ def _sum_norm(norm: Any, tp: TensorComm) -> None:
 
 
 def _sum_mix(mix: Any, tp: TensorComm) -> None:
-    """Change an InputMix so that the gradients of its factors are summed over the ranks."""
+    """Change an `InputMix` layer so that the gradients of its factors are summed over the ranks."""
     mix.forward = lambda x, x0: mixed(x, x0, _summed(mix.weight, tp))
 
 
 def _sum_bias(output: Any, tp: TensorComm) -> None:
-    """Change an OutputLinear so that the gradient of its bias is summed over the ranks."""
+    """Change an `OutputLinear` layer so that the gradient of its bias is summed over the ranks."""
     if output.bias is not None:
         output.add_bias = lambda y: y + _summed(output.bias, tp).to(y.dtype)
 

@@ -23,8 +23,8 @@ from mpidp.runtime.log import log
 
 
 def program(module: str) -> str:
-    """Return the name of a command as the user called it. `module`: its module. For mpidp.train, the name is "mpidp train" or
-    "python -m mpidp.train". Independent."""
+    """Return the name of a command as the user called it. `module`: the module of the command. For mpidp.train, the name is
+    "mpidp train" or "python -m mpidp.train". Independent."""
     return sys.argv[0] if sys.argv[0].startswith("mpidp ") else f"python -m {module}"
 
 

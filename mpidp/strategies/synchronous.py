@@ -93,8 +93,8 @@ class Synchronous:
         self.buffer.on_full(lambda: self._last and reducer.overlaps(), reducer.begin)
 
     def optimizer_share(self) -> dict[str, Any] | None:
-        """Return arguments of Optimizer, which state the share of the parameters that this rank updates. Return None if this rank
-        updates nothing. Independent."""
+        """Return keyword arguments for the class `Optimizer`. They state the share of the parameters that this rank updates.
+        Return None if this rank updates nothing. Independent."""
         if not self.reducer.holds_sum:
             return None
         return {"share": (self.group.node.rank, self.group.node.size)} if self.one_copy else {}

@@ -60,8 +60,8 @@ class Record:
 
 
 def read_record(run: str, world: Any) -> Record:
-    """Return the record of a run. `run`: its folder. All ranks get what rank 0 reads. Raises UsageError if there is no such run.
-    Collective over world."""
+    """Return the record of a run. `run`: the folder of the run. Rank 0 reads the record, and all ranks return it. Raises
+    UsageError if there is no such run. Collective over world."""
     from mpidp.checkpoint.manifest import committed
     from mpidp.runtime.world import raise_together
 

@@ -163,8 +163,8 @@ def _settings_of(config: Path, what: str) -> dict[str, Any]:
 
 
 def _cluster(file: str | None) -> dict[str, Any]:
-    """Return the content of cluster.json. file: its path (default: cluster.json in the current folder). Return {} if the default
-    file does not exist. Raises UsageError if the file cannot be read."""
+    """Return the content of cluster.json. file: the path of cluster.json, or None for cluster.json in the current folder. Return
+    {} if `file` is None and there is no such file. Raises UsageError if the file cannot be read."""
     path = Path(file or "cluster.json")
     if not path.is_file():
         if file:

@@ -55,10 +55,10 @@ def number(given: str, name: str) -> float:
 
 
 def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[ModelSizes, str]:
-    """Return (a LLaMA-like model with about `parameters` parameters, its name or description). If a published model is within 5%
-    of `parameters` and has the vocabulary size, it is returned. Otherwise the number of layers is near width / 128. vocab_size,
-    seq_len: 0 means the default. Raises UsageError if no such model has about this many parameters, for example because the
-    vocabulary is too large. Pure."""
+    """Return (sizes of a LLaMA-like model with about `parameters` parameters, name or description of this model). If a published
+    model is within 5% of `parameters` and has the vocabulary size, it is returned. Otherwise the number of layers is near width /
+    128. vocab_size, seq_len: 0 means the default. Raises UsageError if no such model has about this many parameters, for example
+    because the vocabulary is too large. Pure."""
     for known, (name, model) in KNOWN.items():
         if abs(parameters - known) <= NEAR * known and vocab_size in (0, model.vocab_size):
             return replace(model, seq_len=seq_len or model.seq_len), name
