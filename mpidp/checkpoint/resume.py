@@ -72,7 +72,7 @@ def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
         "reducer": config.comm.reducer,
         "tp": config.mesh.tp if config.model.slices == 1 else f"divides {config.model.slices} slices",
         "sequence": config.mesh.sequence and config.model.slices == 1,
-        "stages of tied embeddings": config.mesh.pp if config.model.tie_embeddings else 1,
+        "stages of tied embeddings": config.mesh.pp if config.model.tie_embeddings and config.model.slices == 1 else 1,
         "compress": config.comm.compress,
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
