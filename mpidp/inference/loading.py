@@ -58,7 +58,7 @@ class Loaded:
     stages: Stages | None = None  # this rank's place in a pipeline
     losses: Callable[[Tensor, Tensor], Tensor] | None = None  # computes losses from this rank's logits; None: plain_losses
     tensor_comm: TensorComm | None = None  # communicates with the ranks that compute each layer together
-    name: str = "the model"  # the path of its checkpoint, for error messages
+    name: str = "the model"  # the path of the checkpoint; errors show it
 
     def diverged(self, what: str) -> DataError:
         """Return an error that says that a result is nan or infinite. what: the name of the result. The caller must raise the

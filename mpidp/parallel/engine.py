@@ -152,6 +152,8 @@ class Engine:
         if pending.output is None:
             return nothing
         ends = self.stages is None or self.stages.is_last(pending.chunk)
+        if self.stages is not None:
+            self.stages.v = pending.mb.v
         if self.stages is None or ends:
             (pending.output / self.nominal_tokens).backward()
         else:

@@ -51,8 +51,6 @@ def test_with_slices_every_mesh_has_the_bits_of_one_rank(
 ) -> None:
     if not fits(mesh):
         pytest.skip("more ranks than there are")
-    if how["model"].get("tie_embeddings") and mesh[1] > 1:
-        pytest.skip("slices with a tied embedding have one stage")
     data, how = corpus(shared_folder), sections(how)
     cut = how.get("mesh", {}) | {"sequence": how.get("mesh", {}).get("sequence", False) and mesh[2] > 1}
     run = on(mesh, with_mesh(data, shared_tmp / "run", mesh, **how | {"mesh": cut}))

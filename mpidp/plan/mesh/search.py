@@ -190,7 +190,8 @@ class MeshRow:
 def shapes(model: ModelSizes, ranks: int, most_dp: int, slices: int = 1) -> Iterator[Shape]:
     """Yield all possible meshes of `ranks` ranks. tp divides the number of key-value heads, and each stage has at least one
     layer. dp is at most `most_dp`. mesh.shard is at most 1 if pp is above 1. If `slices` (model.slices) is above 1, tp also
-    divides `slices`, and a model with tied embeddings has one stage. Pure."""
+    divides `slices`, and a model with tied embeddings has one stage, because two stages would exchange the gradient of its
+    embedding for every micro-batch. Pure."""
     for tp in range(1, min(ranks, model.num_kv_heads) + 1):
         if ranks % tp or model.num_kv_heads % tp or (slices > 1 and slices % tp):
             continue
