@@ -145,7 +145,7 @@ def encode_rows(
             if is_long and not truncate:
                 reader.skip("long", row.place, f"{size}, more than --seq-len {max_tokens}; --truncate shortens such rows")
             elif not mask.any():
-                reader.skip("empty", row.place, f"no token to train on among its first {max_tokens}")
+                reader.skip("empty", row.place, f"no token to train on among its first {max_tokens} tokens")
             else:
                 if encoder.names is not None and (found := encoder.names.search(row.said)):
                     reader.counts.note("special", f"{row.place}: names {found[0]}")

@@ -59,7 +59,8 @@ class Reader(Mapping[str, Tensor]):
         with readable(self.path):
             there, shape = tuple(self.meta["tensors"][name]["shape"]), entry.tensor.shape if entry.shape is None else entry.shape
             if there != tuple(shape):
-                raise CheckpointError(f"{self.path}: {name} has shape {there}, but {tuple(shape)} in this model")
+                raise CheckpointError(f"{self.path}: {name} has shape {there} in the checkpoint, but {tuple(shape)} in this "
+                                      "model")
         return self.part(name, entry.place, entry.tensor.shape) if entry.tensor.numel() else torch.empty_like(entry.tensor)
 
     def _assembled(self, name: str, pieces: Iterable[tuple[str, str, Box]], at: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -88,7 +89,7 @@ class Reader(Mapping[str, Tensor]):
                 place.copy_(piece)
             filled += piece.numel()
         if about["layout"] != "additive" and filled != found.numel():
-            raise CheckpointError(f"{self.path}: {name} is incomplete, {filled} of {found.numel()} elements")
+            raise CheckpointError(f"{self.path}: {name} is incomplete: the files hold {filled} of {found.numel()} elements")
         return found
 
     def under(

@@ -211,8 +211,8 @@ def make_group(mesh: Topology, transport: str, needed_bytes: int, device: torch.
         return by_node(mesh), "shared memory that survives failed ranks"
     if not _mpi_agrees(mesh):
         return alone(mesh), (
-            "messages (MPI does not know which ranks share a node: it shares no memory among the ranks of each host; with Intel "
-            "MPI, start the same number of ranks on each node)"
+            "messages (MPI cannot share memory among all ranks of each host; with Intel MPI, "
+            "start the same number of ranks on each node)"
         )
     margin = FOR_MESSAGES.get(MPI.get_vendor()[0], 0)
     rows = mesh.dp.allgather((mesh.node_index, needed_bytes + margin, _free_bytes()))
@@ -221,7 +221,7 @@ def make_group(mesh: Topology, transport: str, needed_bytes: int, device: torch.
         free = min(n for index, _, n in rows if index == node)
         if needed > free:
             return alone(mesh), (
-                f"messages ({SHARED_MEMORY} on {host} has {free / 2**20:,.0f} MiB free, a shared-memory window needs "
+                f"messages ({SHARED_MEMORY} on {host} has {free / 2**20:,.0f} MiB free, but a shared-memory window needs "
                 f"{needed / 2**20:,.0f} MiB; a larger {SHARED_MEMORY}, e.g. docker run --shm-size, makes averaging faster)"
             )
     return by_node(mesh), "window" + (", messages between nodes" if len(mesh.node_sizes) > 1 else "")

@@ -37,7 +37,8 @@ def sync_intervals(settings: Settings, steps: int) -> tuple[int, int]:
     if name in ("delayed", "server", "quorum"):
         return 1, meet or 10
     if every > steps:
-        raise ValueError(f"strategy.sync_every={every} is more than the {steps} steps of the run: the ranks would never average")
+        raise ValueError(f"strategy.sync_every={every} is more than the {steps} steps of the run, so the ranks would never "
+                         "average")
     every = every or min(50 if settings["strategy.group"] == "all" else 1, steps)
     return every, meet or (every if global_average else every * max(4 if overlapping else 1, -(-50 // every)))
 
