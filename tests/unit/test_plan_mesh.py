@@ -66,6 +66,7 @@ def test_meshes_are_all_and_only_those_that_can_be() -> None:
     found = list(shapes(SMALL, 12, 99))
     assert all(one.ranks == 12 and one.tp in (1, 2) and one.pp <= 3 for one in found)
     assert {(one.dp, one.pp, one.tp) for one in found} == {(12, 1, 1), (6, 2, 1), (4, 3, 1), (6, 1, 2), (3, 2, 2), (2, 3, 2)}
+    assert {one.shard for one in found if (one.dp, one.pp, one.tp) == (3, 2, 2)} == {0, 1, 2, 3}
     assert not [one for one in shapes(SMALL, 12, 3) if one.dp > 3]
 
 

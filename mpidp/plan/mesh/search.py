@@ -189,16 +189,15 @@ class MeshRow:
 
 def shapes(model: ModelSizes, ranks: int, most_dp: int, slices: int = 1) -> Iterator[Shape]:
     """Yield all possible meshes of `ranks` ranks. tp divides the number of key-value heads, and each stage has at least one
-    layer. dp is at most `most_dp`. mesh.shard is at most 1 if pp is above 1. If `slices` (model.slices) is above 1, tp also
-    divides `slices`, and a model with tied embeddings has one stage, because two stages would exchange the gradient of its
-    embedding for every micro-batch. Pure."""
+    layer. dp is at most `most_dp`. If `slices` (model.slices) is above 1, tp also divides `slices`, and a model with tied
+    embeddings has one stage, because two stages would exchange the gradient of its embedding for every micro-batch. Pure."""
     for tp in range(1, min(ranks, model.num_kv_heads) + 1):
         if ranks % tp or model.num_kv_heads % tp or (slices > 1 and slices % tp):
             continue
         for pp in range(1, min(ranks // tp, 1 if slices > 1 and model.tie_embeddings else model.num_layers) + 1):
             dp, rest = divmod(ranks // tp, pp)
             if rest == 0 and dp <= most_dp:
-                yield from (Shape(dp, pp, tp, shard) for shard in range(1 if dp == 1 else 2 if pp > 1 else 4))
+                yield from (Shape(dp, pp, tp, shard) for shard in range(1 if dp == 1 else 4))
 
 
 def rows_of(
