@@ -29,8 +29,7 @@ def find_eod(vocab: Mapping[str, int], eod: str | int | None, declared: str | No
             return vocab[name]
     if eod is not None:
         raise DataError(f"the tokenizer has no token {eod!r}. Give a token of its vocabulary with --eod")
-    raise DataError(f"the tokenizer has none of the usual end-of-document tokens ({', '.join(USUAL_EOD)}). Name its own with "
-                    "--eod TOKEN")
+    raise DataError(f"the tokenizer has none of the usual end-of-document tokens ({', '.join(USUAL_EOD)}). Use --eod TOKEN")
 
 
 def eod_of_index(folder: Path) -> int | None:

@@ -32,8 +32,7 @@ class Lanes:
         if self.num_lanes == 0:
             object.__setattr__(self, "num_lanes", min(self.num_micro_batches, MAX_DEFAULT_LANES))
         if not 1 <= self.num_lanes <= self.num_micro_batches:
-            raise ValueError(f"num_lanes {self.num_lanes} must be at least 1, and at most {self.num_micro_batches}, the number "
-                             "of micro-batches")
+            raise ValueError(f"num_lanes {self.num_lanes} must be at least 1, and at most {self.num_micro_batches} micro-batches")
 
     @property
     def num_micro_batches(self) -> int:

@@ -64,7 +64,6 @@ def _check_columns(path: str, names: Collection[str], wanted: Collection[str]) -
     for name in wanted:
         if name not in names:
             there = ", ".join(map(shown_name, names))
-            has_ids = bool(set(TOKENS) & set(names))
-            tokens = ". If a column holds token ids, make shards with mpidp convert --from hf" * has_ids
+            tokens = ". If a column holds token ids, use mpidp convert --from hf" if set(TOKENS) & set(names) else ""
             raise DataError(f"{path} has no column `{name}`, only {there}. Rename one of these columns to `{name}`, or "
                             f"give its name with --text-key{tokens}")

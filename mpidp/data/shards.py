@@ -222,8 +222,7 @@ class TokenStream:
         if not shard.is_regular:
             raise self._error(i, "it is not a regular file")
         if shard.size != record.size:
-            raise self._error(i, f"it has {shard.size} bytes, but should have {record.size}, so it is truncated or the wrong "
-                                 "file")
+            raise self._error(i, f"it has {shard.size} bytes, not {record.size}, so it is truncated or the wrong file")
         spans: dict[str, tuple[int, int]] = {}
         with h5py.File(shard.source(), "r", locking=False) as file:
             if file.userblock_size:

@@ -173,5 +173,4 @@ def read_whole(path: str | Path, limit: int = MAX_TEXT_BYTES, may_be_empty: bool
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: the byte at position {error.start} is not valid. Convert the file to UTF-8 "
-                        "first") from None
+        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is not valid. Convert it to UTF-8") from None

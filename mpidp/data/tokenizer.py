@@ -279,8 +279,7 @@ def _library() -> Any:
     try:
         import tokenizers
     except ImportError:
-        raise UsageError("this tokenizer needs the package `tokenizers`: pip install tokenizers. Or choose --tokenizer 'byte' "
-                         "or 'char'") from None
+        raise UsageError("this tokenizer needs `tokenizers`: pip install tokenizers, or --tokenizer 'byte' or 'char'") from None
     return tokenizers
 
 

@@ -165,6 +165,5 @@ class ZstdStream(io.RawIOBase):
                 yield decompressor.decompress(self._exactly(4))
         except (self._zstandard.ZstdError, MemoryError) as error:
             if isinstance(error, MemoryError) or "memory" in str(error):
-                raise OSError(f"its zstandard window needs {window / 2**20:,.0f} MiB of memory (compress it without zstd "
-                              "--long)") from None
+                raise OSError(f"its zstandard window needs {window / 2**20:,.0f} MiB of memory (omit zstd --long)") from None
             raise OSError(f"damaged zstandard data ({error})") from None

@@ -137,8 +137,7 @@ def check_links(links: Sequence[NetworkLink], library: str, environ: Mapping[str
         return [CheckResult("network", "warning" if slow else "ok", f"{slowest}; one node, so no network was measured", slow)]
     words = str(slowest) + (f", the slowest of {len(links)} links (median {_speed(usual)})" if len(links) > 1 else "")
     fix = f"repair or exclude one of {' and '.join(slowest.ends)}" if speed < 0.5 * usual else choose if speed < SLOW_LINK else ""
-    unknown = "unknown (shared memory, or a fabric whose bytes the kernel does not count)"
-    names = sorted({link.interface or unknown for link in links})
+    names = sorted({link.interface or "unknown (shared memory, or a fabric that the kernel does not count)" for link in links})
     given = ", ".join(f"{name}={value}" for name, value in environ.items() if name.startswith(SETTINGS)) or "no variable is set"
     verdict = "warning" if len(names) > 1 else "ok"
     interface = CheckResult("interface", verdict, f"used between nodes: {', '.join(names)}; {given}", choose)

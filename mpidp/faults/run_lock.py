@@ -68,8 +68,7 @@ class RunLock:
             if self._handle is not None:  # the lock was acquired, but the file could not be written
                 self.path.unlink(missing_ok=True)
                 os.close(self._handle)
-            raise UsageError(f"{option}={run_dir} cannot be written to ({error}). Choose another folder with "
-                             f"--{option}=DIR") from error
+            raise UsageError(f"{option}={run_dir} cannot be written to ({error}). Choose another --{option}=DIR") from error
         self._thread = threading.Thread(target=self._count, name="lock", daemon=True)
         self._thread.start()
 

@@ -64,8 +64,7 @@ def layered_window(
         if "w" not in letters:
             return {"window": 0, "window_layers": ""}
         if size is None:
-            given.refuse("layer_types has sliding_attention, but sliding_window has no value"
-                         + ", or use_sliding_window is not true" * switch)
+            given.refuse("layer_types has sliding_attention, but no sliding_window" + " with use_sliding_window=true" * switch)
         return {"window": size, "window_layers": letters if "f" in letters else ""}
 
     def write(options: Options) -> dict[str, Any]:

@@ -47,8 +47,7 @@ def rope(
         if partial is None and share != 1.0:
             given.refuse(f"partial_rotary_factor={share} is not supported, because this family rotates whole heads")
         if share != 1.0 and (dims < 2 or dims % 2 or dims > head_size(found)):
-            given.refuse(f"partial_rotary_factor={share} of heads of size {head_size(found)} is {dims} dimensions, but the "
-                         "number must be even and at least 2")
+            given.refuse(f"partial_rotary_factor={share} of heads of size {head_size(found)} is not an even number of dimensions")
         _check_ignored(given, "rope_theta", theta_keys, base)
         _check_ignored(given, "partial_rotary_factor", partial_keys, share)
         outside = given.config.get("original_max_position_embeddings") or original

@@ -154,7 +154,7 @@ def test_more_ranks_than_lanes(either: Shell) -> None:
 @pytest.mark.parametrize("run_dir", ["tiny.toml/run", "tiny.toml", "/proc/run"])
 def test_a_run_dir_that_cannot_be_written_to(place: Path, forks: Forks, run_dir: str) -> None:
     ended = forks.run(place, "mpidp.train", "tiny.toml", f"--run.dir={run_dir}")
-    expect(ended, 2, f"run.dir={run_dir} cannot be written to", "Choose another folder with --run.dir=DIR")
+    expect(ended, 2, f"run.dir={run_dir} cannot be written to", "Choose another --run.dir=DIR")
 
 
 CHANGED = {

@@ -100,7 +100,7 @@ def test_a_text_at_any_number_of_ranks(place: Path) -> None:
 
 def bad_uses(place: Path) -> list[tuple[type[MpidpError], str, Any]]:
     return [
-        (DataError, r"prompt 2 has 17 tokens, but the model's", lambda n: written(place, n, f"--prompts={place}/long.txt")),
+        (DataError, r"prompt 2 has 17 tokens, but model.seq_len is", lambda n: written(place, n, f"--prompts={place}/long.txt")),
         (DataError, "cannot read .*none.txt", lambda n: written(place, n, f"--prompts={place}/none.txt")),
         (DataError, "prompt 1: .*surrogates not allowed", lambda n: written(place, n, "--prompt=\udcff")),
         (UsageError, "--out .* cannot be written", lambda n: written(place, n, f"--out={place}/no/out.jsonl")),

@@ -334,7 +334,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "content", "said"), [
     ("p.txt", b"", "is empty"), ("p.txt", b"\n \n", "only blank lines. Each line must be a prompt"),
-    ("p.txt", b"ab\xff", r"not UTF-8 text: the byte at position 2"), ("p.jsonl", b"\n\n", "only blank lines"),
+    ("p.txt", b"ab\xff", r"not UTF-8 text: byte 2 is not valid"), ("p.jsonl", b"\n\n", "only blank lines"),
     ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n', r"line 3: not valid JSON .* like \{\"prompt\""),
     ("p.jsonl", b"[1]", "line 1: not an object"),
     ("p.jsonl", b'{"text": "a"}', 'line 1: "prompt" is missing or not a string; the keys are text'),

@@ -171,7 +171,7 @@ def test_rows_of_arrow_files(tmp_path: Path, stream: bool) -> None:
 
 
 def test_arrow_files_without_text_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no column `text`, only input_ids. .*make shards with mpidp convert --from hf"):
+    with pytest.raises(DataError, match="no column `text`, only input_ids. .*use mpidp convert --from hf"):
         read(arrow(tmp_path / "a.arrow", input_ids=[[1]]), alone=True)
     (tmp_path / "b.arrow").write_bytes(b"\xff\xff\xff\xff\0\0")
     with pytest.raises(DataError, match="is not a readable arrow file"):
