@@ -44,14 +44,15 @@ def adapters_of(layers: Mapping[str, Sequence[int]], rank: int, targets: str) ->
     wanted, known = {part.strip() for part in targets.split(",") if part.strip()}, {name.rpartition(".")[2] for name in layers}
     wanted = wanted & known if wanted == ALL else wanted
     if not wanted or wanted - known:
-        unknown = ", ".join(sorted(wanted - known)) or "no layer"
-        raise UsageError(f"model.lora_targets={targets} names {unknown}: this model's layers are {', '.join(sorted(known))}")
+        unknown = ", ".join(sorted(wanted - known))
+        problem = f"{unknown}, which this model does not have" if unknown else "no layer"
+        raise UsageError(f"model.lora_targets={targets} names {problem}. Use some of its layers: {', '.join(sorted(known))}")
     found = [name for name in layers if name.rpartition(".")[2] in wanted]
     for name in found:
         if rank > min(layers[name]):
             raise UsageError(
-                f"model.lora_rank={rank} exceeds the smaller dimension of {name} ({' x '.join(map(str, layers[name]))}): the "
-                f"adapter would be larger than the layer; use at most {min(layers[name])}, or other model.lora_targets"
+                f"model.lora_rank={rank} exceeds the smaller dimension of {name} ({' x '.join(map(str, layers[name]))}), so "
+                f"the adapter would be larger than the layer. Use at most {min(layers[name])}, or other model.lora_targets"
             )
     return found
 

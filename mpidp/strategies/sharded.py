@@ -174,7 +174,7 @@ class Sharded:
         for unit in self.units:
             for member in unit.members:
                 if unit.chunk == chunk and member.parameter.grad is not None:
-                    raise RuntimeError(f"mesh.shard=2|3: backward has computed the gradient of {member.name} twice")
+                    raise RuntimeError(f"mesh.shard=2 or 3: backward has computed the gradient of {member.name} twice")
 
     def fill(self, forwards: int, chunk: int | None = None) -> None:
         """Make the exchanges of `forwards` forward passes, which other ranks compute through a chunk (default: all chunks).

@@ -111,9 +111,9 @@ def test_the_model_is_that_of_the_weights_which_the_run_begins_with(tmp_path: Pa
     for place in ("run", "run/checkpoints/step_00000001"):
         assert ask("--config", "my.toml", "--ranks", "2", f"--train.init_from={place}")["model"] == wanted
     (tmp_path / "run/config.toml").write_text(to_toml(Config().with_values(model={"kind": "lstm"})))
-    for words, why in [("--train.init_from=run", "model.kind=lstm: only data"), ("--model.kind=lstm", "only data parallelism"),
-                       ("--model.kind=a:b", "model.kind=a:b: only data"), ("--train.init_from=none", "none/config.toml"),
-                       ("--model.lora_rank=4", "model.lora_rank=4: adapters: only data parallelism is supported")]:
+    for words, why in [("--train.init_from=run", "kind=lstm supports only"), ("--model.kind=lstm", "only data parallelism"),
+                       ("--model.kind=a:b", "kind=a:b supports only"), ("--train.init_from=none", "none/config.toml"),
+                       ("--model.lora_rank=4", "model.lora_rank=4 supports only data parallelism")]:
         with pytest.raises(UsageError, match=why):
             ask("--config", "my.toml", "--ranks", "2", "--vocab", "256", words)
     (tmp_path / "hf/config.json").write_text("{")
@@ -175,8 +175,8 @@ def test_the_number_of_ranks_is_that_of_the_cluster(tmp_path: Path, monkeypatch:
 
 
 WRONG = {  # command line: part of the message
-    "--ranks 8": "give either --params N",
-    "--params 7b --config x.toml --ranks 8": "give either --params",
+    "--ranks 8": "give the model: either --params N",
+    "--params 7b --config x.toml --ranks 8": "either --params N",
     "--params seven --ranks 8": "--params=seven: give a number above 0",
     "--params -7b --ranks 8": "--params",
     "--params 7b": "give the number of ranks with --ranks",
@@ -189,7 +189,7 @@ WRONG = {  # command line: part of the message
     "--params 7b --ranks 8 --top 0": "--top=0",
     "--params 7b --ranks 8 --dtype fp8": "fp8",
     "--params 7b --ranks 8 --model.model_dim=3": "--model.model_dim=3: no such option",
-    "--params 7b --ranks 7919": "no mesh uses this number of ranks",
+    "--params 7b --ranks 7919": "no mesh has this number of ranks",
     "--params 1000 --ranks 8": "--params=1000: no model of this size fits a vocabulary of 32,000",
     "--params 7b --ranks 8 --cluster nowhere.json": "nowhere.json: no such file",
     "--config nowhere.toml --ranks 8": "nowhere.toml",
