@@ -51,14 +51,14 @@ class BlockWriter:
         self.tokens += len(block.ids)
 
     def close(self) -> Raw:
-        """Close the files, and return a Raw to read them with."""
+        """Close the files, and return a `Raw` object, which reads them."""
         for file in filter(None, (self._ids, self._starts, self._mask)):
             with writing(file.name, ADVICE):
                 file.close()
         return self.raw()
 
     def raw(self) -> Raw:
-        """Return a Raw to read the closed files with."""
+        """Return a `Raw` object, which reads the files. Call close() before this method."""
         return Raw(self.path, self.dtype.itemsize, self.tokens, self.documents, self._masked or self.left_out > 0)
 
     def replace_documents(self, pieces: Iterator[np.ndarray]) -> None:

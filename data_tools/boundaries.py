@@ -63,7 +63,7 @@ def unended(writers: Sequence[BlockWriter], eod: int) -> list[str]:
         ended += int(np.count_nonzero(writer.at(np.array([writer.tokens - 1])) == eod))
     if ended == total:
         return []
-    return [f"{total - ended:,} of {counted(total, 'document')} do not end with the end-of-document token {eod}"]
+    return [f"{total - ended:,} of {counted(total, 'document')} do not end with the end-of-document token, id {eod}"]
 
 
 def alone(writers: Sequence[BlockWriter], eod: int) -> list[str]:
@@ -75,5 +75,5 @@ def alone(writers: Sequence[BlockWriter], eod: int) -> list[str]:
             found += int(np.count_nonzero(writer.at(starts[:-1][np.diff(starts) == 1]) == eod))
     if not found:
         return []
-    return [f"{found:,} of {counted(total, 'document')} contain only the end-of-document token {eod}. Perhaps the token "
-            "was used as padding, or was written both before and after each document"]
+    return [f"{found:,} of {counted(total, 'document')} contain only the end-of-document token, id {eod}. Perhaps the "
+            "token was used as padding, or was written both before and after each document"]

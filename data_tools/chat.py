@@ -40,8 +40,8 @@ def render(template: Template, chat: Chat) -> tuple[str, Spans]:
     text, spans = marked(text)
     if not all(chat.learned[i] for i in turns):
         if len(spans) != len(turns):
-            raise RowSkipped("malformed", f"a turn has weight 0 or train false, but the template marks {len(spans)} parts for "
-                                          f"{len(turns)} assistant turns, so the part of this turn is unknown")
+            raise RowSkipped("malformed", f"some of its {len(turns)} assistant turns are not in the loss, but the template marks "
+                                          f"{len(spans)} parts of the text, so the part of each turn is unknown")
         spans = [span for span, i in zip(spans, turns, strict=True) if chat.learned[i]]
     return text, spans
 
@@ -95,8 +95,8 @@ def _content(template: Template, chat: Chat, text: str, i: int, mark: str) -> tu
 def _unknown(i: int) -> RowSkipped:
     return RowSkipped(
         "malformed", f"message {i + 1} cannot be found in the text, because the chat template renders this message differently "
-        "when other messages follow; mark the answers with {% generation %} ... {% endgeneration %} in the template "
-        "(--chat-template FILE)"
+        "when other messages follow; in the template (--chat-template FILE), mark the answers with {% generation %} ... "
+        "{% endgeneration %}"
     )
 
 

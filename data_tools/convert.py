@@ -57,7 +57,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
                            help="read this format and write shards (default: %(default)s, which recognizes the format by the "
                                 "content)")
     add("input", metavar="SHARDS|SRC", help="what to read: a folder of shards, or a file or folder of tokens")
-    add_new_out(parser, "what to write; it must not exist", metavar="PATH")
+    add_new_out(parser, "the path to write, which must not exist yet", metavar="PATH")
     group, usual, of_from = parser.add_argument_group("options of --from"), FromOptions, {}
 
     def only_from(option: str, text: str, **given: Any) -> None:
@@ -66,10 +66,10 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
 
     only_from("--tokenizer", "byte, a tokenizer.json, or a folder that contains one", metavar="PATH")
     only_from("--eod", "the end-of-document token of a tokenizer.json (default: the token with one of the usual names)")
-    only_from("--eod-at", "if the format does not store documents: whether the end-of-document token is at the end or at the "
-                          "start of documents (default: auto, which is determined from the data and the format)",
+    only_from("--eod-at", "whether the end-of-document token is at the end or at the start of documents, for formats that do not "
+                          "store where documents end (default: auto, which decides by the data and the format)",
               choices=("auto", "end", "start"))
-    only_from("--one-document", "each split is one document", action="store_true", dest="whole")
+    only_from("--one-document", "treat each split as one document", action="store_true", dest="whole")
     only_from("--rows", "document: each row is a document; part: rows are joined to a stream, in which the end-of-document token "
                         "ends documents (default: auto, which means part if all rows have the same length, else document)",
               choices=("auto", "document", "part"))
@@ -87,13 +87,12 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_intermixed_args(list(arguments))
     take_out(parser, options, "a second path", "--out PATH")
     if options.to and (unused := [option for name, option in of_from.items() if name in options]):
-        parser.error(f"{', '.join(unused)}: only --from takes {'this option' if len(unused) == 1 else 'these options'}, but "
-                     f"--to {options.to} is given")
+        parser.error(f"{', '.join(unused)} can be given only with --from, not with --to {options.to}")
     for option, path in (("SRC", options.input), ("--out", options.out)):
         check_local(option, path)
     options.input = Path(options.input)
     if not options.to and not getattr(options, "tokenizer", ""):
-        parser.error(f"--from {options.source} needs --tokenizer: the files hold token ids only")
+        parser.error(f"--from {options.source} needs --tokenizer PATH, because the files hold only token ids")
     return options
 
 

@@ -32,7 +32,8 @@ class Counts:
     forms: dict[str, int] = field(default_factory=dict)  # number of rows of each form other than the usual one (row_forms.py)
 
     def note(self, kind: str, where: str) -> None:
-        """Count a problem of this kind. `where`: its location, which is stored for the first few problems of the kind."""
+        """Count a problem of this kind. `where`: the location of the problem. The locations of the first few problems of each
+        kind are stored."""
         setattr(self, kind, getattr(self, kind) + 1)
         shown = self.problems.setdefault(kind, [])
         if len(shown) < MAX_SHOWN:
@@ -54,7 +55,7 @@ class Counts:
         texts = {"empty": "empty files or documents skipped", "binary": "binary or special files skipped",
                  "bad_utf8": "documents with invalid UTF-8", "malformed": "malformed lines or rows skipped",
                  "unused": "rows with keys that are not used",
-                 "special": "documents or rows that name a special token",
+                 "special": "documents or rows with the name of a special token in the text",
                  "quoted": "rows with JSON text as `arguments` of a tool call, which the chat template writes as a quoted "
                            "string (write `arguments` as an object to avoid the quotes)",
                  "long": "rows longer than a window, skipped (or truncated with --truncate)",
@@ -66,7 +67,7 @@ class Counts:
             where = "" if of_files else f": {_joined(places)}{', ...' if count > len(places) else ''}"
             text = texts[kind]
             if count == 1:
-                text = re.sub(r"\b(file|document|line|row)s\b", r"\1", text.replace(" that name ", " that names ", 1), count=2)
+                text = re.sub(r"\b(file|document|line|row)s\b", r"\1", text, count=2)
             lines.append(f"{count:,} {text}{where}")
         return lines
 
@@ -75,7 +76,7 @@ class Counts:
         malformed rows there were. The lines of complaints() follow."""
         kinds = f"{self.empty} empty, {self.binary} binary, {self.malformed} malformed lines or rows"
         files = f"{counted(self.files, 'file')}: {kinds}"
-        return f"the source has no text at all ({files}); give --source a file or folder with text{self.reasons()}"
+        return f"the source has no text at all ({files}). Give --source a file or folder with text{self.reasons()}"
 
     def reasons(self) -> str:
         """Return the lines of complaints(), indented, to append to an error message."""

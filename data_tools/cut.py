@@ -59,7 +59,7 @@ class RawWriter:
         self._inside = False
 
     def close(self) -> Raw:
-        """Close the files, and return a Raw to read them with."""
+        """Close the files, and return a `Raw` object, which reads them."""
         for file in filter(None, (self._ids, self._starts, self._mask)):
             with writing(file.name, ADVICE):
                 file.close()
@@ -192,9 +192,9 @@ def plan_shards(streams: Mapping[str, Tokens], shards: int, val_fraction: float)
         found = counted(total, "training token" if by_document else "token")
         found += f" and {counted(num_val, 'validation token')}" * by_document
         advice = ", or set --val-fraction 0" * (val_fraction > 0) + ", or a different --seed, or --split text" * by_document
-        raise DataError(f"the source has {found}, but each split needs at least 2: give more text{advice}")
+        raise DataError(f"the source has {found}, but each split needs at least 2 tokens. Give more text{advice}")
     if shards > num_train:
-        raise UsageError(f"--shards {shards} is more than the {num_train} training tokens; use fewer")
+        raise UsageError(f"--shards {shards} is more than {num_train}, the number of training tokens. Choose fewer shards")
     plans = _cut("train", "train", 0, num_train, shards)
     if num_val:
         num_files = min(num_val, max(1, round(shards * num_val / num_train)))

@@ -127,8 +127,8 @@ def encode_rows(
     """Encode a rank's rows. Return {stream's name: raw files}. Independent.
 
     Each row becomes a document of at most `max_tokens` tokens. Longer rows are truncated if `truncate` is true, and skipped
-    otherwise. To bound the memory, only the beginning of a row's text is encoded: WINDOW or MAX_CHARACTERS * max_tokens
-    characters, whichever is more. A row with more characters counts as too long.
+    otherwise. To bound the memory, only the first max(WINDOW, MAX_CHARACTERS * max_tokens) characters of a row's text are
+    encoded. A row with more characters counts as too long.
     """
     limit = max(WINDOW, MAX_CHARACTERS * max_tokens)
     writers = routing.writers(token_dtype(encoder.tokenizer.vocab_size), masked=True)
@@ -145,7 +145,7 @@ def encode_rows(
             if is_long and not truncate:
                 reader.skip("long", row.place, f"{size}, more than --seq-len {max_tokens}; --truncate shortens such rows")
             elif not mask.any():
-                reader.skip("empty", row.place, f"no token to train on among its first {max_tokens}")
+                reader.skip("empty", row.place, f"no token to train on among its first {max_tokens} tokens")
             else:
                 if encoder.names is not None and (found := encoder.names.search(row.said)):
                     reader.counts.note("special", f"{row.place}: names {found[0]}")

@@ -24,17 +24,17 @@ MAX_STATE_BYTES = 2**26  # largest size of state.json in bytes
 # datasets that prepare does not read:
 # (pattern of the files, pattern of another file in the same folder, name of the format, what to do)
 DATASETS = (
-    ("dataset_dict.json", "*", "a DatasetDict of Hugging Face datasets", "give the folder of one of its splits, for example "
+    ("dataset_dict.json", "*", "a DatasetDict of Hugging Face datasets", "Give the folder of one of its splits, for example "
      "--source {folder}/train"),
-    ("*.mds*", "index.json", "a dataset of MosaicML Streaming", "if its samples are token ids, mpidp convert --from mds "
-                                                                "{folder} --out "
-     "DIR --tokenizer PATH; if they are texts, write them to a .jsonl file: for sample in streaming.LocalDataset('{folder}')"),
-    ("chunk-*.bin*", "index.json", "a dataset of LitData", "if its samples are token ids, mpidp convert --from litdata "
-                                                           "{folder} --out DIR "
-     "--tokenizer PATH; if they are texts, write them to a .jsonl file: for sample in litdata.StreamingDataset('{folder}')"),
-    ("*.ds", "*.ds.*", "token files of datatrove", "mpidp convert --from datatrove {folder} --out DIR --tokenizer PATH"),
-    ("*.bin", "*.idx", "token files of Megatron-LM", "mpidp convert --from megatron {folder} --out DIR --tokenizer PATH"),
-    ("token_ids_part_*.npy", "*", "token files of OLMo", "mpidp convert --from olmo {folder} --out DIR --tokenizer PATH"),
+    ("*.mds*", "index.json", "a dataset of MosaicML Streaming", "If its samples are token ids, use mpidp convert --from mds "
+     "{folder} --out DIR --tokenizer PATH. If its samples are texts, write them to a .jsonl file with a loop over "
+     "streaming.LocalDataset('{folder}')"),
+    ("chunk-*.bin*", "index.json", "a dataset of LitData", "If its samples are token ids, use mpidp convert --from litdata "
+     "{folder} --out DIR --tokenizer PATH. If its samples are texts, write them to a .jsonl file with a loop over "
+     "litdata.StreamingDataset('{folder}')"),
+    ("*.ds", "*.ds.*", "token files of datatrove", "Use mpidp convert --from datatrove {folder} --out DIR --tokenizer PATH"),
+    ("*.bin", "*.idx", "token files of Megatron-LM", "Use mpidp convert --from megatron {folder} --out DIR --tokenizer PATH"),
+    ("token_ids_part_*.npy", "*", "token files of OLMo", "Use mpidp convert --from olmo {folder} --out DIR --tokenizer PATH"),
 )
 CACHED = "cache-*.arrow"  # cached results, which the package datasets keeps beside a dataset
 SAVED, ABOUT = "state.json", ("dataset_info.json", "state.json")  # files of a dataset that save_to_disk wrote
@@ -72,10 +72,10 @@ def find_files(source: str, leave_out: Path) -> tuple[list[SourceFile], dict[str
             files = [SourceFile(root.name, str(root), os.stat(root).st_size)]
             about = {"kind": "file", "name": root.name}
     except OSError as error:
-        raise DataError(f"cannot read the source {error.filename or source}: {error.strerror}; "
-                        "give --source an existing, readable file or folder") from None
+        raise DataError(f"the source {error.filename or source} cannot be read ({error.strerror}). "
+                        "Give --source an existing, readable file or folder") from None
     if not files:
-        raise DataError(f"the source {root} holds no files; give --source a file or folder with text")
+        raise DataError(f"the source {root} holds no files. Give --source a file or folder with text")
     return files, about | {"files": len(files), "bytes": sum(f.size for f in files)}, _remarks(root, files, links)
 
 
@@ -140,7 +140,7 @@ def _text_files(folder: str, names: list[str]) -> list[str]:
     for files, beside, what, way in DATASETS:
         data = [name for name in names if fnmatch(name, files)]
         if data and any(fnmatch(name, beside) for name in names):
-            raise DataError(f"{folder} is {what} ({min(data)}), which prepare does not read: {way.format(folder=folder)}")
+            raise DataError(f"{folder} is {what} ({min(data)}), which prepare does not read. {way.format(folder=folder)}")
     if not any(name.endswith(".arrow") for name in names):
         return names
     path = os.path.join(folder, SAVED)
@@ -150,9 +150,8 @@ def _text_files(folder: str, names: list[str]) -> list[str]:
         with open_regular(path) as file:
             listed = [str(one["filename"]) for one in parse_json(file.read(MAX_STATE_BYTES))["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{path} does not list the files of a dataset of Hugging Face; restore it, or remove it to read all "
-                        "files of "
-                        "the folder") from None
+        raise DataError(f"{path} does not list the files of a dataset of Hugging Face. Restore this file, or remove it to "
+                        "read all files of the folder") from None
     if missing := [name for name in listed if name not in names]:
         raise DataError(f"{os.path.join(folder, missing[0])} is missing, but {SAVED} lists it: copy the whole folder")
     return [name for name in names if name in listed or not name.endswith(".arrow") and name not in ABOUT]
@@ -170,8 +169,8 @@ def _of_splits(files: list[SourceFile]) -> list[str]:
     others = [name for name, split in splits.items() if split != "train"]
     if not others or not any("train" in Path(name).name.lower() for name in rows):
         return []
-    return [f"files of several splits were read together, for example {others[0]}; give --source the files of one split to keep "
-            "the others out of training"]
+    return [f"files of several splits were read together, for example {others[0]}. To train on one split only, give --source "
+            "the files of this split"]
 
 
 def _of_links(root: Path, links: list[str]) -> list[str]:

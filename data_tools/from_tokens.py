@@ -45,8 +45,10 @@ class FromOptions:
 
     def check(self) -> None:
         """Raise UsageError if a value is invalid. Pure."""
-        if self.shards < 1 or not 0 <= self.val_fraction < 1:
-            raise UsageError(f"--shards {self.shards} must be at least 1, and --val-fraction {self.val_fraction} in [0, 1)")
+        if self.shards < 1:
+            raise UsageError(f"--shards {self.shards} must be at least 1")
+        if not 0 <= self.val_fraction < 1:
+            raise UsageError(f"--val-fraction {self.val_fraction} must be at least 0 and below 1")
         if self.dtype and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype} must be one of {', '.join(DTYPES)}")
         if self.seq_len and self.seq_len < 2:
@@ -77,7 +79,8 @@ def from_tokens(name: str, source: Path, out: Path, options: FromOptions) -> lis
     if skipped := reading.skipped:
         remarks.append(f"{counted(skipped, 'document')} without tokens {'was' if skipped == 1 else 'were'} skipped")
     if any(record.loss_mask for record in index.splits.values()) and not options.seq_len:
-        remarks.append("the data have a loss mask; training cuts documents at its windows (--seq-len N packs whole documents)")
+        remarks.append("the data have a loss mask, but training windows will cut documents. To pack whole documents into "
+                       "windows, give --seq-len N")
     return lines + reading.remarks + remarks
 
 
@@ -90,10 +93,11 @@ def _format_of(name: str, source: Path) -> tuple[str, TokenFormat]:
     if name == "auto":
         if looks is None:
             there = "holds no tokens in a format that convert knows" if source.exists() else "does not exist"
-            raise DataError(f"{source} {there}; the formats are {', '.join(FORMATS)}. Text becomes shards with mpidp prepare")
+            raise DataError(f"{source} {there}. The formats are {', '.join(FORMATS)}. To make shards from text, use mpidp "
+                            "prepare")
         if len(kinds := mixed(source)) > 1:
-            raise DataError(f"{source} holds files of several kinds, {', '.join(kinds)}: name the kind to read, as in --from "
-                            f"{looks}, or give a folder or file that holds one kind")
+            raise DataError(f"{source} holds files of several kinds, {', '.join(kinds)}. Name the kind to read, for example "
+                            f"--from {looks}, or give a folder or file that holds one kind")
         return looks, FORMATS[looks]
     kind = FORMATS[name]
     if looks is not None and looks != name and not kind.recognize(source):
@@ -160,17 +164,17 @@ def _find_documents(
         return unended(used, encoder.eod)
     if not occurs(unknown, encoder.eod, encoder.bos):
         rows = ", --rows document if each row is a document" * joined
-        raise DataError(f"the end-of-document token of the tokenizer, {encoder.eod}, is not in the data, so the ends of "
-                        f"documents are unknown: give --eod TOKEN if documents end with another token{rows}, or "
+        raise DataError(f"the end-of-document token of the tokenizer, id {encoder.eod}, is not in the data, so the ends of "
+                        f"documents are unknown. Give --eod TOKEN if documents end with another token{rows}, or "
                         "--one-document to treat each split as one document")
     first = options.eod_at == "start" or options.eod_at == "auto" and eod_is_first(unknown, encoder.eod, kind.eod_first)
     for writer in unknown:
         whole = starts_by_ids(writer.pieces(), encoder.eod, encoder.bos, first)
         writer.replace_documents(whole if kind.goes_on or joined else starts_of_parts(writer, encoder.eod, encoder.bos, first))
     size = f"{next(iter(lengths)):,} tokens" if len(lengths) == 1 else "different lengths"
-    remarks = [f"rows of {size} were joined, and documents end with the token {encoder.eod}. If each row is a document, give "
-               "--rows document"] * joined
-    return remarks + [f"documents begin with the token {encoder.eod}. If they end with it, give --eod-at end"] * first + alone(
+    remarks = [f"rows of {size} were joined, and documents end with the token id {encoder.eod}. If each row is a document, "
+               "give --rows document"] * joined
+    return remarks + [f"documents begin with the token id {encoder.eod}. If they end with it, give --eod-at end"] * first + alone(
         used, encoder.eod)
 
 
@@ -179,7 +183,7 @@ def _streams(writers: dict[str, BlockWriter], encoder: Tokenizer, options: FromO
     the data is packed or has a loss mask, "val" then consists of the last documents of the source."""
     streams = {split: Stream([writer.raw()]) for split, writer in writers.items() if writer.tokens}
     if "train" not in streams:
-        raise DataError("the source has no tokens to train on; give another file or folder")
+        raise DataError("the source has no tokens to train on. Give another file or folder")
     by_document = options.seq_len or any(stream.masked for stream in streams.values())
     if not by_document:
         return dict(streams)
@@ -189,7 +193,8 @@ def _streams(writers: dict[str, BlockWriter], encoder: Tokenizer, options: FromO
         cut = int(np.searchsorted(starts, stream.tokens * (1 - options.val_fraction)))
         cut = min(max(cut, 1), len(starts) - 1)
         if cut < 1:
-            raise DataError("the source has a single document, which cannot be divided: give --val-fraction 0")
+            raise DataError("the source has a single document, which cannot be divided into training and validation. Give "
+                            "--val-fraction 0")
         selected = {"train": (stream, starts[:cut], lengths[:cut]), "val": (stream, starts[cut:], lengths[cut:])}
     return {split: _arranged(*one, encoder.eod, options.seq_len) for split, one in selected.items()}
 
@@ -197,8 +202,7 @@ def _streams(writers: dict[str, BlockWriter], encoder: Tokenizer, options: FromO
 def _arranged(stream: Stream, starts: np.ndarray, lengths: np.ndarray, eod: int, window: int) -> Arrangement:
     if window and (long := int(np.count_nonzero(lengths > window))):
         raise DataError(f"{counted(long, 'document')} {'has' if long == 1 else 'have'} more than --seq-len {window} tokens (up "
-                        "to "
-                        f"{lengths.max()}): give a larger --seq-len")
+                        f"to {lengths.max()}). Give a larger --seq-len")
     which = np.zeros(len(starts), dtype=np.int64)
     if not window:
         return Arrangement([stream], which, starts, lengths, np.cumsum(lengths) - lengths, int(lengths.sum()), eod)

@@ -67,7 +67,7 @@ def chat_of(fields: Mapping[str, Any], template: Template) -> Chat:
         tools, objects_of(fields, "documents"), args, _unused(fields, messages, args, template.of(tools)), form,
     )
     if any(BEGIN in text or END in text for text in _strings([chat.messages, chat.tools, chat.documents, chat.args])):
-        raise RowSkipped("malformed", "a text with the noncharacter U+FDD0 or U+FDD1")
+        raise RowSkipped("malformed", "a text with U+FDD0 or U+FDD1, which mpidp uses to mark turns")
     if not any(message["role"] == "assistant" for message in messages):
         raise RowSkipped("empty", "no assistant turn")
     if not any(chat.learned):
@@ -76,7 +76,7 @@ def chat_of(fields: Mapping[str, Any], template: Template) -> Chat:
         calls = [key for key in CALLS if message.get(key) and f"messages.{key}" in chat.unused]
         if learned and calls and not message.get("content"):
             raise RowSkipped("malformed", f"the chat template does not write `{calls[0]}`, and an assistant turn has nothing "
-                                          "else: give a template for tools with --chat-template")
+                                          "else; give a template for tools with --chat-template")
     return chat
 
 
@@ -92,7 +92,7 @@ def _messages(fields: Mapping[str, Any]) -> tuple[list[Any], int]:
     if "messages" in fields:
         raise RowSkipped("malformed", f"`messages` is {'empty' if messages == [] else describe(messages) + ', not a list'}")
     if isinstance(prompt, str) and isinstance(completion, str):
-        raise RowSkipped("malformed", "`prompt` and `completion` are strings, not messages: use --format prompt_completion")
+        raise RowSkipped("malformed", "`prompt` and `completion` are strings, not messages; use --format prompt_completion")
     raise RowSkipped("malformed", unknown_form(fields))
 
 
@@ -116,7 +116,7 @@ def _learned(message: Mapping[str, Any]) -> bool:
     if bad := [value for value in values if value not in (0, 1)]:
         raise RowSkipped("malformed", f"a message whose `weight`, `train` or `loss` is {bad[0]!r:.40}, not 0, 1, true or false")
     if any(values) and message["role"] != "assistant":
-        raise RowSkipped("malformed", f"`weight`, `train` or `loss` of a {message['role']:.40} message; only assistant "
+        raise RowSkipped("malformed", f"a {message['role']:.40} message has `weight`, `train` or `loss`, but only assistant "
                                       "turns are learned")
     return message["role"] == "assistant" and all(values)
 

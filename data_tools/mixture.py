@@ -41,7 +41,7 @@ def parse_sources(specs: str | Sequence[str]) -> list[Source]:
         if not (math.isfinite(weight) and weight > 0):
             raise UsageError(f"--source {spec}: the weight must be a number above 0")
     if len({path for path, _ in found}) < len(found):
-        raise UsageError(f"--source {' --source '.join(specs)} names a source twice; name it once with the sum of its weights")
+        raise UsageError(f"--source {' --source '.join(specs)} names a source twice. Name it once with the sum of its weights")
     return [Source(path, weight / math.fsum(weights)) for (path, _), weight in zip(found, weights, strict=True)]
 
 
@@ -67,7 +67,7 @@ def lay_out(
     used = [s for s, stream in enumerate(streams) if stream.tokens]
     if split == "train" and len(used) < len(streams):
         empty = next(s for s in range(len(streams)) if s not in used)
-        raise DataError(f"the source {sources[empty].path} has no document to train on; correct it, or leave it out")
+        raise DataError(f"the source {sources[empty].path} has no document to train on. Correct this source, or leave it out")
     arranged = Arrangement.of([streams[s] for s in used], [sources[s].share for s in used], tokens, repeat, window, eod)
     taken = dict(zip(used, arranged.taken(), strict=True))
     return arranged, [taken.get(s, (0, 0)) for s in range(len(streams))]

@@ -67,7 +67,7 @@ def template_args(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key.isidentifier():
-            raise UsageError(f"--template-arg {word} must be KEY=VALUE, for example enable_thinking=false")
+            raise UsageError(f"--template-arg '{word}' must have the form KEY=VALUE, for example enable_thinking=false")
         try:
             found[key] = json.loads(value)
         except (ValueError, RecursionError):
@@ -81,31 +81,37 @@ def check_options(options: PrepareOptions) -> None:
     if options.shards < 1:
         raise UsageError(f"--shards {options.shards} must be at least 1")
     if not 0 <= options.val_fraction < 1:
-        raise UsageError(f"--val-fraction {options.val_fraction} must be in [0, 1)")
+        raise UsageError(f"--val-fraction {options.val_fraction} must be at least 0 and below 1")
     if options.split not in ("", "text", "document"):
-        raise UsageError(f"--split {options.split} must be text or document")
+        raise UsageError(f"--split '{options.split}' must be 'text' or 'document'")
     if options.bad_utf8 not in ("replace", "skip"):
-        raise UsageError(f"--bad-utf8 {options.bad_utf8} must be replace or skip")
+        raise UsageError(f"--bad-utf8 '{options.bad_utf8}' must be 'replace' or 'skip'")
     if options.form not in FORMATS:
-        raise UsageError(f"--format {options.form} must be one of {', '.join(FORMATS)}")
+        raise UsageError(f"--format '{options.form}' must be one of {', '.join(FORMATS)}")
     if rows and options.split == "text":
-        raise UsageError(f"--format {options.form}: --split text would cut rows in two; use --split document")
+        raise UsageError(f"--split text cannot be combined with --format {options.form}, because it would cut rows in two. Use "
+                         "--split document")
     if rows and options.seq_len < 2:
-        raise UsageError(f"--format {options.form} packs whole rows into windows: give --seq-len N, the model.seq_len to use")
+        raise UsageError(f"--format {options.form} packs whole rows into windows. Give the length of a window with --seq-len N "
+                         "(at least 2), and train with model.seq_len=N")
     if not rows and (options.seq_len or options.truncate):
-        raise UsageError("--seq-len and --truncate apply to --format prompt_completion and chat only: plain text is not packed")
+        raise UsageError("--seq-len and --truncate apply only to --format prompt_completion and --format chat, because plain "
+                         "text is not packed into windows")
     if rows and options.text_key != "text":
-        raise UsageError("--text-key applies to --format text only: rows have fixed fields")
+        raise UsageError("--text-key applies only to --format text, because rows have fixed fields")
     if (options.chat_template or options.template_arg) and options.form != "chat":
-        raise UsageError(f"{'--chat-template' if options.chat_template else '--template-arg'} applies to --format chat only")
+        raise UsageError(f"{'--chat-template' if options.chat_template else '--template-arg'} applies only to --format chat")
     if options.bos not in ("auto", "none"):
-        raise UsageError(f"--bos {options.bos} must be auto or none")
+        raise UsageError(f"--bos '{options.bos}' must be 'auto' or 'none'")
     if options.special not in ("", "text", "tokens"):
-        raise UsageError(f"--special {options.special} must be text or tokens")
+        raise UsageError(f"--special '{options.special}' must be 'text' or 'tokens'")
     if options.special == "text" and options.form == "chat":
-        raise UsageError("--special text does not apply to --format chat: the special tokens of the template become ids")
-    if options.tokens < 0 or options.repeat and not options.tokens:
-        raise UsageError("--tokens must be at least 0, or above 0 with --repeat: without a limit, a repeating mixture never ends")
+        raise UsageError("--special text cannot be combined with --format chat, because the special tokens of the template must "
+                         "become ids. Omit --special")
+    if options.tokens < 0:
+        raise UsageError(f"--tokens {options.tokens} must be at least 0")
+    if options.repeat and not options.tokens:
+        raise UsageError("--repeat needs --tokens N, because a repeating mixture without a limit never ends")
     check_tokenizer(options.tokenizer)
 
 
@@ -116,9 +122,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a file, a folder (text, .jsonl, .json, .csv, .parquet, .arrow; also .gz and .zst), or stdlib: the .py files "
         "of Python's standard library without site-packages, dist-packages and tests; to mix sources, give the option several "
         "times, as PATH:WEIGHT (default: stdlib)")
-    add("--format", dest="form", default="text", help="text, or rows with a loss mask: prompt_completion (fields prompt, "
-        "completion; loss on the completion) or chat (messages with role, content; loss on assistant turns) (default: "
-        "%(default)s)")
+    add("--format", dest="form", default="text", help="text: plain text; prompt_completion: rows with the fields prompt and "
+        "completion, with the loss on the completion; chat: rows with messages (role, content), with the loss on assistant turns "
+        "(default: %(default)s)")
     add("--text-key", metavar="NAME", default="text", help="the field or column that contains the text of a document (default: "
                                                            "%(default)s)")
     add("--chat-template", metavar="FILE", help="with --format chat: file with the chat template (default: the template of the "
@@ -140,13 +146,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--shards", type=int, metavar="N", default=4, help="number of training files (default: %(default)s)")
     add("--val-fraction", type=float, metavar="F", default=0.05,
         help="share of the tokens or documents that is used for validation; 0: none (default: %(default)s)")
-    add("--split", default="", help="what becomes validation: text (the end of the stream) or document (whole documents) "
-        "(default: document for rows, else text)")
+    add("--split", default="", help="what becomes the validation split; text: the end of the stream; document: whole documents, "
+        "chosen at random (default: document for rows, else text)")
     add("--seed", type=int, metavar="N", default=0, help="random seed of --split document (default: %(default)s)")
     add("--bad-utf8", default="replace",
-        help="replace: replace bytes that are not valid UTF-8; skip: skip documents with such bytes "
-                                              "(default: "
-                                              "%(default)s)")
+        help="replace: replace bytes that are not valid UTF-8; skip: skip documents with such bytes (default: %(default)s)")
     add("--strict", action="store_true", help="fail on malformed, empty or too long rows instead of skipping them")
     add("--bos", default="auto", help="auto: documents and rows begin with BOS if the tokenizer adds BOS to texts; none: no BOS "
                                       "(default: %(default)s)")

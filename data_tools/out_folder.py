@@ -39,12 +39,12 @@ class OutFolder:
                     ours |= {record.name for record in read_index(out, name).files}
                 except DataError as error:
                     if name == "index.json":
-                        raise UsageError(f"--out {out} holds an index that cannot be replaced safely ({error}); "
-                                         "choose another folder, or remove its files yourself") from None
+                        raise UsageError(f"--out {out} holds an index that cannot be replaced safely ({error}). "
+                                         "Choose another folder, or remove its files yourself") from None
         if foreign := sorted(path.name for path in out.glob("*.h5") if path.name not in ours):
             more = " and others" if foreign[1:] else ""
-            raise UsageError(f"--out {out} holds {foreign[0]}{more}, which no index.json lists; nothing was changed: "
-                             "choose another folder, or remove these files yourself")
+            raise UsageError(f"--out {out} holds {foreign[0]}{more}, which no index.json lists. Nothing was changed. "
+                             "Choose another folder, or remove these files yourself")
         return {name for name in ours if (out / name).exists()}
 
     def open(self, wait: bool) -> bool:

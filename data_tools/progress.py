@@ -29,8 +29,8 @@ class Ticker:
         self.documents = self.bytes = self.part = 0
 
     def add(self, documents: int = 0, size: int = 0, parts: int = 0) -> None:
-        """Add to the counts of finished documents, finished bytes (`size`) and begun units (`parts`). Print a line if the last
-        line is older than the interval."""
+        """Add `documents` to the number of finished documents, `size` to the number of finished bytes, and `parts` to the number
+        of begun units. Print a line if the last line is older than the interval."""
         self.documents, self.bytes, self.part = self.documents + documents, self.bytes + size, self.part + parts
         now = time.monotonic()
         if self._quiet or now < self._next:

@@ -80,7 +80,7 @@ class RowReader(SourceReader):
         value, form = as_pair(value)
         prompt, completion = value.get("prompt"), value.get("completion")
         if isinstance(prompt, list) and isinstance(completion, list):
-            raise RowSkipped("malformed", "`prompt` and `completion` are lists of messages: use --format chat")
+            raise RowSkipped("malformed", "`prompt` and `completion` are lists of messages; use --format chat")
         if not isinstance(prompt, str) or not isinstance(completion, str):
             raise RowSkipped("malformed", f"no string fields `prompt` and `completion`; its fields are: {keys_of(value)}")
         if not completion:
@@ -96,7 +96,7 @@ class RowReader(SourceReader):
         try:
             text, spans = render(template, chat)
         except TemplateRejection as rejection:
-            advice = "; `arguments` of a tool call is JSON text: write it as an object" if arguments else ""
+            advice = "; write `arguments` of a tool call as an object, not as JSON text" if arguments else ""
             raise RowSkipped("malformed", f"{rejection}{advice}") from None
         if not any(start < stop for start, stop in spans):
             raise RowSkipped("empty", "the chat template renders empty assistant turns")

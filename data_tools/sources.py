@@ -1,8 +1,8 @@
 """Reads the files of a source in pieces of bounded size. Bad input is counted and skipped.
 
 The text of a file is yielded in pieces. After each document, None is yielded. A text file is one document. In a file of rows,
-each row is a document. Its text is in the field that --text-key names (default: text). Files of rows are JSON lines, a JSON
-array, .csv, .parquet and .arrow (mpidp/data/text_files.py).
+each row is a document. Its text is in the field that --text-key names. By default, this is the field `text`. Files of rows are
+JSON lines, a JSON array, .csv, .parquet and .arrow (mpidp/data/text_files.py).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SourceReader:
         if found is not None:
             if found.doubt:
                 if self.alone and kind_of(file.name)[0] != "text":
-                    raise DataError(f"{file.path} is {found.doubt}; name the field with --text-key, or rename a copy of the "
+                    raise DataError(f"{file.path} is {found.doubt}. Name the field with --text-key, or rename a copy of the "
                                     "file to .txt to read it as plain text")
                 self.counts.note("doubtful", f"{file.path} ({found.doubt})")
             yield from self._text(found) if found.kind == "text" else self._documents(found)
@@ -72,14 +72,15 @@ class SourceReader:
     def leave_out(self, kind: str, file: SourceFile, reason: str) -> None:
         """Count a skipped file as a problem of this kind. Raises DataError instead if the file is the whole source."""
         if self.alone:
-            tokens = "; token ids become shards with mpidp convert" * (Path(file.name).suffix in (".bin", ".npy", ".ds", ".mds"))
-            raise DataError(f"{file.path} {reason}; give --source a file or folder with text{tokens}")
+            holds_ids = Path(file.name).suffix in (".bin", ".npy", ".ds", ".mds")
+            tokens = ". To make shards from token ids, use mpidp convert" * holds_ids
+            raise DataError(f"{file.path} {reason}. Give --source a file or folder with text{tokens}")
         self.counts.note(kind, file.path if kind == "empty" else f"{file.path} ({reason})")
 
     def skip(self, kind: str, place: str, reason: str) -> None:
         """Count a skipped row as a problem of this kind. With --strict, raises DataError instead."""
         if self.strict:
-            raise DataError(f"{place}: {reason}; correct the row, or omit --strict to skip such rows")
+            raise DataError(f"{place}: {reason}. Correct the row, or omit --strict to skip such rows")
         self.counts.note(kind, f"{place}: {reason}")
 
     def _text(self, file: TextFile) -> Iterator[str | None]:

@@ -39,18 +39,16 @@ def find_template(options: PrepareOptions, table: SpecialTokens) -> Template:
     text = read_template(Path(file)) if file else table.template
     if text is None:
         exists = Path(tokenizer).exists()
-        where = f"there is none in the folder of {tokenizer}" if exists else f"the tokenizer {tokenizer} has none"
-        raise UsageError(
-            f"--format chat needs a chat template, and {where} (chat_template.jinja, or `chat_template` in "
-            "tokenizer_config.json): give --chat-template FILE"
-        )
+        where = (f"there is none in the folder of {tokenizer}, as chat_template.jinja or in tokenizer_config.json" if exists
+                 else f"the tokenizer {tokenizer} has none")
+        raise UsageError(f"--format chat needs a chat template, but {where}. Give --chat-template FILE")
     stamp = os.environ.get("SOURCE_DATE_EPOCH", "")
     moment = float(stamp) if stamp.isdigit() else time.time()
     template = Template(text, table.names, moment, args, None if file else table.tool_template)
     template.check()
     if missing := template.undefined_names():
-        log.warning(f"the chat template uses {', '.join(missing)}, which the files of {tokenizer} do not define: "
-                    "the template writes nothing in their places")
+        log.warning(f"the chat template uses {', '.join(missing)}, which the files of {tokenizer} do not define. "
+                    "The template writes nothing in their places")
     return template
 
 

@@ -29,9 +29,8 @@ def to_tokens(name: str, shards: Path, out: Path) -> list[str]:
     streams = [TokenStream(shards, split) for split in TokenStream(shards).index.splits]
     if any(stream.has_loss_mask for stream in streams) and not kind.masks:
         able = ", ".join(one for one, other in FORMATS.items() if other.masks)
-        raise DataError(f"{shards} has a loss mask, which {kind.what} cannot store: the masked tokens would be trained on. "
-                        "Formats that store "
-                        f"one are {able}")
+        raise DataError(f"{shards} has a loss mask, which {kind.what} cannot store, so the masked tokens would be trained on. "
+                        f"Choose one of the formats that store a loss mask: {able}")
     bos, ticker = load_tokenizer(shards).bos, Ticker("convert")
     splits = [SplitTokens(stream, bos, ticker) for stream in streams]
     if name in PREFIXED:
@@ -45,6 +44,6 @@ def to_tokens(name: str, shards: Path, out: Path) -> list[str]:
         shown = f"{out}_{split.split}" if name in PREFIXED else f"{out}: {split.split}"
         lines.append(f"{shown}: {counted(split.tokens, 'token')}, {counted(split.documents, 'document')}")
     if kind.documents == IDS and not kind.masks and (lost := sum(split.lost for split in splits)):
-        remarks.append(f"{kind.what} does not store where documents end; at {counted(lost, 'place')} the end-of-document "
-                       "tokens differ from the ends of the documents")
+        remarks.append(f"{kind.what} does not store where documents end. At {counted(lost, 'place')}, the "
+                       "end-of-document tokens differ from the ends of the documents")
     return lines + list(dict.fromkeys(remarks))

@@ -25,8 +25,8 @@ def verify(folder: str | Path) -> str:
     tokenizer = load_tokenizer(first.folder)
     if (tokenizer.vocab_size, tokenizer.eod) != (index.vocab_size, index.eod):
         raise DataError(f"{first.path / 'tokenizer.json'}: it has {tokenizer.vocab_size} ids and the end-of-document id "
-                        f"{tokenizer.eod}, but "
-                        f"index.json states {index.vocab_size} and {index.eod}; prepare {folder} again")
+                        f"{tokenizer.eod}, but index.json states {index.vocab_size} ids and the end-of-document id {index.eod}. "
+                        f"Prepare {folder} again")
     streams = [TokenStream(folder, name) for name in index.splits]
     for stream in streams:
         stream.check(contents=True)

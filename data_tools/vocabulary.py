@@ -33,7 +33,8 @@ def check_tokenizer(spec: str) -> None:
     if kind == "bpe" and colon:
         check_bpe_size(int(size) if size.isascii() and size.isdigit() else 0, spec)
     elif spec not in ("byte", "char") and not Path(spec).exists():
-        raise UsageError(f"--tokenizer {spec} must be byte, char, bpe:VOCAB (bpe:8192) or an existing tokenizer.json")
+        raise UsageError(f"--tokenizer '{spec}' must be 'byte', 'char', 'bpe:VOCAB' (for example 'bpe:8192'), or the path of an "
+                         "existing tokenizer.json or its folder")
 
 
 def given_tokenizer(spec: str, eod: str | None) -> Tokenizer | None:

@@ -59,11 +59,11 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     check_sampling(parser, options)
     if (options.messages is None) != (options.out is None):
-        parser.error("--messages and --out: give both or none")
+        parser.error("--messages and --out must be given together")
     if options.messages is not None and options.system is not None:
-        parser.error("--system does not apply to --messages: write the system message into the rows")
+        parser.error("--system cannot be combined with --messages. Write the system message into the rows")
     if options.seq_len < 0:
-        parser.error(f"--seq-len {options.seq_len}: must not be negative")
+        parser.error(f"--seq-len {options.seq_len} must not be negative")
     if options.batch < 1 or options.tokens < 1:
         parser.error("--batch and --tokens must be at least 1")
     options.prompts, options.prompt, options.chat, options.special = options.messages, None, True, None
@@ -95,16 +95,14 @@ def talk(world: Any, options: argparse.Namespace) -> None:
 
     if world.size > options.tp * options.pp:
         raise UsageError.on_every_rank(
-            f"a chat on the terminal uses one copy of the model: start {options.tp * options.pp} instead of {world.size} ranks, "
-            "or give the chats in a file (--messages FILE --out FILE)"
+            f"a chat on the terminal uses one copy of the model, but {world.size} ranks were started. Start "
+            f"{options.tp * options.pp}, or give the chats in a file (--messages FILE --out FILE)"
         )
     reader, loaded, encoder = open_model(options, world, "tokens")
     conversation = None
     with raise_together(world):
         template = template_of(encoder.table, options.run, time.time())
-        conversation = Conversation(
-            template, encoder, reader.meta["config"]["model.seq_len"], options.tokens, options.system
-        )
+        conversation = Conversation(template, encoder, reader.meta["config"]["model.seq_len"], options.tokens, options.system)
     if options.exact == "true":
         by_rows(loaded.model)
     sampling, screen, number = Sampling(options.temperature, options.top_k, options.top_p), Screen(world.rank == 0), 0

@@ -215,9 +215,7 @@ def evaluate_tasks(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     config, home = reader.meta["config"], home_of(reader)
     prefix = prefix_of(encoder, isinstance(reader, BaseFolder) or (home / "hf").is_dir())
     requests = SharedRequests(loaded, encoder, config["train.micro_batch"])
-    found = run_tasks(
-        requests, tasks, wanted, str(home), prefix, config["model.seq_len"], samples=options.out is not None
-    )
+    found = run_tasks(requests, tasks, wanted, str(home), prefix, config["model.seq_len"], samples=options.out is not None)
     with raise_together(world):
         if found is not None and options.out is not None:
             write_results(Path(options.out), found)

@@ -272,11 +272,11 @@ class DataParallel:
         return weights_sha256(self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this rank's state. All ranks must call state_dict() between the same two batches, after a step at which the
-        strategy synchronized them.
+        """Return this rank's state. No communication, but all ranks must call state_dict() between the same two batches, after a
+        step at which the strategy synchronized them.
 
         With strategy.name=synchronous and no compression, all ranks have the same state, and any number of ranks can load it.
-        Otherwise each rank must save and load its own state. Independent.
+        Otherwise each rank must save and load its own state.
         """
         own = {name: entry.tensor.clone() for name, entry in self.strategy.state_dict().items()}
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "strategy": own,

@@ -25,7 +25,7 @@ def pyarrow(path: Path) -> Any:
         import pyarrow.ipc
         import pyarrow.parquet  # noqa: F401
     except ImportError:
-        raise UsageError(f"{path}: reading Arrow and parquet files needs pyarrow: pip install 'mpidp[data]'") from None
+        raise UsageError(f"{path}: reading Arrow and parquet files needs pyarrow. Run pip install 'mpidp[data]'") from None
     return library
 
 
@@ -78,7 +78,7 @@ def batch_blocks(batches: Iterable[Any], where: Path, options: ReadOptions) -> I
             if columns and not np.array_equal(sizes, lengths):
                 row = int(np.argmax(sizes != lengths))
                 raise DataError(f"{where}: row {first + row} has {int(lengths[row])} values in `{next(iter(columns))}` and "
-                                f"{int(sizes[row])} in `{name}`, but both must have one value per token")
+                                f"{int(sizes[row])} in `{name}`, but every column must have one value per token")
             columns[name], lengths = values, sizes
         block = block_of_rows(columns, lengths, where, first, options, parts)
         first += batch.num_rows
@@ -105,13 +105,12 @@ def _flat(column: Any, name: str, where: Path, first: int) -> tuple[np.ndarray, 
     types = library.types
     kind = column.type
     if not (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)):
-        raise DataError(f"{where}: the column `{name}` has the type {kind}, not a list of integers: name another column with "
-                        "--column. If this "
-                        "column holds text, use mpidp prepare")
+        raise DataError(f"{where}: the column `{name}` has the type {kind}, not a list of integers. Name another column "
+                        "with --column. If this column holds text, use mpidp prepare")
     if not (types.is_integer(kind.value_type) or types.is_boolean(kind.value_type) or types.is_floating(kind.value_type)):
         raise DataError(f"{where}: the column `{name}` holds lists of {kind.value_type}, but ids, masks and labels are integers")
     values, sizes = column.flatten(), library.compute.list_value_length(column).fill_null(0)
     if values.null_count:
-        raise DataError(f"{where}: row {first} or a later row has a null among the values of `{name}`: write an integer for each "
+        raise DataError(f"{where}: row {first} or a later row has a null among the values of `{name}`. Write an integer for each "
                         "token")
     return values.to_numpy(zero_copy_only=False), sizes.to_numpy(zero_copy_only=False).astype(np.int64)

@@ -66,24 +66,24 @@ def read_array(path: Path, dtype: Any, offset: int = 0, count: int = -1, unit: s
     """Yield the numbers of a file, as arrays of at most BLOCK_TOKENS numbers.
 
     `offset`: the position of the first number in bytes. `count`: how many numbers to read (-1: all). `unit`: what the numbers
-    are, for messages. Raises DataError if the file cannot be read or is too short. Also raises DataError if `count` is -1 and the
-    last number is incomplete. Independent.
+    are. Errors name it. Raises DataError if the file cannot be read or is too short. Also raises DataError if `count` is -1 and
+    the last number is incomplete. Independent.
     """
     kind = np.dtype(dtype)
     with readable(path), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size - offset
         if size < 0 or size % kind.itemsize and count < 0:
-            raise DataError(f"{path}: its {max(size, 0)} bytes of {unit} are not a multiple of {kind.itemsize}, the size of "
-                            f"{kind.name}: the file is truncated, or has another type (--dtype)")
+            advice = ", or give the type of the ids with --dtype" * (unit == "tokens")
+            raise DataError(f"{path}: {max(size, 0)} bytes of {unit} are not a multiple of {kind.itemsize} bytes, the size of "
+                            f"{kind.name}. Copy the file again{advice}")
         left = size // kind.itemsize if count < 0 else count
         if left * kind.itemsize > size:
-            raise DataError(f"{path}: its {size // kind.itemsize} {unit} are fewer than the {left} that its header states: copy "
-                            "the file again")
+            raise DataError(f"{path}: it has {size // kind.itemsize} {unit}, but its header states {left}. Copy the file again")
         file.seek(offset)
         while left:
             piece = np.frombuffer(file.read(min(left, BLOCK_TOKENS) * kind.itemsize), kind)
             if not len(piece):
-                raise DataError(f"{path}: it became shorter while it was read")
+                raise DataError(f"{path}: the file became shorter while it was read")
             left -= len(piece)
             yield piece
 
@@ -104,14 +104,14 @@ def with_starts(pieces: Iterable[tuple[np.ndarray, np.ndarray | None]], starts: 
 
 
 def checked_ids(block: TokenBlock, options: ReadOptions, where: object, at: int) -> TokenBlock:
-    """Return the block, with its loss mask as uint8. Raises DataError if an id is not one of the tokenizer's ids. `where`, `at`:
-    the file and the position of the block in it, for the error message. Pure."""
+    """Return the block, with its loss mask as uint8. Raises DataError if an id is not one of the tokenizer's ids. `where`: the
+    file. `at`: the position of the block in this file. Errors show both. Pure."""
     ids = block.ids
     if not len(ids):
         return block
     if ids.min() < 0 or ids.max() >= options.vocab_size:
         bad = int(np.argmax((ids < 0) | (ids >= options.vocab_size)))
         raise DataError(f"{where}: token {at + bad} has the id {int(ids[bad])}, but the tokenizer's ids are "
-                        f"0..{options.vocab_size - 1}: "
-                        "give the tokenizer of these data with --tokenizer PATH, or the type of the ids with --dtype")
+                        f"0..{options.vocab_size - 1}. "
+                        "Give the tokenizer of these data with --tokenizer PATH, or the type of the ids with --dtype")
     return block if block.mask is None else replace(block, mask=np.asarray(block.mask, dtype=np.uint8))

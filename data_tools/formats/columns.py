@@ -41,9 +41,8 @@ def id_column(names: Collection[str], options: ReadOptions, where: object) -> st
     found = [name for name in ([options.column] if options.column else IDS) if name in names]
     if not found:
         wanted = f"`{options.column}`" if options.column else "of token ids (input_ids)"
-        raise DataError(f"{where}: there is no column {wanted}, only {keys_of(names)}: give the column that holds the ids with "
-                        "--column. If a column holds text, "
-                        "use mpidp prepare")
+        raise DataError(f"{where}: there is no column {wanted}, only {keys_of(names)}. Name the column that holds the ids "
+                        "with --column. If a column holds text, use mpidp prepare")
     return found[0]
 
 
@@ -59,7 +58,7 @@ def wanted_columns(names: Collection[str], options: ReadOptions, where: object, 
     for name in arrays:
         if name not in (ids, *others) and BOUNDARIES.search(name.lower()):
             raise DataError(f"{where}: the column `{shown_name(name)}` may hold the documents of packed rows, but mpidp does not "
-                            "know its meaning: write it as `position_ids` or `segment_ids`, or remove it")
+                            "know its meaning. Write it as `position_ids` or `segment_ids`, or remove it")
     return [ids, *others]
 
 
@@ -68,8 +67,8 @@ def part_starts(name: str, values: np.ndarray, counts: np.ndarray, lengths: np.n
     Positions are counted from the first token of the first row.
 
     `name`: name of the column. `values`: its values in all r rows, one row after the other. `counts`: (r,) how many of these
-    values each row has. `lengths`: (r,) number of tokens of each row. `first`: number of the first row, for messages. Raises
-    DataError if the values do not agree with `lengths`. Pure.
+    values each row has. `lengths`: (r,) number of tokens of each row. `first`: number of the first row. Errors count rows from
+    this number. Raises DataError if the values do not agree with `lengths`. Pure.
     """
     ends, bases = np.cumsum(counts), np.cumsum(lengths) - lengths
     of_row = np.repeat(np.arange(len(counts)), counts)
@@ -88,9 +87,9 @@ def part_starts(name: str, values: np.ndarray, counts: np.ndarray, lengths: np.n
         starts = values + bases[of_row]
     if wrong.any():
         row = int(np.argmax(wrong))
-        rule = "sum is not" if name in LENGTHS else "values do not rise from 0 to"
-        raise DataError(f"{where}: row {first + row} has {name} whose {rule} its number of tokens, {int(lengths[row])}: correct "
-                        "or remove the column")
+        rule = "add up" if name in LENGTHS else "rise from 0"
+        raise DataError(f"{where}: the values of `{name}` in row {first + row} do not {rule} to {int(lengths[row])}, the number "
+                        "of tokens in this row. Correct or remove the column")
     return starts[starts < lengths.sum()]
 
 
@@ -109,7 +108,7 @@ def block_of_rows(
     `columns`: the columns with a value for each token, by name, the ids first. Each column is an array (n,) with the values of
     all rows, one row after the other. `lengths`: (r,) number of tokens of each row. `parts`: the columns with a value for each
     document, by name. Each is a pair of arrays: the values of all rows, and the number of values of each row, (r,). `first_row`:
-    number of the first row, for messages.
+    number of the first row. Errors count rows from this number.
 
     Raises DataError if a column does not hold integers, or if a label is neither -100 nor the id. Also raises DataError if
     positions do not count from 0 in each document, or if the lengths of documents do not add up to the length of their row.
@@ -143,7 +142,7 @@ def block_of_rows(
         if (wrong := kept & ~begins & ~goes_on & (positions != 0)).any():
             at = int(np.argmax(wrong))
             raise DataError(f"{where}: row {row(at)} has the position {int(positions[at])} after {int(positions[at - 1])} in "
-                            "`position_ids`. Positions must count from 0 in each document: correct or remove the column")
+                            "`position_ids`. Positions must count from 0 in each document. Correct or remove the column")
         begins |= kept & (positions == 0)
     masks = [columns[name] != 0 for name in LOSS_MASKS if name in columns]
     if "labels" in columns:
@@ -152,7 +151,7 @@ def block_of_rows(
         if (wrong := learned & (labels != ids)).any():
             at = int(np.argmax(wrong))
             raise DataError(f"{where}: row {row(at)} has the label {int(labels[at])} for the id {int(ids[at])}. A label must be "
-                            "-100 or the id at the same place: correct the labels, or remove the column")
+                            "-100 or the id at the same place. Correct the labels, or remove the column")
         masks.append(learned)
     mask = np.logical_and.reduce(masks).astype(np.uint8) if masks else None
     before = np.concatenate([[0], np.cumsum(kept)])
@@ -176,7 +175,7 @@ def _integers(name: str, values: np.ndarray, where: object) -> np.ndarray:
         return values
     if values.dtype.kind == "f" and name in ("attention_mask", *LOSS_MASKS):
         if (other := values[(values != 0) & (values != 1)]).size:
-            raise DataError(f"{where}: the column `{name}` has the value {other[0]:g}, but a mask of floats must have only 0 and "
-                            "1: tokens have no weights in the loss")
+            raise DataError(f"{where}: the column `{name}` has the value {other[0]:g}, but a mask must have only the values 0 "
+                            "and 1, because mpidp gives tokens no weights in the loss")
         return values.astype(np.uint8)
     raise DataError(f"{where}: the column `{name}` holds {values.dtype}, but ids, masks and labels are integers")

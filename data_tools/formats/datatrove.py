@@ -35,17 +35,18 @@ def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
     size = os.stat(path).st_size
     kind = np.dtype(f"<u{_token_bytes(path, size)}") if _has_metadata(path) else type_of_ids(path, head, options)
     ends = whole_array(index, "<u8", unit="document ends").astype(np.int64)
-    if len(ends) and (ends[0] < 0 or (np.diff(ends) < 0).any()) or (int(ends[-1]) if len(ends) else 0) * kind.itemsize != size:
-        raise DataError(f"{index}: the ends of documents must not decrease, and must end at the {size // kind.itemsize} tokens "
-                        f"of {path.name} "
-                        f"({kind.itemsize} bytes each): copy both files again")
+    if len(ends) and (ends[0] < 0 or (np.diff(ends) < 0).any()):
+        raise DataError(f"{index}: the ends of documents must not be negative or decrease. Copy this file and {path.name} again")
+    if (last := int(ends[-1]) if len(ends) else 0) * kind.itemsize != size:
+        raise DataError(f"{index}: the last document must end at {size // kind.itemsize}, the number of tokens in {path.name} "
+                        f"({size} bytes, {kind.itemsize} for each token), but it ends at {last}. Copy both files again")
     lengths = np.diff(ends, prepend=0)
     pieces = read_array(path, kind)
     if not loss.exists():
         pairs: Iterator[tuple[np.ndarray, np.ndarray | None]] = zip(pieces, repeat(None))
     elif os.stat(loss).st_size != size // kind.itemsize:
-        raise DataError(f"{loss} has {os.stat(loss).st_size} bytes, but there are {size // kind.itemsize} tokens: copy both "
-                        "files again")
+        raise DataError(f"{loss} must have one byte per token, but it has {os.stat(loss).st_size} bytes, and {path.name} has "
+                        f"{size // kind.itemsize} tokens. Copy both files again")
     else:
         pairs = zip(pieces, read_array(loss, "u1", unit="mask"), strict=True)
     if empty := int(np.count_nonzero(lengths == 0)):
@@ -66,9 +67,8 @@ def _token_bytes(path: Path, size: int) -> int:
         lines = file.read(MAX_METADATA_BYTES).decode("utf-8", "replace").splitlines()
     width, tokens = (lines[0].rpartition("|")[2] if lines else ""), (lines[1] if lines[1:] else "")
     if width not in ("2", "4") or not tokens.isascii() or not tokens.isdigit() or int(tokens) * int(width) != size:
-        raise DataError(f"{about}: it states {tokens or 'no number of'} tokens of {width or 'unknown'} bytes, but {path.name} "
-                        f"has {size} "
-                        "bytes: copy both files again")
+        raise DataError(f"{about}: it states {tokens or 'no number of'} tokens of {width or 'unknown'} bytes each, but "
+                        f"{path.name} has {size} bytes. Copy both files again")
     return int(width)
 
 

@@ -28,9 +28,8 @@ def expanded(path: Path, codec: str, size: int | None, scratch: Path) -> Iterato
     """
     name = codec.partition(":")[0]
     if name not in CODECS:
-        raise DataError(f"{path} is compressed with {codec!r}, which mpidp cannot read: write the dataset again with "
-                        f"{', '.join(CODECS)} "
-                        "or without compression")
+        raise DataError(f"{path} is compressed with {codec!r}, which mpidp cannot read. Write the dataset again with "
+                        f"{', '.join(CODECS)}, or without compression")
     target = scratch / "expanded"
     try:
         with open_regular(path) as packed, open(target, "wb") as file:
@@ -41,7 +40,7 @@ def expanded(path: Path, codec: str, size: int | None, scratch: Path) -> Iterato
                     break
                 file.write(piece)
         if size is not None and written != size:
-            raise DataError(f"{path}: it does not decompress to the {size} bytes that the index names: copy the dataset again")
+            raise DataError(f"{path}: it does not decompress to {size} bytes, the size in the index. Copy the dataset again")
         yield target
     except FileNotFoundError:
         raise DataError(f"{path} is missing: copy the whole dataset") from None

@@ -22,7 +22,7 @@ OTHERS = (  # (first bytes of a file, what the file is, what to do)
                                                                                                      "PREFIX"),
     (GPT2.to_bytes(4, "little"), "a file of llm.c", "use --from llmc"),
     (LLAMA3.to_bytes(4, "little"), "a file of llm.c", "use --from llmc"),
-    (EVALUATION.to_bytes(4, "little"), "a file of multiple-choice questions of llm.c", "it holds no tokens to train on"),
+    (EVALUATION.to_bytes(4, "little"), "a file of multiple-choice questions for llm.c", "it holds no tokens to train on"),
     (b"\x89HDF", "an HDF5 file", "shards need no conversion"), (b"\x1f\x8b", "compressed with gzip", "decompress it"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstandard", "decompress it"), (b"PK\x03\x04", "a zip archive", "unpack it"),
     (NUMPY, "a .npy file with numpy's header", "use --from olmo"),
@@ -52,6 +52,6 @@ def type_of_ids(path: Path, head: bytes, options: ReadOptions) -> np.dtype[Any]:
     wider, numbers = kind.itemsize, np.frombuffer(head[: len(head) // 16 * 16], kind)
     if kind.itemsize < 8 and len(numbers) >= 8 and not numbers[1::2].any() and numbers[::2].any():
         wider = kind.itemsize * (4 if kind.itemsize == 2 and not numbers[2::4].any() else 2)
-        raise DataError(f"{path}: every second {kind.name} is 0, so the ids seem to be of type uint{8 * wider}: give --dtype "
-                        f"uint{8 * wider} (or --dtype {kind.name} with another file)")
+        raise DataError(f"{path}: every second {kind.name} is 0, so the type of the ids seems to be uint{8 * wider}, not "
+                        f"{kind.name}. Give --dtype uint{8 * wider}, or another file")
     return kind

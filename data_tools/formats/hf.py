@@ -44,9 +44,8 @@ def _saved(folder: Path) -> list[Path]:
     """Return the Arrow files of a Dataset, in the order in which state.json lists them."""
     state = read_json(folder / STATE)
     if state.get("_indices_data_files"):
-        raise DataError(f"{folder}: an old version of datasets saved this folder with a table of indices: load the dataset, call "
-                        "flatten_indices(), and save it "
-                        "again")
+        raise DataError(f"{folder}: an old version of datasets saved this folder with a table of indices, which mpidp does not "
+                        "apply. Load the dataset, call flatten_indices(), and save it again")
     try:
         found = [file_below(folder, one["filename"], folder / STATE) for one in state["_data_files"]]
     except (KeyError, TypeError):

@@ -57,7 +57,7 @@ def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
     config = about["config"]
     try:
         if config.get("encryption"):
-            raise DataError(f"{index}: mpidp cannot read encrypted chunks: write the dataset again without encryption")
+            raise DataError(f"{index}: mpidp cannot read encrypted chunks. Write the dataset again without encryption")
         names, formats = _columns(config, index), [str(one) for one in config["data_format"]]
         codec, level = str(config.get("compression") or ""), str(config.get("compression_level") or "chunk")
         for chunk in about["chunks"]:
@@ -73,7 +73,7 @@ def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
                                 level if codec else "", options)
                 yield from gather(rows, path / chunk["filename"], options)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{index}: it is not what LitData writes ({error!r}); restore the file") from None
+        raise DataError(f"{index}: the content is not what LitData writes ({error!r}). Restore the file") from None
 
 
 def _columns(config: dict[str, Any], index: Path) -> list[str]:
@@ -89,7 +89,7 @@ def _columns(config: dict[str, Any], index: Path) -> list[str]:
         return [str(key) for key in keys]
     if kind in ("builtins.list", "builtins.tuple") and len(spec["children_spec"]) == 1:
         return ["input_ids"]
-    raise DataError(f"{index}: a sample is a {kind}; only tensors, and dicts whose values are tensors, can be read")
+    raise DataError(f"{index}: a sample is a {kind}, but mpidp reads only tensors, and dicts whose values are tensors")
 
 
 def _ends_with_arrow(path: Path) -> bool:
@@ -165,19 +165,17 @@ def _inflated(data: bytes, size: int | None, shown: Path) -> bytes:
     except library.ZstdError as error:
         raise DataError(f"{shown}: damaged zstd data ({error}); copy the dataset again") from None
     if size is not None and len(found) != size:
-        raise DataError(f"{shown}: a compressed part does not have its {size} bytes; copy the dataset again")
+        raise DataError(f"{shown}: a compressed part does not decompress to the stated {size} bytes; copy the dataset again")
     return found
 
 
 def _check_format(name: str, kind: str, shown: Path) -> None:
     family = kind.partition(":")[0]
     if family == "pickle":
-        raise DataError(f"{shown}: the column `{name}` holds pickles, which are never read: write it as a tensor of integers")
+        raise DataError(f"{shown}: the column `{name}` holds pickles, which are never read. Write it as a tensor of integers")
     if family not in ARRAYS_OF:
-        raise DataError(f"{shown}: the column `{name}` holds {kind}; ids must be tensors or arrays. If this column holds "
-                        "text, write the "
-                        "samples as JSON "
-                        "lines and use mpidp prepare")
+        raise DataError(f"{shown}: the column `{name}` holds {kind}, but ids must be tensors or arrays. If this column "
+                        "holds text, write the samples as JSON lines and use mpidp prepare")
 
 
 def _decoded(data: bytes, kind: str, shown: Path) -> np.ndarray:
@@ -191,9 +189,8 @@ def _decoded(data: bytes, kind: str, shown: Path) -> np.ndarray:
         shape = struct.unpack_from(f"{order}{dims}I", data, 8)
         return np.frombuffer(data, types[number], offset=8 + 4 * dims).reshape(shape)
     except (KeyError, ValueError, struct.error):
-        raise DataError(f"{shown}: a column of the kind {kind} cannot be read as an array of integers; write the dataset again "
-                        "with "
-                        "tensors of int32 or int64") from None
+        raise DataError(f"{shown}: a column of the kind {kind} cannot be read as an array of integers. Write the dataset again "
+                        "with tensors of int32 or int64") from None
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:

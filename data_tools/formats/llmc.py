@@ -35,17 +35,16 @@ def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
     first, version, tokens = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
     if first not in KINDS or len(head) < HEADER_BYTES:
         check_head(path, head)
-        raise DataError(f"{path} is not a file of llm.c: it begins with {first}, not with {GPT2} or {LLAMA3}. A file without "
-                        "header is "
-                        "read with --from nanogpt")
+        raise DataError(f"{path} is not a file of llm.c, because its first number is {first}, not {GPT2} or {LLAMA3}. To read "
+                        "a file without header, use --from nanogpt")
     wanted, kind = KINDS[first]
     if version != wanted:
-        raise DataError(f"{path} has version {version}; if a file begins with {first}, only version {wanted} can be read")
+        raise DataError(f"{path} has version {version}, but of files whose first number is {first}, mpidp reads only version "
+                        f"{wanted}")
     size = path.stat().st_size - HEADER_BYTES
     if tokens < 0 or size != tokens * kind.itemsize:
-        raise DataError(f"{path}: its header announces {tokens} tokens of {kind.itemsize} bytes, but {size} bytes follow: the "
-                        "file is cut "
-                        "or damaged; copy it again")
+        raise DataError(f"{path}: its header states {tokens} tokens of {kind.itemsize} bytes each, but {size} bytes follow. "
+                        "The file is cut or damaged: copy it again")
     yield from (TokenBlock(ids) for ids in read_array(path, kind, HEADER_BYTES, tokens))
 
 

@@ -53,8 +53,8 @@ def _rows(folder: Path, options: ReadOptions) -> Iterator[dict[str, np.ndarray]]
     for number, shard in enumerate(read_json(index)["shards"]):
         try:
             if (shard["format"], shard["version"]) != ("mds", 2):
-                raise DataError(f"{index}: shard {number} has the format {shard['format']}, version {shard['version']}; only "
-                                "mds, version 2, can be read")
+                raise DataError(f"{index}: shard {number} has the format {shard['format']}, version {shard['version']}, "
+                                "but mpidp reads only the format 'mds', version 2")
             names, encodings, sizes = shard["column_names"], shard["column_encodings"], shard["column_sizes"]
             raw, packed, samples = shard["raw_data"], shard["zip_data"], int(shard["samples"])
             with ExitStack() as stack:
@@ -95,12 +95,10 @@ def _samples(
 def _check_encoding(name: str, encoding: str, shown: Path) -> None:
     kind = encoding.partition(":")[0]
     if kind == "pkl":
-        raise DataError(f"{shown}: the column `{name}` holds pickles, which are never read: write it as ndarray or bytes")
+        raise DataError(f"{shown}: the column `{name}` holds pickles, which are never read. Write it as ndarray or bytes")
     if kind not in ("bytes", "ndarray"):
-        raise DataError(f"{shown}: the column `{name}` has the encoding {encoding}; ids must be ndarray or bytes. If this "
-                        "column holds "
-                        "text, write the "
-                        "samples as JSON lines and use mpidp prepare")
+        raise DataError(f"{shown}: the column `{name}` has the encoding {encoding}, but ids must be ndarray or bytes. If "
+                        "this column holds text, write the samples as JSON lines and use mpidp prepare")
 
 
 def _decoded(data: np.ndarray, encoding: str, name: str, shown: Path, options: ReadOptions) -> np.ndarray:
@@ -133,8 +131,8 @@ def _of_bytes(data: np.ndarray, name: str, shown: Path, options: ReadOptions) ->
     kind: np.dtype[Any] = np.dtype(options.dtype or "int64").newbyteorder("<")
     values = np.frombuffer(data.tobytes(), kind) if len(data) % kind.itemsize == 0 else None
     if values is None or not options.dtype and len(values) and not (values.min() >= -100 and values.max() < 2**32):
-        raise DataError(f"{shown}: the column `{name}` holds bytes that are not {kind.name} ids: give their type "
-                        "(--dtype uint16)")
+        raise DataError(f"{shown}: the column `{name}` holds bytes that are not {kind.name} ids. Give the type of the "
+                        "ids, for example --dtype uint16")
     return values
 
 

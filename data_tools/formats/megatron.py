@@ -99,22 +99,23 @@ class MegatronReader:
             with open_regular(self.path) as file:
                 size = os.fstat(file.fileno()).st_size
         except OSError as error:
-            raise DataError(f"{error.filename}: cannot be read ({error.strerror}); PREFIX stands for PREFIX.bin and PREFIX.idx"
-                            ) from None
+            raise DataError(f"{error.filename}: cannot be read ({error.strerror}). Give PREFIX if the files are PREFIX.bin and "
+                            "PREFIX.idx") from None
 
         def wrong(problem: str) -> DataError:
-            return DataError(f"{index}: {problem}; copy PREFIX.bin and PREFIX.idx again, both from the same dataset")
+            return DataError(f"{index}: {problem}. Copy PREFIX.bin and PREFIX.idx again, both from the same dataset")
 
         begin = len(MAGIC) + HEADER.size
         if data[: len(MAGIC)] != MAGIC or len(data) < begin:
-            raise wrong("not a Megatron-LM index (it does not begin with MMIDIDX)")
+            raise wrong("it is not a Megatron-LM index (it does not begin with MMIDIDX)")
         version, code, sequences, bounds = HEADER.unpack_from(data, len(MAGIC))
         if version != 1 or code not in DTYPES:
-            raise wrong(f"version {version}, type {code}: supported are version 1 and types {', '.join(map(str, DTYPES))}")
+            raise wrong(f"it has version {version} and ids of type {code}, but mpidp reads only version 1 and types "
+                        f"{', '.join(map(str, DTYPES))}")
         ends = np.cumsum([begin, 4 * sequences, 8 * sequences, 8 * bounds])
         # multimodal datasets have one more byte per sequence
         if len(data) not in (ends[-1], ends[-1] + sequences) or bounds < 1:
-            raise wrong(f"it has {len(data)} bytes, but {sequences} sequences and {bounds} document bounds need {ends[-1]}")
+            raise wrong(f"it has {len(data)} bytes, but {sequences} sequences and {bounds} document bounds need {ends[-1]} bytes")
         self._dtype: np.dtype[Any] = np.dtype(DTYPES[code])
         self._lengths = np.frombuffer(data, "<i4", sequences, ends[0]).astype(np.int64)
         self._offsets = np.frombuffer(data, "<i8", sequences, ends[1])
@@ -123,8 +124,10 @@ class MegatronReader:
         last = self._offsets + self._lengths * self._dtype.itemsize
         if sequences and (self._lengths.min() < 0 or self._offsets.min() < 0 or last.max() > size):
             raise wrong(f"some sequences lie outside the {size} bytes of {self.path}")
-        if self._bounds[0] < 0 or self._bounds[-1] != sequences or (np.diff(self._bounds) < 0).any():
-            raise wrong("the document bounds must not be negative or decrease, and must end at the number of sequences")
+        if self._bounds[0] < 0 or (np.diff(self._bounds) < 0).any():
+            raise wrong("the document bounds must not be negative or decrease")
+        if self._bounds[-1] != sequences:
+            raise wrong(f"the last document must end at {sequences}, the number of sequences, but it ends at {self._bounds[-1]}")
         self._bytes = np.memmap(self.path, dtype="u1", mode="r") if size else np.empty(0, dtype="u1")
 
     def documents(self) -> Iterator[np.ndarray]:

@@ -28,4 +28,4 @@ def write(tokens: SplitTokens, out: Path) -> list[str]:
         for block in tokens.blocks():
             file.write(block.ids.astype(tokens.dtype).tobytes())
     wide = tokens.dtype.itemsize > 2
-    return ["the ids are uint32, because there are more than 65,536; nanoGPT's train.py reads uint16"] * wide
+    return ["the ids are uint32, because the tokenizer has more than 65,536 ids, but nanoGPT's train.py reads uint16"] * wide

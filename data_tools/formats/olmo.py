@@ -64,7 +64,7 @@ def _numpy_header(path: Path) -> tuple[np.dtype[Any], int, int]:
         if kind.hasobject:
             raise DataError(f"{path} holds pickled objects, and pickles are never read: save an array of integers")
         if kind.kind not in "iu" or len(shape) != 1:
-            raise DataError(f"{path} holds an array of {kind} with shape {shape}, but ids are integers in one dimension")
+            raise DataError(f"{path} holds an array of {kind} with shape {shape}, but ids must be integers in one dimension")
         return kind, file.tell(), int(shape[0])
 
 
@@ -81,10 +81,11 @@ def _in_step(
     for ids in pieces:
         mask = next(masks, np.empty(0, np.uint8))
         if len(mask) != len(ids):
-            raise DataError(f"{path}: its file {MASKS}... has fewer entries than tokens: copy both again")
+            raise DataError(f"{path}: its mask, the file {MASKS}..., has fewer entries than there are tokens. Copy both files "
+                            "again")
         yield ids, (mask != 0).astype(np.uint8)
     if next(masks, None) is not None:
-        raise DataError(f"{path}: its file {MASKS}... has more entries than tokens: copy both again")
+        raise DataError(f"{path}: its mask, the file {MASKS}..., has more entries than there are tokens. Copy both files again")
 
 
 def _starts(path: Path, tokens: int) -> np.ndarray | None:
@@ -100,13 +101,13 @@ def _starts(path: Path, tokens: int) -> np.ndarray | None:
                 for line, row in enumerate(csv.reader(file), 1):
                     start, stop = int(row[0]), int(row[1])
                     if start != end or not start <= stop <= tokens:
-                        raise DataError(f"{table}, line {line}: the document {start},{stop} must begin at the end of the "
-                                        f"previous document, {end}, and end at {tokens} tokens or before: use the table of this "
-                                        "file, or remove the table")
+                        raise DataError(f"{table}, line {line}: the document {start},{stop} must begin at {end}, where the "
+                                        f"previous document ends, and must not end after {tokens}, the number of tokens. Use the "
+                                        f"table of {path.name}, or remove the table")
                     found += [start] * (start < stop)
                     end = stop
         except (ValueError, IndexError, EOFError, zlib.error, csv.Error):
-            raise DataError(f"{table}: cannot be read as lines of start,end: restore it, or remove it") from None
+            raise DataError(f"{table}: cannot be read as lines of the form START,END. Restore the table, or remove it") from None
     if end < tokens:
         found.append(end)
     return np.array(found, dtype=np.int64)

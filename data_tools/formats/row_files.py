@@ -83,7 +83,7 @@ def offsets_of(data: np.ndarray, rows: int, shown: Path, count_at: int = 0, tabl
     valid. Pure.
     """
     if len(data) < table_at + 4 * (rows + 1) or int(data[count_at : count_at + 4].view("<u4")[0]) != rows:
-        raise DataError(f"{shown}: it does not begin with its number of samples, {rows}; copy the dataset again")
+        raise DataError(f"{shown}: its header does not fit {rows} samples, the number in index.json; copy the dataset again")
     offsets = np.frombuffer(data[table_at : table_at + 4 * (rows + 1)].tobytes(), "<u4").astype(np.int64)
     if (np.diff(offsets) < 0).any() or not count_at and offsets[-1] > len(data):
         raise DataError(f"{shown}: its offsets of samples decrease or lie outside the file; copy the dataset again")

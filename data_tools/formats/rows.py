@@ -30,7 +30,8 @@ def gather(rows: Iterable[Mapping[str, np.ndarray]], where: Path, options: ReadO
         shapes = {name: values.shape for name, values in row.items()}
         of_tokens = {shape for name, shape in shapes.items() if name not in PARTS}
         if len(of_tokens) > 1 or any(len(shape) != 1 for shape in shapes.values()):
-            raise DataError(f"{where}: row {number} has columns of the shapes {shapes}, but all must have one value per token")
+            raise DataError(f"{where}: row {number} has columns of the shapes {shapes}, but every column must have one value per "
+                            "token")
         held.append(row)
         tokens += next(iter(row.values())).size
         if tokens >= BLOCK_TOKENS:

@@ -33,16 +33,18 @@ def in_splits(paths: Iterable[Path], root: Path, remarks: list[str]) -> list[Sou
              if path.name.endswith(end) and path.with_name(path.name.removesuffix(end)) in all_paths}
     paths = [path for path in all_paths if path not in again]
     if again:
-        remarks.append(f"{', '.join(sorted(path.name for path in again))}: left out, because these are parts of other folders")
+        remarks.append(f"{', '.join(sorted(path.name for path in again))}: left out, because other folders contain the same "
+                       "samples")
     named = [(path, split_of(path.relative_to(root).as_posix() if path != root else "")) for path in paths]
     left_out = [path for path, split in named if split == TEST]
     if left_out:
-        remarks.append(f"{len(left_out)} of {len(named)} parts belong to a test split and were left out ({left_out[0]})")
+        remarks.append(f"{len(left_out)} of {len(named)} parts belong to a test split and were left out, for example "
+                       f"{left_out[0]}")
     parts = [SourcePart(path, split) for path, split in named if split != TEST]
     if not any(part.split == "train" for part in parts):
         only = [part.path for part in parts] or left_out
-        raise DataError(f"{root} has only {only[0].relative_to(root)}{' and others' * (len(only) > 1)} and no training data: "
-                        "to train on one of these, give the file or folder itself as the source")
+        raise DataError(f"{root} has only {only[0].relative_to(root)}{' and others' * (len(only) > 1)} and no training data. "
+                        "To train on one of these, give the file or folder itself as the source")
     return parts
 
 
@@ -50,7 +52,8 @@ def folders_with_index(
     source: Path, is_one: Callable[[Path], bool], program: str, writer: str, remarks: list[str]
 ) -> list[SourcePart]:
     """Return the folders whose index.json is_one(folder) accepts, each with its split. `source`: a folder, or an index.json.
-    `program`, `writer`: names for the error message. Raises DataError if there are no such folders. Independent."""
+    `program`, `writer`: names of the program that reads such folders and of the program that writes them. Errors show these
+    names. Raises DataError if there are no such folders. Independent."""
     folder = source.parent if source.name == "index.json" else source
     parts = [path.parent for path in files_in(folder, "index.json") if is_one(path.parent)]
     if not parts:

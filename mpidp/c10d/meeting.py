@@ -67,7 +67,7 @@ def rendezvous(url: str, timeout: timedelta = MEETING_TIMEOUT, **_: Any) -> Iter
     try:
         store = open_store(comm, timeout, os.environ.get(HOST, ""))
     except RuntimeError as error:
-        raise RuntimeError(f"mpi://: {error} (set {HOST} to another address of rank 0's host)") from error
+        raise RuntimeError(f"mpi://: {error}. Set {HOST} to another address of rank 0's host") from error
     _server = store if comm.rank == 0 else None
     yield store, comm.rank, comm.size
 
@@ -82,8 +82,8 @@ def make_group(opts: Any, backend_options: Any = None) -> MpiGroup:
     ranks = ranks or list(range(opts.group_size))
     if comm.rank != ranks[opts.group_rank] or max(ranks) >= comm.size:
         raise RuntimeError(
-            f"mpi4py: torch was initialized as rank {ranks[opts.group_rank]}, but MPI reports rank {comm.rank} of {comm.size}: "
-            'start the program with mpirun or srun, and pass init_method="mpi://"'
+            f"mpi4py: torch was initialized as rank {ranks[opts.group_rank]}, but MPI reports rank {comm.rank} of {comm.size}. "
+            'Start the program with mpirun or srun, and pass init_method="mpi://"'
         )
     members = comm.Get_group()
     chosen = members.Incl(ranks)
@@ -149,7 +149,7 @@ def _leave() -> None:
         group.shutdown()
     stuck = any(group.comm != MPI.COMM_NULL for group in groups)
     if stuck and not _failed:
-        print("mpi4py: aborting: other ranks did not join a call", file=sys.stderr)
+        print("mpi4py: other ranks did not join a call, so this rank aborts the job", file=sys.stderr)
     if MPI.COMM_WORLD.size > 1 and (stuck or _failed):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -42,7 +42,7 @@ class Moves(Base):
         """Run all_gather_single() for each input and output."""
         outs, ins = as_list(outputs), as_list(inputs)
         check(all(o.numel() == i.numel() * self.comm.size and o.dtype == i.dtype for o, i in zip(outs, ins, strict=True)),
-               "all_gather", "the output must have the input's dtype and (number of ranks) times its elements")
+               "all_gather", "the output must have the input's dtype, and as many elements as the inputs of all ranks together")
         pairs = [(HostBuffer(i), HostBuffer(o)) for i, o in zip(ins, outs, strict=True)]
 
         def work() -> None:
@@ -67,7 +67,7 @@ class Moves(Base):
     def _gathered(self, name: str, lists: list[list[torch.Tensor]], ins: list[torch.Tensor], opts: Any) -> Promise:
         for row, tensor in zip(lists, ins, strict=True):
             check(len(row) == self.comm.size and {o.dtype for o in row} == {tensor.dtype}, name,
-                   "the output list must have one tensor per rank, of the input's dtype")
+                   "the output list must have one tensor per rank, with the input's dtype")
             check(row[self.comm.rank].numel() == tensor.numel(), name,
                   "this rank's output must have as many elements as its input")
         rows = [([HostBuffer(o) for o in row], HostBuffer(i)) for row, i in zip(lists, ins, strict=True)]

@@ -70,7 +70,8 @@ class Reductions(Base):
         outs, ins = as_list(outputs), as_list(inputs)
         kinds = [kind_of(op_of(opts), tensor.dtype) for tensor in ins]
         check(all(o.numel() * self.comm.size == i.numel() and o.dtype == i.dtype for o, i in zip(outs, ins, strict=True)),
-               "reduce_scatter", "the input must have the output's dtype and (number of ranks) times its elements")
+               "reduce_scatter", "the input must have the output's dtype, and as many elements as the outputs of all ranks "
+                                 "together")
         pairs = [(HostBuffer(i), HostBuffer(o)) for i, o in zip(ins, outs, strict=True)]
 
         def work() -> None:

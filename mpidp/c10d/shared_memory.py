@@ -95,7 +95,8 @@ class SharedMemory:
         for rank, found in enumerate(table):
             if found != table[0]:
                 raise RuntimeError(
-                    f"mpi4py: {call}: rank {rank} has {found[0]} bytes and rank 0 has {table[0][0]}"
+                    f"mpi4py: the ranks do not agree in {call}: rank {rank} has {found[0]} bytes and rank 0 has {table[0][0]} "
+                    "bytes"
                     + (", and their dtypes or reductions differ" if found[1] != table[0][1] else "")
                 )
 

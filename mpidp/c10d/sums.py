@@ -40,9 +40,9 @@ def kind_of(op: Any, dtype: torch.dtype) -> str:
     is not defined for `dtype`. Pure."""
     name = next((name for name, known in _KINDS.items() if op == known), None)
     if name is None:
-        raise ValueError(f"mpi4py: reduction {op} is not supported: use one of {', '.join(OPS)}")
+        raise ValueError(f"mpi4py: reduction {op} is not supported. Use one of {', '.join(OPS)}")
     if dtype not in DATATYPES and dtype not in HALVES:
-        raise TypeError(f"mpi4py: reductions of {dtype} are not supported: convert the tensor, or gather it and reduce locally")
+        raise TypeError(f"mpi4py: reductions of {dtype} are not supported. Convert the tensor, or gather it and reduce locally")
     whole = not (dtype.is_floating_point or dtype.is_complex)
     if name in _BITS and not whole:
         raise TypeError(f"mpi4py: {name} needs an integer dtype, not {dtype}")

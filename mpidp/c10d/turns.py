@@ -31,7 +31,8 @@ NAMED = 8  # most ranks listed in one message
 
 
 class Turns:
-    """The queue of one group's collectives. All ranks must submit the same collectives in the same order. Independent."""
+    """The queue of one group's collectives. The methods do not wait for other ranks, but all ranks must submit the same
+    collectives in the same order."""
 
     def __init__(self, calls: Calls, name: str, store: Any) -> None:
         """`calls`: runs the collectives. `name`: the name of the group. `store`: a torch store that only this group uses, or
@@ -148,7 +149,7 @@ class Turns:
         size = self.calls.comm.size
         key = self._key(work.number)
         entries = _quietly(lambda: self._store.get(key).decode(errors="replace")) if self._store is not None else None
-        message = f"mpi4py: Timed out after {work.seconds:g} s in {work.name} (number {work.number} of group {self.name})"
+        message = f"mpi4py: Timed out after {work.seconds:g} s in {work.name} (call {work.number} of group {self.name})"
         if entries is None:
             return f"{message}; the missing ranks are unknown"
         waiting = waiting_ranks(entries, size)
@@ -158,7 +159,7 @@ class Turns:
             message += f": {format_ranks(missing)} did not join"
         elif not elsewhere:
             message += ": all ranks joined, but the call did not complete"
-        return message + (f": {', '.join(elsewhere[:NAMED])}" if elsewhere else "")
+        return message + (f"{';' if missing else ':'} {', '.join(elsewhere[:NAMED])}" if elsewhere else "")
 
 
 def waiting_ranks(entries: str, size: int) -> dict[int, str]:

@@ -137,7 +137,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error})") from error
     if body.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {body.get('format')}, but this version of mpidp reads format {FORMAT}")
+        raise CheckpointError(f"{path}: it has checkpoint format {body.get('format')}, but this version of mpidp reads format "
+                              f"{FORMAT}")
     with readable(path):
         check_type(body, Manifest)
     return body
@@ -151,7 +152,8 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except (OSError, TypeError, ValueError, LookupError, AttributeError, RuntimeError, safetensors.SafetensorError) as error:
         text = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path}: correct checksums, but not a checkpoint of this version of mpidp ({text})") from error
+        raise CheckpointError(f"{path}: the checksums are correct, but this is not a checkpoint of this version of mpidp "
+                              f"({text})") from error
 
 
 def check_file(path: Path, record: Mapping[str, Any]) -> None:
@@ -159,11 +161,11 @@ def check_file(path: Path, record: Mapping[str, Any]) -> None:
     if the file's size or crc32 is wrong. Independent."""
     file = path / record["file"]
     if file.parent != path:
-        raise CheckpointError(f"{path / 'manifest.json'}: {record['file']} is not in the same folder")
+        raise CheckpointError(f"{path / 'manifest.json'} lists {record['file']}, which is not in the same folder")
     try:
         with open_regular(file) as handle:
             if (size := os.fstat(handle.fileno()).st_size) != record["bytes"]:
-                raise CheckpointError(f"{file}: {size} bytes, but {record['bytes']} in the manifest")
+                raise CheckpointError(f"{file}: it has {size} bytes, but the manifest states {record['bytes']}")
             crc = _crc32(handle)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error})") from error
@@ -189,6 +191,6 @@ def newest_valid(run_dir: Path, comm: MPI.Intracomm) -> tuple[Path | None, list[
     if not names:
         return None, []
     raise CheckpointError.on_every_rank(
-        f"no checkpoint in {run_dir / 'checkpoints'} is valid: {'; '.join(reasons)}. Restore one from a backup, or start "
+        f"no checkpoint in {run_dir / 'checkpoints'} is valid ({'; '.join(reasons)}). Restore one from a backup, or start "
         "a new run with --run.resume=never"
     )

@@ -66,7 +66,8 @@ class Mirror:
             complete = not (self._busy or self._waiting or self._failed)
         self._folder.close()
         if not complete:
-            log.warning("warning: the last checkpoint is not on %s; it is in %s", self._folder.address, self._run_dir)
+            log.warning("warning: the last checkpoint could not be copied to %s in time; it is only in %s",
+                        self._folder.address, self._run_dir)
         return complete
 
     def _run(self) -> None:

@@ -1,5 +1,5 @@
-"""The folder of a mirror (mirror.py). This module lists its checkpoints, finds out to which run they belong, and fetches the
-newest checkpoint."""
+"""Access to a mirror, the folder with copies of a run's checkpoints (mirror.py). This module lists these checkpoints, finds out
+to which run they belong, and fetches the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ MARK = "mirror.json"
 
 
 class MirrorFolder:
-    """A mirror, which is a folder at an address. A request that fails is repeated for RETRY_SECONDS. Then the method raises
-    DataError. Independent."""
+    """The mirror of a run: a folder with copies of the run's checkpoints (run.mirror). `address`: the address of this folder. If
+    a request fails, the methods repeat it for RETRY_SECONDS. Then they raise DataError. Independent."""
 
     def __init__(self, address: str) -> None:
         self._store = open_store(address, "run.mirror")
@@ -125,8 +125,8 @@ def open_mirror_folder(run_dir: Path, address: str, resume: str) -> MirrorFolder
                 folder.write(MARK, file, len(content))
             return folder
         if resume == "never" or local and theirs != own:
-            raise UsageError(f"run.mirror={address} holds the checkpoints of another run"
-                             f"{' (the run before run.resume=never)' * (theirs == own)}: choose another address")
+            whose = "the earlier run, and run.resume=never starts a new run" if theirs == own else "another run"
+            raise UsageError(f"run.mirror={address} holds the checkpoints of {whose}. Choose another address")
         steps = folder.steps()
         if local and steps and max(steps) > max(local):
             raise UsageError(
@@ -140,7 +140,8 @@ def open_mirror_folder(run_dir: Path, address: str, resume: str) -> MirrorFolder
     except DataError as error:
         if not local or own is None:
             raise
-        log.warning("warning: run.mirror: %s. Training continues, and the next checkpoint will be copied", error)
+        log.warning("warning: run.mirror cannot be used now (%s). Training continues, and the next checkpoint will be "
+                    "copied", error)
     return folder
 
 
@@ -167,12 +168,13 @@ def _id_of(folder: MirrorFolder) -> str | None:
     content = folder.read(MARK)
     if content is None:
         if folder.names():
-            raise UsageError(f"run.mirror={folder.address} has checkpoints but no {MARK}: choose another address")
+            raise UsageError(f"run.mirror={folder.address} has checkpoints but no file {MARK}, which names their run. Choose "
+                             "another address")
         return None
     try:
         return str(parse_json(content, dict[str, str])["run"])
     except (ValueError, KeyError):
-        raise UsageError(f"{folder.address / MARK} is not a file that mpidp wrote: choose another run.mirror") from None
+        raise UsageError(f"{folder.address / MARK} is not a file that mpidp wrote. Choose another run.mirror") from None
 
 
 def _fetch_newest(folder: MirrorFolder, steps: list[int], run_dir: Path) -> None:
@@ -200,13 +202,13 @@ def _fetch_newest(folder: MirrorFolder, steps: list[int], run_dir: Path) -> None
             reasons.append(str(error))
         except OSError as error:
             raise MpidpError(
-                f"the checkpoint of step {step} could not be written to {run_dir} ({error}): free some space, or use another "
+                f"the checkpoint of step {step} could not be written to {run_dir} ({error}). Free some space, or use another "
                 "--run.dir"
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    raise CheckpointError(f"no checkpoint on {folder.address} is valid: {'; '.join(reasons)}. Choose another run.mirror to start "
-                          "a new run")
+    raise CheckpointError(f"no checkpoint on {folder.address} is valid ({'; '.join(reasons)}). Choose another run.mirror to "
+                          "start a new run")
 
 
 def _fetch_run_files(folder: MirrorFolder, run_dir: Path) -> None:

@@ -42,8 +42,8 @@ class Reader(Mapping[str, Tensor]):
         return len(self._pieces)
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the whole tensor. If its layout is additive, return the sum of all ranks' tensors, added in order of ranks.
-        Raises CheckpointError if a piece is missing."""
+        """Return the whole tensor. If its layout is additive, each rank stored one summand of the tensor. Then return the sum,
+        added in order of ranks. Raises CheckpointError if a piece is missing."""
         return self.part(name)
 
     def part(self, name: str, at: Sequence[int] = (), shape: Sequence[int] | None = None) -> Tensor:
@@ -59,7 +59,8 @@ class Reader(Mapping[str, Tensor]):
         with readable(self.path):
             there, shape = tuple(self.meta["tensors"][name]["shape"]), entry.tensor.shape if entry.shape is None else entry.shape
             if there != tuple(shape):
-                raise CheckpointError(f"{self.path}: {name} has shape {there}, but {tuple(shape)} in this model")
+                raise CheckpointError(f"{self.path}: {name} has shape {there} in the checkpoint, but {tuple(shape)} in this "
+                                      "model")
         return self.part(name, entry.place, entry.tensor.shape) if entry.tensor.numel() else torch.empty_like(entry.tensor)
 
     def _assembled(self, name: str, pieces: Iterable[tuple[str, str, Box]], at: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -72,9 +73,7 @@ class Reader(Mapping[str, Tensor]):
         for file, key, box in pieces:
             if any(not 0 <= start <= stop <= length for (start, stop), length in zip(box, about["shape"], strict=True)):
                 raise ValueError(f"{name}: box {box} is outside shape {about['shape']}")
-            ranges = [
-                (max(start, a), min(stop, a + length)) for (start, stop), a, length in zip(box, at, shape, strict=True)
-            ]
+            ranges = [(max(start, a), min(stop, a + length)) for (start, stop), a, length in zip(box, at, shape, strict=True)]
             if any(low >= high for low, high in ranges) and found.numel():
                 continue
             with safetensors.safe_open(self.path / file, "pt") as opened:
@@ -90,7 +89,7 @@ class Reader(Mapping[str, Tensor]):
                 place.copy_(piece)
             filled += piece.numel()
         if about["layout"] != "additive" and filled != found.numel():
-            raise CheckpointError(f"{self.path}: {name} is incomplete, {filled} of {found.numel()} elements")
+            raise CheckpointError(f"{self.path}: {name} is incomplete: the files hold {filled} of {found.numel()} elements")
         return found
 
     def under(
@@ -112,9 +111,9 @@ class Reader(Mapping[str, Tensor]):
         return found
 
     def own(self, name: str, rank: int, size: int) -> Tensor:
-        """Return the whole tensor. If its layout is additive, return the tensor with which rank `rank` of `size` ranks continues.
-        If `size` ranks wrote the checkpoint, this is the tensor that the same rank wrote. Otherwise rank 0 gets the sum, and
-        other ranks get zeros."""
+        """Return the whole tensor, unless its layout is additive. In an additive layout, each rank stored one summand of the
+        tensor. Then the result depends on `rank`, a rank of a run with `size` ranks. If `size` ranks wrote the checkpoint, return
+        the summand of this rank. Otherwise return the sum to rank 0, and zeros to other ranks."""
         pieces, about = self._pieces[name], self.meta["tensors"][name]
         if about["layout"] == "additive":  # own summand if as many ranks wrote the tensor; else rank 0 gets the sum
             pieces = pieces[rank : rank + 1] if len(pieces) == size else pieces if rank == 0 else []

@@ -40,7 +40,7 @@ def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
         if found is None and (path / "config.json").exists():
             raise CheckpointError(f"{path} is a Hugging Face folder; give the folder of a run")
         if found is None:
-            raise CheckpointError(f"{path} contains no checkpoint: train first, with --run.dir={path}")
+            raise CheckpointError(f"{path} contains no checkpoint. Train first, with --run.dir={path}")
         return Reader(found)
 
 
@@ -49,8 +49,8 @@ def changed_base_message(path: Path | str, found: str, wanted: str) -> str:
     weights. `wanted`: the sha256 of the weights from which the run started. Pure."""
     return (
         f"the weights in {path} are not those from which the run started: they have changed, or belong to another model "
-        f"(weights_sha256 {found}; {wanted} is needed). Give the original weights. A LoRA run does not store its base model, so "
-        "do not train or modify the base model"
+        f"(weights_sha256 is {found}, but must be {wanted}). Give the original weights. A LoRA run does not store its base "
+        "model, so do not train or modify the base model"
     )
 
 
@@ -72,7 +72,7 @@ def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
         "reducer": config.comm.reducer,
         "tp": config.mesh.tp if config.model.slices == 1 else f"divides {config.model.slices} slices",
         "sequence": config.mesh.sequence and config.model.slices == 1,
-        "stages of tied embeddings": config.mesh.pp if config.model.tie_embeddings else 1,
+        "stages of tied embeddings": config.mesh.pp if config.model.tie_embeddings and config.model.slices == 1 else 1,
         "compress": config.comm.compress,
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -131,7 +131,7 @@ def reject_changed_settings(saved: Mapping[str, Any], config: Config, checked_ba
     checkpoint, as {section.key: value}. `checked_base`: whether train.init_from may change because the caller compares the hashes
     of the weights. Independent."""
     changed = [
-        f"{key} was {saved[key]!r}, is {value!r}"
+        f"{key} was {saved[key]!r} and is now {value!r}"
         for key, about, value in fields_of(config)
         if about.metadata["resume"] == FIXED and key in saved and saved[key] != value
         and not (key == "train.init_from" and (checked_base or same_path(str(saved[key]), value)))

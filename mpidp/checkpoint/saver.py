@@ -45,8 +45,8 @@ def best_interval(cost: float, seconds: float, num_nodes: int, failures: int, tr
 
 
 class Saver:
-    """Saves the checkpoints of a job. Each rank has one Saver, and all ranks must make the same calls. Methods are Independent
-    unless their docstrings say Collective."""
+    """Saves the checkpoints of a job. Each rank has one `Saver` object, and all ranks must make the same calls. A method waits
+    for other ranks only if its docstring says Collective."""
 
     def __init__(
         self, comm: MPI.Intracomm, run_dir: Path, every: int, keep: int, share: tuple[int, int] | None, alone: bool = False,

@@ -206,7 +206,7 @@ class Save:
     def _commit(self) -> None:
         """Commit the checkpoint. All files must be complete. Raises OSError if this job no longer holds the lock of the run."""
         if not self.may_commit():
-            raise OSError(f"{self.folder.parents[1]}: this job no longer holds its lock")
+            raise OSError(f"{self.folder.parents[1]}: this job no longer holds the lock of this run")
         for rank in self.writers:
             (self.folder / f"rank_{rank:05d}.json").unlink(missing_ok=True)
         records = [self._records[rank] for rank in self.writers]

@@ -64,7 +64,7 @@ class Group:
 
     def fence(self, wait: Wait | None = None) -> None:
         """Synchronize the ranks of the group. After this call, every rank sees what the others wrote to shared memory before it.
-        `wait`: how to wait for the other ranks (default: as the group does). Collective over node."""
+        `wait`: the function that waits for the other ranks. By default, this is the attribute `wait`. Collective over node."""
         if self.node.size > 1:
             for window in self._windows:
                 window.Sync()
@@ -116,15 +116,15 @@ class Group:
         return list(flat.split(counts))
 
     def common(self, elements: int, device: torch.device) -> torch.Tensor:
-        """Return one float32 tensor (elements,) that all ranks of the group share. Its elements are 0, or have the contents of
-        the previous group's memory. Collective over node."""
+        """Return one float32 tensor (elements,) that all ranks of the group share. Its elements are 0. Only after reuse_memory(),
+        this can be a tensor of the previous group, with its contents. Collective over node."""
         held = self.memory(elements if self.node.rank == 0 else 0, device)[0]
         self._given[-1] = [held]
         return held
 
     def own(self, elements: int, device: torch.device) -> torch.Tensor:
-        """Return a float32 tensor (elements,) that is private to this rank. Its elements are 0, or have the contents from before
-        a failure. Independent."""
+        """Return a float32 tensor (elements,) that is private to this rank. Its elements are 0. Only after reuse_memory(), this
+        can be a tensor of the previous group, with its contents. Independent."""
         if not self._found(elements):
             self._given.append([torch.zeros(elements, device=device)])
         return self._given[-1][0]
@@ -211,8 +211,8 @@ def make_group(mesh: Topology, transport: str, needed_bytes: int, device: torch.
         return by_node(mesh), "shared memory that survives failed ranks"
     if not _mpi_agrees(mesh):
         return alone(mesh), (
-            "messages (MPI does not know which ranks share a node: it shares no memory among the ranks of each host; with Intel "
-            "MPI, start the same number of ranks on each node)"
+            "messages (MPI cannot share memory among all ranks of each host; with Intel MPI, "
+            "start the same number of ranks on each node)"
         )
     margin = FOR_MESSAGES.get(MPI.get_vendor()[0], 0)
     rows = mesh.dp.allgather((mesh.node_index, needed_bytes + margin, _free_bytes()))
@@ -221,7 +221,7 @@ def make_group(mesh: Topology, transport: str, needed_bytes: int, device: torch.
         free = min(n for index, _, n in rows if index == node)
         if needed > free:
             return alone(mesh), (
-                f"messages ({SHARED_MEMORY} on {host} has {free / 2**20:,.0f} MiB free, a shared-memory window needs "
+                f"messages ({SHARED_MEMORY} on {host} has {free / 2**20:,.0f} MiB free, but a shared-memory window needs "
                 f"{needed / 2**20:,.0f} MiB; a larger {SHARED_MEMORY}, e.g. docker run --shm-size, makes averaging faster)"
             )
     return by_node(mesh), "window" + (", messages between nodes" if len(mesh.node_sizes) > 1 else "")

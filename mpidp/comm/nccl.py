@@ -62,7 +62,7 @@ class Nccl(Messages):
                 yield
             except RuntimeError as error:
                 raise MpidpError(
-                    f"comm.gpu={self.mode}: the ranks could not connect: {str(error).splitlines()[0]}. Set "
+                    f"comm.gpu={self.mode}: the ranks could not connect ({str(error).splitlines()[0]}). Set "
                     "NCCL_SOCKET_IFNAME to the network interface, set NCCL_DEBUG=INFO for details, or use comm.gpu=auto, which "
                     "does not need NCCL"
                 ) from error
@@ -134,22 +134,22 @@ def check_nccl(wanted: str, device: torch.device, mesh: Topology) -> None:
     with raise_together(mesh.dp):
         if launched_with_ulfm():
             raise UsageError(
-                "comm.gpu=nccl does not support recovery from failed ranks: start mpirun without --with-ft ulfm, or use "
+                "comm.gpu=nccl does not support recovery from failed ranks. Start mpirun without --with-ft ulfm, or use "
                 "comm.gpu=auto. Without --with-ft ulfm, a failed rank ends the job, and the same command resumes it"
             )
         if device.type != "cuda":
             raise UsageError(
-                f"comm.gpu=nccl, but on {mesh.host} this rank would train on the CPU: give every rank a GPU, "
+                f"comm.gpu=nccl, but on {mesh.host} this rank would train on the CPU. Give every rank a GPU, "
                 "or use comm.gpu=auto. To see why no GPU is used, set train.device=cuda"
             )
         if not has_nccl():
             raise UsageError(
-                f"comm.gpu=nccl, but torch {torch.__version__} on {mesh.host} was built without NCCL: install a CUDA build of "
+                f"comm.gpu=nccl, but torch {torch.__version__} on {mesh.host} was built without NCCL. Install a CUDA build of "
                 "torch for Linux, or use comm.gpu=auto"
             )
     if shared := shared_gpus(mesh.dp.allgather((mesh.host.partition("#")[0], gpu_name(device)))):
         raise UsageError.on_every_rank(
-            f"comm.gpu=nccl, but {'; '.join(shared)}, and NCCL supports one rank per GPU: start at most one rank per GPU, make a "
+            f"comm.gpu=nccl, but {'; '.join(shared)}, and NCCL supports one rank per GPU. Start at most one rank per GPU, make a "
             "different GPU visible to each, or use comm.gpu=auto"
         )
 
@@ -168,8 +168,8 @@ def gpu_name(device: torch.device) -> str:
 
 
 def shared_gpus(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """Return one message for each GPU that several ranks share. `rows`: (host, name of the GPU) of each rank, in order of ranks.
-    Pure."""
+    """Return a list with one warning text for each GPU that several ranks share. `rows`: (host, name of the GPU) of each rank, in
+    order of ranks. Pure."""
     users: dict[tuple[str, str], list[str]] = {}
     for rank, row in enumerate(rows):
         users.setdefault(row, []).append(str(rank))

@@ -49,7 +49,7 @@ def open_store(comm: MPI.Intracomm, timeout: timedelta, name: str = "") -> Any:
             failed = str(error)
     errors = [f"rank {rank}: {error.splitlines()[0]}" for rank, error in enumerate(comm.allgather(failed)) if error]
     if errors:
-        raise RuntimeError(f"cannot connect to rank 0's store on {name}, port {port}: {errors[0]}")
+        raise RuntimeError(f"cannot connect to rank 0's store on {name}, port {port} ({errors[0]})")
     return store
 
 

@@ -37,7 +37,8 @@ def sync_intervals(settings: Settings, steps: int) -> tuple[int, int]:
     if name in ("delayed", "server", "quorum"):
         return 1, meet or 10
     if every > steps:
-        raise ValueError(f"strategy.sync_every={every} is more than the {steps} steps of the run: the ranks would never average")
+        raise ValueError(f"strategy.sync_every={every} is more than the {steps} steps of the run, so the ranks would never "
+                         "average")
     every = every or min(50 if settings["strategy.group"] == "all" else 1, steps)
     return every, meet or (every if global_average else every * max(4 if overlapping else 1, -(-50 // every)))
 
@@ -45,8 +46,9 @@ def sync_intervals(settings: Settings, steps: int) -> tuple[int, int]:
 def outer(settings: Settings) -> tuple[float, float]:
     """Return (outer_lr, outer_momentum). With strategy.name=local and strategy.group=all, automatic values are filled in.
 
-    The default momentum is smaller with strategy.overlap, and 0 with comm.compress=topk or randomk. In both cases updates arrive
-    late, and momentum would repeat them even later (SparseLoCo, Sarfi 2025, section 3). Pure.
+    The default momentum is smaller with strategy.overlap, and 0 with comm.compress=topk or randomk. With strategy.overlap, and
+    with either value of comm.compress, updates arrive late. Momentum would repeat them even later (SparseLoCo, Sarfi 2025,
+    section 3). Pure.
     """
     lr, momentum = settings["strategy.outer_lr"], settings["strategy.outer_momentum"]
     if settings["strategy.name"] != "local" or settings["strategy.group"] != "all":

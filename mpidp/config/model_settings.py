@@ -49,12 +49,12 @@ class ModelSettings:
     position_rows: int = setting(0, "rows of the table of learned positions; 0: seq_len", "rows", low=0, resume=FIXED)
     rotary_dims: int = setting(0, "number of leading dimensions of each head that are rotated; 0: all", "channels", low=0,
                                resume=FIXED)
-    rotary_layers: str = setting("", "a letter for each layer, repeated, as in yyyn; y: rotary positions; n: none; empty: all y",
-                                 "letters", resume=FIXED)
+    rotary_layers: str = setting("", "letters for the layers, repeated, for example yyyn; y: rotary positions; n: none; "
+                                 "empty: all y", "letters", resume=FIXED)
     window: int = setting(0, "sliding window: number of positions that a position attends to, including itself; 0: all earlier "
                           "positions", "tokens", low=0, high=2**31, resume=FIXED)
-    window_layers: str = setting("", "a letter for each layer, repeated, as in wf; w: window; f: full attention; empty: all w",
-                                 "letters", resume=FIXED)
+    window_layers: str = setting("", "letters for the layers, repeated, for example wf; w: window; f: full attention; "
+                                 "empty: all w", "letters", resume=FIXED)
     window_rope_theta: float = setting(0.0, "rope_theta of layers with a window; 0: rotary positions as in the other layers", "",
                                        low=0.0, resume=FIXED)
     window_rope_scaling: str = setting("", "rope_scaling of layers with a window, if window_rope_theta is set", "", resume=FIXED)
@@ -67,8 +67,9 @@ class ModelSettings:
     attention_cap: float = setting(0.0, "soft-cap of attention scores: cap * tanh(score / cap); 0: none", "", low=0.0,
                                    resume=FIXED)
     logit_cap: float = setting(0.0, "soft-cap of the logits: cap * tanh(logit / cap); 0: none", "", low=0.0, resume=FIXED)
-    slices: int = setting(1, "number of slices into which every layer is cut; training then has the same bits with any mesh.tp "
-                          "that divides it; a power of two; 1: off (docs/parallel.md)", "slices", low=1, high=64, resume=FIXED)
+    slices: int = setting(1, "number of slices into which every layer is cut, a power of two; training then has the same bits "
+                          "with any mesh.tp that divides this number; 1: off (docs/parallel.md)", "slices", low=1, high=64,
+                          resume=FIXED)
     zero_init: bool = setting(False, "initialize the last matrix of each residual branch with 0", "bool", resume=FIXED)
     lora_rank: int = setting(0, "rank of LoRA adapters; only the adapters are trained; 0: off", "", low=0, resume=FIXED)
     lora_alpha: float = setting(16.0, "LoRA scaling: the adapter's output is multiplied by lora_alpha / lora_rank", "", low=0.0,
@@ -97,7 +98,7 @@ def shape_problems(m: ModelSettings) -> Iterator[str]:
     if m.head_dim % 2:
         problems.append(f"model.head_dim={m.head_dim} must be even")
     elif not m.head_dim and (m.model_dim % m.num_heads or m.model_dim // m.num_heads % 2):
-        problems.append(f"model.model_dim={m.model_dim} / model.num_heads={m.num_heads}: the head size must be an even integer")
+        problems.append(f"the head size, model.model_dim={m.model_dim} / model.num_heads={m.num_heads}, must be an even integer")
     if m.num_kv_heads and m.num_heads % m.num_kv_heads:
         problems.append(f"model.num_kv_heads={m.num_kv_heads} must divide model.num_heads={m.num_heads}")
     if m.slices & (m.slices - 1):

@@ -47,8 +47,8 @@ def workers(config: Config, size: int) -> int:
     serving = (config.strategy.servers or 1) if config.strategy.name == "server" else 0
     if serving >= size:
         raise UsageError(
-            f"strategy.servers={serving} of {size} rank{'s' * (size > 1)}: no rank remains to compute gradients; start more "
-            "ranks than servers"
+            f"strategy.servers={serving}, but the job has {size} rank{'s' * (size > 1)}, so no rank remains to compute "
+            "gradients. Start more ranks than servers"
         )
     return size - serving
 
@@ -64,7 +64,7 @@ def model_shape(config: Config, vocab_size: int) -> Shape:
             f"model.vocab_size={m.vocab_size}, but the tokenizer of {config.data.path} has {vocab_size} tokens, which do "
             "not fit in the embedding. " + (
                 f"Set model.vocab_size={vocab_size} to add {vocab_size - m.vocab_size} rows, which start as the mean of the "
-                "others; or prepare the data with the model's tokenizer" if config.train.init_from
+                "others, or prepare the data with the model's tokenizer" if config.train.init_from
                 else "Prepare the data with a smaller tokenizer, or leave model.vocab_size at 0"
             )
         )

@@ -52,12 +52,14 @@ _SHARDS, _TWO = "mesh.shard=1|2|3", "mesh.shard=2|3"
 _shards, _two = _is_not("mesh.shard", 0), _is("mesh.shard", 2, 3)
 _THREE, _three = "mesh.shard=3", _is("mesh.shard", 3)
 _lora = _is_not("model.lora_rank", 0)
+_HEAD = "model.lora_rank with head in model.lora_targets"
+_head: Callable[[Settings], bool] = lambda s: _lora(s) and "head" in s["model.lora_targets"].replace(" ", "").split(",")  # noqa: E731
 _TIMES, _times = "mesh.interleave above 1", _is_not("mesh.interleave", 1)
 _partial = _is_not("strategy.group", "all")
 _tasks = _is_not("train.eval_tasks", "")
 _auto = _is("train.micro_batch", 0)
 _momentum = _is_not("optim.momentum_warmup", 0)
-_UPDATES = "checkpoints store the number of updates with AdamW's parameters, and there may be no such parameters"
+_UPDATES = "checkpoints store the number of updates with the parameters that AdamW trains, and there may be none"
 _SLICES, _slices = "model.slices above 1", _is_not("model.slices", 1)
 RULES = [
     Rule(_OTHERS, "comm.reducer=tree|root", _other, _is("comm.reducer", "tree", "root"),
@@ -71,17 +73,17 @@ RULES = [
     Rule(_OTHERS, "comm.overlap=thread|poll", _other, _is("comm.overlap", "thread", "poll"),
          "these methods overlap communication in their own way; use strategy.overlap or strategy.name=delayed"),
     Rule(_OTHERS, "comm.gpu=nccl", _other, _is("comm.gpu", "nccl"),
-         "NCCL runs in the compute stream, so communication would not overlap with compute; not tested"),
+         "NCCL runs in the compute stream, so communication would not overlap with compute (not tested)"),
     Rule("strategy.name=local|server", "train.spike", _is("strategy.name", "local", "server"), _is_not("train.spike", 0.0),
          "ranks would skip different steps"),
     Rule("strategy.name=server", "comm.compress", _is("strategy.name", "server"), _is_not("comm.compress", "none"),
          "compression works on sums over ranks, and workers send their gradients to servers individually"),
     Rule("strategy.group=node|rotating|pairs|exponential", "strategy.overlap=true", _partial, _is("strategy.overlap", True),
-         "partial groups average parameters directly and have no outer step that could be delayed"),
+         "these groups average parameters directly and have no outer step that could be delayed"),
     Rule("strategy.group=node|rotating|pairs|exponential", "comm.compress", _partial, _is_not("comm.compress", "none"),
-         "partial groups average parameters directly; error feedback works only for gradients and updates"),
+         "these groups average parameters directly, but error feedback works only for gradients and updates"),
     Rule("strategy.group=node|rotating|pairs|exponential", "strategy.fragments", _partial, _is_not("strategy.fragments", 1),
-         "partial groups always average the whole model"),
+         "these groups always average the whole model"),
     Rule("strategy.group=node|rotating|pairs|exponential", "strategy.outer_lr|outer_momentum", _partial,
          lambda s: s["strategy.outer_lr"] >= 0 or s["strategy.outer_momentum"] >= 0,
          "an outer step starts from parameters that all ranks share; use strategy.group=all"),
@@ -103,18 +105,18 @@ RULES = [
     Rule("mesh.sequence=true", "mesh.tp=1", _is("mesh.sequence", True), _is("mesh.tp", 1),
          "sequence parallelism divides positions among the tp ranks, so it needs at least two"),
     Rule("mesh.tp above 1", "train.compile", _is_not("mesh.tp", 1), _is("train.compile", True),
-         "tensor parallelism communicates in the middle of a block"),
+         "tensor parallelism communicates in the middle of a block, which cannot be compiled"),
     Rule("mesh.pp above 1", "model.tie_embeddings with strategy.name=delayed|local", _is_not("mesh.pp", 1),
          lambda s: s["model.tie_embeddings"] and s["strategy.name"] in ("delayed", "local"),
          "the first and the last stage share the embedding and must add its gradients at every step"),
     Rule(_SHARDS, _OTHERS, _shards, _other, "sharding needs one model that all ranks update together at every step"),
     Rule(_SHARDS, "comm.compress", _shards, _is_not("comm.compress", "none"),
-         "error feedback would need as much memory as the gradients that sharding distributes; not tested"),
+         "error feedback would need as much memory as the gradients that sharding distributes (not tested)"),
     Rule(_SHARDS, "train.audit_every", _shards, _is_not("train.audit_every", 0),
          "an audit compares replicas, and with sharding no two ranks hold the same state"),
     Rule(_SHARDS, "comm.gpu=nccl", _shards, _is("comm.gpu", "nccl"), "not tested"),
     Rule("mesh.shard=1", "comm.reducer=root", _is("mesh.shard", 1), _is("comm.reducer", "root"),
-         "with comm.reducer=root only rank 0 updates parameters"),
+         "with comm.reducer=root, rank 0 updates all parameters, but mesh.shard=1 divides the update among ranks"),
     Rule(_TWO, "comm.reducer=allreduce|naive|root", _two, _is("comm.reducer", "allreduce", "naive", "root"),
          "the owners of slices add gradients along the tree; use comm.reducer=auto"),
     Rule(_TWO, "train.noise_every", _two, _is_not("train.noise_every", 0),
@@ -126,15 +128,12 @@ RULES = [
          "gradients are reduced in backward by the same thread"),
     Rule(_TWO, "comm.transport=window", _two, _is("comm.transport", "window"), "shards are sent as MPI messages"),
     Rule(_TWO, "comm.copies=node", _two, _is("comm.copies", "node"), "ranks exchange shards in messages and share no memory"),
-    Rule(_CUT, "model.lora_rank", _cut, _lora, "adapters are not split; use data parallelism only (mesh.dp)"),
+    Rule(_CUT, _HEAD, _cut, _head, "the adapter of the head is not split; use other model.lora_targets"),
     Rule(_NOT, "model.lora_rank", _not, _lora, "LoRA is implemented for the built-in Transformer only"),
     Rule(_SLICES, _OTHERS, _slices, _other, "not tested"),
     Rule(_SLICES, "comm.compress", _slices, _is_not("comm.compress", "none"),
-         "what is lost depends on the place of a gradient on its rank, and so on mesh.tp"),
-    Rule(_SLICES, "model.tie_embeddings with mesh.pp above 1", _slices,
-         lambda s: s["model.tie_embeddings"] and s["mesh.pp"] > 1,
-         "the two gradients of the shared matrix would be added in another order than on one stage"),
-    Rule(_SLICES, "model.lora_rank", _slices, _lora, "adapters are not split"),
+         "the compression error depends on the place of a gradient on its rank, and so on mesh.tp"),
+    Rule(_SLICES, _HEAD, _slices, _head, "the adapter of the head is not split; use other model.lora_targets"),
     Rule(_SLICES, "train.compile", _slices, _is("train.compile", True), "tensor parallelism cannot be compiled"),
     Rule(_SLICES, "train.eval_tasks", _slices, _tasks, "slices have no key-value cache; use mpidp evaluate --tasks"),
     Rule(_NOT, _SLICES, _not, _slices, "only the built-in Transformer can be cut into slices"),
@@ -143,23 +142,23 @@ RULES = [
     Rule(_NOT, "train.loss=chunked", _not, _is("train.loss", "chunked"),
          "only the built-in Transformer can compute its head for some positions at a time"),
     Rule(_NOT, "train.recompute", _not, _is("train.recompute", True),
-         "implemented for the blocks of the built-in Transformer only"),
+         "recomputation is implemented for the blocks of the built-in Transformer only"),
     Rule(_NOT, "train.compile", _not, _is("train.compile", True),
-         "implemented for the blocks of the built-in Transformer only"),
+         "compilation is implemented for the blocks of the built-in Transformer only"),
     Rule("mesh.pp above 1", "model.input_mix", _is_not("mesh.pp", 1), _is("model.input_mix", True),
          "every block needs the embedding's output, which only the first stage has"),
     Rule(_NOT, "model.zero_init", _not, _is("model.zero_init", True),
-         "implemented for the built-in Transformer only"),
+         "this initialization is implemented for the built-in Transformer only"),
     Rule("train.init_from", "model.zero_init", _is_not("train.init_from", ""), _is("model.zero_init", True),
-         "the initial weights come from the other model"),
+         "the initial weights come from the model in train.init_from"),
     Rule("optim.name=adam|sgd", "optim.cautious_decay", _is("optim.name", "adam", "sgd"), _is("optim.cautious_decay", True),
          "these optimizers add weight decay to the gradient, so weight decay is a part of the update"),
     Rule("optim.name=adamw|adam|sgd", "optim.momentum_warmup", _is("optim.name", "adamw", "adam", "sgd"), _momentum,
-         "their momentum is optim.beta1"),
+         "the momentum of these optimizers is always optim.beta1"),
     Rule("optim.momentum_warmup", "model.lora_rank", _momentum, _lora, _UPDATES),
     Rule("optim.momentum_warmup", "optim.freeze", _momentum, _is_not("optim.freeze", ""), _UPDATES),
-    Rule("train.micro_batch=auto", _CUT, _auto, _cut, "each rank measures a whole model; give a number"),
-    Rule("train.micro_batch=auto", _TWO, _auto, _two, "each rank measures a whole model; give a number"),
+    Rule("train.micro_batch=auto", _CUT, _auto, _cut, "each rank measures a whole model; set train.micro_batch to a number"),
+    Rule("train.micro_batch=auto", _TWO, _auto, _two, "each rank measures a whole model; set train.micro_batch to a number"),
     Rule("train.eval_tasks", _CUT, _tasks, _cut,
          "ranks answer different requests, but ranks that share a model compute each batch together; use mpidp evaluate --tasks"),
     Rule("train.eval_tasks", _THREE, _tasks, _three,
@@ -179,7 +178,8 @@ def problems(settings: Settings) -> Iterator[str]:
             yield f"strategy.{key}={value} requires strategy.name={those}; it has no effect with {name}"
     yield from _kind_problems(settings)
     if settings["strategy.quorum"] <= 0:
-        yield f"strategy.quorum={settings['strategy.quorum']} must be above 0 and at most 1: the share of the lanes to wait for"
+        yield (f"strategy.quorum={settings['strategy.quorum']} must be above 0 and at most 1, because it is the share of the "
+               "lanes to wait for")
     for rule in RULES:
         if rule.has_one(settings) and rule.has_other(settings):
             yield f"{rule.one} cannot be combined with {rule.other}: {rule.why}"
@@ -187,15 +187,16 @@ def problems(settings: Settings) -> Iterator[str]:
     if every and meet % every:
         yield f"strategy.meet_every={meet} must be a multiple of strategy.sync_every={every}"
     if settings["strategy.fragments"] > (every or 50):
-        yield f"strategy.fragments={settings['strategy.fragments']} is more than the {every or 50} steps between two averages"
+        yield (f"strategy.fragments={settings['strategy.fragments']} is more than the {every or 50} steps between two averages, "
+               "but fragments must be averaged at different steps")
     try:
         first, last = steps_of(settings["metrics.timeline"])
         if settings["metrics.kernels"] and not last:
-            yield "metrics.kernels=true needs a timeline: set its steps, as in metrics.timeline=10:12"
+            yield "metrics.kernels=true needs a timeline: set the steps of the timeline, as in metrics.timeline=10:12"
         if 0 < settings["train.steps"] < last:
-            yield f"metrics.timeline={first}:{last} ends after train.steps={settings['train.steps']}"
+            yield f"metrics.timeline={first}:{last} ends after the last step of the run, train.steps={settings['train.steps']}"
     except ValueError as error:
-        yield f"metrics.timeline={settings['metrics.timeline']}: {error}"
+        yield f"metrics.timeline='{settings['metrics.timeline']}' is not valid, because {error}"
 
 
 MAX_STEPS = 100  # maximum number of steps in a timeline
@@ -211,10 +212,11 @@ def steps_of(timeline: str) -> tuple[int, int]:
         return 0, 0
     words = timeline.split(":")
     if len(words) != 2 or not all(word.isascii() and word.isdecimal() for word in words):
-        raise ValueError("give the first and the last step, as in 10:12")
+        raise ValueError("it must have the form FIRST:LAST, the first and the last step, as in 10:12")
     first, last = map(int, words)
     if not 1 <= first <= last < first + MAX_STEPS:
-        raise ValueError(f"steps are counted from 1, the last must not be before the first, and at most {MAX_STEPS} are recorded")
+        raise ValueError(f"steps are counted from 1, the last step must not be before the first, and at most {MAX_STEPS} steps "
+                         "are recorded")
     return first, last
 
 
@@ -225,7 +227,7 @@ def _kind_problems(settings: Settings) -> Iterator[str]:
     if model not in KINDS and not (colon and factory.isidentifier() and all(map(str.isidentifier, module.split(".")))):
         yield f"model.kind={model} must be {', '.join(KINDS)}, or MODULE:FACTORY for your own model, as in models.rnn:make"
     if model in KINDS and settings["model.options"]:
-        yield f"model.options={settings['model.options']} requires a custom model.kind, not {model}"
+        yield f"model.options={settings['model.options']} requires model.kind=MODULE:FACTORY, your own model, not {model}"
     for key, value in TRANSFORMER_ONLY.items() if model == "lstm" else ():
         if settings[f"model.{key}"] != value:
             yield f"model.{key}={settings[f'model.{key}']} requires model.kind=transformer; it has no effect with lstm"

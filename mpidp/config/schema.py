@@ -86,7 +86,7 @@ def checked(config: Config) -> Config:
     needs_tree = [f"{key}={value}" for key, _, value in fields_of(config) if value != plain.get(key, value)]
     needs_tree += ["comm.transport=window"] * (comm.transport == "window") + ["comm.copies=node"] * (comm.copies == "node")
     if needs_tree and comm.reducer not in ("auto", "tree"):
-        problems.append(f"{', '.join(needs_tree)}: requires comm.reducer=tree, not comm.reducer={comm.reducer}")
+        problems.append(f"{', '.join(needs_tree)} cannot be combined with comm.reducer={comm.reducer}: use comm.reducer=tree")
     if comm.compress != "none" and (needs_tree or comm.reducer not in ("auto", "allreduce")):
         wrong = needs_tree + [f"comm.reducer={comm.reducer}"] * (comm.reducer not in ("auto", "allreduce"))
         problems.append(f"comm.compress={comm.compress} is not supported with {', '.join(wrong)}")
@@ -97,22 +97,22 @@ def checked(config: Config) -> Config:
             for key, value in sparse.items() if value
         ]
     if train.balance == "steal" and comm.transport == "messages":
-        problems.append("train.balance=steal needs a shared memory window, and comm.transport=messages disables it")
+        problems.append("train.balance=steal needs a shared memory window, which comm.transport=messages disables")
     if train.balance == "steal" and comm.overlap in ("thread", "poll"):
-        problems.append("comm.overlap requires that each rank's last lane is fixed before the step; train.balance=steal moves "
-                        "lanes during the step")
+        problems.append(f"comm.overlap={comm.overlap} cannot be combined with train.balance=steal: overlap requires that each "
+                        "rank's last lane is fixed before the step, but work stealing moves lanes during the step")
     if comm.gpu == "nccl":
         nccls = {"train.device": ("cpu",), "comm.reducer": ("root",), "comm.overlap": ("thread", "poll")}
         others = [f"{key}={value}" for key, _, value in fields_of(config) if value in nccls.get(key, ())]
         if others:
             problems.append(f"comm.gpu=nccl reduces gradients on the GPU and is not supported with {', '.join(others)}")
     if not train.eval_every:
-        problems += [f"{stop}: requires train.eval_every above 0; without evaluations during training it has no effect"
+        problems += [f"{stop} requires train.eval_every above 0, because it has no effect without evaluations during training"
                      for stop in stops_by_loss(config)]
     if not train.eval_tasks and (train.eval_tasks_dir or train.eval_tasks_limit):
         problems.append("train.eval_tasks_dir and train.eval_tasks_limit require train.eval_tasks")
     if train.eval_tasks and not all(name.strip() for name in train.eval_tasks.split(",")):
-        problems.append(f"train.eval_tasks={train.eval_tasks}: give names of tasks, separated by commas")
+        problems.append(f"train.eval_tasks='{train.eval_tasks}' has an empty name: give names of tasks, separated by commas")
     if 0 < train.spike <= 1:
         problems.append(f"train.spike={train.spike} must be more than 1 (a multiple of the usual gradient norm), or 0 (off)")
     if optim.min_lr > optim.lr:

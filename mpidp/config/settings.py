@@ -83,8 +83,8 @@ class TrainSettings:
     compile: bool = setting(False, "compile each block with torch.compile (needs a C++ compiler)", "bool")
     recompute: bool = setting(False, "activation checkpointing: store only each block's input and recompute the rest", "bool")
     loss: str = setting(
-        "auto", "whole: compute the loss from all logits; chunked: for some positions at a time, with less memory; "
-        "auto: chunked if the logits are large", "", ("auto", "whole", "chunked"), resume=FIXED,
+        "auto", "whole: compute the loss from all logits at once; chunked: from the logits of some positions at a time, with "
+                "less memory; auto: chunked if the logits are large", "", ("auto", "whole", "chunked"), resume=FIXED,
     )
     deterministic: bool = setting(True, "on CUDA, use only deterministic kernels", "bool")
     threads: int = setting(0, "CPU threads per rank; 0: the cores of the node, divided by its ranks", "threads", low=0)
@@ -128,7 +128,7 @@ class OptimizerSettings:
         False, "apply weight decay only to elements that the update moves towards 0 (adamw, muon, normuon)", "bool",
     )
     momentum_warmup: int = setting(
-        0, "muon, normuon: steps over which the momentum rises from 0.85 to 0.95; 0: 0.95 from the first step", "steps", low=0,
+        0, "muon, normuon: steps over which the momentum rises from 0.85 to 0.95; 0: it is always 0.95", "steps", low=0,
     )
     freeze: str = setting("", "parameters that are not trained, for example embedding.*,blocks.0.*", "patterns", resume=FIXED)
 
@@ -145,7 +145,8 @@ class StrategySettings:
         low=0.0, high=1.0, resume=FIXED, methods=("synchronous",),
     )
     sync_every: int = setting(
-        0, "local: steps between averages; 0: 50, or 1 with partial groups", "steps", low=0, resume=FIXED, methods=("local",),
+        0, "local: steps between averages; 0: automatic (50 with group=all, otherwise 1)", "steps", low=0, resume=FIXED,
+        methods=("local",),
     )
     meet_every: int = setting(
         0, "all methods but synchronous: steps between synchronizations of all ranks; 0: automatic", "steps", low=0, resume=FIXED,
@@ -164,19 +165,19 @@ class StrategySettings:
     )
     group_size: int = setting(2, "local with group=rotating: size of a group", "ranks", low=2, resume=FIXED, methods=("local",))
     outer_lr: float = setting(
-        -1.0, "local with group=all: outer learning rate; 1 with outer_momentum=0 is plain averaging; -1: 1 with topk or "
-        "randomk, else 0.7", "", low=-1.0, methods=("local",),
+        -1.0, "local with group=all: outer learning rate (1 with outer_momentum=0 is plain averaging); -1: automatic (1 with "
+        "topk or randomk, else 0.7)", "", low=-1.0, methods=("local",),
     )
     outer_momentum: float = setting(
-        -1.0, "local with group=all: outer Nesterov momentum; -1: 0 with topk or randomk, else 0.5 with overlap, else 0.7", "",
-        low=-1.0,
-        high=0.9999999, methods=("local",),
+        -1.0, "local with group=all: outer Nesterov momentum; -1: automatic (0 with topk or randomk, else 0.5 with overlap, else "
+        "0.7)", "", low=-1.0, high=0.9999999, methods=("local",),
     )
     overlap: bool = setting(
         False, "local with group=all: overlap each average with training and apply it at the next average", "bool", resume=FIXED,
         methods=("local",),
     )
-    servers: int = setting(0, "server: number of servers, which are the last ranks; 0: one", "ranks", low=0, methods=("server",))
+    servers: int = setting(0, "server: number of servers, which are the last ranks; 0: one server", "ranks", low=0,
+                           methods=("server",))
     mode: str = setting(
         "async", "server: how servers wait for workers", "", ("sync", "async", "ssp"), resume=FIXED, methods=("server",),
     )
@@ -203,8 +204,8 @@ class CommSettings:
         ("none", "bf16", "fp16", "int8", "int4", "int2", "onebit", "topk", "randomk", "powersgd"),
     )
     ratio: float = setting(
-        0.0, "share of values that topk and randomk send; 0: topk 0.01 (local: 0.03), randomk 0.1", "of all values", low=0.0,
-        high=1.0,
+        0.0, "share of values that topk and randomk send; 0: automatic (0.01 for topk, or 0.03 with local; 0.1 for randomk)",
+        "of all values", low=0.0, high=1.0,
     )
     ratio_warmup: int = setting(0, "number of steps in which the ratio decreases from 1 to comm.ratio", "steps", low=0)
     momentum: float = setting(
@@ -226,7 +227,7 @@ class CommSettings:
     )
     bucket_mb: float = setting(4.0, "size of a gradient bucket", "MiB", low=0.001)
     gpu: str = setting(
-        "auto", "how CUDA gradients are reduced: by GPU-aware MPI (device), through host memory (staged), or by NCCL; "
+        "auto", "how CUDA gradients are reduced; device: by GPU-aware MPI; staged: by MPI, through host memory; nccl: by NCCL; "
         "auto: device if a test succeeds, else staged", "", ("auto", "device", "staged", "nccl"),
     )
 
@@ -242,7 +243,8 @@ class MeshSettings:
                               low=1)
     sequence: bool = setting(False, "sequence parallelism: divide the positions of norms and residuals among the tp ranks")
     shard: int = setting(
-        0, "what replicas shard; 0: nothing; 1: optimizer state; 2: also gradients; 3: also parameters", "level", low=0, high=3,
+        0, "what is divided among replicas; 0: nothing; 1: optimizer state; 2: also gradients; 3: also parameters", "level",
+        low=0, high=3,
     )
 
 
@@ -258,8 +260,8 @@ class RunSettings:
     keep: int = setting(3, "number of checkpoints to keep", "", low=1)
     mirror: str = setting("", "address to which checkpoints are copied, for example s3://bucket/runs/NAME", "path")
     hang_seconds: float = setting(
-        60.0, "end the job with exit code 6 if no rank makes progress for this time, and for the time of 20 usual steps; 0: off",
-        "s", low=0.0,
+        60.0, "end the job with exit code 6 if no rank makes progress for this time and for as long as 20 usual steps take; "
+        "0: off", "s", low=0.0,
     )
     tries: int = setting(3, "maximum number of successive starts from the same checkpoint", "", low=1)
     stop_early_seconds: float = setting(

@@ -90,9 +90,9 @@ class Template:
     ) -> str:
         """Return the text of a chat. Raises TemplateRejection if the template rejects the chat.
 
-        `prompt`: whether the text ends with the generation prompt. `args`: variables for this chat. They override variables of
-        the same name in the attributes `names` and `args`. In the text, BEGIN and END enclose each part that {% generation %}
-        marks.
+        `prompt`: whether the text ends with the generation prompt. `args`: variables for this chat. If the attribute `names` or
+        `args` has a variable of the same name, the value in the argument `args` is used. In the text, BEGIN and END enclose each
+        part that {% generation %} marks.
         """
         jinja2, template = _library(), self.of(tools)._compiled
         given = {**self.names, **self.args, **(args or {})} | {

@@ -38,8 +38,8 @@ class MicroBatch:
 
     @classmethod
     def of(cls, v: int, tokens: np.ndarray, counts: np.ndarray | None, starts: np.ndarray | None) -> MicroBatch:
-        """Make a micro-batch in host memory. `v`: its index in the global batch. `tokens`: the training windows, (b, T + 1)
-        int64. Pure.
+        """Make a micro-batch in host memory. `v`: the index of the micro-batch in the global batch. `tokens`: the training
+        windows, (b, T + 1) int64. Pure.
 
         `counts`: (b, T + 1) bool, true for tokens that are targets, or None if all tokens are targets. `starts`: (b, T + 1) bool,
         true for tokens that start a document, or None if documents are not kept apart. If documents are kept apart, the first

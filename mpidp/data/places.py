@@ -17,8 +17,8 @@ from mpidp.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, placed
 
 
 def placer(tokenizer: Tokenizer, special: str) -> Callable[[list[str]], list[Placed]]:
-    """Return a function that encodes several texts with this tokenizer. The function returns a Placed for each text. `special`:
-    whether names of special tokens in a text become their ids ("tokens") or are plain text ("text"). Independent."""
+    """Return a function that encodes several texts with this tokenizer. The function returns a `Placed` object for each text.
+    `special`: whether names of special tokens in a text become their ids ("tokens") or are plain text ("text"). Independent."""
     if isinstance(tokenizer, ByteTokenizer):
         return lambda texts: [_single(tokenizer.encode(text), _of_bytes(text)) for text in texts]
     if isinstance(tokenizer, CharTokenizer):

@@ -18,7 +18,7 @@ TOKENS = ("input_ids", "token_ids", "tokens")  # usual names of columns of token
 @contextmanager
 def reading_columns(path: str, kind: str) -> Iterator[None]:
     """Return a context for reading a file with pyarrow. In this context, an error of pyarrow becomes a DataError that names the
-    file. `kind`: the suffix of the file, for messages. Raises UsageError if pyarrow is missing. Independent."""
+    file. `kind`: the suffix of the file. Errors name it. Raises UsageError if pyarrow is missing. Independent."""
     try:
         import pyarrow
     except ImportError:

@@ -1,4 +1,4 @@
-"""Functions for the fields of a row. They parse values, and format names of fields for messages. Pure."""
+"""Functions for the fields of a row. They parse values, and write names of fields as messages show them. Pure."""
 
 from __future__ import annotations
 

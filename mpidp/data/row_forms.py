@@ -40,8 +40,8 @@ def as_messages(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """Convert a row to the common form {"messages": [{"role", "content"}, ...]}. Return (row, name of the form that the row had).
 
     Fields that do not belong to the form stay in the row. A row that already has the common form, or that has an unknown form, is
-    not converted. The returned name is then "". Raises RowSkipped if the row has preferences, media or an answer that it marks as
-    unwanted. Also raises RowSkipped if a row of a known form is malformed."""
+    not converted. The returned name is then "". Raises RowSkipped if the row has preferences or media, or if the row marks its
+    answer as unwanted. Also raises RowSkipped if a row of a known form is malformed."""
     row = {key: value for key, value in fields.items() if value is not None}
     if found := [key for key in MEDIA if row.get(key)]:
         raise RowSkipped("malformed", f"a row with `{found[0]}`: mpidp trains on text only")
@@ -72,8 +72,8 @@ def as_messages(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 def as_pair(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """Convert a row of instructions to a row with `prompt` and `completion`. The prompt follows the prompt template of Stanford's
     Alpaca. Return (row, name of the form that the row had). A row that already has a prompt, or that has an unknown form, is not
-    converted. The returned name is then "". Raises RowSkipped if the row needs --format chat, has preferences, or has an answer
-    that it marks as unwanted."""
+    converted. The returned name is then "". Raises RowSkipped if the row needs --format chat or has preferences, or if the row
+    marks its answer as unwanted."""
     row = {key: value for key, value in fields.items() if value is not None}
     if "completion" not in row:
         _refuse_preferences(row, None)

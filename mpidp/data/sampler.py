@@ -1,8 +1,8 @@
 """The order of training windows. The windows of a micro-batch are a pure function of (seed, batch, micro-batch). Independent.
 
-T is the length of a window (seq_len). Window w consists of tokens [w T, w T + T + 1) of the stream. The first T tokens are the
-inputs, and the last T tokens are the targets. An epoch contains each window exactly once. Batches are numbered over all epochs.
-The last batch of an epoch may be shorter.
+T is seq_len. Window w consists of the T + 1 tokens [w T, w T + T + 1) of the stream. Its first T tokens are the inputs, and its
+last T tokens are the targets. An epoch contains each window exactly once. Batches are numbered over all epochs. The last batch of
+an epoch may be shorter.
 
 With order="sequential", window k is at position k of an epoch.
 

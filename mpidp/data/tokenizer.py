@@ -244,7 +244,7 @@ def tokenizer_from_json(text: str, eod: str | int | None = None, declared: str |
 
 def check_bpe_size(vocab_size: int, option: str = "") -> None:
     """Raise UsageError if byte-level BPE cannot have `vocab_size` ids, or if the `tokenizers` library is missing. `option`: the
-    value of --tokenizer, for the message. Independent."""
+    value of --tokenizer. Errors quote it. Independent."""
     if not 257 <= vocab_size <= MAX_VOCAB:
         raise UsageError(f"--tokenizer {option or f'bpe:{vocab_size}'}: the vocabulary size must be in 257..{MAX_VOCAB} "
                          "(at least 256 bytes and EOD)")

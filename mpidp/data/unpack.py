@@ -63,7 +63,7 @@ def packing(path: str | Path) -> bytes:
 
 
 def zstandard(path: str | Path) -> Any:
-    """Import and return the module zstandard. `path`: the file to read, for the message. Raises UsageError if the module is
+    """Import and return the module zstandard. `path`: the file to read. Errors name it. Raises UsageError if the module is
     missing. Independent."""
     try:
         import zstandard as library
@@ -149,9 +149,7 @@ class ZstdStream(io.RawIOBase):
         described = self._exactly(1)
         flags = described[0]
         single = flags >> 5 & 1
-        header = ZSTD + described + self._exactly(
-            (not single) + (0, 1, 2, 4)[flags & 3] + (single, 2, 4, 8)[flags >> 6]
-        )
+        header = ZSTD + described + self._exactly((not single) + (0, 1, 2, 4)[flags & 3] + (single, 2, 4, 8)[flags >> 6])
         window = 0
         try:
             window = self._zstandard.get_frame_parameters(header).window_size

@@ -35,7 +35,8 @@ class MachineFacts:
 
 
 def gather(rank: int, library: str) -> MachineFacts:
-    """Return the facts of this process. `rank`: its rank. `library`: name and version of the MPI library. Independent."""
+    """Return the facts of this process. `rank`: the rank of this process. `library`: name and version of the MPI library.
+    Independent."""
     versions = {"mpidp": mpidp.__version__, "python": platform.python_version(), "MPI": library}
     broken, gpus = {}, []
     for name in ("torch", "numpy", "h5py", "mpi4py"):

@@ -13,7 +13,7 @@ SHORT = {"-G": "--gpus"}
 
 def check_job_script(text: str, name: str) -> CheckResult:
     """Check that a job script requests GPUs only once. For Slurm, --gres=gpu and --gpus-per-node are two requests. `text`: the
-    contents of the script. `name`: its name, for the message. Pure."""
+    contents of the script. `name`: the name of the script. The result names it. Pure."""
     given = dict(sbatch_options(text))
     gres = [one for one in given.get("--gres", "").split(",") if one.partition(":")[0] == "gpu"]
     others = [f"{option}={given[option]}" for option in GPU_OPTIONS if option in given]

@@ -75,7 +75,7 @@ class HeartbeatRow:
 
     @property
     def doing(self) -> str:
-        """A description of what the rank is doing, for messages."""
+        """A description of what the rank is doing. Messages contain it."""
         waits = " (waiting for other ranks)" if self.waits and self.phase not in WAITS else ""
         return f"in {self.phase}{f' (bucket {self.bucket})' if self.bucket >= 0 else ''} of step {self.step}{waits}"
 

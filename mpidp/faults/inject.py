@@ -18,10 +18,10 @@ run returns to a checkpoint or continues without failed ranks. This module impor
 | flip | after the update, bit number bit= (0..31) of the first element of parameter number tensor= flips |
 
 The kinds nan and wrong need comm.reducer=tree, which keeps the gradients of lanes separate. The kinds wrong and flip need audits,
-which mesh.shard=2|3 do not support. Faults of the first three rows occur when the phase begins (default: compute). With
-`after=SECONDS`, they occur this many seconds later, even if another phase has begun. The kinds sysexit, raise and hang do not
-support `after`. A step has the phases data, compute, comm_wait and update. An update has the phases reduce, apply and publish.
-After the update, the phases evaluate and checkpoint may follow. In the phase respawn, failed ranks are replaced.
+which mesh.shard=2|3 do not support. Faults of the first three rows occur when the phase begins. The default phase is compute.
+With `after=SECONDS`, they occur this many seconds later, even if another phase has begun. The kinds sysexit, raise and hang do
+not support `after`. A step has the phases data, compute, comm_wait and update. An update has the phases reduce, apply and
+publish. After the update, the phases evaluate and checkpoint may follow. In the phase respawn, failed ranks are replaced.
 """
 
 from __future__ import annotations
@@ -215,9 +215,7 @@ def parse(text: str, rank: int = 0) -> InjectedFaults:
     return InjectedFaults([_fault(word) for word in text.split()], rank)
 
 
-def faults_from_environment(
-    rank: int, environment: Mapping[str, str] = os.environ, size: float = math.inf
-) -> InjectedFaults:
+def faults_from_environment(rank: int, environment: Mapping[str, str] = os.environ, size: float = math.inf) -> InjectedFaults:
     """Return the faults in the variable MPIDP_FAULT. If it is not set, there are no faults. Rank 0 prints a warning if there are
     faults. `size`: the largest number of ranks of the job. Raises UsageError if the variable is not valid, or names a rank that
     the job cannot have. Independent."""

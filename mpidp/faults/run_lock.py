@@ -54,9 +54,9 @@ class RunLock:
         """Acquire the lock. Raises UsageError if the folder is not writable, or if a running job holds the lock.
 
         `patience_seconds`: how long to wait for a holder on this machine to exit. If it is infinity, wait until the holder has
-        finished, on any machine. `watch_seconds`: how long to watch the counter of a holder on another machine. `ours`: whether
-        the holder was a failed rank of this job. `name`: the name of the lock file. `option`: the setting for the folder, for
-        messages."""
+        finished, also if the holder is on another machine. `watch_seconds`: how long to watch the counter of a holder on another
+        machine. `ours`: whether the holder was a failed rank of this job. `name`: the name of the lock file. `option`: the
+        setting that determines the folder. Error messages name this setting."""
         self.path, self._option = run_dir / name, option
         self.lost = False  # True once another job has taken the lock
         self._handle: int | None = None

@@ -1,8 +1,8 @@
 """The programs that can read an exported folder, and the restrictions of each program. docs/consumers.md lists versions. Pure.
 
-CONSUMERS maps each program to its restrictions. tests/programs/test_consumers.py runs the programs to test the restrictions. If
-no restriction refuses a model, the program must compute the same results as mpidp. If a restriction refuses a model, the program
-must fail or compute different results.
+CONSUMERS maps each program to its restrictions. A restriction refuses some models. If no restriction of a program refuses a
+model, the program computes the same results as mpidp. If a restriction refuses a model, the program fails or computes different
+results. tests/programs/test_consumers.py runs the programs to test both statements.
 """
 
 from __future__ import annotations

@@ -126,8 +126,8 @@ WIDTHS = (
 
 
 def sizes(kv: int = 0) -> tuple[Field, ...]:
-    """Return the Fields for the sizes of the model. kv: the number of key-value heads if config.json does not state it. If `kv`
-    is 0, this number is the number of heads."""
+    """Return the `Field` objects for the sizes of the model. kv: the number of key-value heads if config.json does not state it.
+    If `kv` is 0, this number is the number of heads."""
     return (
         *WIDTHS, size("num_key_value_heads", "num_kv_heads", lambda found: kv or found["num_heads"]),
         size("intermediate_size", "hidden_dim"),
@@ -138,26 +138,26 @@ def usual(
     kv: int = 0, head: int = 0, eps: float = 1e-6, ties: bool = False, act: str = "silu", act_key: str = "hidden_act",
     eps_key: str = "rms_norm_eps",
 ) -> tuple[Field, ...]:
-    """Return the Fields that nearly all families have. act_key, eps_key: the names of two fields. The other arguments are
-    defaults for missing fields: kv for num_key_value_heads, head for head_dim, eps for `eps_key`, ties for tie_word_embeddings,
-    act for `act_key`."""
+    """Return the `Field` objects that nearly all families have. act_key, eps_key: the names of two fields. The other arguments
+    are defaults for missing fields: kv for num_key_value_heads, head for head_dim, eps for `eps_key`, ties for
+    tie_word_embeddings, act for `act_key`."""
     return (*sizes(kv), head_dim(head), number(eps_key, "norm_eps", eps), activation(act_key, act), tied(ties))
 
 
 def bias(key: str = "attention_bias", default: bool = False) -> Field:
-    """Return the Field that determines whether q, k, v and o have biases. key: the name of the field. default: the value if the
-    field is missing."""
+    """Return the `Field` object that determines whether q, k, v and o have biases. key: the name of the field. default: the value
+    if the field is missing."""
     return flag(key, default, {"attention_bias": "q,k,v,o"}, {"attention_bias": ""})
 
 
 def mlp_bias(key: str = "mlp_bias") -> Field:
-    """Return the Field that determines whether the feed-forward layer has biases. key: the name of the field."""
+    """Return the `Field` object that determines whether the feed-forward layer has biases. key: the name of the field."""
     return flag(key, False, {"mlp_bias": True}, {"mlp_bias": False})
 
 
 def query_scale(default: float) -> Field:
-    """Return the Field query_pre_attn_scalar of Gemma. Attention scores are divided by the square root of its value. default:
-    the value if the field is missing."""
+    """Return the `Field` object of query_pre_attn_scalar of Gemma. Attention scores are divided by the square root of its value.
+    default: the value if the field is missing."""
     return number(
         "query_pre_attn_scalar", "attention_scale", default, lambda value, _: value**-0.5,
         lambda scale, options: _whole((scale or head_size(options) ** -0.5) ** -2),

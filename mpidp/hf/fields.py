@@ -18,7 +18,7 @@ ACTIVATIONS = {  # name in transformers -> option; if an option has several name
 
 
 class Given:
-    """The contents of a config.json. where: the file's path, for error messages."""
+    """The contents of a config.json. where: the file's path. Errors name it."""
 
     def __init__(self, config: Mapping[str, Any], where: object) -> None:
         self.config, self.where = config, where
@@ -68,8 +68,8 @@ class Field:
 
 
 def size(key: str, option: str, default: Callable[[Options], int] | None = None, most: int = MOST) -> Field:
-    """Return the Field of a positive integer. default: a function that computes the value of a missing field from the options of
-    earlier Fields. If `default` is None, a missing field is an error. most: the largest value that is accepted."""
+    """Return the `Field` object of a positive integer. default: a function that computes the value of a missing field from the
+    options of earlier Fields. If `default` is None, a missing field is an error. most: the largest value that is accepted."""
 
     def read(given: Given, found: Options) -> Options:
         return {option: given.number(key, int, None if default is None else default(found), most)}
@@ -81,8 +81,8 @@ def number(
     key: str, option: str, default: float, into: Callable[[float, Options], float] = lambda value, _: value,
     back: Callable[[float, Options], float] = lambda value, _: value, most: float = 2.0**62,
 ) -> Field:
-    """Return the Field of a positive number. into: a function that converts the number to the option. back: a function that
-    converts the option to the number. The second argument of both functions has the other options."""
+    """Return the `Field` object of a positive number. into: a function that converts the number to the option. back: a function
+    that converts the option to the number. The second argument of both functions has the other options."""
 
     def read(given: Given, found: Options) -> Options:
         return {option: float(into(given.number(key, float, default, most), found))}
@@ -91,8 +91,8 @@ def number(
 
 
 def cap(key: str, option: str, default: float | None) -> Field:
-    """Return the Field of a soft-cap. A field that is null means no soft-cap, and the option is then 0. default: the value if
-    the field is missing."""
+    """Return the `Field` object of a soft-cap. A field that is null means no soft-cap, and the option is then 0. default: the
+    value if the field is missing."""
 
     def read(given: Given, found: Options) -> Options:
         value = given.config.get(key, default)
@@ -102,8 +102,8 @@ def cap(key: str, option: str, default: float | None) -> Field:
 
 
 def flag(key: str, default: bool, on: Options, off: Options) -> Field:
-    """Return the Field of a boolean that determines several options. on: the options if the boolean is true. off: the options if
-    it is false. default: the boolean if the field is missing."""
+    """Return the `Field` object of a boolean that determines several options. on: the options if the boolean is true. off: the
+    options if it is false. default: the boolean if the field is missing."""
 
     def write(options: Options) -> dict[str, Any]:
         return {key: any(options[name] == value != off[name] for name, value in on.items())}
@@ -112,8 +112,8 @@ def flag(key: str, default: bool, on: Options, off: Options) -> Field:
 
 
 def activation(key: str, default: str, names: Mapping[str, str] = ACTIVATIONS) -> Field:
-    """Return the Field of the activation function. names: maps each name that the family accepts in config.json to the value of
-    the option `activation`. default: the name if the field is missing."""
+    """Return the `Field` object of the activation function. names: maps each name that the family accepts in config.json to the
+    value of the option `activation`. default: the name if the field is missing."""
 
     def read(given: Given, found: Options) -> Options:
         name = given.config.get(key, default)
@@ -129,19 +129,19 @@ def activation(key: str, default: str, names: Mapping[str, str] = ACTIVATIONS) -
 
 
 def implied(option: str, value: Callable[[Options], Any]) -> Field:
-    """Return a Field for an option that has no field in config.json. value: a function that computes the option from the options
-    of earlier Fields."""
+    """Return a `Field` object for an option that config.json does not contain. value: a function that computes the option from
+    the options of earlier Fields."""
     return Field((), (option,), lambda given, found: {option: value(found)}, lambda options: {})
 
 
 def tied(default: bool) -> Field:
-    """Return the Field tie_word_embeddings. default: the value if the field is missing."""
+    """Return the `Field` object of tie_word_embeddings. default: the value if the field is missing."""
     return flag("tie_word_embeddings", default, {"tie_embeddings": True}, {"tie_embeddings": False})
 
 
 def head_dim(default: int = 0) -> Field:
-    """Return the Field head_dim. default: the value if the field is missing. If `default` is 0, this value is hidden_size /
-    num_attention_heads."""
+    """Return the `Field` object of head_dim. default: the value if the field is missing. If `default` is 0, this value is
+    hidden_size / num_attention_heads."""
 
     def read(given: Given, found: Options) -> Options:
         return {"head_dim": given.number("head_dim", default=default or found["model_dim"] // found["num_heads"] or None)}

@@ -174,8 +174,8 @@ class ModelFolder:
 
 def longrope_notes(where: object, scaling: str, seq_len: int) -> list[str]:
     """Return messages for the user about a model with contexts of `seq_len` tokens. There is one message if transformers uses
-    other longrope factors than mpidp for some inputs, and otherwise none. where: the model's folder, for the message. scaling:
-    the option rope_scaling. Pure."""
+    other longrope factors than mpidp for some inputs, and otherwise none. where: the model's folder. The message names it.
+    scaling: the option rope_scaling. Pure."""
     found = rope_scaling(scaling)
     if found is None or found.kind != "longrope" or seq_len <= found.original:
         return []
@@ -186,8 +186,8 @@ def longrope_notes(where: object, scaling: str, seq_len: int) -> list[str]:
 
 
 def whole(sizes: dict[str, tuple[int, ...]], name: str) -> Entry:
-    """Return an Entry with which ModelFolder.box() reads the whole parameter `name`. sizes: the shapes of all parameters.
-    Pure."""
+    """Return an `Entry` object. Given this object, ModelFolder.box() reads the whole parameter `name`. sizes: the shapes of all
+    parameters. Pure."""
     return Entry(torch.empty(sizes[name], device="meta"))
 
 

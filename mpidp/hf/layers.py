@@ -26,8 +26,8 @@ def shortest(letters: str) -> str:
 
 
 def window(default: int | None) -> Field:
-    """Return the Field sliding_window of a family in which all layers have the same window. default: the value if the field is
-    missing."""
+    """Return the `Field` object of sliding_window of a family in which all layers have the same window. default: the value if the
+    field is missing."""
 
     def read(given: Given, found: Options) -> Options:
         return {"window": _window(given, default) or 0, "window_layers": ""}
@@ -47,7 +47,7 @@ def layered_window(
     default: int | None, usual: Callable[[Given, Options, bool], str], switch: bool = False, more: tuple[str, ...] = (),
     back: Callable[[Options], dict[str, Any]] = lambda options: {},
 ) -> Field:
-    """Return the Field of sliding_window and layer_types.
+    """Return the `Field` object of sliding_window and layer_types.
 
     A layer has the letter "w" if it has a window, and "f" if it has full attention. default: the value of sliding_window if this
     field is missing. usual(given, found, has_window): returns the letters of all layers if layer_types is missing. `has_window`
@@ -122,8 +122,8 @@ def first_window(options: Options) -> dict[str, Any]:
 
 
 def without_rotary(interval: int) -> Field:
-    """Return the Field of SmolLM3's no_rope_layers and no_rope_layer_interval. In no_rope_layers, a layer has the entry 1 if it
-    has rotary positions, and otherwise 0. interval: the value of no_rope_layer_interval if this field is missing."""
+    """Return the `Field` object of SmolLM3's no_rope_layers and no_rope_layer_interval. In no_rope_layers, a layer has the entry
+    1 if it has rotary positions, and otherwise 0. interval: the value of no_rope_layer_interval if this field is missing."""
 
     def read(given: Given, found: Options) -> Options:
         listed, layers = given.config.get("no_rope_layers"), found["num_layers"]

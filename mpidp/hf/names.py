@@ -23,7 +23,7 @@ def family_of(config: Mapping[str, Any], where: object) -> Family:
     """Return the family that a config.json names. Raises DataError if this family is not supported, or if the fields
     architectures and model_type name different families. Pure.
 
-    where: the file's path, for error messages.
+    where: the file's path. Errors name it.
     """
     named, kind = config.get("architectures"), config.get("model_type")
     listed = named if isinstance(named, list) and named else []
@@ -127,8 +127,8 @@ def options_of(shape: TransformerShape) -> Options:
 
 
 def longest_of(config: Mapping[str, Any], where: object) -> int | None:
-    """Return the maximum context length that config.json states, or None if it states none. where: the file's path, for error
-    messages. Raises DataError if this length is not a positive integer, or if the family is not supported. Pure."""
+    """Return the maximum context length that config.json states, or None if it states none. where: the file's path. Errors name
+    it. Raises DataError if this length is not a positive integer, or if the family is not supported. Pure."""
     key = family_of(config, where).longest
     return None if config.get(key) is None else Given(config, where).number(key)
 

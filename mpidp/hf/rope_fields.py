@@ -26,13 +26,13 @@ def rope(
     theta: float = 10000.0, theta_keys: tuple[str, ...] = ("rope_theta",), partial: float | None = None,
     partial_keys: tuple[str, ...] = ("partial_rotary_factor",), kinds: Mapping[str, str] | None = None, original: int = 0,
 ) -> Field:
-    """Return the Field of rotary positions, for a family in which they are the same in all layers.
+    """Return the `Field` object of rotary positions, for a family in which they are the same in all layers.
 
     theta: used if config.json does not state theta. theta_keys: the names of the fields outside rope_parameters that may contain
-    theta. If several of these are present, they must be equal. partial: the fraction of a head's dimensions that is rotated,
-    used if config.json does not state it. If `partial` is None, the family always rotates all dimensions. partial_keys: the
-    names of the fields outside rope_parameters that may contain this fraction. kinds: maps the family's name of each supported
-    scaling to mpidp's name. If `kinds` is None, all of mpidp's scalings are supported, under mpidp's names. original: used if
+    theta. If several of these are present, they must be equal. partial: the fraction of a head's dimensions that is rotated, used
+    if config.json does not state it. If `partial` is None, the family always rotates all dimensions. partial_keys: the names of
+    the fields outside rope_parameters that may contain this fraction. kinds: {the family's name: mpidp's name} of each supported
+    scaling. If `kinds` is None, all of mpidp's scalings are supported, under mpidp's names. original: used if
     original_max_position_embeddings is missing. If `original` is 0, max_position_embeddings is used.
     """
     known = dict.fromkeys(KINDS) if kinds is None else kinds
@@ -69,7 +69,8 @@ def rope(
 
 
 def two_ropes(theta: float, window_theta: float, window_key: str | None = None) -> Field:
-    """Return the Field of rotary positions, for a family in which layers with a window have a theta and a scaling of their own.
+    """Return the `Field` object of rotary positions, for a family in which layers with a window have a theta and a scaling of
+    their own.
 
     theta: used for layers with full attention if config.json does not state their theta. window_theta: used for layers with a
     window if config.json does not state their theta. window_key: the name of the field outside rope_parameters that may contain
@@ -160,9 +161,9 @@ def _check_ignored(given: Given, key: str, names: tuple[str, ...], used: float) 
 
 
 def scaling_text(given: Given, scaling: Mapping[str, Any], kinds: Mapping[str, str | None]) -> str:
-    """Return the option rope_scaling. scaling: the content of rope_parameters. kinds: maps the family's name of each supported
-    scaling to mpidp's name, or to None if the names are equal. Raises DataError if the scaling is not supported, or if one of
-    its values is missing or invalid. Pure."""
+    """Return the option rope_scaling. scaling: the content of rope_parameters. kinds: {the family's name: mpidp's name, or None
+    if both are equal} of each supported scaling. Raises DataError if the scaling is not supported, or if one of its values is
+    missing or invalid. Pure."""
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return ""

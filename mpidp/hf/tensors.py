@@ -91,8 +91,8 @@ class Layout:
 
 
 def stored_sizes(sizes: Mapping[str, tuple[int, ...]], places: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
-    """Return {name: shape} for the tensors that the family stores. sizes, places: the shape and the Place of each parameter.
-    Pure."""
+    """Return {name: shape} for the tensors in the files of this model family. sizes, places: the shape and the `Place` of each
+    parameter. Pure."""
     found: dict[str, tuple[int, ...]] = {}
     for name, place in places.items():
         rows, *rest = sizes[name]

@@ -112,8 +112,8 @@ def _stored(
     name: str, size: tuple[int, ...], places: Mapping[str, Place], weight: Callable[[str], Tensor], dtype: torch.dtype,
     not_finite: list[str],
 ) -> Tensor:
-    """Return a tensor as the family stores it. places: the Place of each parameter in this tensor. weight, dtype, not_finite:
-    see write_folder() and _converted()."""
+    """Return the tensor `name` in the layout of this model family's files. places: the `Place` of each parameter in this tensor.
+    weight, dtype, not_finite: see write_folder() and _converted()."""
     found = torch.empty(size, dtype=dtype)
     for parameter, place in places.items():
         values = _converted(name, weight(parameter), dtype, not_finite)
@@ -145,8 +145,8 @@ def _converted(name: str, tensor: Tensor, dtype: torch.dtype, not_finite: list[s
 def _text_files(
     shape: TransformerShape, tokenizer: str, special: SpecialTokens, dtype: str, before: Path | None
 ) -> tuple[str, dict[str, bytes], dict[str, Place]]:
-    """Return (architecture, files, places). architecture: its name. files: the contents of each file except the weights, by file
-    name. places: the Place of each parameter in the weights, by name."""
+    """Return (architecture, files, places). architecture: the name of the model's class in transformers. files: the contents of
+    each file except the weights, by file name. places: {name: `Place` object} of each parameter in the weights."""
     kept = companions(before, of_tokenizer=True) if before is not None else {}
     objects = {name: read_object(kept[name]) for name in ("config.json", CONFIG, GENERATION) if name in kept}
     ids = {"eos_token_id": special.ends[0]} if objects else config_ids(special)

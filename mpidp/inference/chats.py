@@ -56,8 +56,8 @@ def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def template_of(table: SpecialTokens, run: str, moment: float) -> Template:
-    """Return the run's chat template. Raises UsageError if the run has none. table: the special tokens of the run. run: its name
-    in error messages. moment: the time that the template prints as the current time, in seconds since 1970.
+    """Return the run's chat template. Raises UsageError if the run has none. table: the special tokens of the run. run: the name
+    of the run. Errors name it. moment: the time that the template prints as the current time, in seconds since 1970.
 
     Independent.
     """

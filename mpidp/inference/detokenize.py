@@ -26,7 +26,7 @@ class Detokenizer(Protocol):
 
 
 def detokenizer_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> Detokenizer:
-    """Return a Detokenizer for the tokens that follow the ids `prompt`. Independent."""
+    """Return a `Detokenizer` object for the tokens that follow the ids `prompt`. Independent."""
     of = bytes_of_tokens(tokenizer)
     return _Windowed(tokenizer, prompt) if of is None else _Bytewise(of, all(i in (tokenizer.eod, tokenizer.bos) for i in prompt))
 

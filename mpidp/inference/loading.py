@@ -29,7 +29,7 @@ from mpidp.inference.base_folder import BaseFolder, is_base_folder
 from mpidp.inference.plausible import MAX_THREADS, check_settings, check_shape
 from mpidp.model.kinds import saved_shape
 from mpidp.model.part import check_split
-from mpidp.model.starting import base_weights, prepared
+from mpidp.model.starting import adapters, base_weights, prepared
 from mpidp.parallel.grid import Grid, make_grid
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.parallel.pipeline import FORWARD, Stages
@@ -58,7 +58,7 @@ class Loaded:
     stages: Stages | None = None  # this rank's place in a pipeline
     losses: Callable[[Tensor, Tensor], Tensor] | None = None  # computes losses from this rank's logits; None: plain_losses
     tensor_comm: TensorComm | None = None  # communicates with the ranks that compute each layer together
-    name: str = "the model"  # the path of its checkpoint, for error messages
+    name: str = "the model"  # the path of the checkpoint; errors show it
 
     def diverged(self, what: str) -> DataError:
         """Return an error that says that a result is nan or infinite. what: the name of the result. The caller must raise the
@@ -142,7 +142,7 @@ def table_of_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
 
 
 def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str | None = None) -> Encoder:
-    """Return an Encoder with a tokenizer and with the special tokens of the training data.
+    """Return an `Encoder` object with a tokenizer and with the special tokens of the training data.
 
     path: a tokenizer.json or a folder that contains one, or None for the model's tokenizer. special: how names of special tokens
     in a text, such as <|im_start|>, are encoded. With "text", they are encoded like any other text. With "tokens", they become
@@ -216,13 +216,14 @@ def base_model(reader: Source, parts: ModelPartition, moved: str = "") -> Any:
     If the run does not have this setting, they are initialized from the seed.
 
     moved: the new path of the base model, or "" if it has not moved. Raises DataError if the base model is missing, has other
-    sizes, or has changed. Parts of models are not supported. Independent.
+    sizes, or has changed. Collective over parts.grid.world if the model is divided. Otherwise independent.
     """
     settings = reader.meta["config"]
     if "init_from" not in reader.meta:
         return base_weights(settings, parts.shape, parts.part)
     path, wanted = Path(moved or reader.meta["init_from"]["path"]), reader.meta["init_from"]["weights_sha256"]
-    with readable(path):
+    grid = parts.grid
+    with raise_together(grid.model if grid.parts == 1 else grid.world), readable(path):  # before all ranks compute the hash
         weights = weights_at(path)
         if isinstance(weights, Reader):
             stored, tensors = int(weights.meta["shape"]["vocab_size"]), weights.meta["tensors"]
@@ -239,7 +240,8 @@ def base_model(reader: Source, parts: ModelPartition, moved: str = "") -> Any:
 
 
 def load_model(reader: Source, grid: Grid, device: str, threads: int, kind: str = "", base: str = "") -> Loaded:
-    """Load this rank's part of the model, and prepare it for inference. Independent.
+    """Load this rank's part of the model, and prepare it for inference. Collective over grid.world if a model with adapters is
+    divided. Otherwise independent.
 
     kind: the option --model.kind, which a custom model requires. base: the new path of the base model of a LoRA run, or "" if it
     has not moved. Raises CheckpointError if the checkpoint is damaged, and UsageError if the grid, the device or the kind does
@@ -260,12 +262,10 @@ def load_model(reader: Source, grid: Grid, device: str, threads: int, kind: str 
         settings = reader.meta["config"]
         if base and not (settings.get("model.lora_rank", 0) and "init_from" in reader.meta):
             raise UsageError(f"--base {base}: {reader.path} contains all weights; only LoRA adapters on existing weights need it")
-        has_adapters = settings.get("model.lora_rank", 0)
-        if has_adapters and grid.parts > 1:
-            raise UsageError(f"{reader.path} contains LoRA adapters, which do not support --tp and --pp: omit these options")
-        model = base_model(reader, parts, base) if has_adapters else base_weights(settings, shape, parts.part)
+        added = adapters(settings, shape)
+        model = base_model(reader, parts, base) if added else base_weights(settings, shape, parts.part)
         model = prepared(model, settings, shape, parts.part).to(where)
-        parts.load(reader, model)
+        ModelPartition(grid, shape, adapters=added).load(reader, model)
         dtype = torch.float32 if where.type == "cpu" else getattr(torch, reader.meta["config"]["train.dtype"])
     wire, loaded = Messages(where, "host" if where.type == "cpu" else "staged"), Loaded(
         model.eval(), where, dtype, grid, name=str(reader.path)

@@ -43,8 +43,7 @@ def prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refusal(error: RowSkipped) -> DataError:
-    """Return a DataError for the commands generate and chat. error: an error whose message was written for the command
-    prepare."""
+    """Return a `DataError` whose message fits the commands generate and chat. error: its message fits the command prepare."""
     said = str(error).replace("trains on text only", "reads text only")
     return DataError(said.replace("use --format chat", "it needs a chat template (generate --chat)"))
 

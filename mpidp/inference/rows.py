@@ -32,7 +32,7 @@ def read_text(path: str | Path) -> str:
 
 def read_rows(path: str | Path, wanted: str) -> list[Row]:
     """Return the rows of a file. All kinds of files in text_files.py are supported, except plain text. A file that looks like
-    plain text is read as JSON lines. wanted: an example of a valid row, for error messages.
+    plain text is read as JSON lines. wanted: an example of a valid row. Errors quote it.
 
     Raises DataError if the file cannot be read or is empty, or if a row is malformed. Independent.
     """
@@ -78,8 +78,8 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
 
 
 def recognized(path: str | Path) -> TextFile:
-    """Return a TextFile. It states what kind of text or rows the file contains. Raises DataError if the file cannot be read as
-    text. Independent."""
+    """Return a `TextFile` object, which states what kind of text or rows the file contains. Raises DataError if the file cannot
+    be read as text. Independent."""
     try:
         return recognize(path)
     except NotText as error:

@@ -26,8 +26,8 @@ OFFLINE = (
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """The options of an evaluation on tasks. names: the names of tasks, groups or tags, which the harness or task files in
-    `folder` define. folder: "" if there are no such files."""
+    """The options of an evaluation on tasks. names: each is the name of a task, of a group of tasks, or of a tag. The harness
+    defines such names, and so do task files in `folder`. folder: "" if there are no task files."""
 
     names: Sequence[str]
     folder: str = ""

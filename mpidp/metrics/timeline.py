@@ -70,8 +70,9 @@ class Timeline(StepObserver):
             self._open = phase, time.perf_counter()
 
     def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[None] | None:
-        """Return a context. If `step` is selected, the time inside the context is recorded as a span with the name `name` and
-        the arguments `about`. Return None if no step is selected, or if spans with this name are not recorded. Independent."""
+        """Return a context. If `step` is selected, the time inside the context is recorded as a span with the name `name` and the
+        arguments `about`. Return None instead if the run has no selected steps, or if the timeline never records spans with this
+        name. Independent."""
         if not self.last or name == "micro_batch":
             return None
         return self._span(step, name, about)

@@ -15,9 +15,7 @@ def _hash32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def keyed_dropout(
-    x: Tensor, p: float, key: Tensor | None, site: int, local: range | None = None, length: int = 0
-) -> Tensor:
+def keyed_dropout(x: Tensor, p: float, key: Tensor | None, site: int, local: range | None = None, length: int = 0) -> Tensor:
     """Return x after dropout with probability `p`. The mask depends only on the key, the site and the index in x.
 
     x: any shape. key: int64 scalar tensor in [0, 2^32), or None for no dropout. site: the number of this use of dropout in the

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpidp.errors import UsageError
+from mpidp.model.part import TABLES
+from mpidp.model.shape import shapes_of
 
 A, B = ".lora_a", ".lora_b"
 ALL = {"q", "k", "v", "o", "gate", "up", "down"}  # the default of model.lora_targets
@@ -33,60 +35,85 @@ def saved_names(names: Sequence[str]) -> list[str]:
     return [name for name in names if is_adapter(name)] or list(names)
 
 
-def adapters_of(layers: Mapping[str, Sequence[int]], rank: int, targets: str) -> list[str]:
-    """Return the names of the layers that get adapters. A layer gets an adapter if `targets` has the last component of its name.
-    An example of `targets` is "q,v". The default of `targets` names all layers of a block. Names in this default that the model
-    does not have are ignored.
+def adapter_sizes(sizes: Mapping[str, Sequence[int]], rank: int, targets: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the adapters' parameters, by name. A layer gets an adapter if `targets` has the last component of its
+    name. An example of `targets` is "q,v". The default of `targets` names all layers of a block. Names in this default that the
+    model does not have are ignored.
 
-    layers: the shape (outputs, inputs) of each layer, by name. Raises UsageError if a name in `targets` matches no layer, or if
+    sizes: the shapes of the base model's parameters, by name. Raises UsageError if a name in `targets` matches no layer, or if
     the rank exceeds the smaller dimension of a layer that gets an adapter. Pure.
     """
+    layers = {key.removesuffix(".weight"): size for key, size in sizes.items() if len(size) == 2 and not key.startswith(TABLES)}
     wanted, known = {part.strip() for part in targets.split(",") if part.strip()}, {name.rpartition(".")[2] for name in layers}
     wanted = wanted & known if wanted == ALL else wanted
     if not wanted or wanted - known:
         unknown = ", ".join(sorted(wanted - known))
         problem = f"{unknown}, which this model does not have" if unknown else "no layer"
         raise UsageError(f"model.lora_targets={targets} names {problem}. Use some of its layers: {', '.join(sorted(known))}")
-    found = [name for name in layers if name.rpartition(".")[2] in wanted]
-    for name in found:
-        if rank > min(layers[name]):
+    found = {name: size for name, size in layers.items() if name.rpartition(".")[2] in wanted}
+    for name, size in found.items():
+        if rank > min(size):
             raise UsageError(
-                f"model.lora_rank={rank} exceeds the smaller dimension of {name} ({' x '.join(map(str, layers[name]))}), so "
-                f"the adapter would be larger than the layer. Use at most {min(layers[name])}, or other model.lora_targets"
+                f"model.lora_rank={rank} exceeds the smaller dimension of {name} ({' x '.join(map(str, size))}), so the "
+                f"adapter would be larger than the layer. Use at most {min(size)}, or other model.lora_targets"
             )
-    return found
+    return {name + key: (rank, n) if key == A else (m, rank) for key in (A, B) for name, (m, n) in found.items()}
 
 
 def attach(model: nn.Module, rank: int, alpha: float, targets: str, seed: int) -> None:
-    """Add adapters to the layers that `targets` names, and freeze all other parameters. Independent.
+    """Add adapters to the layers that `targets` names, and freeze all other parameters. model: a model, or a part of a
+    Transformer. Independent.
 
-    targets: see adapters_of(). Raises UsageError if a name in `targets` matches no layer, or if the rank exceeds the smaller
+    targets: see adapter_sizes(). Raises UsageError if a name in `targets` matches no layer, or if the rank exceeds the smaller
     dimension of such a layer.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    names = adapters_of({name: layer.weight.shape for name, layer in layers.items()}, rank, targets)
+    own, part = {f"{name}.weight": layer.weight.shape for name, layer in layers.items()}, getattr(model, "part", None)
+    sizes = adapter_sizes(own if part is None else shapes_of(cast(Any, model).shape), rank, targets)
     model.requires_grad_(False)
-    for name in names:
-        layer = layers[name]
-        outputs, inputs = layer.weight.shape
-        a = torch.empty(rank, inputs)
+    for name, layer in layers.items():
+        if name + A not in sizes:
+            continue
+        a, b = torch.empty(sizes[name + A]), torch.zeros(sizes[name + B])
         if not layer.weight.is_meta:
             key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-            nn.init.uniform_(a, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs), generator=generator)
-        where = layer.weight.device
-        layer.lora_a, layer.lora_b = nn.Parameter(a.to(where)), nn.Parameter(torch.zeros(outputs, rank, device=where))
-        layer.register_forward_hook(_Add(alpha / rank))
+            nn.init.uniform_(a, -1 / math.sqrt(a.shape[1]), 1 / math.sqrt(a.shape[1]), generator=generator)
+        if part is not None:
+            a, b = (one[part.box(name + key, tuple(one.shape))].clone() for key, one in ((A, a), (B, b)))
+        _add(layer, a.to(layer.weight.device), b.to(layer.weight.device), alpha / rank)
 
 
-class _Add:
-    """Forward hook of a layer. It adds the adapter's output to the layer's output."""
+class Adapter:
+    """Forward hook of a layer. It adds the adapter's output to the layer's output. The hook is the layer's attribute `adapter`.
+    """
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
+        self.linear: Callable[[Tensor, Tensor], Tensor] = F.linear
+        self.factors: Callable[[Any], Sequence[Tensor]] = lambda layer: (layer.lora_a, layer.lora_b)
 
     def __call__(self, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output + F.linear(F.linear(inputs[0], layer.lora_a), layer.lora_b) * self.scale
+        a, b = self.factors(layer)
+        return output + self.linear(self.linear(inputs[0], a), b) * self.scale
+
+
+def weight_of(layer: Any) -> Tensor:
+    """Return the weight of a layer. If the layer has an adapter, return W + (alpha / rank) B A, which has gradients. Pure."""
+    has_adapter = hasattr(layer, "adapter")
+    return layer.weight + layer.lora_b @ layer.lora_a * layer.adapter.scale if has_adapter else layer.weight  # type: ignore[no-any-return]
+
+
+def _add(layer: Any, a: Tensor, b: Tensor, scale: float) -> None:
+    layer.lora_a, layer.lora_b, layer.adapter = nn.Parameter(a), nn.Parameter(b), Adapter(scale)
+    layer.register_forward_hook(layer.adapter)
+
+
+def attach_like(template: nn.Module, model: nn.Module) -> None:
+    """Add an adapter with empty matrices to each layer of `template` whose namesake in `model` has an adapter. Independent."""
+    for name, layer in model.named_modules():
+        if hasattr(layer, "adapter"):
+            _add(template.get_submodule(name), torch.empty(0), torch.empty(0), cast(Any, layer).adapter.scale)
 
 
 @torch.no_grad()

@@ -6,6 +6,9 @@ split by rows. The weights of o and down are split by columns, so the outputs of
 of o and down are replicated, and added after this sum. Embedding and head are split by rows. Learned positions and norms are
 replicated, but norms over all heads together (model.qk_norm=layer) are split by heads. Between branches, a rank has the hidden
 states of all positions. With sequence parallelism, it has only those of its own positions (Korthikanti 2022, section 4.2.2).
+
+An adapter adds B A to a weight (lora.py). If the weight is split by rows, B is split by rows and A is replicated. If the weight
+is split by columns, A is split by columns and B is replicated.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from mpidp.model.shape import Shape, TransformerShape
 
 TABLES = ("embedding", "positions")  # parameters of the first stage
 ROWS = ("embedding", "head", "q", "k", "v", "gate", "up")  # layers whose weight and bias are split by rows
-COLUMNS = ("attention.o.weight", "feed_forward.down.weight")  # parameters that are split by columns
+COLUMNS = tuple(f"{layer}.{part}" for layer in ("attention.o", "feed_forward.down") for part in ("weight", "lora_a"))
 HEAD_NORMS = ("q_norm", "k_norm")
 
 
@@ -62,7 +65,7 @@ class Part:
         return "embedding.weight" if self.tied and name == "head.weight" else name
 
     def box(self, name: str, size: tuple[int, ...]) -> tuple[slice, ...]:
-        """Return this rank's box of a parameter. name, size: its name and shape in the whole model. Pure."""
+        """Return this rank's box of a parameter. name, size: the parameter's name and shape in the whole model. Pure."""
         dim, found = self._dim(name), [slice(0, length) for length in size]
         if dim is not None:
             unit = self.head_dim if ".attention." in name else 1  # heads are never split
@@ -84,10 +87,11 @@ class Part:
         layer = name.rpartition(".")[0].rpartition(".")[2]
         if name.endswith(COLUMNS):
             return 1
-        return 0 if layer in ROWS or (self.norms_all_heads and layer in HEAD_NORMS) else None
+        rows = layer in ROWS and not name.endswith(".lora_a")
+        return 0 if rows or (self.norms_all_heads and layer in HEAD_NORMS) else None
 
     def has(self, name: str) -> bool:
-        """Return whether this rank has a parameter or a section of it. name: its name in the whole model. Pure."""
+        """Return whether this rank has a parameter or a section of it. name: the parameter's name in the whole model. Pure."""
         names = name.split(".")
         if names[0] == "blocks":
             return int(names[1]) in self.layers
@@ -105,15 +109,13 @@ class Part:
 
 
 def whole(shape: Shape) -> Part:
-    """Return a Part that is the whole model. Pure."""
+    """Return the whole model as a `Part` object. Pure."""
     return Part((range(shape.num_layers),), tied=shape.tie_embeddings, head_dim=shape.head_dim)
 
 
-def part_of(
-    shape: Shape, stage: int, stages: int, index: int, size: int, sequence: bool = False, chunks: int = 1
-) -> Part:
-    """Return the Part of a rank. stage: the rank's pipeline stage, from 0. stages: number of stages. index: the rank's
-    tensor-parallel index, from 0. size: number of tensor-parallel ranks.
+def part_of(shape: Shape, stage: int, stages: int, index: int, size: int, sequence: bool = False, chunks: int = 1) -> Part:
+    """Return a `Part` object, which describes the part of a rank. stage: the rank's pipeline stage, from 0. stages: number of
+    stages. index: the rank's tensor-parallel index, from 0. size: number of tensor-parallel ranks.
 
     sequence: whether to use sequence parallelism. chunks: number of chunks per stage (mesh.interleave). Pure.
     """

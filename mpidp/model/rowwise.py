@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpidp.model.feed_forward import OutputLinear
@@ -18,9 +19,17 @@ def by_rows(model: nn.Module) -> None:
     positions are still computed by matrix products. Independent.
     """
     for module in model.modules():
-        if isinstance(module, nn.Linear) and "forward" not in vars(module) and module.weight.device.type == "cpu":
+        if not isinstance(module, nn.Linear) or module.weight.device.type != "cpu":
+            continue
+        if "forward" not in vars(module):
             bias = None if isinstance(module, OutputLinear) else module.bias
             module.forward = partial(_forward, module.weight, bias, module.forward)  # type: ignore[method-assign]
+        if hasattr(module, "adapter"):
+            module.adapter.linear = _linear  # type: ignore[union-attr]
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return _forward(weight, None, lambda x: F.linear(x, weight), x)
 
 
 def _forward(weight: Tensor, bias: Tensor | None, otherwise: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -62,8 +62,8 @@ class LSTMShape:
         return found if self.tie_embeddings else found | {"head.weight": (self.vocab_size, d)}
 
     def flops_per_token(self) -> float:
-        """Return 6 N, where N is the number of parameters without an untied embedding. Each is used in one forward and two
-        backward products per token."""
+        """Return 6 N. N counts all parameters except an embedding that is not tied to the head. Each counted parameter is used in
+        one forward and two backward products per token."""
         embedding = 0 if self.tie_embeddings else self.vocab_size * self.model_dim
         return 6.0 * (num_parameters(self) - embedding)
 
@@ -115,10 +115,10 @@ def num_parameters(shape: Shape) -> int:
 def flops_per_token(shape: Shape, parameters: int) -> float:
     """Return floating-point operations per token, forward and backward: 6 N + 12 H E A (Chowdhery 2022, appendix B).
 
-    N: the number of parameters. Learned positions, and an untied embedding, are not counted. H: number of heads. E: head size.
-    A: the number of positions that a position attends to, summed over the layers. In one layer this is seq_len, or the window if
-    it is shorter. For an LSTM or a custom model, the result is shape.flops_per_token(). parameters: the number of all
-    parameters.
+    N: the number of parameters, except learned positions, and except an embedding that is not tied to the head. H: number of
+    heads. E: head size. A: the number of positions that a position attends to, summed over the layers. In one layer this is
+    seq_len, or the window if it is shorter. For an LSTM or a custom model, the result is shape.flops_per_token(). parameters: the
+    number of all parameters.
     """
     if not isinstance(shape, TransformerShape):
         return shape.flops_per_token()

@@ -13,7 +13,7 @@ import torch
 from mpidp.errors import UsageError
 from mpidp.model.frozen import frozen, trained
 from mpidp.model.kinds import make_model
-from mpidp.model.lora import A, B, adapters_of, attach
+from mpidp.model.lora import adapter_sizes, attach
 from mpidp.model.part import Part
 from mpidp.model.shape import Shape, TransformerShape, shapes_of
 
@@ -34,6 +34,13 @@ def base_weights(settings: Settings, shape: Shape, part: Part) -> Any:
     return model
 
 
+def adapters(settings: Settings, shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters of the run's adapters in the whole model, by name. Without LoRA, return {}. Raises
+    UsageError in the same cases as prepared(). Pure."""
+    rank = settings.get("model.lora_rank", 0)
+    return adapter_sizes(shapes_of(shape), rank, settings["model.lora_targets"]) if rank else {}
+
+
 def prepared(model: Any, settings: Settings, shape: Shape, part: Part) -> Any:
     """Add the run's LoRA adapters to the model, freeze parameters, and return the model. Independent.
 
@@ -44,7 +51,8 @@ def prepared(model: Any, settings: Settings, shape: Shape, part: Part) -> Any:
     if patterns := settings.get("optim.freeze", ""):
         parameters = {part.global_name(name): p for name, p in model.named_parameters()}
         is_whole = part.has_embedding and part.has_head and len(part.layers) == shape.num_layers
-        for name in frozen(list(parameters if is_whole else shapes_of(shape)), patterns) & set(parameters):
+        names = parameters if is_whole else shapes_of(shape) | adapters(settings, shape)
+        for name in frozen(list(names), patterns) & set(parameters):
             parameters[name].requires_grad_(False)
     return model
 
@@ -54,18 +62,10 @@ def trained_sizes(settings: Settings, shape: Shape, part: Part) -> dict[str, tup
 
     Raises UsageError if no parameter is trained, and in the cases of prepared().
     """
-    sizes, names = part.sizes(shapes_of(shape)), list(shapes_of(shape))
-    if rank := settings.get("model.lora_rank", 0):
-        layers = {name.removesuffix(".weight"): size for name, size in sizes.items() if len(size) == 2}
-        for table in ("embedding", "positions"):
-            layers.pop(table, None)
-        found = {name: layers[name] for name in adapters_of(layers, rank, settings["model.lora_targets"])}
-        sizes = {name + A: (rank, size[1]) for name, size in found.items()}
-        sizes |= {name + B: (size[0], rank) for name, size in found.items()}
-        names += list(sizes)
+    base, added = shapes_of(shape), adapters(settings, shape)
     patterns = settings.get("optim.freeze", "")
-    fixed = frozen(names, patterns)
-    left = {name: size for name, size in sizes.items() if name not in fixed}
+    fixed = frozen([*base, *added], patterns)
+    left = {name: size for name, size in part.sizes(added or base).items() if name not in fixed}
     if not left:
         where = " of a pipeline stage" if len(part.layers) < shape.num_layers else ""
         raise UsageError(f"optim.freeze={patterns} freezes all trainable parameters{where}: leave at least one to train")

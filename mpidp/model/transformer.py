@@ -86,11 +86,11 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return logits (B, T, V) of the next token.
 
-        x: tokens (B, T) int64, T <= seq_len. positions: (B, T) (default: 0 to T - 1). doc_ids: the number of each token's
-        document, (B, T). Tokens attend only to tokens of the same document. key: the dropout key, an int64 scalar tensor, or
-        None for no dropout (evaluation). length: T (default: the number of positions in x). It is required with sequence
-        parallelism if x has only this rank's positions. chunk: index into part.chunks. caches: one cache per row, with the
-        positions before x. The positions of x are added to the caches.
+        x: tokens (B, T) int64, T <= seq_len. positions: the position of each token, (B, T). If it is None, the positions are 0 to
+        T - 1. doc_ids: the number of each token's document, (B, T). Tokens attend only to tokens of the same document. key: the
+        dropout key, an int64 scalar tensor, or None for no dropout (evaluation). length: T. If it is 0, T is the number of
+        positions in x. With sequence parallelism, `length` is required if x has only this rank's positions. chunk: index into
+        part.chunks. caches: one cache per row, with the positions before x. The positions of x are added to the caches.
         """
         t = length or x.shape[1]
         if caches is not None:
@@ -166,6 +166,7 @@ class Transformer(nn.Module):
         self.defers_head = True
         if self.head is not None:
             self.head.forward = _unchanged  # type: ignore[method-assign]
+            self.head._forward_hooks.clear()  # the loss applies the adapter of the head, too (lora.weight_of)
 
     def new_cache(self, positions: int) -> Cache | None:
         """Return an empty cache for a sequence of `positions` positions, but at most seq_len."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from mpi4py import MPI
 from torch import Tensor
 
+from mpidp.model.lora import weight_of
 from mpidp.model.products import product
 from mpidp.model.shape import Shape, TransformerShape
 from mpidp.parallel.tensor_comm import TensorComm
@@ -121,8 +122,8 @@ def defer_head(
     model: Any, shape: Shape, rows: int, dtype: torch.dtype, first: int, tp: TensorComm | None,
     weights: Callable[[], Sequence[Tensor]] | None = None, add: Callable[[Sequence[Tensor]], Tensor] = tree_sum,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Make a Transformer, or a part of one, return hidden states. Return the ChunkedLoss that computes the loss from them. The
-    arguments are those of ChunkedLoss. If `weights` is None, the head is one matrix. Independent."""
+    """Make a Transformer, or a part of one, return hidden states. Return a `ChunkedLoss` object, which computes the loss from
+    them. The arguments are those of ChunkedLoss. If `weights` is None, the head is one matrix. Independent."""
     assert isinstance(shape, TransformerShape)
     model.defer_head()
-    return ChunkedLoss(shape, weights or (lambda: [model.head.weight]), rows, dtype, first, tp, add)
+    return ChunkedLoss(shape, weights or (lambda: [weight_of(model.head)]), rows, dtype, first, tp, add)

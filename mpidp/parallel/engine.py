@@ -63,8 +63,8 @@ class Engine:
     ) -> None:
         """dtype: dtype of matrix products under autocast. The weights stay float32. nominal_tokens: every loss is divided by this
         number before backward, so that gradients do not overflow 16-bit formats. stages: this rank's pipeline stage, or None
-        without a pipeline. token_losses: a function (logits, targets) that returns the sum of the token losses (default:
-        plain_losses). reports_loss: False if another rank reports the same losses. observers: notified of every micro-batch and
+        without a pipeline. token_losses: a function (logits, targets) that returns the sum of the token losses. By default, it is
+        plain_losses(). reports_loss: False if another rank reports the same losses. observers: notified of every micro-batch and
         phase. fill: Strategy.fill, which takes part in forward passes of other ranks."""
         self.model, self.device, self.dtype = model, device, dtype
         self.seed, self.dropout, self.nominal_tokens = seed, dropout, nominal_tokens
@@ -152,10 +152,14 @@ class Engine:
         if pending.output is None:
             return nothing
         ends = self.stages is None or self.stages.is_last(pending.chunk)
+        if self.stages is not None:
+            self.stages.v = pending.mb.v
         if self.stages is None or ends:
             (pending.output / self.nominal_tokens).backward()
         else:
-            pending.output.backward(self.stages.receive(BACKWARD, pending.mb.v, tuple(pending.output.shape), pending.chunk))
+            grad = self.stages.receive(BACKWARD, pending.mb.v, tuple(pending.output.shape), pending.chunk)
+            if pending.output.requires_grad:  # otherwise all parameters before this output are frozen
+                pending.output.backward(grad)
         if pending.received is not None and self.stages is not None:
             assert pending.received.grad is not None
             self.stages.send(BACKWARD, pending.mb.v, pending.received.grad, pending.chunk)
@@ -172,9 +176,9 @@ class Engine:
         seq_len: number of inputs per window. Windows are computed independently, and the last window may be shorter. max_tokens:
         if above 0, evaluate only the first max_tokens // seq_len windows, but at least one. sequences: number of windows per
         batch. The losses of batches are added in order, so the bits do not depend on the number of ranks. replicas: the batches
-        are distributed over the ranks of this communicator (default: comm). It differs from `comm` if several ranks compute a
-        batch together. Raises DataError if a token id is outside the vocabulary, or if the loss mask excludes all targets.
-        Collective over comm.
+        are distributed over the ranks of this communicator. By default, it is `comm`. It differs from `comm` if several ranks
+        compute a batch together. Raises DataError if a token id is outside the vocabulary, or if the loss mask excludes all
+        targets. Collective over comm.
         """
         self.model.eval()
         targets = stream.num_tokens - 1

@@ -33,10 +33,14 @@ from mpidp.reducers.buckets import GradientBuffer
 class ModelPartition:
     """The part of the model that this rank holds. Methods are independent unless their docstrings say otherwise."""
 
-    def __init__(self, grid: Grid, shape: Shape, sequence: bool = False, chunks: int = 1, slices: int = 1) -> None:
+    def __init__(
+        self, grid: Grid, shape: Shape, sequence: bool = False, chunks: int = 1, slices: int = 1,
+        adapters: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
         """sequence: whether sequence parallelism is used. chunks: number of chunks per pipeline stage. slices: model.slices.
-        Independent."""
-        self.grid, self.shape, self.sizes, self.sequence, self.chunks = grid, shape, shapes_of(shape), sequence, chunks
+        adapters: the shapes of the adapters' parameters, by name. Independent."""
+        self.grid, self.shape, self.sequence, self.chunks, self.sizes = grid, shape, sequence, chunks, shapes_of(shape)
+        self.sizes.update(adapters or {})
         self.part = self._part_of(grid.model.rank)
         self.norm_by_slices = NormBySlices(grid, self.part, self.sizes, slices, self.counts) if slices > 1 else None
 

@@ -24,7 +24,7 @@ class Stages:
         self.comm, self.wait, self._transport, self._device = grid.pp, grid.wait, transport, device
         self.index, self.count = self.comm.rank, self.comm.size
         self.first, self.last = self.index == 0, self.index == self.count - 1
-        self.chunks = chunks
+        self.chunks, self.v = chunks, 0  # v: the micro-batch of the current backward pass
         self._sent: list[tuple[MPI.Request, Tensor]] = []
 
     def is_first(self, chunk: int = 0) -> bool:

@@ -5,7 +5,7 @@ hidden channels or rows of the vocabulary. With T ranks, each rank computes S / 
 product, attention and activation has the shape of one slice, and its operands are contiguous and aligned. A library therefore
 computes the same bits on every mesh. Sums over slices are added in the order of a fixed tree (tree_comm.py). These sums are the
 outputs of o (attention) and down (feed-forward), the gradients of the inputs of q, k, v, gate, up and the head, the gradients of
-norms of single heads, and the sums of exponentials in the loss.
+norms of single heads and of the factors of adapters that are not divided (lora.py), and the sums of exponentials in the loss.
 
 Between these layers, every rank of a stage computes the same values. With sequence parallelism, each rank computes only the
 values of its own positions (sliced_positions.py)."""
@@ -24,10 +24,9 @@ from torch.nn.utils.stateless import _functional_call
 
 from mpidp.model.attention import Attention
 from mpidp.model.feed_forward import FeedForward
-from mpidp.model.products import linear
-from mpidp.model.shape import shapes_of
+from mpidp.model.lora import attach_like
 from mpidp.parallel.chunked_loss import defer_head
-from mpidp.parallel.sliced_positions import PositionRanges, slice_bias, slice_mix, slice_norm, slice_table
+from mpidp.parallel.sliced_positions import Copies, PositionRanges, slice_bias, slice_mix, slice_norm, slice_table
 from mpidp.parallel.tensor import Regather, VocabEmbedding
 from mpidp.parallel.tensor_comm import SumInForward
 from mpidp.parallel.tree_comm import TreeComm, aligned, tree_sum
@@ -37,35 +36,6 @@ def pieces(p: Tensor, cut: tuple[int, list[int]]) -> list[Tensor]:
     """Return the slices of `p`, this rank's part of a parameter. cut: (dimension, length of each slice), from Part.slices().
     Pure."""
     return [aligned(piece) for piece in p.split(cut[1], cut[0])]
-
-
-class _Copies(torch.autograd.Function):
-    """Returns one copy of a tensor for each slice of this rank. Backward adds the gradients of all copies, over the slices of all
-    ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, count: int, tp: TreeComm) -> tuple[Tensor, ...]:
-        ctx.tp = tp
-        return tuple(x.view_as(x) for _ in range(count))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _sum(grads, ctx.tp), None, None
-
-
-class _Entered(torch.autograd.Function):
-    """Returns one copy of x for each slice of this rank. A copy has the positions of all ranks. Backward adds the gradients of
-    all copies, over the slices of all ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, count: int, tp: TreeComm) -> tuple[Tensor, ...]:
-        ctx.tp = tp
-        whole = tp.gather(x, tp.length) if tp.sequence else x
-        return tuple(whole.view_as(whole) for _ in range(count))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _sum(grads, ctx.tp, ctx.tp.sequence), None, None
 
 
 class _Joined(torch.autograd.Function):
@@ -116,19 +86,22 @@ class SlicedBranch:
         """template: a module with the sizes of one slice. Its parameters are not used. cuts: the result of Part.slices() for each
         parameter. count: number of slices of this rank. regathers: whether backward gathers the positions of the input again
         (Regather). Independent."""
+        attach_like(template, branch)
         for p in template.parameters():
             p.data = torch.empty(0)
         self._branch, self._template, self._cuts, self._count, self._tp = branch, template, cuts, count, tp
         self._regathers, self._slices_in_all = regathers, count * tp.comm.size
 
     def _slices_of(self, p: Tensor, cut: tuple[int, list[int]] | None) -> Sequence[Tensor]:
-        return _Copies.apply(p, self._count, self._tp) if cut is None else pieces(p, cut)  # type: ignore[no-any-return, no-untyped-call]
+        add = partial(_sum, tp=self._tp)
+        return Copies.apply(aligned(p), self._count, add) if cut is None else pieces(p, cut)  # type: ignore[no-any-return, no-untyped-call]
 
     def __call__(self, x: Tensor, *args: Any) -> Tensor:
         """Return the output (B, T, D) of the layer for `x`, (B, T, D). With sequence parallelism, `x` and the output have only
         this rank's positions. args: the layer's other arguments. Collective over tp.comm, also in backward."""
         tp, count = self._tp, self._count
-        inputs = _Entered.apply(x, count, tp)  # type: ignore[no-untyped-call]
+        gather = partial(tp.gather, length=tp.length) if tp.sequence else None
+        inputs = Copies.apply(x, count, partial(_sum, tp=tp, scatters=tp.sequence), gather)  # type: ignore[no-untyped-call]
         hooks: AbstractContextManager[Any] = nullcontext()
         if self._regathers:
             regather = Regather(x, inputs[0], tp)
@@ -157,14 +130,19 @@ class SlicedNormAttention(SlicedBranch):
     """Attention whose queries and keys are normalized over all heads together (model.qk_norm=layer). The sums of squares of all
     slices are added before any slice is normalized."""
 
+    def __init__(self, branch: nn.Module, template: Any, *args: Any) -> None:
+        super().__init__(branch, template, *args)
+        self._layers = {name: getattr(template, name) for name in ("q", "k")}
+        template.q, template.k = _Given(), _Given()
+
     def _compute(self, slices: Mapping[str, Sequence[Tensor]], inputs: Sequence[Tensor], args: tuple[Any, ...]) -> list[Tensor]:
-        known = {name: self._projected(name, slices, inputs) for name in ("q", "k")}
+        known = {name: self._projected(name, slices, inputs) for name in self._layers}
         parts = []
         for s in range(self._count):
             for name, (projected, totals) in known.items():
                 layer, norm = getattr(self._template, name), getattr(self._template, f"{name}_norm")
                 width = self._slices_in_all * projected[s].shape[-1]
-                layer.forward = partial(_given, projected[s])
+                layer.found = projected[s]
                 norm.forward = partial(_normalized, norm, totals[s], width)
             parts.append(self._of_slice(s, slices, inputs, args))
         return parts
@@ -174,15 +152,22 @@ class SlicedNormAttention(SlicedBranch):
     ) -> tuple[list[Tensor], Sequence[Tensor]]:
         """Return (queries or keys, sums of squares). Both have one element per slice of this rank. name: "q" for queries, "k" for
         keys. Each sum of squares is a copy of the sum over the slices of all ranks."""
-        weights, biases = slices[f"{name}.weight"], slices.get(f"{name}.bias", [None] * self._count)  # type: ignore[list-item]
-        found = [linear(x, weight, bias) for x, weight, bias in zip(inputs, weights, biases, strict=True)]
+        held = {key.partition(".")[2]: of for key, of in slices.items() if key.partition(".")[0] == name}
+        found: list[Tensor] = [
+            _functional_call(self._layers[name], {key: of[s] for key, of in held.items()}, (x,)) for s, x in enumerate(inputs)
+        ]
         squares = [one.float().square().sum(-1, keepdim=True) for one in found]
         total = SumInForward.apply(tree_sum(squares), self._tp)  # type: ignore[no-untyped-call]
-        return found, _Copies.apply(total, self._count, self._tp)  # type: ignore[no-untyped-call]
+        return found, Copies.apply(total, self._count, partial(_sum, tp=self._tp))  # type: ignore[no-untyped-call]
 
 
-def _given(found: Tensor, x: Tensor) -> Tensor:
-    return found
+class _Given(nn.Module):
+    """A layer whose output was already computed."""
+
+    found: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.found
 
 
 def _normalized(norm: Any, total: Tensor, width: int, x: Tensor) -> Tensor:
@@ -191,10 +176,10 @@ def _normalized(norm: Any, total: Tensor, width: int, x: Tensor) -> Tensor:
     return x.to(norm.weight.dtype) * torch.rsqrt(total / width + norm.eps) * norm.gain(norm.weight)  # type: ignore[no-any-return]
 
 
-def slice_layers(model: Any, slices: int, tp: TreeComm) -> None:
+def slice_layers(model: Any, slices: int, tp: TreeComm, sizes: Mapping[str, tuple[int, ...]]) -> None:
     """Change `model`, a part of a Transformer, so that it computes its layers slice by slice. All ranks of a stage compute a
-    layer together. slices: model.slices. Independent."""
-    shape, part, count, sizes = model.shape, model.part, slices // tp.comm.size, shapes_of(model.shape)
+    layer together. slices: model.slices. sizes: the shapes of the whole model's parameters. Independent."""
+    shape, part, count = model.shape, model.part, slices // tp.comm.size
     one, ranges = replace(part, index=0, size=slices), PositionRanges(slices, tp)
 
     def enter(model: nn.Module, args: tuple[Any, ...]) -> None:

@@ -32,9 +32,16 @@ class NormBySlices:
 
     def __call__(self, layout: FlatLayout, flat: Tensor) -> float:
         """Return the norm. flat: the gradient of this rank's part, (num_elements,). Collective over grid.model."""
-        placed = zip(layout.placed(), layout.views(flat), strict=True)
-        squares = [squares_of_piece(piece) for (_, name, _), view in placed for piece in self.pieces(name, view)]
-        return self.of_squares(layout, torch.cat(squares))
+        placed = [(name, view) for (_, name, _), view in zip(layout.placed(), layout.views(flat), strict=True)]
+        squares = torch.cat([squares_of_piece(piece) for name, view in placed for piece in self.pieces(name, view)])
+        self.mark(squares, [view for name, view in placed if not self._counts(name)])
+        return self.of_squares(layout, squares)
+
+    def mark(self, squares: Tensor, uncounted: Sequence[Tensor]) -> None:
+        """Set the first square to NaN, and so the norm, if a value of `uncounted` is not finite. `uncounted` contains gradients
+        of parameters that another rank counts. The values of this rank can be wrong if its hardware fails. Independent."""
+        if uncounted and not torch.stack([one.isfinite().all() for one in uncounted]).all():
+            squares[0] = torch.nan
 
     def cut(self, name: str) -> tuple[int, list[int]] | None:
         """Return (the dimension along which a parameter of this part is cut into slices, the lengths of this rank's slices), or

@@ -8,7 +8,7 @@ the same numbers in the same order. Therefore the bits of the gradients do not d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,17 +54,19 @@ class _Spread(torch.autograd.Function):
         return ctx.ranges.add(parts), None, None
 
 
-class _ForRanges(torch.autograd.Function):
-    """Returns one copy of a tensor for each range of this rank. Backward adds the gradients of the copies over all ranges."""
+class Copies(torch.autograd.Function):
+    """Returns `count` copies of a tensor. Backward adds the gradients of the copies with the function `add`. gather: a function
+    that is first applied to the tensor, without gradient."""
 
     @staticmethod
-    def forward(ctx: Any, p: Tensor, ranges: PositionRanges) -> tuple[Tensor, ...]:
-        ctx.ranges = ranges
-        return tuple(p.view_as(p) for _ in range(ranges.count))
+    def forward(ctx: Any, x: Tensor, count: int, add: Callable[..., Tensor], gather: Any = None) -> tuple[Tensor, ...]:
+        ctx.add = add
+        whole = x if gather is None else gather(x)
+        return tuple(whole.view_as(whole) for _ in range(count))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return ctx.ranges.add(grads), None
+        return ctx.add(grads), None, None, None
 
 
 def slice_norm(norm: Any, ranges: PositionRanges) -> None:
@@ -82,13 +84,13 @@ def slice_norm(norm: Any, ranges: PositionRanges) -> None:
 
 
 def slice_bias(output: Any, ranges: PositionRanges) -> None:
-    """Change an OutputLinear so that the gradient of its bias is summed range by range. Independent."""
+    """Change an `OutputLinear` layer so that the gradient of its bias is summed range by range. Independent."""
     if output.bias is not None:
         output.add_bias = lambda y: y + _Spread.apply(output.bias, y, ranges).to(y.dtype)  # type: ignore[no-untyped-call]
 
 
 def slice_mix(mix: Any, ranges: PositionRanges) -> None:
-    """Change an InputMix so that the gradients of its factors are summed range by range. Independent."""
+    """Change an `InputMix` layer so that the gradients of its factors are summed range by range. Independent."""
 
     def forward(x: Tensor, x0: Tensor) -> Tensor:
         a, b = (_Spread.apply(factor, x, ranges) for factor in mix.weight.to(x.dtype))  # type: ignore[no-untyped-call]
@@ -101,7 +103,7 @@ def slice_table(table: Any, ranges: PositionRanges) -> None:
     """Change a table of learned positions so that its gradient is summed range by range. Independent."""
 
     def forward(places: Tensor) -> Tensor:
-        copies = _ForRanges.apply(table.weight, ranges)  # type: ignore[no-untyped-call]
+        copies = Copies.apply(table.weight, ranges.count, ranges.add)  # type: ignore[no-untyped-call]
         parts = zip(ranges.cut(places, places.dim() - 1), copies, strict=True)
         return torch.cat([F.embedding(part, copy) for part, copy in parts], dim=-2)
 

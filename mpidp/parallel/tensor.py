@@ -17,7 +17,8 @@ again.
 A replicated parameter is one that all ranks of a stage have in full. If a rank applies it to only some positions or heads, the
 rank computes only one term of the parameter's gradient. These terms are summed over the ranks for each micro-batch. With sequence
 parallelism, this sum is needed for all replicated parameters: those of norms, the biases of o and down, and the learned
-positions. Without sequence parallelism, it is needed only for the norms of single heads (model.qk_norm=head)."""
+positions. Without sequence parallelism, it is needed for the norms of single heads (model.qk_norm=head), and in any case for the
+factors of adapters (lora.py)."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ from mpi4py import MPI
 from torch import Tensor, nn
 
 from mpidp.model.input_mix import mixed
+from mpidp.model.lora import A, B
 from mpidp.model.norms import Norm
+from mpidp.model.part import Part
 from mpidp.model.shape import TransformerShape
 from mpidp.parallel.tensor_comm import SumInBackward, TensorComm, enter_branch, leave_branch, sum_both_ways
 
@@ -152,12 +155,12 @@ def _sum_norm(norm: Any, tp: TensorComm) -> None:
 
 
 def _sum_mix(mix: Any, tp: TensorComm) -> None:
-    """Change an InputMix so that the gradients of its factors are summed over the ranks."""
+    """Change an `InputMix` layer so that the gradients of its factors are summed over the ranks."""
     mix.forward = lambda x, x0: mixed(x, x0, _summed(mix.weight, tp))
 
 
 def _sum_bias(output: Any, tp: TensorComm) -> None:
-    """Change an OutputLinear so that the gradient of its bias is summed over the ranks."""
+    """Change an `OutputLinear` layer so that the gradient of its bias is summed over the ranks."""
     if output.bias is not None:
         output.add_bias = lambda y: y + _summed(output.bias, tp).to(y.dtype)
 
@@ -183,6 +186,14 @@ def _share_attention(attention: Any, shape: TransformerShape, tp: TensorComm) ->
             _normalize_all_heads(norm, heads * shape.head_dim, tp)
 
 
+def _sum_factors(name: str, layer: Any, part: Part, tp: TensorComm) -> None:
+    """Sum the gradient of the factor of an adapter that is not divided among the ranks. A layer without adapter is not
+    changed."""
+    if hasattr(layer, "adapter"):
+        held = [(p, part.is_cut(name + key)) for p, key in ((layer.lora_a, A), (layer.lora_b, B))]
+        layer.adapter.factors = lambda layer: [p if cut else _summed(p, tp) for p, cut in held]
+
+
 def share_layers(model: Any, tp: TensorComm) -> None:
     """Change `model`, a part of a Transformer, so that the ranks of its stage compute every layer together. Independent."""
     keep, model.tensor_comm = not tp.sequence, tp
@@ -202,6 +213,8 @@ def share_layers(model: Any, tp: TensorComm) -> None:
                 _sum_mix(block.input_mix, tp)
             _sum_bias(block.attention.o, tp)
             _sum_bias(block.feed_forward.down, tp)
+    for name, layer in model.named_modules():
+        _sum_factors(name, layer, model.part, tp)
     if model.embedding is not None:
         model.embedding = VocabEmbedding(model.embedding, model.part.own_range(model.shape.vocab_size).start, tp)
     if model.positions is not None and tp.sequence:

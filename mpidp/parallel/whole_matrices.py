@@ -49,7 +49,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Hidden:
-    """The matrices that an optimizer updates as a whole, and the ranks that compute these updates together."""
+    """The matrices whose updates are functions of the whole matrix, and the ranks that compute these updates together."""
 
     names: frozenset[str] = frozenset()  # the names in this rank's part of the model
     comm: MPI.Intracomm = field(default_factory=lambda: MPI.COMM_SELF)  # the ranks that compute updates at the same time

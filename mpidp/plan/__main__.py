@@ -134,9 +134,9 @@ def print_methods(options: argparse.Namespace, config: Config, world: Any) -> No
 
 def plan(runs: Sequence[Path], columns: Sequence[int] = (), loss: float | None = None) -> dict[str, Any]:
     """Return the plan as plain values, with times in seconds and sizes in tokens. runs: folders of runs. The plan is for the
-    first run, and the others only supply step times. columns: numbers of ranks (default: see _columns). loss: the target loss
-    (default: the last loss of the first run). Raises UsageError if the runs cannot be compared, or if the first run has too few
-    noise measurements. Independent."""
+    first run, and the others only supply step times. columns: numbers of ranks. If it is empty, _columns() chooses them. loss:
+    the target loss. If it is None, the target is the last loss of the first run. Raises UsageError if the runs cannot be
+    compared, or if the first run has too few noise measurements. Independent."""
     recorded = [measured.read(run) for run in runs]
     first = recorded[0]
     for other in recorded[1:]:

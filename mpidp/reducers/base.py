@@ -203,7 +203,8 @@ class Reducer:
 
     def end_round(self, applied: bool) -> None:
         """End a round. The round consists of the sums since the last call. applied: whether an update used these sums. If not,
-        the reducer restores the state that it had before the round. All ranks must pass the same value. Independent."""
+        the reducer restores the state that it had before the round. No communication, but all ranks must call end_round() with
+        the same value."""
 
     def state_dict(self) -> dict[str, Entry]:
         """Return copies of the state that a resumed run needs. This base class has no such state. Independent."""

@@ -57,12 +57,12 @@ class FlatLayout:
         self.num_elements = round_up(offset, NORM_BLOCK)
 
     def placed(self) -> list[tuple[int, str, torch.nn.Parameter]]:
-        """Return a list of (offset, name, parameter), in flat order."""
+        """Return a list of (offset, name, parameter), in ascending order of offsets."""
         return [(o, name, p) for o, (name, p) in zip(self.offsets, self.parameters, strict=True)]
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """Return a view of `flat`, (num_elements,), for each parameter. The view has the parameter's shape. The list is in flat
-        order."""
+        """Return one view of `flat` for each parameter, in the order in which the parameters lie in `flat`. `flat`:
+        (num_elements,). Each view has the shape of its parameter."""
         return [flat[o : o + p.numel()].view_as(p) for o, _, p in self.placed()]
 
     def adopt(self, flat: torch.Tensor) -> None:

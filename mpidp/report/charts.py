@@ -91,7 +91,7 @@ def curves(
     y_format: Callable[[float], str] = short, zero: bool = False, x_ticks: Sequence[float] = (),
 ) -> str:
     """Return HTML with a chart of curves, or "" if no curve has a point. zero: whether the y axis begins at 0. x_ticks: positions
-    of the ticks on the x axis (default: round numbers). Pure."""
+    of the ticks on the x axis. By default, they are round numbers. Pure."""
     lines = [
         Curve(line.name, [(x, y) for x, y in line.points if math.isfinite(x) and math.isfinite(y)], line.dots) for line in lines
     ]

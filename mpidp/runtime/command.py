@@ -34,7 +34,7 @@ PATHS = {"DIR", "FILE", "PATH", "RUN", "RUN2", "SHARDS", "PREFIX"}  # metavars o
 
 
 def _expanded(value: Any, name: str) -> Any:
-    """Expand ~ in a str, in a Path, or in each item of a list. `name`: the option, for errors."""
+    """Expand ~ in a str, in a Path, or in each item of a list. `name`: the option. Errors name it."""
     if isinstance(value, list):
         return [_expanded(one, name) for one in value]
     return type(value)(expand_home(str(value), name)) if isinstance(value, (str, Path)) else value

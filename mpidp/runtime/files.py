@@ -21,8 +21,8 @@ MANY_FILES = 1 << 16  # the limit of open files is not raised above this number,
 
 def expand_home(path: str, what: str) -> str:
     """Return the path with a leading ~ or ~USER replaced by the home folder. A shell does not replace the ~ in `--run.dir=~/x`.
-    `what`: the name of the setting or option, for errors. Raises UsageError if the home folder is unknown. Also raises UsageError
-    if the path contains the name of a set environment variable, such as $HOME. Independent."""
+    `what`: the setting or option that contains the path. Errors name it. Raises UsageError if the home folder is unknown. Also
+    raises UsageError if the path contains the name of a set environment variable, such as $HOME. Independent."""
     full = os.path.expanduser(path)
     if full.startswith("~") and full == path:
         user = path.partition("/")[0]

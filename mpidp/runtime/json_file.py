@@ -73,7 +73,8 @@ def parse_json_lines(lines: Iterable[bytes | str], schema: Any = dict) -> Iterat
 
 
 def check_type(value: Any, schema: Any, place: str = "") -> None:
-    """Raise ValueError if `value` does not fit the schema. `place`: where the value is in the file, for the message. Pure."""
+    """Raise ValueError if `value` does not fit the schema. `place`: where the value is in the file. Errors name this place.
+    Pure."""
     if schema is Any:
         return None
     kind, arguments = get_origin(schema), get_args(schema)

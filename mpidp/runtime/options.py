@@ -23,8 +23,8 @@ from mpidp.runtime.log import log
 
 
 def program(module: str) -> str:
-    """Return the name of a command as the user called it. `module`: its module. For mpidp.train, the name is "mpidp train" or
-    "python -m mpidp.train". Independent."""
+    """Return the name of a command as the user called it. `module`: the module of the command. For mpidp.train, the name is
+    "mpidp train" or "python -m mpidp.train". Independent."""
     return sys.argv[0] if sys.argv[0].startswith("mpidp ") else f"python -m {module}"
 
 
@@ -120,7 +120,8 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
 
 
 def add_texts(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add --special and --seq-len, which say how texts are encoded. `default`: the default of --special, in words. Pure."""
+    """Add --special and --seq-len, which say how texts are encoded. `default`: the words with which the help describes the
+    default of --special. Pure."""
     parser.add_argument("--special", choices=("text", "tokens"),
                         help="how to encode the name of a special token in a text, such as <|im_start|>. 'tokens' encodes it "
                         f"as the id of the token, 'text' like any other text ({default})")

@@ -41,9 +41,9 @@ DEFAULT_CACHE = CacheOptions()
 class RemoteFolder:
     """A folder of shards at an address. Independent. Thread-safe.
 
-    `path`: its address. `local`: a local folder with copies of index.json, tokenizer.json and special_tokens.json. The
-    constructor fetches these files, unless they are in the cache. It raises UsageError if the address is not valid, and DataError
-    if the server refuses a request or does not answer.
+    `path`: the address of the folder. `local`: a local folder with copies of index.json, tokenizer.json and special_tokens.json.
+    The constructor fetches these files, unless they are in the cache. It raises UsageError if the address is not valid, and
+    DataError if the server refuses a request or does not answer.
     """
 
     def __init__(self, address: str, options: CacheOptions = DEFAULT_CACHE) -> None:

@@ -24,8 +24,8 @@ class Retries:
     """Makes the requests of one store. Thread-safe. Independent."""
 
     def __init__(self, seconds: float, setting: str = "data.retry_seconds") -> None:
-        """`seconds`: the time limit for repeating a failed request. `setting`: the name of the setting that has this limit, for
-        errors."""
+        """`seconds`: the time limit for repeating a failed request. `setting`: the setting that has this limit. Errors name
+        it."""
         self.seconds, self._setting = seconds, setting
         self.failures = 0  # number of failed tries
         self._answered = False
@@ -43,8 +43,8 @@ class Retries:
         self._closed.set()
 
     def call(self, where: str, request: Callable[[], T]) -> T:
-        """Return request(). Repeat the call while it raises Unreachable. `where`: the address, for messages. Raises Missing if
-        the file is missing. Raises DataError, with the reason, if the server refuses the request or the time limit is over.
+        """Return request(). Repeat the call while it raises Unreachable. `where`: the address. Messages name it. Raises Missing
+        if the file is missing. Raises DataError, with the reason, if the server refuses the request or the time limit is over.
         Independent."""
         began, pause, tries = time.monotonic(), FIRST_PAUSE, 0
         while True:

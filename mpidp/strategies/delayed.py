@@ -130,7 +130,7 @@ class Delayed(Synchronous):
 
     def state_dict(self) -> dict[str, Entry]:
         """Return the state, including the sums in flight, so that a resumed run applies them. First wait until these sums are
-        complete. Therefore all ranks must call state_dict() at the same step. Independent."""
+        complete. This method starts no communication, but all ranks must call it at the same step."""
         for pending in self._in_flight:
             pending.wait()
         found = super().state_dict()

@@ -158,9 +158,10 @@ class Local(Synchronous):
         self._flat_reducer.end_round(applied=True)
 
     def _outer_step(self, part: slice, mean: Tensor, own: Tensor | None) -> None:
-        """Update the anchor with `mean`, the averaged outer gradient. `own`: None if the average was started in this step. Then
-        also set the parameters to the anchor. If the average was started in the previous round, `own` is this rank's outer
-        gradient at that time. Then the parameters keep the inner steps that were made since that time."""
+        """Update the anchor with `mean`, the averaged outer gradient. If `own` is None, the average was started in this step.
+        Then also set the parameters to the new anchor. Otherwise, the average was started in the previous round, and `own` is
+        this rank's outer gradient of that time. Then set the parameters to the new anchor plus the inner steps that this rank has
+        made since."""
         anchor, momentum, mu = self._anchor[part], self._momentum[part], self.options.outer_momentum
         momentum.mul_(mu).add_(mean)
         moved = (mean + mu * momentum).mul_(-self.options.outer_lr)

@@ -38,7 +38,7 @@ class HeldElements:
         return {box: view.view(box.size) for box, view in zip(self.boxes, views, strict=True)}
 
     def joined(self, of_boxes: Sequence[Tensor]) -> Tensor:
-        """Return a tensor of the parameter's shape. `of_boxes`: its elements, as one tensor for each box. Pure."""
+        """Return a tensor of the parameter's shape. `of_boxes`: one tensor for each box, with the elements of this box. Pure."""
         if len(of_boxes) == 1 and of_boxes[0].shape == self.parameter.shape:
             return of_boxes[0]
         return torch.cat([one.reshape(-1) for one in of_boxes]).view_as(self.parameter)

@@ -26,7 +26,7 @@ def without_compiler(kind: type[torch.optim.Optimizer]) -> Any:
 
 
 def cautious_adamw() -> Any:
-    """Return a class of AdamW with cautious weight decay (muon.decay_towards_zero()). Independent."""
+    """Return a subclass of AdamW with cautious weight decay (muon.decay_towards_zero()). Independent."""
 
     class Cautious(without_compiler(torch.optim.AdamW)):  # type: ignore[misc]
         """AdamW with cautious weight decay. After the update, only those elements decay that the update has moved towards 0."""
@@ -66,8 +66,8 @@ Memory = Callable[[int], Tensor]  # from a number of elements to a zeroed float3
 
 
 class PieceOptimizer:
-    """Updates pieces of parameters in place. Muon updates the hidden matrices, and an optimizer of torch updates the other
-    pieces."""
+    """Updates this rank's share of the parameters in place. A piece is what the share contains of one parameter. Muon updates the
+    hidden matrices, and an optimizer of torch updates the other pieces."""
 
     def __init__(
         self, name: str, pieces: Sequence[tuple[torch.nn.Parameter, bool, dict[str, Tensor]]], matrices: list[HeldElements],
@@ -96,7 +96,7 @@ class PieceOptimizer:
         self._muon = Muon(*muon) if name in MATRIX_STATE else None
 
     def step(self, lr: float) -> None:
-        """Update all pieces. Collective over hidden.comm."""
+        """Update this rank's share of the parameters. Collective over hidden.comm."""
         for part in self._parts:
             for group in part.param_groups:
                 group["lr"] = lr

@@ -81,9 +81,9 @@ class Strategy(GradientSink, Protocol):
         possible only at meetings. The result is the same on every rank. Independent."""
 
     def fill(self, forwards: int, chunk: int | None = None) -> None:
-        """Take part in the communication of `forwards` forward passes, which other ranks compute through a chunk of layers
-        (default: all chunks). Do nothing if forward passes of this strategy do not communicate. Collective over compute_comm if
-        they communicate, else independent."""
+        """Take part in the communication of `forwards` forward passes that other ranks compute. `chunk`: the chunk of layers that
+        they compute, or None if they compute all chunks. Do nothing if forward passes of this strategy do not communicate.
+        Collective over compute_comm if they communicate, else independent."""
 
     def start(self) -> None:
         """Prepare for the first step. Call start() once. If the run resumes from a checkpoint, load the checkpoint before this

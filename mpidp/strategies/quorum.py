@@ -247,8 +247,8 @@ class Quorum(Synchronous):
         self._sends.append((self._comm.Isend(row, rank, tag), row))
 
     def _sum(self, tokens: float, joined: list[int]) -> None:
-        """Sum the contributions of the next round. `tokens`: its target tokens. `joined`: number of contributions of each rank.
-        Collective over compute_comm."""
+        """Sum the contributions of the next round. `tokens`: the number of target tokens in the round. `joined`: the number of
+        contributions of each rank. Collective over compute_comm."""
         slots = [self._waiting.popleft() for _ in range(joined[self._comm.rank])]
         slot = slots.pop(0) if slots else self._free.popleft()
         flat = self.buffer.flat[slot]

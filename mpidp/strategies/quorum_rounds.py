@@ -35,8 +35,8 @@ class RoundTracker:
         self._synchronizes = False
 
     def add(self, rank: int, tokens: float, synchronizes: bool) -> None:
-        """Record the next contribution of rank `rank`. `tokens`: number of its target tokens. `synchronizes`: whether the step is
-        a meeting."""
+        """Record the next contribution of rank `rank`. `tokens`: the number of target tokens in the contribution. `synchronizes`:
+        whether the step is a meeting."""
         self._waiting[rank].append(tokens)
         self.given[rank] += 1
         if self.given[rank] > self.round:

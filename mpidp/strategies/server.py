@@ -70,8 +70,8 @@ class Server(Synchronous):
         self._expected: deque[int] = deque()  # the workers whose pushes come next in a replay
 
     def optimizer_share(self) -> dict[str, Any] | None:
-        """On a server, return the arguments of Optimizer for its slice. On a worker, return None, because workers update nothing.
-        Independent."""
+        """On a server, return keyword arguments for the class `Optimizer`. They state the slice that this server updates. On a
+        worker, return None, because workers update nothing. Independent."""
         index, servers = self.compute_comm.rank - self.compute_comm.size + self.options.servers, self.options.servers
         self._bounds = self.bounds(servers, NORM_BLOCK)
         return {"share": (index, servers), "bounds": self._bounds} if index >= 0 else None

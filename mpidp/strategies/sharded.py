@@ -47,7 +47,7 @@ class UnitExchange:
 
     @classmethod
     def of(cls, name: str, unit: Unit | None) -> UnitExchange:
-        """Return a UnitExchange for a new backward pass. `name`: the name of the unit. Pure."""
+        """Return a `UnitExchange` object for a new backward pass. `name`: the name of the unit. Pure."""
         return cls(name, unit, {name} if unit is None else {member.name for member in unit.members})
 
 
@@ -177,8 +177,8 @@ class Sharded:
                     raise RuntimeError(f"mesh.shard=2 or 3: backward has computed the gradient of {member.name} twice")
 
     def fill(self, forwards: int, chunk: int | None = None) -> None:
-        """Make the exchanges of `forwards` forward passes, which other ranks compute through a chunk (default: all chunks).
-        Collective over compute_comm."""
+        """Take part in the communication of `forwards` forward passes that other ranks compute. `chunk`: the chunk that they
+        compute, or None if they compute all chunks. Collective over compute_comm."""
         for _ in range(forwards):
             for name, its_chunk in self._blocks:
                 if chunk in (None, its_chunk):
@@ -247,7 +247,8 @@ class Sharded:
         )
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the optimizer state of this rank's slices. The entries are boxes of the parameters' tensors. Independent."""
+        """Return the optimizer state of this rank's slices. A state tensor has the shape of its parameter, and an entry holds one
+        box of it. Independent."""
         rank, found = self.compute_comm.rank, dict[str, Entry]()
         states = {run.name: state for run, state in zip(self.optimizer.runs, self.optimizer.state, strict=True)}
         for unit in self.units:

@@ -79,6 +79,7 @@ class ShardedNormBySlices(ShardedNorm):
 
     def __init__(self, units: Sequence[Unit], layout: FlatLayout, channel: Channel, parts: ModelPartition) -> None:
         super().__init__(units, layout, channel, parts)
+        self._parts: ModelPartition = parts
         assert parts.norm_by_slices is not None
         self._by_slices: NormBySlices = parts.norm_by_slices
         self._sections: list[list[Section]] = []  # of each unit
@@ -109,6 +110,11 @@ class ShardedNormBySlices(ShardedNorm):
             for section, flat in self._gather(unit, sections, total):
                 of_pieces = [squares_of_piece(piece) for piece in section.pieces(flat)]
                 squares[section.blocks.start : section.blocks.stop] = torch.cat(of_pieces).cpu()
+        self._by_slices.mark(squares, [
+            unit.owned(member, total, self._channel.comm.rank)
+            for unit, total in zip(self._units, totals, strict=True)
+            for member in unit.members if not self._parts.counts(member.name)
+        ])
         self._collect(squares)
         return self._by_slices.of_squares(self._layout, squares)
 

@@ -30,8 +30,8 @@ class Sliced(Synchronous):
     survives_failures = False  # a slice is lost with the rank that holds it
 
     def optimizer_share(self) -> dict[str, Any] | None:
-        """Return arguments of Optimizer: which slice this rank updates, and of which slices this rank's memory holds the state.
-        Independent."""
+        """Return keyword arguments for the class `Optimizer`. They state which slice this rank updates, and of which slices this
+        rank's memory holds the state. Independent."""
         rank, size, members = self.compute_comm.rank, self.compute_comm.size, self.group.members[self.group.index]
         self._bounds = self.bounds(size, ALIGN)
         return {"share": (rank, size), "bounds": self._bounds, "holds": members if self.one_copy else range(rank, rank + 1)}
@@ -67,8 +67,8 @@ class Sliced(Synchronous):
         return {"": self.flat}
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the optimizer state of this rank's slice. The entries are boxes of the parameters' tensors. A parameter outside
-        the slice has an empty box. Independent."""
+        """Return the optimizer state of this rank's slice. A state tensor has the shape of its parameter, and an entry holds one
+        box of it. If a parameter is outside the slice, the box is empty. Independent."""
         assert self.optimizer is not None
         optimizer, found = self.optimizer, {}
         for i, flat in enumerate(optimizer.moments().values()):

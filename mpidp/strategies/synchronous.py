@@ -93,15 +93,15 @@ class Synchronous:
         self.buffer.on_full(lambda: self._last and reducer.overlaps(), reducer.begin)
 
     def optimizer_share(self) -> dict[str, Any] | None:
-        """Return arguments of Optimizer, which state the share of the parameters that this rank updates. Return None if this rank
-        updates nothing. Independent."""
+        """Return keyword arguments for the class `Optimizer`. They state the share of the parameters that this rank updates.
+        Return None if this rank updates nothing. Independent."""
         if not self.reducer.holds_sum:
             return None
         return {"share": (self.group.node.rank, self.group.node.size)} if self.one_copy else {}
 
     def bounds(self, count: int, multiple: int) -> list[int]:
         """Return the count + 1 bounds of `count` slices of the flat parameters. The bounds are multiples of `multiple`. No bound
-        is inside a matrix that the optimizer updates as a whole. Independent."""
+        is inside a matrix whose update is a function of the whole matrix. Independent."""
         return bounds_outside(self.buffer.layout, count, multiple, self._whole)
 
     def more_slots(self, options: StrategyOptions) -> int:
@@ -228,8 +228,8 @@ class Synchronous:
             self._late = failure
 
     def _copy_share(self, source: list[Tensor], target: list[Tensor]) -> None:
-        """Copy this rank's slice of each tensor from `source` to `target`. The other ranks of the node must copy the other
-        slices. Independent."""
+        """Copy this rank's slice of each tensor from `source` to `target`. No communication, but the other ranks of the node must
+        also call this method, to copy the other slices."""
         bounds = slice_bounds(self.flat.numel(), self.group.node.size)
         mine = slice(bounds[self.group.node.rank], bounds[self.group.node.rank + 1])
         for one, other in zip(source, target, strict=False):

@@ -24,9 +24,9 @@ def log_update(job: Job, lr: float, stats: StepStats, report: StepReport, epoch:
 
 
 def skip(job: Job, batch: int, tokens: int, grad_norm: float) -> None:
-    """Log a batch that made no update. `tokens`: number of its target tokens. After train.max_skipped such batches in a row,
-    raise Damaged, so that the run returns to the last checkpoint and skips all batches up to this one. Raise MpidpError instead
-    if no checkpoint was written since the last such return. All ranks make the same decision. Independent."""
+    """Log a batch that made no update. `tokens`: the number of target tokens in the batch. After train.max_skipped such batches
+    in a row, raise Damaged, so that the run returns to the last checkpoint and skips all batches up to this one. Raise MpidpError
+    instead if no checkpoint was written since the last such return. All ranks make the same decision. Independent."""
     at, progress, train = job.position, job.services.progress, job.config.train
     why = "it has no target token" if tokens == 0 else "its gradient is not finite"
     if tokens and math.isfinite(grad_norm):

@@ -248,8 +248,8 @@ class RunAttempts:
 
 def listen(job: Job, before: StopRequest | None) -> StopRequest:
     """Return an object that detects requests to stop: signals and the job's time limit, and on rank 0 also the file STOP and a
-    lost lock. Rank 0 prints when the time limit will stop the run. `before`: the StopRequest of the job that this job continues,
-    or None. Collective over job.comm."""
+    lost lock. Rank 0 prints when the time limit will stop the run. `before`: the `StopRequest` object of the job that this job
+    continues, or None. Collective over job.comm."""
     first, state, config = job.comm.rank == 0, job.state, job.config
     if not state.recovered:  # asking the scheduler takes time
         end = job_end() if first else None

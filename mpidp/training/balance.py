@@ -69,12 +69,13 @@ class Balance(Protocol):
     static: bool  # whether no lane moves during the step
 
     def lanes(self, batch: int) -> Iterator[int]:
-        """Yield the lanes of global batch number `batch` that this rank computes. Every rank must call lanes() once per step.
-        Independent."""
+        """Yield the lanes of global batch number `batch` that this rank computes. The call does not wait for other ranks, but
+        every rank must call lanes() once per step."""
 
     def observe(self, seconds: Sequence[float], counts: Sequence[int]) -> str | None:
-        """Record the last step. `seconds`, `counts`: the compute seconds and the number of lanes of each rank. All ranks must
-        pass the same values. If the ranges change, return a message for the log, else None. Independent."""
+        """Record the last step. `seconds`, `counts`: the compute seconds and the number of lanes of each rank. If the ranges
+        change, return a message, which is logged. Otherwise return None. No communication, but all ranks must call observe() with
+        the same values."""
 
     def close(self) -> None:
         """Release shared memory. Collective over the ranks of a node."""

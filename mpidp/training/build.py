@@ -22,6 +22,7 @@ from mpidp.model.hidden import hidden_by_name, hidden_of_own
 from mpidp.model.shape import CustomShape
 from mpidp.parallel.engine import Engine
 from mpidp.parallel.pipeline import Stages
+from mpidp.parallel.tied import tie_micro_batches
 from mpidp.parallel.whole_matrices import Hidden
 from mpidp.reducers import overlap
 from mpidp.reducers.tree import Tree
@@ -73,9 +74,7 @@ def build(
         plan, model.module, model.origin, services.machines, state, None if before is None else before.record
     )
     train = plan.config.train
-    audit = Audit(
-        plan.grid, train.audit_every, memory.replicas, strategy.buffer, strategy.flats(), model.parts.part.is_cut
-    )
+    audit = Audit(plan.grid, train.audit_every, memory.replicas, strategy.buffer, strategy.flats(), model.parts.part.is_cut)
     schedule = schedule_of(plan.config.flat())
     evaluation = TaskEvaluation(plan, model.module, services.observers, tasks) if train.eval_tasks else None
     return Job(
@@ -113,9 +112,9 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
 def make_hidden(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory) -> Hidden:
     """Return the hidden matrices, and the ranks that update them together. Collective over plan.world.
 
-    With mesh.tp or mesh.shard=2|3, the ranks that hold boxes of the same matrices update them together. Otherwise, if CPUs hold
-    several copies of the parameters, each copy computes the updates of some matrices and sends them to the other copies. In two
-    cases every copy computes all updates: copies are independent (local, quorum, audits), or an update must not need other ranks
+    With mesh.tp or mesh.shard=2|3, the ranks that hold boxes of the same matrices update them together. Without these settings,
+    each copy of the parameters computes the updates of some matrices, and sends them to the other copies. Every copy computes all
+    updates if the device is a GPU, if copies are independent (local, quorum, audits), or if an update must not need other ranks
     (ULFM)."""
     config, grid, shape, dp = plan.config, plan.grid, plan.shape, plan.mesh.dp
     method, tp = kind(config.strategy.name, config.strategy.quorum), grid.tp.size > 1
@@ -145,6 +144,9 @@ def make_engine(plan: RunPlan, model: TrainedModel, transport: Messages, strateg
     """Make the engine, which runs forward and backward passes. Collective over plan.grid.pp."""
     config, grid, part = plan.config, plan.grid, model.parts.part
     stages = Stages(grid, transport, plan.device, config.mesh.interleave) if grid.pp.size > 1 else None
+    for name, p in model.named if stages is not None and config.model.slices > 1 else ():
+        if name == model.parts.tied_name:
+            tie_micro_batches(model.module, p, cast(Stages, stages))
     return Engine(
         model.module, plan.device, getattr(torch, config.train.dtype), config.train.seed, plan.shape.dropout,
         config.train.global_batch * config.model.seq_len, stages, model.token_losses, part.has_head and grid.tp.rank == 0,

@@ -62,7 +62,8 @@ def log_skipped(job: Job, batch: int, grad_norm: float) -> None:
 
 
 def record_end(job: Job, end: dict[str, Any]) -> None:
-    """Write the `end` line. `end`: its content, to which the seconds since the last step are added. Collective over job.comm."""
+    """Write the `end` line. `end`: the fields of the line. The seconds since the last step are added to them. Collective over
+    job.comm."""
     rest = job.services.clock.pop_seconds()
     if job.record.facts.get("energy_of"):
         rest["energy_joules"] = job.comm.allreduce(job.services.meter.pop_joules(now=True))

@@ -110,9 +110,9 @@ class Origin:
             )
 
     def load(self, parts: ModelPartition, model: Any) -> Origin:
-        """Load the weights of this rank's part into `model`. Return an Origin with the hash of all weights, which does not depend
-        on the mesh. Raises DataError if the hash is not the required one, or if a weight is not finite. Collective over
-        parts.grid.world."""
+        """Load the weights of this rank's part into `model`. Return an `Origin` object with the hash of all weights. The hash
+        does not depend on the mesh. Raises DataError if the hash is not the required one, or if a weight is not finite.
+        Collective over parts.grid.world."""
         assert self.weights is not None
         with raise_together(parts.grid.world), readable(Path(self.path)):
             stored = self.settings["vocab_size"]

@@ -59,8 +59,8 @@ def with_micro_batch(config: Config, grid: Grid) -> Config:
 
 def recorded(run_dir: Path, mirror: str = "") -> int:
     """Return train.micro_batch of an earlier start of the run, or 0 if there is no checkpoint. The value is read from config.toml
-    in `run_dir` if there is a checkpoint, else from config.toml on `mirror`. Raises DataError if the mirror's server fails.
-    Independent."""
+    in `run_dir` if there is a checkpoint, else from config.toml on the mirror. `mirror`: the value of run.mirror. Raises
+    DataError if the mirror's server fails. Independent."""
     if any((run_dir / "checkpoints").glob("*/manifest.json")) and (run_dir / "config.toml").is_file():
         return int(read_run_config(run_dir / "config.toml").get("train.micro_batch", 0))
     return int(settings_on(mirror).get("train", {}).get("micro_batch", 0)) if mirror else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from mpidp.comm.transport import Messages
 from mpidp.model.frozen import trained
 from mpidp.model.loss_chunks import chunk_rows
 from mpidp.model.shape import CustomShape
-from mpidp.model.starting import base_weights, prepared
+from mpidp.model.starting import adapters, base_weights, prepared
 from mpidp.parallel.chunked_loss import defer_head
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.parallel.sliced_layers import slice_layers, sliced_loss
@@ -43,16 +44,19 @@ def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> Traine
     """Return the model of a job. `module`: an existing model to use again, or None to make a new one. Collective over
     plan.world."""
     config, grid = plan.config, plan.grid
-    parts, origin = ModelPartition(grid, plan.shape, config.mesh.sequence, config.mesh.interleave, config.model.slices), None
+    cut = config.mesh.sequence, config.mesh.interleave, config.model.slices
+    partition = partial(ModelPartition, grid, plan.shape, *cut)
+    origin = None
     if module is None:
-        module, origin = _new(plan, parts)
+        module, origin = _new(plan, partition())
+    parts = partition(adapters=adapters(config.flat(), plan.shape))
     token_losses, first = None, parts.part.own_range(plan.shape.vocab_size).start
     positions, dtype = config.train.micro_batch * config.model.seq_len, getattr(torch, config.train.dtype)
     rows = chunk_rows(config.train.loss, plan.shape, positions)
     if (slices := config.model.slices) > 1:
         tree = TreeComm(grid, transport, config.mesh.sequence)
         token_losses = sliced_loss(module, slices, rows or positions, dtype, tree)
-        slice_layers(module, slices, tree)
+        slice_layers(module, slices, tree, parts.sizes)
         return TrainedModel(module, trained(module), parts, token_losses, origin)
     ring: TensorComm | None = getattr(module, "tensor_comm", None)  # an existing model already uses it
     shared = ring is not None

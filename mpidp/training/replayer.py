@@ -60,8 +60,8 @@ class Record:
 
 
 def read_record(run: str, world: Any) -> Record:
-    """Return the record of a run. `run`: its folder. All ranks get what rank 0 reads. Raises UsageError if there is no such run.
-    Collective over world."""
+    """Return the record of a run. `run`: the folder of the run. Rank 0 reads the record, and all ranks return it. Raises
+    UsageError if there is no such run. Collective over world."""
     from mpidp.checkpoint.manifest import committed
     from mpidp.runtime.world import raise_together
 
@@ -177,8 +177,8 @@ class Replay:
         print_on_rank_0(world, f"{record.path}: {steps}{loose}")
 
     def batches(self, inside: bool) -> Iterator[Seen]:
-        """Yield a Seen for the first state, then a Seen for each batch up to the last step. `inside`: whether to record the
-        micro-batches of the last step. Collective over job.comm."""
+        """Yield `Seen` objects: one for the state before the first batch, then one for each batch up to the last step. `inside`:
+        whether to record the micro-batches of the last step. Collective over job.comm."""
         from mpidp.training.loop import close
         from mpidp.training.step import compute
         from mpidp.training.step_report import exchange_reports

@@ -123,8 +123,8 @@ def _write_files(plan: RunPlan, origin: Origin | None) -> None:
 
 
 def keep_special_tokens(content: bytes | None, template: str | None, run_dir: Path) -> None:
-    """Write the data's special_tokens.json to the run. `content`: its content, or None if there is none. `template`: the chat
-    template of the data. It replaces the model's template in RUN/hf. Independent."""
+    """Write the data's special_tokens.json to the run. `content`: the bytes of this file, or None if the data has no such file.
+    `template`: the chat template of the data. It replaces the model's template in RUN/hf. Independent."""
     (run_dir / FILE).unlink(missing_ok=True)
     if content is None:
         return

@@ -67,9 +67,10 @@ def make_services(
 
 
 def watch_energy(wanted: bool, host: str, device: torch.device, world: MPI.Intracomm) -> tuple[Meter, dict[str, Any]]:
-    """Return this rank's energy meter, and facts for the `start` line. The facts are the number of devices, what is measured on
-    all machines, and why other counters are missing. `wanted`: the setting metrics.energy. `host`: this rank's host name. Only
-    the first rank of each machine reads the counters. Collective over world."""
+    """Return (this rank's energy meter, {name: value} of entries of the `start` line). `devices` is the number of devices.
+    `energy_of` lists what is measured on all machines. `energy_not` says why other counters are missing. `wanted`: the setting
+    metrics.energy. `host`: this rank's host name. Only the first rank of each machine reads the counters. Collective over
+    world."""
     cuda = device.type == "cuda"
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if cuda else ""
     machine = host.partition("#")[0]

@@ -46,7 +46,7 @@ class Position:
         return spike * statistics.median_low(self.norms) if spike and len(self.norms) >= KNOWN_AFTER else math.inf
 
     def count(self, stats: StepStats, tokens: int) -> None:
-        """Count a batch, which made an update or was skipped. `tokens`: number of its target tokens. Independent."""
+        """Count a batch, which made an update or was skipped. `tokens`: the number of target tokens in the batch. Independent."""
         if stats.skipped:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         else:

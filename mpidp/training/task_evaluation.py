@@ -70,7 +70,7 @@ def options_of(config: Config) -> TaskOptions:
 
 def tasks_of(plan: RunPlan, before: TaskEvaluation | None) -> dict[str, Any] | None:
     """Load the tasks in train.eval_tasks on rank 0, and return them. Return None on other ranks, and if this setting is empty.
-    `before`: the TaskEvaluation of the job that this job continues, or None.
+    `before`: the `TaskEvaluation` object of the job that this job continues, or None.
 
     Raises UsageError if lm-eval is not installed or a task is unknown, and DataError if a task cannot be read. Collective over
     plan.world.

@@ -112,7 +112,7 @@ def test_a_mask_without_tokens(place: Path, forks: Forks, name: str) -> None:
         expect(forks.run(place, "data_tools.verify", "shards"), 3, phrase)
 
 
-EMPTY = "run contains no checkpoint: train first, with --run.dir=run"
+EMPTY = "run contains no checkpoint. Train first, with --run.dir=run"
 USES: dict[str, tuple[tuple[str, ...], int, str]] = {
     "evaluate": (("mpidp.evaluate", "run"), 4, EMPTY),
     "generate": (("mpidp.generate", "run"), 4, EMPTY),

@@ -41,12 +41,12 @@ def about(place: Path) -> dict[str, Any]:
 
 
 BAD_SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda p: None, "cannot read the source source: No such file or directory"),
+    "missing": (lambda p: None, "the source source cannot be read (No such file or directory)"),
     "of no bytes": (Path.touch, "source is empty"),
     "an empty folder": (Path.mkdir, "the source source holds no files"),
-    "a dangling link": (lambda p: p.symlink_to("nowhere"), "cannot read the source source"),
-    "a folder with a dangling link": (lambda p: (p.mkdir(), (p / "x").symlink_to("nowhere")), "cannot read the source source/x"),
-    "a folder with an unreadable file": (lambda p: (p.mkdir(), (p / "x").symlink_to("x")), "cannot read the source source/x"),
+    "a dangling link": (lambda p: p.symlink_to("nowhere"), "the source source cannot be read"),
+    "a folder with a dangling link": (lambda p: (p.mkdir(), (p / "x").symlink_to("gone")), "the source source/x cannot be read"),
+    "a folder with an unreadable file": (lambda p: (p.mkdir(), (p / "x").symlink_to("x")), "the source source/x cannot be read"),
     "binary": (lambda p: p.write_bytes(b"\x7fELF\0\0" + bytes(range(256)) * 9), "source looks binary"),
     "a folder of binaries": (lambda p: (p.mkdir(), (p / "x").write_bytes(bytes(99))), "the source has no text at all"),
     "a folder of empty files": (lambda p: (p.mkdir(), (p / "x").touch()), "the source has no text at all"),
@@ -122,15 +122,15 @@ def test_packed_sources_that_cannot_be_read(tmp_path: Path, forks: Forks, name: 
 
 
 WRONG = {
-    "tokenizer": (["--tokenizer", "absent"], 2, "--tokenizer absent must be byte, char, bpe:VOCAB"),
+    "tokenizer": (["--tokenizer", "absent"], 2, "--tokenizer 'absent' must be 'byte', 'char', 'bpe:VOCAB'"),
     "vocabulary no number": (["--tokenizer", "bpe:many"], 2, "bpe:many"),
     "vocabulary too small": (["--tokenizer", "bpe:3"], 2, "bpe:3"),
     "shards": (["--shards", "0"], 2, "--shards 0 must be at least 1"),
     "no number": (["--shards", "four"], 2, "--shards: invalid int value: 'four'"),
-    "fraction": (["--val-fraction", "1.5"], 2, "--val-fraction 1.5 must be in [0, 1)"),
-    "not a number": (["--val-fraction", "nan"], 2, "--val-fraction nan must be in [0, 1)"),
-    "split": (["--split", "words"], 2, "--split words must be text or document"),
-    "bad utf8": (["--bad-utf8", "drop"], 2, "--bad-utf8 drop must be replace or skip"),
+    "fraction": (["--val-fraction", "1.5"], 2, "--val-fraction 1.5 must be at least 0 and below 1"),
+    "not a number": (["--val-fraction", "nan"], 2, "--val-fraction nan must be at least 0 and below 1"),
+    "split": (["--split", "words"], 2, "--split 'words' must be 'text' or 'document'"),
+    "bad utf8": (["--bad-utf8", "drop"], 2, "--bad-utf8 'drop' must be 'replace' or 'skip'"),
     "out is a file": (["--out", "source"], 2, "source is not a folder"),
     "out under a file": (["--out", "source/out"], 2, "out=source/out cannot be written to"),
     "out in proc": (["--out", "/proc/out"], 2, "out=/proc/out cannot be written to"),
@@ -160,7 +160,7 @@ def test_out_holds_files_of_others(tmp_path: Path, forks: Forks, foreign: str) -
     (tmp_path / "source").write_text(GOOD)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / foreign).write_bytes(b"precious")
-    expect(prepare(tmp_path, forks), 2, "--out out holds", "choose another folder")
+    expect(prepare(tmp_path, forks), 2, "--out out holds", "Choose another folder")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {foreign: b"precious"}
 
 

@@ -63,7 +63,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "manifest not text": (MANIFEST, lambda p: p.write_bytes(b"\xff\xfe\n}"), "manifest.json: cannot be read"),
     "manifest a list": (MANIFEST, lambda p: p.write_bytes(b"[1]\n}"), "manifest.json: cannot be read"),
     "no tensors": (TENSORS, Path.unlink, "rank_00000.safetensors: cannot be read"),
-    "tensors cut": (TENSORS, cut, "in the manifest"),
+    "tensors cut": (TENSORS, cut, "but the manifest states"),
     "tensors with a flipped bit": (TENSORS, flip, "wrong crc32, the file is corrupted"),
     "tensors of no bytes": (TENSORS, lambda p: p.write_bytes(b""), "0 bytes, but"),
     "tensors a folder": (TENSORS, lambda p: (p.unlink(), p.mkdir()), "rank_00000.safetensors: "),
@@ -113,7 +113,7 @@ def test_runs_that_are_not_there(place: Path, forks: Forks) -> None:
     for module in ("mpidp.evaluate", "mpidp.generate"):
         expect(forks.run(place, module, "absent"), 4, "absent: no such folder")
         expect(forks.run(place, module, "tiny.toml"), 4, "tiny.toml: no such folder")
-        expect(forks.run(place, module, "bare"), 4, "bare contains no checkpoint: train first, with --run.dir=bare")
+        expect(forks.run(place, module, "bare"), 4, "bare contains no checkpoint. Train first, with --run.dir=bare")
 
 
 def test_one_checkpoint_by_its_own_name(place: Path, half_run: Path, forks: Forks) -> None:

@@ -105,14 +105,16 @@ def test_the_state_comes_from_the_checkpoint(
         assert learned(lines)[-1] == with_tp[-1], ended
 
 
-def test_slices(shell: Shell, prepared: Path, forks: Forks) -> None:
+@pytest.mark.parametrize(("mesh", "words"), [(TP, ()), (PP, ("--model.tie_embeddings=true",)), (TP, ("--model.lora_rank=2",))])
+def test_slices(shell: Shell, prepared: Path, forks: Forks, mesh: tuple[str, ...], words: tuple[str, ...]) -> None:
     """With model.slices, the results are those of one rank, whatever the mesh, also after a failure."""
-    done = forks.run(prepared, "mpidp.train", "tiny.toml", *SETTINGS, "--model.slices=2", "--run.dir=slices")
+    words = "--model.slices=2", *words
+    done = forks.run(prepared, "mpidp.train", "tiny.toml", *SETTINGS, *words, f"--run.dir={words[-1]}")
     assert done.code == 0, done
-    ended = start_ulfm(shell, 4, "kill:2:3:apply", *TP, "--model.slices=2").wait()
+    ended = start_ulfm(shell, 4, "kill:2:3:apply", *mesh, *words).wait()
     assert ended.code == 0, ended
     lines = lines_of(shell.folder / "run")
-    assert learned(lines) == learned(lines_of(prepared / "slices")) and dead(lines) == [2], ended
+    assert learned(lines) == learned(lines_of(prepared / words[-1])) and dead(lines) == [2], ended
 
 
 def test_too_few_ranks_for_a_replica(shell: Shell, undisturbed: Learned) -> None:  # noqa: F811

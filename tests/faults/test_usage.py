@@ -78,7 +78,7 @@ WRONG = {
     "second file": (["tiny.toml"], ["a second configuration file 'tiny.toml'"]),
     "missing file": (["absent.toml"], ["a second configuration file 'absent.toml'"]),
     "batch below micro-batch": (["--train.micro_batch=8"], ["train.global_batch=4 is smaller than train.micro_batch=8"]),
-    "heads": (["--model.num_heads=3"], ["model.model_dim=16 / model.num_heads=3: the head size must be an even integer"]),
+    "heads": (["--model.num_heads=3"], ["the head size, model.model_dim=16 / model.num_heads=3, must be an even integer"]),
     "two lengths": (["--train.tokens=500"], ["set only one of train.steps, train.tokens and train.epochs"]),
     "lanes": (["--train.lanes=9"], ["train.lanes=9 is more than the 4 micro-batches"]),
 }
@@ -158,10 +158,10 @@ def test_a_run_dir_that_cannot_be_written_to(place: Path, forks: Forks, run_dir:
 
 
 CHANGED = {
-    "train.seed": "train.seed was 1337, is 7",
-    "model.num_layers": "model.num_layers was 1, is 7",
-    "train.global_batch": "train.global_batch was 4, is 7",
-    "optim.name": "optim.name was 'adamw', is 'sgd'",
+    "train.seed": "train.seed was 1337 and is now 7",
+    "model.num_layers": "model.num_layers was 1 and is now 7",
+    "train.global_batch": "train.global_batch was 4 and is now 7",
+    "optim.name": "optim.name was 'adamw' and is now 'sgd'",
 }
 
 

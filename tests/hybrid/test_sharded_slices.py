@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mpidp.config.schema import Config
+from mpidp.faults.inject import VARIABLE
 from tests.hybrid.test_meshes import Mesh, fits, on, with_mesh
 from tests.hybrid.test_sharding import saved
 from tests.hybrid.test_slices import ODD
@@ -19,6 +20,8 @@ pytestmark = pytest.mark.mpi
 MODEL = ODD | {"num_kv_heads": 4, "attention_bias": "q,o", "mlp_bias": True, "norm": "layer"}
 ALONE: dict[str, Ran] = {}  # the runs on one rank; all ranks have the same
 MUON: dict[str, Any] = {"optim": {"name": "muon"}}
+TIED: dict[str, Any] = {"model": {"tie_embeddings": True}}
+FROZEN: dict[str, Any] = {"optim": {"freeze": "embedding.*,blocks.0.*,blocks.1.attention.*"}}
 SGD: dict[str, Any] = {"optim": {"name": "sgd", "lr": 0.1}, "model": {"tie_embeddings": True}}
 
 
@@ -38,6 +41,7 @@ def alone(data: Path, folder: Path, slices: int, how: dict[str, Any], steps: int
     (2, (2, 1, 1), {}), (3, (2, 1, 1), {}), (3, (2, 1, 2), {}), (2, (2, 2, 1), {}), (3, (4, 1, 1), MUON), (2, (2, 1, 2), MUON),
     (3, (2, 2, 1), {"train": {"steps": 4, "eval_every": 4, "recompute": True}}), (2, (3, 1, 1), SGD),
     (3, (2, 1, 2), {"mesh": {"shard": 3, "sequence": True}, "train": {"steps": 4, "dtype": "bfloat16"}}), (2, (2, 2, 2), {}),
+    (2, (2, 1, 1), FROZEN), (3, (2, 1, 2), FROZEN), (3, (2, 2, 1), {"mesh": {"shard": 3, "interleave": 2}}),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("slices", [2, 4])
 def test_no_level_changes_a_bit_of_slices(
@@ -51,6 +55,21 @@ def test_no_level_changes_a_bit_of_slices(
         one = alone(data, shared_tmp, slices, {name: of for name, of in how.items() if name != "mesh"})
         run = on(mesh, config(data, shared_tmp / "run", mesh, slices, level, how))
     assert (run.learned, run.sha256) == (one.learned, one.sha256)
+
+
+@pytest.mark.parametrize("level", [0, 3])
+def test_a_gradient_that_is_not_finite_on_one_rank_of_a_stage_is_skipped(
+    shared_folder: Path, shared_tmp: Path, monkeypatch: pytest.MonkeyPatch, level: int
+) -> None:
+    """The parameter is the last norm, which every rank of the stage has, and which the first of them counts in the norm."""
+    mesh, data = ((2, 1, 2) if level else (1, 1, 2)), corpus(shared_folder)
+    if not fits(mesh):
+        pytest.skip("more ranks than there are")
+    monkeypatch.setenv(VARIABLE, "nan:1:2")
+    run = on(mesh, config(data, shared_tmp / "run", mesh, 2, level, TIED))
+    monkeypatch.setenv(VARIABLE, "nan:0:2")
+    one = on((1, 1, 1), config(data, shared_tmp / "alone", (1, 1, 1), 2, 0, TIED))
+    assert len(one.events("skipped")) == 1 and (run.lines, run.sha256) == (one.lines, one.sha256)
 
 
 @pytest.mark.check

@@ -98,7 +98,7 @@ def test_no_level_changes_a_bit(
     (2, (2, 2, 1), {}), (3, (2, 2, 1), {}), (3, (2, 2, 1), FOUR_LAYERS | {"mesh": {"interleave": 2}}),
     (2, (2, 2, 1), FOUR_LAYERS | {"mesh": {"interleave": 2}}), (2, (2, 1, 2), {}), (3, (2, 1, 2), {}),
     (3, (2, 1, 2), {"mesh": {"sequence": True}}), (3, (2, 2, 1), RECOMPUTE), (3, (2, 2, 1), SOME_FROZEN), (2, (2, 2, 1), TIED),
-    (3, (2, 2, 1), TIED), (3, (2, 1, 2), TIED),
+    (3, (2, 2, 1), TIED), (3, (2, 1, 2), TIED), (3, (2, 2, 1), LORA), (2, (2, 1, 2), LORA),
 ])  # fmt: skip
 def test_no_level_changes_a_bit_on_a_mesh(
     shared_folder: Path, shared_tmp: Path, level: int, mesh: tuple[int, int, int], sections: dict[str, Any]

@@ -10,6 +10,7 @@ import pytest
 
 from mpidp.errors import UsageError
 from tests.hybrid.test_meshes import CLOSE, Mesh, assert_close, fits, on, with_mesh
+from tests.laws.test_adapters_on import replayed
 from tests.laws.test_resume import crashed_in
 from tests.tiny import Ran, corpus
 
@@ -71,7 +72,7 @@ def test_every_way_of_training_keeps_the_bits(shared_folder: Path, shared_tmp: P
     if not fits((1, 1, 2)):
         pytest.skip("needs two ranks")
     data, meshes = corpus(shared_folder), [(1, 1, 4), (2, 1, 2)] if fits((1, 1, 4)) else [(1, 1, 2)]
-    if fits((1, 2, 2)) and not {"tie_embeddings", "input_mix"} & {*how.get("model", {})}:
+    if fits((1, 2, 2)) and "input_mix" not in how.get("model", {}):
         meshes.append((1, 2, 2))
     for mesh in meshes:
         run = on(mesh, with_mesh(data, shared_tmp / "x".join(map(str, mesh)), mesh, **sections(how)))
@@ -85,6 +86,28 @@ def test_slices_learn_what_whole_layers_learn(shared_folder: Path, shared_tmp: P
     plain = sections(how | {"model": model, "mesh": {}})
     whole = on((1, 1, 1), with_mesh(data, shared_tmp / "plain", (1, 1, 1), **plain))
     assert_close(alone(data, shared_tmp, how), whole, str(how), 2e-3 if "muon" in str(how) else CLOSE)
+
+
+@pytest.mark.parametrize(("mesh", "cut"), [
+    ((1, 2, 1), {}), ((1, 2, 1), {"interleave": 2}), ((1, 2, 2), {"sequence": True}), ((2, 2, 1), {"shard": 3}), ((1, 4, 1), {}),
+    ((2, 2, 1), {"shard": 2, "interleave": 2}),
+], ids=str)
+def test_stages_of_a_tied_embedding_keep_the_bits(
+    shared_folder: Path, shared_tmp: Path, mesh: Mesh, cut: dict[str, Any]
+) -> None:
+    """Also if the run began on one rank, and is replayed on one rank."""
+    if not fits(mesh):
+        pytest.skip("more ranks than there are")
+    data, model = corpus(shared_folder), ODD | {"tie_embeddings": True, "num_layers": 4}
+
+    def how(steps: int, cut: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        return sections({"model": model, "mesh": cut, "train": {"steps": steps, "save_every": 2, "eval_every": 0}})
+
+    on((1, 1, 1), with_mesh(data, shared_tmp / "run", (1, 1, 1), **how(2, {})))
+    run = on(mesh, with_mesh(data, shared_tmp / "run", mesh, **how(4, cut)))
+    one = alone(data, shared_tmp, how(4, {}))
+    assert (run.sha256, run.losses) == (one.sha256, one.losses)
+    assert replayed(1, shared_tmp / "run", 4)["same"]
 
 
 @pytest.mark.check

@@ -53,5 +53,5 @@ def test_answers_at_any_number_of_ranks(place: Path) -> None:
 
 def test_one_conversation_needs_one_copy_of_the_model(place: Path) -> None:
     for n in sizes(2, 3):
-        with pytest.raises(UsageError, match=f"start 1 instead of {n} ranks"):
+        with pytest.raises(UsageError, match=f"{n} ranks were started. Start 1, or give the chats in a file"):
             at(n, lambda comm: talk(comm, read_options([str(place / "run"), "--device=cpu"])))

@@ -138,7 +138,7 @@ def test_a_run_of_adapters_is_evaluated_and_speaks(shared_folder: Path, shared_t
 def test_a_changed_adapter_is_another_run(shared_folder: Path, shared_tmp: Path) -> None:
     data = corpus(shared_folder)
     train_at(1, tiny(data, shared_tmp / "run", model=LORA, train={"steps": 1}, optim={"warmup_steps": 0}))
-    with pytest.raises(UsageError, match="model.lora_rank was 2, is 3"):
+    with pytest.raises(UsageError, match="model.lora_rank was 2 and is now 3"):
         train_at(1, tiny(data, shared_tmp / "run", model=LORA | {"lora_rank": 3}, optim={"warmup_steps": 0}))
 
 

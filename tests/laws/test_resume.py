@@ -250,8 +250,8 @@ def test_what_must_not_change_is_refused_on_all_ranks(shared_folder: Path, share
     first = train_at(ranks(2), tiny(data, run))
     content = (run / "metrics.jsonl").read_bytes()
     for sections, named in [
-        ({"train": {"seed": 5}}, "train.seed was 1337, is 5"), ({"train": {"micro_batch": 4}}, "train.micro_batch was 2"),
-        ({"model": {"num_layers": 3}}, "model.num_layers was 2, is 3"), ({"optim": {"name": "sgd"}}, "optim.name"),
+        ({"train": {"seed": 5}}, "train.seed was 1337 and is now 5"), ({"train": {"micro_batch": 4}}, "train.micro_batch was 2"),
+        ({"model": {"num_layers": 3}}, "model.num_layers was 2 and is now 3"), ({"optim": {"name": "sgd"}}, "optim.name"),
     ]:
         with pytest.raises(UsageError, match=named):
             train_at(ranks(2), tiny(data, run, **sections))

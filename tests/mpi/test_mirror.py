@@ -92,7 +92,8 @@ def test_a_mirror_belongs_to_one_run(place: tuple[Path, str]) -> None:
     folder, address = place
     train_at(1, config(folder, "first", address))
     train_at(1, config(folder, "other", ""))
-    for name, changes, says in [("other", {}, "another run"), ("first", {"resume": "never"}, "the run before run.resume=never")]:
+    wrong = [("other", {}, "of another run"), ("first", {"resume": "never"}, "holds the checkpoints of the earlier run")]
+    for name, changes, says in wrong:
         with pytest.raises(UsageError, match=says):
             train_at(WORLD.size, config(folder, name, address, **changes))
     alone(lambda: shutil.rmtree(committed(folder / "first/checkpoints")[0]))

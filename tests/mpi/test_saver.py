@@ -277,7 +277,7 @@ def test_who_does_not_hold_the_run_commits_nothing(shared_tmp: Path) -> None:
     def save(comm: MPI.Intracomm) -> None:
         saver = saver_of(comm, shared_tmp, may_commit=lambda: False)
         saver.begin(1, entries(comm, 1), {}, wait=True)
-        with pytest.raises(MpidpError, match="no longer holds its lock") as caught:
+        with pytest.raises(MpidpError, match="no longer holds the lock of this run") as caught:
             saver.wait_for_save(must=True)
         assert caught.value.everywhere
 

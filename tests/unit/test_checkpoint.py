@@ -148,7 +148,7 @@ def test_a_data_file_cut_anywhere_is_seen(run: Path) -> None:
     whole = file.read_bytes()
     for length in (0, 1, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match=f"{length} bytes, but {len(whole)} in the manifest"):
+        with pytest.raises(CheckpointError, match=f"has {length} bytes, but the manifest states {len(whole)}"):
             check_file(path, record)
         stands_in(run, "bytes")
     file.write_bytes(whole + b"\0")
@@ -278,7 +278,7 @@ def test_a_missing_piece_is_named(run: Path) -> None:
     body = read_manifest(path)
     del body["files"][0]["pieces"]["model/w"]
     (path / "manifest.json").write_bytes(manifest._seal(body))
-    with pytest.raises(CheckpointError, match="model/w is incomplete, 0 of 120 elements"):
+    with pytest.raises(CheckpointError, match="model/w is incomplete: the files hold 0 of 120 elements"):
         Reader(path)["model/w"]
 
 

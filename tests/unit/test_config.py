@@ -154,9 +154,9 @@ def test_numbers_may_be_written_in_several_ways(words: list[str], found: int) ->
         (["--comm.compress=int4", "--comm.momentum=0.9"], ["comm.momentum=0.9", "topk or randomk", "comm.compress=int4"]),
         (["--comm.compress=powersgd", "--comm.ratio=0.1"], ["comm.ratio=0.1", "topk or randomk"]),
         (["--comm.ratio_warmup=5"], ["comm.ratio_warmup=5", "topk or randomk", "comm.compress=none"]),
-        (["--metrics.timeline=12"], ["metrics.timeline=12", "as in 10:12"]),
-        (["--metrics.timeline=3:x"], ["metrics.timeline=3:x", "as in 10:12"]),
-        (["--metrics.timeline=0:2"], ["metrics.timeline=0:2", "counted from 1"]),
+        (["--metrics.timeline=12"], ["metrics.timeline='12'", "as in 10:12"]),
+        (["--metrics.timeline=3:x"], ["metrics.timeline='3:x'", "as in 10:12"]),
+        (["--metrics.timeline=0:2"], ["metrics.timeline='0:2'", "counted from 1"]),
         (["--metrics.timeline=5:4"], ["not be before the first"]),
         (["--metrics.timeline=1:101"], ["at most 100"]), (["--metrics.kernels=true"], ["metrics.kernels=true", "needs a"]),
         (["--train.steps=11", "--metrics.timeline=10:12"], ["metrics.timeline=10:12", "train.steps=11"]),
@@ -356,7 +356,7 @@ def test_tasks_that_cannot_be_evaluated_during_training_are_refused(words: list[
 
 @pytest.mark.parametrize("stop", ["train.patience=3", "train.target_loss=2.5"])
 def test_stopping_by_loss_needs_evaluations(stop: str) -> None:
-    assert f"{stop}: requires train.eval_every above 0" in refused(f"--{stop}", "--train.eval_every=0")
+    assert f"{stop} requires train.eval_every above 0" in refused(f"--{stop}", "--train.eval_every=0")
 
 
 def test_the_settings_of_a_run_have_their_types(tmp_path: Path) -> None:

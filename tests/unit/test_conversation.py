@@ -124,8 +124,9 @@ def test_ctrl_c_ends_an_answer(
 
 
 @pytest.mark.parametrize(("words", "why"), [
-    (["--messages", "a"], "give both or none"), (["--out", "a"], "give both or none"),
-    (["--messages", "a", "--out", "b", "--system", "c"], "--system does not apply"), (["--tokens", "0"], "at least 1"),
+    (["--messages", "a"], "must be given together"), (["--out", "a"], "must be given together"),
+    (["--messages", "a", "--out", "b", "--system", "c"], "--system cannot be combined with --messages"),
+    (["--tokens", "0"], "at least 1"),
     (["--temperature", "-1"], "must not be negative"),
 ])
 def test_options_that_do_not_go_together(words: list[str], why: str) -> None:

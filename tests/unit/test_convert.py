@@ -133,15 +133,16 @@ def test_what_does_not_agree_is_refused(tmp_path: Path, shards: Path) -> None:
     for lengths, bounds in (([10, 11], [0, 1, 2]), ([30, -10], [0, 1, 2]), ([-1, 3], [0, 2])):
         write(tmp_path / "it", 8, lengths, bounds, ids)
         refused("outside the 40 bytes")
-    for bounds in ([0, 1], [0, 3, 2], [-1, 2]):
+    for bounds, words in (([0, 1], "the last document must end at 2, the number of sequences, but it ends at 1"),
+                          ([0, 3, 2], "must not be negative or decrease"), ([-1, 2], "must not be negative or decrease")):
         write(tmp_path / "it", 8, [10, 10], bounds, ids)
-        refused("document bounds must not be negative or decrease")
+        refused(words)
     write(tmp_path / "it", 7, [10, 10], [0, 1, 2], ids)
-    refused("version 1, type 7")
+    refused("version 1 and ids of type 7")
     index = tmp_path / "it.idx"
     write(tmp_path / "it", 8, [10, 10], [0, 1, 2], ids)
     index.write_bytes(index.read_bytes()[:-3])
-    refused("2 sequences and 3 document bounds need")
+    refused("2 sequences and 3 document bounds need .* bytes")
     index.write_bytes(b"MMIDIDX")
     refused("not a Megatron-LM index")
     index.unlink()
@@ -160,16 +161,16 @@ def test_options_of_from_are_refused_with_to() -> None:
              ["--rows", "part"], ["--add-eod"], ["--column", "ids"], ["--dtype", "uint16"], ["--seq-len", "8"], ["--eod", "x"])
     for words in wrong:
         named = ", ".join(word for word in words if word.startswith("--"))
-        with pytest.raises(UsageError, match=f"^{named}: only --from takes th.*, but --to mds is given"):
+        with pytest.raises(UsageError, match=f"^{named} can be given only with --from, not with --to mds"):
             read_options(["--to", "mds", "shards", "--out", "out", *words])
     found = read_options(["shards", "--out", "out", "--tokenizer", "byte", "--shards", "9"])
     assert (found.tokenizer, found.shards, found.source) == ("byte", 9, "auto")
 
 
 @pytest.mark.parametrize(("ids", "fraction", "words"), [
-    ([1], 0.05, "the source has 1 token, but each split needs at least 2: give more text, or set --val-fraction 0"),
-    ([1], 0.0, "the source has 1 token, but each split needs at least 2: give more text"),
-    ([1, 2, 3], 0.5, "the source has 3 tokens, but each split needs at least 2"),
+    ([1], 0.05, "the source has 1 token, but each split needs at least 2 tokens. Give more text, or set --val-fraction 0"),
+    ([1], 0.0, "the source has 1 token, but each split needs at least 2 tokens. Give more text"),
+    ([1, 2, 3], 0.5, "the source has 3 tokens, but each split needs at least 2 tokens"),
 ])
 def test_too_few_tokens_are_counted_correctly(ids: list[int], fraction: float, words: str, tmp_path: Path) -> None:
     np.array(ids, "<u2").tofile(tmp_path / "train.bin")

@@ -26,6 +26,7 @@ from mpidp.inference.sampling import Sampling, nucleus, seed_of
 from mpidp.inference.speech import StreamedText
 from mpidp.model.cache import Cache, joined
 from mpidp.model.joint_cache import join
+from mpidp.model.lora import attach, merged
 from mpidp.model.rowwise import by_rows
 from mpidp.model.shape import TransformerShape
 from mpidp.model.transformer import Transformer
@@ -176,13 +177,20 @@ def test_without_exact_prompts_of_equal_length_are_one_input() -> None:
 
 def test_a_row_alone_has_the_bits_that_it_has_among_others() -> None:
     model = loaded(hidden_dim=64)  # other widths round silu differently, because vector units process the remainder separately
+    attach(model.model, 4, 16.0, "gate,down", seed=1)
+    for layer in ("gate", "down"):
+        adapter = getattr(model.model.blocks["0"].feed_forward, layer).lora_b
+        torch.nn.init.normal_(adapter, std=0.1, generator=torch.Generator().manual_seed(2))
     by_rows(model.model)
     by_rows(model.model)
     hidden = torch.randn(8, 1, 32, generator=torch.Generator().manual_seed(1))
     layer = model.model.blocks["0"].feed_forward
     together = layer(hidden)
     assert all(torch.equal(layer(hidden[i : i + n]), together[i : i + n]) for n in (1, 3) for i in range(6))
-    torch.testing.assert_close(together, loaded(hidden_dim=64).model.blocks["0"].feed_forward(hidden))
+    assert not torch.equal(together, loaded(hidden_dim=64).model.blocks["0"].feed_forward(hidden))
+    plain = loaded(hidden_dim=64).model
+    plain.load_state_dict(merged(dict(model.model.named_parameters()), 16.0))
+    torch.testing.assert_close(together, plain.blocks["0"].feed_forward(hidden))
 
 
 def softmax(*logits: float) -> Tensor:

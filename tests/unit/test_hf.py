@@ -242,7 +242,7 @@ def test_a_run_begins_with_another(trained: dict[str, tuple[Path, Ran]], shards:
     shutil.rmtree(source)
     resumed = train_at(1, config)
     assert resumed.end == whole.end and reader_of(tmp_path / "run").meta["init_from"] == meta["init_from"]
-    with pytest.raises(UsageError, match=r"train\.init_from was .*, is ''"):
+    with pytest.raises(UsageError, match=r"train\.init_from was .* and is now ''"):
         train_at(1, config.with_values(train={"init_from": "", "steps": 9}))
     with pytest.raises(UsageError, match="neither a run .* hf download"):
         train_at(1, config.with_values(run={"resume": "never"}))

@@ -121,7 +121,7 @@ def test_options() -> None:
 
 @pytest.mark.parametrize(("words", "said"), [
     (("--model.kind=gpt",), "model.kind=gpt must be transformer, lstm, or MODULE:FACTORY"), (("--model.kind=a.:b",), "must be"),
-    (("--model.options=a=1",), "requires a custom model.kind"),
+    (("--model.options=a=1",), "requires model.kind=MODULE:FACTORY"),
     (("--model.kind=lstm", "--model.num_heads=2"), "no effect with lstm"),
 ])  # fmt: skip
 def test_settings_of_other_kinds(words: tuple[str, ...], said: str) -> None:

@@ -54,7 +54,7 @@ WORDS = {  # an example of each side of a rule
     "comm.reducer=allreduce|naive|root": ("comm.reducer=allreduce", "comm.reducer=naive", "comm.reducer=root"),
     "comm.transport=window": ("comm.transport=window",), "comm.copies=node": ("comm.copies=node",),
     "model.slices above 1": ("model.slices=2",),
-    "model.tie_embeddings with mesh.pp above 1": ("model.tie_embeddings=true mesh.pp=2",),
+    "model.lora_rank with head in model.lora_targets": ("model.lora_rank=4 model.lora_targets=q,head",),
     "model.lora_rank": ("model.lora_rank=4",), "optim.freeze": ("optim.freeze=embedding.*",),
     "model.input_mix": ("model.input_mix=true",),
     "model.zero_init": ("model.zero_init=true",), "train.init_from": ("train.init_from=other",),

@@ -111,9 +111,9 @@ def test_the_model_is_that_of_the_weights_which_the_run_begins_with(tmp_path: Pa
     for place in ("run", "run/checkpoints/step_00000001"):
         assert ask("--config", "my.toml", "--ranks", "2", f"--train.init_from={place}")["model"] == wanted
     (tmp_path / "run/config.toml").write_text(to_toml(Config().with_values(model={"kind": "lstm"})))
-    for words, why in [("--train.init_from=run", "kind=lstm supports only"), ("--model.kind=lstm", "only data parallelism"),
-                       ("--model.kind=a:b", "kind=a:b supports only"), ("--train.init_from=none", "none/config.toml"),
-                       ("--model.lora_rank=4", "model.lora_rank=4 supports only data parallelism")]:
+    for words, why in [("--train.init_from=run", "kind=lstm: the predictions"), ("--model.kind=lstm", "only for Transformers"),
+                       ("--model.kind=a:b", "model.kind=a:b: the predictions"), ("--train.init_from=none", "none/config.toml"),
+                       ("--model.lora_rank=4", "model.lora_rank=4: the predictions are only")]:
         with pytest.raises(UsageError, match=why):
             ask("--config", "my.toml", "--ranks", "2", "--vocab", "256", words)
     (tmp_path / "hf/config.json").write_text("{")

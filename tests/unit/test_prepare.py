@@ -211,12 +211,12 @@ def test_foreign_files_are_not_touched(corpus: Path, tmp_path: Path) -> None:
     prepare(str(corpus), out=out)
     (out / "mine.h5").write_text("precious")
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    with pytest.raises(UsageError, match="mine.h5.*nothing was changed"):
+    with pytest.raises(UsageError, match="mine.h5.*Nothing was changed"):
         prepare(str(corpus), out=out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     (out / "mine.h5").unlink()
     (out / "index.json").write_text('{"my": "index"}')
-    with pytest.raises(UsageError, match="choose another folder"):
+    with pytest.raises(UsageError, match="Choose another folder"):
         prepare(str(corpus), out=out)
 
 

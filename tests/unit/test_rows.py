@@ -179,7 +179,7 @@ def test_ids_know_their_characters(tokenizer: Tokenizer) -> None:
     ("chat", chat("a", "b") | {"tools": [3]}, "malformed", "`tools` is not a list of objects"),
     ("chat", chat("a", "b") | {"chat_template_kwargs": []}, "malformed", "`chat_template_kwargs` is a list, not an object"),
     ("chat", {"messages": [user("a"), said("b", weight=0.5)]}, "malformed", "`weight`, `train` or `loss` is 0.5"),
-    ("chat", {"messages": [user("a") | {"train": True}, said("b")]}, "malformed", "of a user message"),
+    ("chat", {"messages": [user("a") | {"train": True}, said("b")]}, "malformed", "a user message has"),
     ("chat", {"messages": [user("a"), said("b", train=False)]}, "empty", "no assistant turn to learn"),
     ("chat", {"messages": [user("a"), said("b", loss=False)]}, "empty", "no assistant turn to learn"),
     ("chat", {"messages": [user("a"), said("", tool_calls=[{"function": {"name": "f", "arguments": {}}}])]}, "malformed",
@@ -217,19 +217,21 @@ def test_long_rows_may_be_cut(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("options", "error", "words"), [
-    ({"form": "chat"}, UsageError, "give --seq-len N"), ({"form": "rows"}, UsageError, "one of text, prompt_completion, chat"),
-    ({"form": "chat", "seq_len": 8}, UsageError, "needs a chat template, and the tokenizer byte has none.*--chat-template FILE"),
+    ({"form": "chat"}, UsageError, "Give the length of a window with --seq-len N"),
+    ({"form": "rows"}, UsageError, "one of text, prompt_completion, chat"),
+    ({"form": "chat", "seq_len": 8}, UsageError, "needs a chat template, but the tokenizer byte has none.*--chat-template FILE"),
     ({"form": "chat", "seq_len": 8, "chat_template": "gone"}, DataError, "cannot read gone"),
     ({"form": "chat", "seq_len": 8, "chat_template": "bad.jinja"}, DataError, "line 2 of the chat template"),
     ({"form": "chat", "seq_len": 99, "chat_template": "turns.jinja"}, DataError, r"a.jsonl:1.*message 2 cannot be found"),
     ({"form": "chat", "seq_len": 99, "chat_template": "slow.jinja"}, DataError, "needs more than 0 s for a chat"),
-    ({"form": "chat", "seq_len": 9, "special": "text"}, UsageError, "--special text does not apply to --format chat"),
-    ({"form": "chat", "seq_len": 8, "template_arg": ["3=x"]}, UsageError, "--template-arg 3=x must be KEY=VALUE"),
-    ({"template_arg": ["a=x"]}, UsageError, "--template-arg applies to --format chat"),
-    ({"bos": "x"}, UsageError, "--bos x must"), ({"special": "x"}, UsageError, "--special x must"),
+    ({"form": "chat", "seq_len": 9, "special": "text"}, UsageError, "--special text cannot be combined with --format chat"),
+    ({"form": "chat", "seq_len": 8, "template_arg": ["3=x"]}, UsageError, "--template-arg '3=x' must have the form KEY=VALUE"),
+    ({"template_arg": ["a=x"]}, UsageError, "--template-arg applies only to --format chat"),
+    ({"bos": "x"}, UsageError, "--bos 'x' must"), ({"special": "x"}, UsageError, "--special 'x' must"),
     ({"form": "prompt_completion", "seq_len": 8, "split": "text"}, UsageError, "would cut rows in two"),
-    ({"seq_len": 8}, UsageError, "--seq-len and --truncate"), ({"chat_template": "x"}, UsageError, "applies to --format chat"),
-    ({"repeat": True}, UsageError, "above 0 with --repeat"),
+    ({"seq_len": 8}, UsageError, "--seq-len and --truncate"),
+    ({"chat_template": "x"}, UsageError, "applies only to --format chat"),
+    ({"repeat": True}, UsageError, "--repeat needs --tokens N"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], error: type, words: str

@@ -340,7 +340,7 @@ def test_a_change_is_refused_by_name_or_taken(key: str) -> None:
     config = Config()
     saved = {name: other(value, about) if name == key else value for name, about, value in fields_of(config)}
     if key in FIXED_KEYS:
-        with pytest.raises(UsageError, match=rf"{re.escape(key)} was .*, is .*run\.dir.*resume=never") as caught:
+        with pytest.raises(UsageError, match=rf"{re.escape(key)} was .* and is now .*run\.dir.*resume=never") as caught:
             reject_changed_settings(saved, config)
         assert not any(f"{name} was" in str(caught.value) for name in FIXED_KEYS - {key})
     else:

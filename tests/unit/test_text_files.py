@@ -372,7 +372,7 @@ def test_datasets_that_are_no_text_are_refused(tmp_path: Path, names: list[str])
     (tmp_path / "d/train").mkdir(parents=True)
     for name in names:
         (tmp_path / "d/train" / name).write_text("{}")
-    with pytest.raises(DataError, match="which prepare does not read: (give the folder|if its samples|mpidp convert --from)"):
+    with pytest.raises(DataError, match="which prepare does not read. (Give the folder|If its samples|Use mpidp convert --from)"):
         find_files(str(tmp_path / "d"), tmp_path)
 
 

@@ -43,4 +43,4 @@ def test_a_template_that_needs_an_object_is_named_with_the_remedy(tmp_path: Path
     prepare(source, "byte", tmp_path / "out", 1, 0.0, form="chat", seq_len=128, chat_template=str(tmp_path / "t.jinja"))
     words = capsys.readouterr().out
     assert f"1 malformed line or row skipped: {source}:2: rejected by the chat template" in words
-    assert "`arguments` of a tool call is JSON text: write it as an object" in words
+    assert "write `arguments` of a tool call as an object, not as JSON text" in words

@@ -124,11 +124,11 @@ def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> d
 
 
 def _reject_uncut(values: Mapping[str, Any]) -> None:
-    """Raise UsageError if the settings are of a model that supports data parallelism only. values: {section.key: value}. Pure."""
+    """Raise UsageError for models whose time and memory the predictions do not describe. Pure."""
     kind, rank = values["model.kind"], values["model.lora_rank"]
     if kind != "transformer" or rank:
         what = f"model.lora_rank={rank}" if kind == "transformer" else f"model.kind={kind}"
-        raise UsageError(f"{what} supports only data parallelism, so each rank holds a whole replica. Use "
+        raise UsageError(f"{what}: the predictions are only for Transformers that train all parameters. Use "
                          "`python -m mpidp.plan methods`")
 
 
@@ -163,8 +163,8 @@ def _settings_of(config: Path, what: str) -> dict[str, Any]:
 
 
 def _cluster(file: str | None) -> dict[str, Any]:
-    """Return the content of cluster.json. file: its path (default: cluster.json in the current folder). Return {} if the default
-    file does not exist. Raises UsageError if the file cannot be read."""
+    """Return the content of cluster.json. file: the path of cluster.json, or None for cluster.json in the current folder. Return
+    {} if `file` is None and there is no such file. Raises UsageError if the file cannot be read."""
     path = Path(file or "cluster.json")
     if not path.is_file():
         if file:

@@ -42,7 +42,7 @@ OF_PEAK = 0.5  # assumed fraction of the datasheet's FLOP/s
 
 
 def number(given: str, name: str) -> float:
-    """Return the number in a text such as 7b, 100m, 1.5k or 4e9. given: the text. name: the option, for error messages. Raises
+    """Return the number in a text such as 7b, 100m, 1.5k or 4e9. given: the text. name: the option. Errors name it. Raises
     UsageError unless the number is above 0. Pure."""
     text = given.strip().lower()
     try:
@@ -55,10 +55,10 @@ def number(given: str, name: str) -> float:
 
 
 def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[ModelSizes, str]:
-    """Return (a LLaMA-like model with about `parameters` parameters, its name or description). If a published model is within 5%
-    of `parameters` and has the vocabulary size, it is returned. Otherwise the number of layers is near width / 128. vocab_size,
-    seq_len: 0 means the default. Raises UsageError if no such model has about this many parameters, for example because the
-    vocabulary is too large. Pure."""
+    """Return (sizes of a LLaMA-like model with about `parameters` parameters, name or description of this model). If a published
+    model is within 5% of `parameters` and has the vocabulary size, it is returned. Otherwise the number of layers is near width /
+    128. vocab_size, seq_len: 0 means the default. Raises UsageError if no such model has about this many parameters, for example
+    because the vocabulary is too large. Pure."""
     for known, (name, model) in KNOWN.items():
         if abs(parameters - known) <= NEAR * known and vocab_size in (0, model.vocab_size):
             return replace(model, seq_len=seq_len or model.seq_len), name
@@ -99,9 +99,7 @@ def model_of_config(values: Mapping[str, Any], vocab_size: int) -> ModelSizes:
     heads = values["model.num_kv_heads"] or m["num_heads"]
     options = TransformerOptions(**{name: values.get(f"model.{name}", plain) for name, plain in OPTIONS.items()})
     head_size = int(values.get("model.head_dim", 0))
-    return ModelSizes(
-        **m, hidden_dim=hidden, num_kv_heads=heads, vocab_size=vocab_size, head_size=head_size, options=options
-    )
+    return ModelSizes(**m, hidden_dim=hidden, num_kv_heads=heads, vocab_size=vocab_size, head_size=head_size, options=options)
 
 
 @dataclass(frozen=True)
@@ -192,7 +190,8 @@ class MeshRow:
 def shapes(model: ModelSizes, ranks: int, most_dp: int, slices: int = 1) -> Iterator[Shape]:
     """Yield all possible meshes of `ranks` ranks. tp divides the number of key-value heads, and each stage has at least one
     layer. dp is at most `most_dp`. mesh.shard is at most 1 if pp is above 1. If `slices` (model.slices) is above 1, tp also
-    divides `slices`, and a model with tied embeddings has one stage. Pure."""
+    divides `slices`, and a model with tied embeddings has one stage, because two stages would exchange the gradient of its
+    embedding for every micro-batch. Pure."""
     for tp in range(1, min(ranks, model.num_kv_heads) + 1):
         if ranks % tp or model.num_kv_heads % tp or (slices > 1 and slices % tp):
             continue

@@ -129,8 +129,9 @@ class MethodRow:
 
 
 def predict(config: Config, vocab_size: int, cluster: Cluster, compute: float, wanted: Sequence[str] = ()) -> list[MethodRow]:
-    """Predict bytes and step time of the method synchronous and the `wanted` methods (default: all methods). Return the rows in
-    the order of METHODS. compute: compute time of a step, in seconds. Raises UsageError if a wanted method is unknown. Pure."""
+    """Predict bytes and step time of the method synchronous and of the methods in `wanted`. If `wanted` is empty, predict those
+    of all methods. Return the rows in the order of METHODS. compute: compute time of a step, in seconds. Raises UsageError if a
+    wanted method is unknown. Pure."""
     if unknown := sorted(set(wanted) - set(METHODS)):
         raise UsageError(f"--methods: there is no method {', '.join(unknown)}. The methods are {', '.join(METHODS)}")
     sizes, rows = sizes_of(config, vocab_size), list[MethodRow]()

@@ -1,0 +1,33 @@
+"""Adds the two gradients of a tied embedding in the same order on every mesh (model.slices with model.tie_embeddings).
+
+On one stage, autograd adds the gradients of the head and of the embedding for each micro-batch. With several stages, the last
+stage computes the gradient of the head. It sends this gradient to the first stage for each micro-batch, and keeps zeros. The
+first stage adds it to the gradient of the embedding. At the end of a step, the two stages exchange their gradients, as without
+slices (ModelPartition.tie).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpidp.parallel.pipeline import FORWARD, Stages
+
+
+def tie_micro_batches(model: Any, weight: Tensor, stages: Stages) -> None:
+    """Make backward add the gradients of `weight` as one stage adds them. model: the part of the first or last stage. weight:
+    its embedding or head. A previous call for this model has no effect anymore. Independent. Backward is then collective over
+    the first and the last stage."""
+
+    def send(grad: Tensor) -> Tensor:
+        stages.send(FORWARD, stages.v, grad, stages.chunks - 1)
+        return torch.zeros_like(grad)
+
+    def add(grad: Tensor) -> Tensor:
+        return grad + stages.receive(FORWARD, stages.v, tuple(grad.shape), stages.chunks)
+
+    if (before := getattr(model, "tied_hook", None)) is not None:
+        before.remove()
+    model.tied_hook = weight.register_hook(add if stages.first else send)
