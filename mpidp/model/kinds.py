@@ -34,8 +34,7 @@ def check_named(kind: Any, named: str, where: object) -> None:
     if not isinstance(kind, str):
         raise DataError(f"{where} is damaged: its model.kind={kind!r} is not a string")
     if named not in ("", kind):
-        raise UsageError(f"{where} has model.kind={kind}, but you gave model.kind={named}. Correct it, or leave it out if the "
-                         "kind is built in")
+        raise UsageError(f"{where} has model.kind={kind}, but you gave {named}. Correct model.kind, or omit it if built in")
     if kind not in SHAPES and named != kind:
         raise UsageError(
             f"{where} has model.kind={kind}. To open it, mpidp must import this module and call its factory, but the files of a "

@@ -55,10 +55,8 @@ class CustomModel(nn.Module):
         ignored. Raises UsageError if doc_ids is given, because packed documents are not supported.
         """
         if doc_ids is not None:
-            raise UsageError.on_every_rank(
-                f"model.kind={self.shape.factory}: custom models do not support packed documents. Prepare the data without "
-                "packing"
-            )
+            raise UsageError.on_every_rank(f"model.kind={self.shape.factory}: custom models do not support packed documents. "
+                                           "Prepare the data without packing")
         if key is not None:
             set_generator(int(key), x.device)
         return self.own(x)
@@ -139,9 +137,7 @@ def _find(kind: str) -> Callable[..., nn.Module]:
         factory = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
         itself = error.name is not None and f"{module}.".startswith(f"{error.name}.")
-        fix = f", which {module} imports. Install it"
-        if itself:
-            fix = ". Start in the folder that contains it, or add this folder to PYTHONPATH"
+        fix = ". Start in the module's folder, or add it to PYTHONPATH" if itself else f", which {module} imports. Install it"
         raise UsageError(f"model.kind={kind}: no module {error.name!r}{fix}") from error
     except Exception as error:
         raise UsageError(f"model.kind={kind}: importing {module} failed: {type(error).__name__}: {error}") from error
@@ -200,8 +196,7 @@ def _try(kind: str, model: nn.Module, vocab_size: int, seq_len: int) -> None:
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     tokens = torch.arange(2 * seq_len).view(2, seq_len) % vocab_size
     if not _logits(kind, model.train(), tokens, vocab_size).requires_grad:
-        raise UsageError(f"model.kind={kind}: its logits have no gradient, so it cannot be trained. Use no detach() or no_grad() "
-                         "in forward")
+        raise UsageError(f"model.kind={kind}: its logits have no gradient. Use no detach() or no_grad() in forward")
     changed = [name for name, buffer in model.named_buffers() if name not in before or not torch.equal(buffer, before[name])]
     if changed:
         raise UsageError(
@@ -226,8 +221,7 @@ def _logits(kind: str, model: nn.Module, tokens: Tensor, vocab_size: int) -> Ten
     try:
         logits = model(tokens)
     except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-        raise UsageError(f"model.kind={kind}: forward fails on tokens of shape {size}: {why}") from error
+        raise UsageError(f"model.kind={kind}: forward failed for shape {size}: {type(error).__name__}: {error}") from error
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if found != (*size, vocab_size) or not logits.is_floating_point():
         raise UsageError(

@@ -156,28 +156,20 @@ def check_split(shape: Shape, tp: int, pp: int, chunks: int = 1) -> None:
             raise UsageError(f"tp={tp}, pp={pp}: only model.kind=transformer can be split over ranks. Use tp=1 and pp=1")
         return
     if pp > 1 and shape.input_mix:
-        raise UsageError(
-            f"pp={pp}: a model with model.input_mix cannot be split into stages, because each layer needs the output of the "
-            "embedding, and only the first stage has the embedding. Use pp=1"
-        )
+        raise UsageError(f"pp={pp}: a model with model.input_mix cannot be split into stages, because each layer needs the "
+                         "output of the embedding, and only the first stage has the embedding. Use pp=1")
     heads = shape.num_kv_heads
     if heads % tp:
         fit = [n for n in range(1, heads + 1) if heads % n == 0]
         near = sorted({max(n for n in fit if n <= tp), min([n for n in fit if n >= tp], default=heads)})
-        raise UsageError(
-            f"mesh.tp={tp} does not divide the model's {heads} key-value heads, and a head cannot be split. "
-            f"Use mesh.tp={' or '.join(map(str, near))}"
-        )
+        raise UsageError(f"mesh.tp={tp} does not divide the model's {heads} key-value heads, and a head cannot be split. Use "
+                         f"mesh.tp={' or '.join(map(str, near))}")
     if pp > shape.num_layers:
-        raise UsageError(
-            f"mesh.pp={pp}: each stage needs at least one layer, but the model has only {shape.num_layers}. Use at most "
-            f"mesh.pp={shape.num_layers}"
-        )
+        raise UsageError(f"mesh.pp={pp}: each stage needs at least one layer, but the model has only {shape.num_layers}. Use at "
+                         f"most mesh.pp={shape.num_layers}")
     if pp * chunks > shape.num_layers:
-        raise UsageError(
-            f"mesh.pp={pp} x mesh.interleave={chunks}: each chunk needs at least one layer, but the model has only "
-            f"{shape.num_layers}. Use at most mesh.interleave={shape.num_layers // pp}"
-        )
+        raise UsageError(f"mesh.pp={pp} x mesh.interleave={chunks}: each chunk needs at least one layer, but the model has only "
+                         f"{shape.num_layers}. Use at most mesh.interleave={shape.num_layers // pp}")
 
 
 def check_slices(shape: Shape, slices: int, tp: int) -> None:

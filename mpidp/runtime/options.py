@@ -131,8 +131,7 @@ def add_texts(parser: argparse.ArgumentParser, default: str) -> None:
 def add_seq_len(parser: argparse.ArgumentParser) -> None:
     """Add --seq-len, the context length for a Hugging Face folder. Pure."""
     parser.add_argument("--seq-len", type=int, default=0, metavar="N",
-                        help="context length for a Hugging Face folder. 0 means that of the model, at most 2048 (default: "
-                        "%(default)s)")
+                        help="context length for a Hugging Face folder. 0: the model's own, at most 2048 (default: %(default)s)")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

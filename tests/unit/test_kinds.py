@@ -76,7 +76,7 @@ def test_an_lstm_begins_each_window_anew_and_sees_no_later_token() -> None:
     ("nobody", "has no nobody"), ("NUMBER", "NUMBER .int. is not callable"), ("unsaid", "annotated to return"),
     ("lost", "no module"), ("not_one", "returned a str"), ("fails", "no such file of weights"),
     ("Short", r"returned \(2, 11\)"), ("Tupled", "returned tuple"), ("Seer", "later tokens"),
-    ("Long", "fails on tokens of shape \\(1, 1\\)"), ("Deaf", "no gradient"), ("Running", "BatchNorm"),
+    ("Long", "failed for shape \\(1, 1\\)"), ("Deaf", "no gradient"), ("Running", "BatchNorm"),
     ("Frozen", "embedding.weight does not require"), ("Half", "float16, but must be float32"), ("Empty", "no parameters"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_refused_with_words(name: str, said: str) -> None:

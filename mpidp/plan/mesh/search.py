@@ -75,9 +75,8 @@ def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[
             off = abs(model.parameters / parameters - 1) + 0.05 * abs(math.log(layers * 128 / dim))
             best = (off, model) if best is None or off < best[0] else best
     if best is None or abs(best[1].parameters / parameters - 1) > 0.25:
-        raise UsageError(
-            f"--params={parameters:g}: no model of this size fits a vocabulary of {vocab_size:,} tokens. Give --vocab or --config"
-        )
+        raise UsageError(f"--params={parameters:g}: no model of this size fits a vocabulary of {vocab_size:,} tokens. Give "
+                         "--vocab or --config")
     return best[1], "estimated: about width / 128 layers"
 
 

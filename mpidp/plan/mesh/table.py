@@ -56,8 +56,7 @@ def mesh_table(found: dict[str, Any]) -> str:
         settings += ["--mesh.sequence=true"] * best["sequence"]
         settings += [f"--train.micro_batch={best['micro_batch']}", f"--train.recompute={str(best['recompute']).lower()}"]
         useful = best["flops"] / best["step_seconds"] / 1e12
-        lines += ["", f"The first mesh: {many(per_rank)} tokens/s and {useful:.4g} TFLOP/s per rank. "
-                  f"Settings: {' '.join(settings)}"]
+        lines += ["", f"The first mesh: {many(per_rank)} tokens/s, {useful:.4g} TFLOP/s per rank. Settings: {' '.join(settings)}"]
     return "\n".join([*lines, "", "Figures used: " + "; ".join(found["machine"]) + ".",
                       "A tenth of the memory is left free. docs/plan.md explains the formulas, their accuracy and their limits."])
 

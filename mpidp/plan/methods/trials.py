@@ -83,11 +83,9 @@ def compare_methods(config: Config, options: TrialOptions, world: MPI.Intracomm)
 
     Raises UsageError if the options cannot be used together, and DataError if the data cannot be read. Collective over world."""
     if options.seconds and world.size == 1:
-        raise UsageError("--run trains on the ranks of this launch, but there is only one. Start "
-                         "`mpirun -np N python -m mpidp.plan ...`")
+        raise UsageError("--run needs several ranks, but there is only one. Start with mpirun -np N python -m mpidp.plan ...")
     if options.seconds and options.ranks not in (0, world.size):
-        raise UsageError.on_every_rank(f"--ranks={options.ranks}, but --run trains on the {world.size} ranks of this launch. "
-                                       "Omit --ranks")
+        raise UsageError.on_every_rank(f"--ranks={options.ranks}, but --run trains on {world.size} ranks (of this launch)")
     if options.seconds and launched_with_ulfm():
         raise UsageError.on_every_rank(
             "--run trains one method after the other, but with ULFM the shared memory of a run is freed only when the job ends. "
@@ -135,8 +133,7 @@ def find_cluster(config: Config, options: TrialOptions, world: MPI.Intracomm) ->
         if world.rank == 0:
             found = next(((str(place), read_cluster(place)) for place in places if place.is_file()), None)
             if options.cluster and found is None:
-                raise UsageError(f"--cluster={options.cluster}: no such file. Write it with `mpirun -np N python -m "
-                                 "mpidp.doctor`")
+                raise UsageError(f"--cluster={options.cluster}: no such file. `mpirun -np N python -m mpidp.doctor` writes one")
     found = world.bcast(found, root=0)
     if found is not None:
         with raise_together(world):
