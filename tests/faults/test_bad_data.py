@@ -299,7 +299,7 @@ def test_an_id_beyond_the_vocabulary_in_validation(place: Path, forks: Forks, fi
 
 def test_a_corpus_shorter_than_one_window(place: Path, forks: Forks) -> None:
     ended = forks.run(place, "mpidp.train", "tiny.toml", "--model.seq_len=100000")
-    expect(ended, 3, "shards: ", "training tokens are fewer than one window of model.seq_len + 1 = 100001", "lower model.seq_len")
+    expect(ended, 3, "shards: ", "fewer than one training window (model.seq_len + 1 = 100001 tokens)", "lower model.seq_len")
 
 
 TOKENIZERS: dict[str, Callable[[Path], object]] = {

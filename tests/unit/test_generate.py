@@ -355,7 +355,7 @@ def test_a_hostile_line_is_no_crash(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["--top-p=0"], "--top-p 0.0: must be above 0"), (["--top-p=1.01"], "--top-p 1.01"),
+    (["--top-p=0"], "--top-p 0.0 must be above 0"), (["--top-p=1.01"], "--top-p 1.01"),
     (["--seed=-1"], "--seed -1"), (["--seed", str(2**63)], "--seed 9223372036854775808"),
     (["--top-p=nan"], "--top-p nan"),
     (["--temperature=-1"], "--temperature"), (["--temperature=nan"], "--temperature"), (["--temperature=inf"], "--temperature"),
