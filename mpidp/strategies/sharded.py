@@ -174,7 +174,7 @@ class Sharded:
         for unit in self.units:
             for member in unit.members:
                 if unit.chunk == chunk and member.parameter.grad is not None:
-                    raise RuntimeError(f"mesh.shard=2|3: backward has computed the gradient of {member.name} twice")
+                    raise RuntimeError(f"mesh.shard=2 or 3: backward has computed the gradient of {member.name} twice")
 
     def fill(self, forwards: int, chunk: int | None = None) -> None:
         """Take part in the communication of `forwards` forward passes that other ranks compute. `chunk`: the chunk that they

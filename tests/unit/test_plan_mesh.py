@@ -176,8 +176,8 @@ def test_the_number_of_ranks_is_that_of_the_cluster(tmp_path: Path, monkeypatch:
 
 
 WRONG = {  # command line: part of the message
-    "--ranks 8": "give either --params N",
-    "--params 7b --config x.toml --ranks 8": "give either --params",
+    "--ranks 8": "give the model: either --params N",
+    "--params 7b --config x.toml --ranks 8": "either --params N",
     "--params seven --ranks 8": "--params=seven: give a number above 0",
     "--params -7b --ranks 8": "--params",
     "--params 7b": "give the number of ranks with --ranks",
@@ -190,7 +190,7 @@ WRONG = {  # command line: part of the message
     "--params 7b --ranks 8 --top 0": "--top=0",
     "--params 7b --ranks 8 --dtype fp8": "fp8",
     "--params 7b --ranks 8 --model.model_dim=3": "--model.model_dim=3: no such option",
-    "--params 7b --ranks 7919": "no mesh uses this number of ranks",
+    "--params 7b --ranks 7919": "no mesh has this number of ranks",
     "--params 1000 --ranks 8": "--params=1000: no model of this size fits a vocabulary of 32,000",
     "--params 7b --ranks 8 --cluster nowhere.json": "nowhere.json: no such file",
     "--config nowhere.toml --ranks 8": "nowhere.toml",
