@@ -59,8 +59,8 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add_data(parser, "to evaluate on", default="the run's data.path")
     add("--split", default="val", help="val or train (default: %(default)s)")
     add("--text", metavar="FILE", help="evaluate the loss on a UTF-8 text file (also .gz, .zst) instead of shards")
-    add("--stride", type=int, default=0, help="with --text: each window starts this many tokens after the previous one. 0: half "
-        "of model.seq_len (default: %(default)s)")
+    add("--stride", type=int, default=0, help="with --text: each window starts this many tokens after the previous one. 0 means "
+        "half of model.seq_len (default: %(default)s)")
     add("--choices", metavar="FILE", help="multiple-choice questions: rows (.jsonl, .json, .parquet) with context, choices and "
         "label (index from 0, or the right choice's text)")
     add("--tasks", metavar="NAME,...", help="tasks of EleutherAI's lm-eval, for example arc_easy,hellaswag "
@@ -68,12 +68,12 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add("--tasks-dir", metavar="DIR", help="folder of your own task files (.yaml) for --tasks")
     add("--allow-code", action="store_true", help="permit task files of --tasks-dir to call Python functions (!function)")
     add("--few-shot", type=int, metavar="N", help="number of examples before each item of --tasks (default: as in the task)")
-    add("--limit", type=int, default=0, metavar="N", help="maximum number of items of each task of --tasks; 0: all (default: "
-                                                          "%(default)s)")
+    add("--limit", type=int, default=0, metavar="N", help="maximum number of items of each task of --tasks. 0 means all "
+                                                          "(default: %(default)s)")
     add("--chat", action="store_true", help="with --tasks: write the prompts as chats, with the model's chat template")
     add("--system", metavar="TEXT", help="with --chat: the system message")
     add_out(parser, "with --tasks: write all results and every item to this file (JSON)", metavar="FILE")
-    add_texts(parser, "default: for --choices, tokens if the tokenizer comes with a model; for --text, text")
+    add_texts(parser, "default: with --choices, 'tokens' if the tokenizer comes with a model; with --text, 'text'")
     add_tokenizer(parser)
     add_compute(parser)
     add_json(parser)
@@ -86,9 +86,9 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
         note_old_spelling("--data with --text or --choices", "--tokenizer")
         options.data, options.tokenizer = None, options.tokenizer or options.data
     if options.tokenizer is not None and not given:
-        parser.error("--tokenizer works only with --text, --choices or --tasks: shards are tokens already")
+        parser.error("--tokenizer works only with --text, --choices or --tasks, because shards are tokens already")
     if options.special is not None and options.text is None and options.choices is None:
-        parser.error("--special works only with --text or --choices: shards are tokens already")
+        parser.error("--special works only with --text or --choices, because shards are tokens already")
     if options.seq_len < 0:
         parser.error(f"--seq-len {options.seq_len}: must not be negative")
     if options.stride < 0:
@@ -107,7 +107,7 @@ def _check_task_options(parser: Parser, options: argparse.Namespace) -> None:
     if options.data is not None:
         parser.error("--data and --tasks: give only one of them")
     if not all(name.strip() for name in options.tasks.split(",")):
-        parser.error(f"--tasks {options.tasks!r}: give names of tasks, separated by commas")
+        parser.error(f"--tasks {options.tasks!r} has an empty name. Give names of tasks, separated by commas")
     if options.limit < 0 or (options.few_shot or 0) < 0:
         parser.error("--limit and --few-shot must not be negative")
     if options.allow_code and options.tasks_dir is None:
@@ -153,7 +153,7 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     with raise_together(world):
         if options.stride > seq_len:
             raise UsageError(
-                f"--stride {options.stride}: must be at most {seq_len} (model.seq_len); a larger stride would skip tokens"
+                f"--stride {options.stride} would skip tokens: the stride must be at most {seq_len} (model.seq_len)"
             )
         if world.rank == 0:
             text = read_text(options.text)
@@ -263,7 +263,8 @@ def evaluate(
     reader = open_source(Path(run), world, seq_len)
     with raise_together(world):
         if not data and not reader.meta["config"].get("data.path"):
-            raise UsageError(f"{run} is a Hugging Face folder: give the shards to evaluate on (--data), --text or --choices")
+            raise UsageError(f"{run} is a Hugging Face folder, which names no shards to evaluate on. Give --data, --text or "
+                             "--choices")
         loaded = load_model(reader, grid, device, threads, kind, base)
         stream = TokenStream(data or reader.meta["config"]["data.path"], split)
         check_same_tokenizer(reader, stream)

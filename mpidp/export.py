@@ -52,7 +52,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     if options.llama_cpp and options.format != "gguf":
         parser.error("--llama-cpp: only --format gguf uses it")
     if options.format == "gguf" and options.consumer not in ("", "llama.cpp"):
-        parser.error(f"--for {options.consumer}: reads a folder, not a .gguf file; omit --format gguf")
+        parser.error(f"--for {options.consumer}: this program reads a folder, not a .gguf file. Omit --format gguf")
     return options
 
 

@@ -58,7 +58,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add("--chat", action="store_true", help="answer chats. --prompt is one message of the user. In --prompts, a row has messages "
                                             "(role, content). The run's chat template makes the prompt, and only the answer is "
                                             "printed")
-    add_texts(parser, "default: tokens if the tokenizer comes with a model, else text")
+    add_texts(parser, "default: 'tokens' if the tokenizer comes with a model, else 'text'")
     add_tokenizer(parser)
     add_compute(parser)
     add("--data", help=argparse.SUPPRESS)
@@ -70,9 +70,9 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     if options.seq_len < 0:
         parser.error(f"--seq-len {options.seq_len}: must not be negative")
     if options.chat and options.prompt is None and options.prompts is None:
-        parser.error("--chat: give the user's message with --prompt, or chats with --prompts")
+        parser.error("--chat needs the user's message (--prompt) or a file of chats (--prompts)")
     if options.chat and options.special == "text":
-        parser.error("--special text does not apply to --chat: the special tokens of the template become ids")
+        parser.error("--special=text does not work with --chat, because the special tokens of the chat template become ids")
     if options.batch < 1:
         parser.error(f"--batch {options.batch}: must be at least 1")
     if options.prompts is not None and options.prompt is not None:

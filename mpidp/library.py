@@ -160,19 +160,19 @@ class DataParallel:
     def _config(self, settings: Mapping[str, Any], threads: int, mesh: Topology) -> Config:
         for key in settings:
             if not key.startswith(("strategy.", "comm.")) or key in ("comm.copies", "strategy.replay"):
-                raise UsageError(f"settings has {key!r}: DataParallel supports only sections strategy and comm, except "
-                                 "comm.copies and strategy.replay")
+                raise UsageError(f"settings has {key!r}, but DataParallel supports only the sections strategy and comm, "
+                                 "without comm.copies and strategy.replay")
         arguments = [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
         config = from_args([*arguments, "--comm.copies=rank"])
         if config.strategy.name == "server":
-            raise UsageError("strategy.name=server is not supported by DataParallel: a torch.optim optimizer's state cannot be "
-                             "split over servers. Use mpidp.train")
+            raise UsageError("strategy.name=server is not supported by DataParallel, because the state of a torch.optim "
+                             "optimizer cannot be split over servers. Use mpidp.train")
         if resolve.kind_of(config) != "synchronous" and not self._total:
             raise UsageError(f"{rules.method_setting(config.strategy.name, config.strategy.quorum)} does not synchronize at each "
-                             "step and needs the number of steps: DataParallel(..., steps=EPOCHS * len(items))")
+                             "step, so it needs the number of steps. Call DataParallel(..., steps=EPOCHS * len(items))")
         if self.ranks > self.lanes.num_lanes:
-            raise UsageError(f"{self.ranks} ranks, but a batch has only {self.lanes.num_lanes} lanes, and each rank computes "
-                             "whole lanes: start fewer ranks, or pass a smaller micro_batch to from_dataset")
+            raise UsageError(f"the job has {self.ranks} ranks, but a batch has only {self.lanes.num_lanes} lanes, and each "
+                             "rank needs at least one. Start fewer ranks, or pass a smaller micro_batch to from_dataset")
         lanes = self.lanes
         config = config.with_values(train={
             "steps": self._total, "global_batch": lanes.global_batch, "micro_batch": lanes.micro_batch, "seed": self.items.seed,
@@ -188,13 +188,13 @@ class DataParallel:
             raise UsageError("the model has no parameter with requires_grad=True")
         for name, p in named:
             if p.dtype != torch.float32 or p.device != named[0][1].device:
-                raise UsageError(f"parameter {name} is {p.dtype} on {p.device}: all parameters must be float32 on one device; "
-                                 "use torch.autocast for lower precision")
+                raise UsageError(f"parameter {name} is {p.dtype} on {p.device}, but all parameters must be float32 on one "
+                                 "device. Use torch.autocast for lower precision")
         if isinstance(self.optimizer, torch.optim.LBFGS):
-            raise UsageError("LBFGS is not supported: it computes the loss several times per update")
+            raise UsageError("LBFGS is not supported, because it computes the loss several times per update")
         optimized = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         if optimized - {id(p) for p in self.model.parameters()}:
-            raise UsageError("the optimizer has parameters that are not in the model: their gradients would not be averaged")
+            raise UsageError("the optimizer has parameters that are not in the model, so their gradients would not be averaged")
         return named
 
     def micro_batches(self) -> Iterator[Any]:
@@ -214,10 +214,10 @@ class DataParallel:
                 set_generator(dropout_key(items.seed, batch, v), self.strategy.flat.device)
                 yield found
                 if len(self._remaining) == left:
-                    raise UsageError("backward() was not called for a micro-batch: its items would be skipped")
+                    raise UsageError("backward() was not called for a micro-batch, so its items would be skipped")
             if not self._updated:
                 if any(items.count(batch, v) for v in self._own_micro_batches):
-                    raise UsageError("step() was not called for a batch: call it after every backward()")
+                    raise UsageError("step() was not called for a batch. Call it after every backward()")
                 self.step()  # this rank has no items of the batch
 
     def _skip_empty(self) -> bool:
@@ -237,7 +237,7 @@ class DataParallel:
         units, or None for items. Raises UsageError if backward() is called twice for a micro-batch, or if p.grad was replaced.
         """
         if not self._remaining:
-            raise UsageError("backward() was called twice for one micro-batch: add the losses and call it once")
+            raise UsageError("backward() was called twice for one micro-batch. Add the losses and call it once")
         v, batch = self._remaining[0], self.items.next_batch
         count, parameters = self.items.count(batch, v) if count is None else count, self.strategy.parameters
         with self.strategy.micro_batch(v, len(self._remaining) == 1):
@@ -246,7 +246,7 @@ class DataParallel:
                 before = [p.grad for p in parameters]
                 (loss * (count / self.lanes.global_batch)).backward()
                 if any(one is None or p.grad is not one for p, one in zip(parameters, before, strict=True)):
-                    raise UsageError("p.grad was replaced: call zero_grad() of DataParallel, not of the model or its optimizer")
+                    raise UsageError("p.grad was replaced. Call zero_grad() of DataParallel, not of the model or its optimizer")
                 self._loss_sums[:, v] = loss.item() * count, count
 
     def step(self) -> bool:

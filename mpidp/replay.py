@@ -42,7 +42,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     add("run", metavar="RUN", help="folder of a run")
     add("--step", type=int, metavar="S", help="last step to replay. Its micro-batches are listed (default: the last recorded "
                                               "step)")
-    add("--against", metavar="RUN2", help="compare RUN with RUN2: find the first step and tensor that differ, up to --step")
+    add("--against", metavar="RUN2", help="compare RUN with RUN2 up to --step, and find the first step and tensor that differ")
     add_data(parser, "that the run was trained on", default="the run's data.path")
     add("--device", choices=("auto", "cpu", "cuda"), help="device to compute on (default: the run's)")
     add("--threads", type=int, help="CPU threads per rank (default: the run's)")
@@ -132,8 +132,8 @@ def against(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     if found["first"]:
         verdict = f"{names} differ first in {found['first'][0]}, in the tensor {found['first'][1]}"
     elif first_different:
-        verdict += ": settings and data do not explain the difference, so a machine computed something wrong (train.audit_every "
-        verdict += "detects this)"
+        verdict += ", so settings and data do not explain why the records differ. A machine computed something wrong "
+        verdict += "(train.audit_every detects this)"
     return found | {"same": not (found["first"] or first_different or broken), "verdict": "; ".join([verdict, *broken])}
 
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from mpidp.training.recovery import Crew
     from mpidp.training.run_plan import RunPlan
 
-DESCRIPTION = """Train a Transformer language model from HDF5 token shards over MPI. By default, the weights do not depend on N.
+DESCRIPTION = """Train a Transformer language model from HDF5 token shards over MPI. By default, the weights do not depend on N,
+the number of ranks.
 Without arguments: prepare shards of the source of Python's standard library, and train a small model on them."""
 
 DEFAULT_CORPUS = {"source": "stdlib", "tokenizer": "bpe:1024", "shards": 4, "val_fraction": 0.05, "seed": 0}

@@ -27,7 +27,7 @@ TABLES: tuple[tuple[str, int, int], ...] = (
     ("tests/methods/test_compress_resume.py::test_crashed_and_gone_on_at_the_same", 12, 1),
     ("tests/methods/", 12, 4),
     ("tests/hybrid/test_meshes.py", 12, 4),
-    ("tests/hybrid/test_adapters.py", 26, 3),
+    ("tests/hybrid/test_adapters.py", 42, 5),
     ("tests/hybrid/test_interleave.py", 12, 4),
     ("tests/hybrid/test_muon.py", 16, 4),
     ("tests/hybrid/test_slices.py::test_every_mesh", 14, 5),

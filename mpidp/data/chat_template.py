@@ -71,7 +71,7 @@ class Template:
             problem = f"line {error.lineno} of the chat template: {error.message}"
         except (RecursionError, MemoryError, TimeoutError, SyntaxError, ValueError, OverflowError) as error:
             problem = f"the chat template is too large or too deeply nested ({type(error).__name__})"
-        raise DataError(f"{problem}; correct it, or give another template with --chat-template")
+        raise DataError(f"{problem}. Correct the template, or give another with --chat-template")
 
     def check(self) -> None:
         """Raise DataError if the template is invalid, and UsageError if jinja2 is missing."""
@@ -105,14 +105,14 @@ class Template:
                 text.encode()  # fails for half of a surrogate pair, which no tokenizer accepts
                 return text
         except MemoryError:
-            reason = f"it needs more than {MAX_MEMORY >> 20} MiB of memory"
+            reason = f"the template needs more than {MAX_MEMORY >> 20} MiB of memory"
         except UnicodeEncodeError:
-            reason = "its text has half of a surrogate pair"
+            reason = "the rendered text has half of a surrogate pair"
         except TimeoutError:
-            reason = f"it needs more than {MAX_SECONDS:.0f} s"
+            reason = f"the template needs more than {MAX_SECONDS:.0f} s"
             template.environment.timeouts += 1
             if template.environment.timeouts >= MAX_TIMEOUTS:
-                raise DataError(f"the chat template needs more than {MAX_SECONDS:.0f} s for a chat; give another template with "
+                raise DataError(f"the chat template needs more than {MAX_SECONDS:.0f} s for one chat. Give another template with "
                                 "--chat-template") from None
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError,
                 RecursionError) as error:
@@ -211,7 +211,7 @@ def _environment(moment: float) -> Any:
             if isinstance(left, int) and isinstance(right, int):
                 bits = left.bit_length() * max(1, abs(right)) if operator == "**" else left.bit_length() + right.bit_length()
                 if bits > MAX_BITS:
-                    raise jinja2.TemplateError(f"an integer of more than {MAX_BITS} bits")
+                    raise jinja2.TemplateError(f"the template computes an integer of more than {MAX_BITS} bits")
             return super().call_binop(context, operator, left, right)
 
     class Namespace(Plain):

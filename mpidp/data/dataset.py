@@ -81,7 +81,7 @@ class Items:
         now = self.state_dict()
         changed = [f"{key} was {state.get(key)}, is {now[key]}" for key in now if state.get(key) != now[key] and key != "batch"]
         if changed:
-            raise UsageError(f"the dataset's saved position is for other settings: {'; '.join(changed)}")
+            raise UsageError(f"the position was saved with other settings ({'; '.join(changed)}). Use the saved settings")
         self.next_batch = int(state["batch"])
 
 

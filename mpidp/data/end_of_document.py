@@ -28,8 +28,8 @@ def find_eod(vocab: Mapping[str, int], eod: str | int | None, declared: str | No
         if name in vocab:
             return vocab[name]
     if eod is not None:
-        raise DataError(f"the tokenizer has no token {eod!r}; --eod must be a token of its vocabulary")
-    raise DataError(f"the tokenizer has none of the usual end-of-document tokens ({', '.join(USUAL_EOD)}): pass --eod TOKEN")
+        raise DataError(f"the tokenizer has no token {eod!r}. Give a token of its vocabulary with --eod")
+    raise DataError(f"the tokenizer has none of the usual end-of-document tokens ({', '.join(USUAL_EOD)}). Use --eod TOKEN")
 
 
 def eod_of_index(folder: Path) -> int | None:

@@ -60,9 +60,9 @@ class FastBPE:
         added = {token["content"] for token in parsed.get("added_tokens") or ()}
         by_bytes = {_bytes(name): i for name, i in parsed["model"]["vocab"].items() if name not in added}
         if by_bytes.keys() != ranks.keys():
-            raise NotEqual("some of its tokens are neither bytes nor results of merges")
+            raise NotEqual("some tokens of the tokenizer are neither bytes nor results of merges")
         if parsed["model"].get("ignore_merges") and (words := [name for name in added if self._is_word(name)]):
-            raise NotEqual(f"the tokenizers library can encode a word of the text as the special token {words[0]!r}")
+            raise NotEqual(f"only the tokenizers library can encode a word of the text as the special token {words[0]!r}")
         self._ids = np.array([by_bytes[token] for token in ranks], dtype=np.int64)
         self._lengths = np.zeros(max(by_bytes.values()) + 1, dtype=np.int64)  # number of bytes of each id
         for token, i in by_bytes.items():
@@ -134,7 +134,7 @@ class FastBPE:
         words = [_bytes(word) for word, _ in self._library.pre_tokenizer.pre_tokenize_str(sample)]
         ids = [i for word in words for i in self._words._core_bpe.encode_single_piece(word)]
         if ids != self._words.encode_ordinary(sample):  # each pair of bytes is a token, so different words give different ids
-            raise NotEqual(f"tiktoken splits words differently at a character from {chr(new[0])!r} to {chr(new[-1])!r}")
+            raise NotEqual(f"tiktoken gives other words for a character in the range {chr(new[0])!r} to {chr(new[-1])!r}")
         self._seen[new] = True
 
 
@@ -150,7 +150,7 @@ def check_pairs(pairs: Mapping[bytes, Collection[tuple[bytes, bytes]]], ranks: M
                 break
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if tuple(parts) not in listed:
-            raise NotEqual(f"tiktoken joins other pairs to get the token {word!r}")
+            raise NotEqual(f"tiktoken forms the token {word!r} from another pair of tokens")
 
 
 def _pairs_of_tokens(parsed: dict[str, Any]) -> dict[bytes, list[tuple[bytes, bytes]]]:
@@ -188,7 +188,7 @@ def _pattern(parsed: dict[str, Any]) -> str:
             is_plain = (split.get("type"), split.get("behavior"), split.get("invert")) == ("Split", "Isolated", False)
             if is_plain and pattern in PATTERNS:
                 return pattern
-    raise NotEqual("mpidp does not know how its pre-tokenizer splits text")
+    raise NotEqual("mpidp does not know how the pre-tokenizer splits text")
 
 
 def _pairs() -> dict[bytes, int]:

@@ -95,15 +95,15 @@ def read_index(folder: Path, name: str = "index.json", shown: str = "") -> Index
             data = file.read(MAX_INDEX_BYTES + 1)
         raw = parse_json(data) if len(data) <= MAX_INDEX_BYTES else None
     except OSError as error:
-        raise DataError(f"no shards at {folder}: cannot read {named} ({error.strerror}); "
-                        f"prepare them: python -m data_tools.prepare --out {folder}") from None
+        raise DataError(f"no shards at {folder}: cannot read {named} ({error.strerror}). "
+                        f"Prepare shards with python -m data_tools.prepare --out {folder}") from None
     except ValueError as error:
-        raise DataError(f"{named} is not valid JSON ({error}); prepare the shards again") from None
+        raise DataError(f"{named} is not valid JSON ({error}). Prepare the shards again") from None
     try:
         return _parse(raw, hashlib.sha256(data).hexdigest())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{named} is not a valid shard index: {problem}; prepare the shards again") from None
+        raise DataError(f"{named} is not a valid shard index: {problem}. Prepare the shards again") from None
 
 
 def _content(folder: Path, name: str, sha256: str) -> bytes:
@@ -114,9 +114,9 @@ def _content(folder: Path, name: str, sha256: str) -> bytes:
         with open_regular(path) as file:
             content = file.read()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); restore it, or prepare {folder} again") from None
+        raise DataError(f"{path} cannot be read ({error.strerror}). Restore the file, or prepare {folder} again") from None
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise DataError(f"{path}: changed since index.json was written; restore it, or prepare {folder} again")
+        raise DataError(f"{path} has changed since index.json was written. Restore the file, or prepare {folder} again")
     return content
 
 
@@ -124,7 +124,7 @@ def _parse(raw: Any, sha256: str) -> Index:
     if not isinstance(raw, dict) or raw.get("format") != INDEX_FORMAT:
         raise ValueError(f'its format is not "{INDEX_FORMAT}"')
     if raw.get("version") != VERSION:
-        raise ValueError(f"its version is {raw.get('version')!r}; this mpidp reads version {VERSION}")
+        raise ValueError(f"its version is {raw.get('version')!r}, but this mpidp reads version {VERSION}")
     for what, found in [("index", raw), *(("split", split) for split in raw["splits"].values())]:
         if unknown := sorted(set(found) - _KEYS[what]):
             raise ValueError(f"{unknown[0]!r} is not a key of {'an index' if what == 'index' else 'a split'}")
@@ -144,7 +144,7 @@ def _parse(raw: Any, sha256: str) -> Index:
                   _count(raw, "window") if "window" in raw else 0,
                   _text(raw["special_tokens"], "sha256") if "special_tokens" in raw else "")
     if index.eod >= index.vocab_size:
-        raise ValueError(f"eod {index.eod} is not below vocab_size {index.vocab_size}")
+        raise ValueError(f"eod must be below vocab_size {index.vocab_size}, but is {index.eod}")
     names = [record.name for record in files]
     for name in names:
         if not _NAME.fullmatch(name):
@@ -155,7 +155,7 @@ def _parse(raw: Any, sha256: str) -> Index:
         of_split = [record for record in files if record.split == name]
         for key in ("tokens", "documents", "text_bytes"):
             if sum(getattr(record, key) for record in of_split) != getattr(split, key):
-                raise ValueError(f"the {key} of the files of split {name!r} do not add up to the split's total")
+                raise ValueError(f"{key} of split {name!r} is not the sum of {key} of its files")
     if unlisted := {record.split for record in files} - set(splits):
         raise ValueError(f"some files belong to split {unlisted.pop()!r}, which is not in the list of splits")
     return index
@@ -164,14 +164,14 @@ def _parse(raw: Any, sha256: str) -> Index:
 def _count(raw: dict[str, Any], key: str, least: int = 0, most: int = 2**62) -> int:
     value = raw[key]
     if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{key} {value!r} must be an integer in {least}..{most}")
+        raise ValueError(f"{key} must be an integer in {least}..{most}, but is {value!r}")
     return value
 
 
 def _truth(raw: dict[str, Any], key: str) -> bool:
     value = raw.get(key, False)
     if not isinstance(value, bool):
-        raise ValueError(f"{key} {value!r} must be true or false")
+        raise ValueError(f"{key} must be true or false, but is {value!r}")
     return value
 
 

@@ -23,7 +23,7 @@ def json_kind(stream: BinaryIO, wanted: Collection[str]) -> tuple[str, str]:
     first, begun = lines[0], b"".join(lines).strip()
     if begun.startswith(b"["):
         return _of_array(begun[1:].lstrip(), wanted) if len(lines) < 2 or not _is_json(first) else (
-            "text", "JSON with a list per line, not an object")
+            "text", "JSON with a list on each line instead of an object")
     value = parse_object(first)
     if value is None or (len(lines) > 1 and parse_object(lines[1]) is None):
         return "text", "JSON with neither one object per line nor an array of objects"

@@ -28,11 +28,11 @@ class Lanes:
 
     def __post_init__(self) -> None:
         if not 1 <= self.micro_batch <= self.global_batch:
-            raise ValueError(f"micro_batch {self.micro_batch} must be in 1..global_batch {self.global_batch}")
+            raise ValueError(f"micro_batch {self.micro_batch} must be at least 1, and at most global_batch {self.global_batch}")
         if self.num_lanes == 0:
             object.__setattr__(self, "num_lanes", min(self.num_micro_batches, MAX_DEFAULT_LANES))
         if not 1 <= self.num_lanes <= self.num_micro_batches:
-            raise ValueError(f"num_lanes {self.num_lanes} must be in 1..{self.num_micro_batches} (the number of micro-batches)")
+            raise ValueError(f"num_lanes {self.num_lanes} must be at least 1, and at most {self.num_micro_batches} micro-batches")
 
     @property
     def num_micro_batches(self) -> int:

@@ -99,7 +99,7 @@ def check_targets(stream: TokenStream, first: int) -> None:
             return
     raise DataError(
         f"{stream.path}: the loss mask excludes all of the first {first:,} targets of split {stream.split!r}, so there is no "
-        "loss: prepare the shards again" + ", or evaluate on more tokens (train.eval_tokens)" * (stream.split != "train")
+        "loss. Prepare the shards again" + ", or evaluate on more tokens (train.eval_tokens)" * (stream.split != "train")
     )
 
 
@@ -118,7 +118,7 @@ class Loader:
         start_batch: int = 0, prefetch: int = 2, resident: str = "auto",
     ) -> None:
         if resident not in ("auto", "true", "false"):
-            raise ValueError(f"resident {resident!r} must be one of auto, true, false")
+            raise ValueError(f"resident {resident!r} must be 'auto', 'true' or 'false'")
         self.next_batch = start_batch
         self._stream, self._sampler, self._device = stream, sampler, device
         self._micro_batches = tuple(micro_batches)

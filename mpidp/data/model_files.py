@@ -33,7 +33,7 @@ def optional_object(path: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     except ValueError as error:
-        raise DataError(f"{path} is not a valid JSON object ({error}); correct or remove it") from None
+        raise DataError(f"{path} is not a valid JSON object ({error}). Correct or remove the file") from None
 
 
 def chat_templates_of(folder: Path) -> dict[str, str]:
@@ -63,9 +63,9 @@ def read_template(path: Path) -> str:
         with open_regular(path) as file:
             data = file.read(MAX_TEMPLATE_BYTES + 1)
         if len(data) > MAX_TEMPLATE_BYTES:
-            raise DataError(f"{path} is larger than {MAX_TEMPLATE_BYTES} bytes: not a chat template")
+            raise DataError(f"{path} is larger than {MAX_TEMPLATE_BYTES} bytes, so it is not a chat template")
         return data.decode()
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; give --chat-template an existing file") from None
+        raise DataError(f"cannot read {path}: {error.strerror}. Give an existing file with --chat-template") from None
     except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text: not a chat template") from None
+        raise DataError(f"{path} is not UTF-8 text, so it is not a chat template") from None

@@ -26,7 +26,7 @@ def reading_columns(path: str, kind: str) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the name of a column may not be UTF-8
-        raise DataError(f"{path} is not a readable {kind} file ({error}); replace or remove it") from None
+        raise DataError(f"{path} is not a readable {kind} file ({error}). Replace or remove the file") from None
 
 
 def record_batches(path: str, kind: str, columns: Collection[str]) -> Iterator[Any]:
@@ -64,6 +64,6 @@ def _check_columns(path: str, names: Collection[str], wanted: Collection[str]) -
     for name in wanted:
         if name not in names:
             there = ", ".join(map(shown_name, names))
-            tokens = "; token ids become shards with mpidp convert --from hf" if set(TOKENS) & set(names) else ""
-            raise DataError(f"{path} has no column `{name}`, only {there}; rename one of them to `{name}`, or give its name "
-                            f"with --text-key{tokens}")
+            tokens = ". If a column holds token ids, use mpidp convert --from hf" if set(TOKENS) & set(names) else ""
+            raise DataError(f"{path} has no column `{name}`, only {there}. Rename one of these columns to `{name}`, or "
+                            f"give its name with --text-key{tokens}")

@@ -109,8 +109,8 @@ def _array(file: TextFile) -> Iterator[Found]:
     with file.open() as stream:
         raw = stream.read(MAX_ROW_BYTES + 1)
     if len(raw) > MAX_ROW_BYTES:
-        raise DataError(f"{file.path} is a JSON array of more than {MAX_ROW_BYTES:,} bytes; write one object per line instead "
-                        "(jq -c '.[]' FILE.json > FILE.jsonl)")
+        raise DataError(f"{file.path} is a JSON array of more than {MAX_ROW_BYTES:,} bytes, too large to be read at once. "
+                        "Write one object per line instead: jq -c '.[]' FILE.json > FILE.jsonl")
     found, reason, replaced = _parsed(raw)
     if reason:
         yield 1, None, f"begins as a JSON array, but is {reason}", False
@@ -127,13 +127,13 @@ def _table(file: TextFile) -> Iterator[Found]:
             for number, row in enumerate(rows, 1):
                 line = rows.line_num
                 if row:
-                    reason = "" if len(row) == len(names) else f"{len(row)} values, but the header has {len(names)}"
+                    reason = "" if len(row) == len(names) else f"{len(row)} values, but the header has {len(names)} names"
                     cleaned = [decoded(value.encode("utf-8", "surrogateescape")) for value in row]
                     fields = {name: value for name, (value, _) in zip(names, cleaned, strict=False)}
                     yield number, fields, reason, any(bad for _, bad in cleaned)
     except csv.Error as error:
         raise DataError(
-            f"{file.path}: the table is not valid after line {line or 1} ({error}); correct it, or write one JSON object per line"
+            f"{file.path}: the table is not valid after line {line or 1} ({error}). Correct it, or write one JSON object per line"
         ) from None
     finally:
         csv.field_size_limit(before)

@@ -44,7 +44,7 @@ def as_messages(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     answer as unwanted. Also raises RowSkipped if a row of a known form is malformed."""
     row = {key: value for key, value in fields.items() if value is not None}
     if found := [key for key in MEDIA if row.get(key)]:
-        raise RowSkipped("malformed", f"a row with `{found[0]}`: mpidp trains on text only")
+        raise RowSkipped("malformed", f"the row has `{found[0]}`, but mpidp trains on text only")
     _refuse_unwanted(row)
     key = next((name for name in LISTS if name in row), "")
     if key:
@@ -79,11 +79,11 @@ def as_pair(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         _refuse_preferences(row, None)
     _refuse_unwanted(row)
     if "prompt" not in row and (key := next((name for name in LISTS if name in row), "")):
-        raise RowSkipped("malformed", f"`{key}` holds messages: use --format chat")
+        raise RowSkipped("malformed", f"`{key}` holds messages, so the row needs --format chat")
     for form, names in INSTRUCTIONS.items():
         if names[0] in row and names[2] in row and "prompt" not in row:
             if found := [key for key in ("history", "system") if row.get(key)]:
-                raise RowSkipped("malformed", f"a row of form {form} with `{found[0]}`: use --format chat")
+                raise RowSkipped("malformed", f"a row of form {form} with `{found[0]}` needs --format chat")
             (instruction, more), answer = _question(row, *names)
             head, paired, first, second, last = ALPACA
             prompt = head.format(paired * bool(more)) + first.format(instruction) + (second.format(more) if more else "") + last
@@ -129,7 +129,7 @@ def _of_sharegpt(message: Any) -> dict[str, Any]:
     role = ROLES.get(sender.lower()) if isinstance(sender, str) else None
     if role is None:
         known = ", ".join(ROLES)
-        raise RowSkipped("malformed", f"`from` of a message is {sender!r:.40}; it must be one of {known}")
+        raise RowSkipped("malformed", f"`from` of a message is {sender!r:.40}, but must be one of {known}")
     rest = {key: one for key, one in message.items() if key not in ("from", "value")}
     if sender.lower() == "function_call":
         return {"role": role, "tool_calls": _calls(value), **rest}
@@ -142,7 +142,7 @@ def _calls(value: Any) -> list[dict[str, Any]]:
     found = parsed_field("value", value) if isinstance(value, str) else value
     calls = found if isinstance(found, list) else [found]
     if not calls or not all(isinstance(one, dict) and isinstance(one.get("name"), str) and "arguments" in one for one in calls):
-        raise RowSkipped("malformed", "a function_call whose `value` is not JSON with `name` and `arguments`")
+        raise RowSkipped("malformed", "the `value` of a function_call is not JSON with `name` and `arguments`")
     for one in calls:
         if isinstance(one["arguments"], str):
             one["arguments"] = parsed_field("arguments", one["arguments"])
@@ -192,6 +192,6 @@ def unknown_form(fields: Mapping[str, Any]) -> str:
     """Return the reason why a row of an unknown form is skipped, for a message."""
     if isinstance(text := fields.get("text"), str):
         what = "a chat that a template has rendered" if any(mark in text for mark in MARKS) else "a text"
-        return (f"no field `messages`, but `text` with {what}; --format text trains on all of it; its fields are: "
+        return (f"no field `messages`, but `text` with {what}, on which --format text trains; the fields of the row are: "
                 f"{keys_of(fields)}")
-    return f"no field `messages`, `conversations`, or `instruction` and `output`; its fields are: {keys_of(fields)}"
+    return f"no field `messages`, `conversations`, or `instruction` and `output`; the fields of the row are: {keys_of(fields)}"

@@ -54,8 +54,8 @@ class Sampler:
         if self.order not in ORDERS:
             raise ValueError(f"order {self.order!r} must be one of {', '.join(ORDERS)}")
         if self.num_windows < 1:
-            raise DataError(f"{self.num_tokens} tokens are fewer than one window of seq_len {self.seq_len} + 1; "
-                            "choose a smaller seq_len or prepare more text")
+            raise DataError(f"{self.num_tokens} tokens are fewer than one window of seq_len {self.seq_len} + 1 tokens. "
+                            "Choose a smaller seq_len, or prepare more text")
 
     @cached_property
     def num_windows(self) -> int:

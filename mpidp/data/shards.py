@@ -68,8 +68,8 @@ class TokenStream:
         self.path, self.folder = self.storage.path, self.storage.local  # folder: where index.json and tokenizer.json are
         self.index = index = read_index(self.folder, shown=str(self.path))
         if split not in index.splits:
-            raise DataError(f"{self.path} has no split {split!r}, but only {', '.join(sorted(index.splits))}; "
-                            "prepare the shards again with --val-fraction above 0")
+            raise DataError(f"{self.path} has no split {split!r}, but only {', '.join(sorted(index.splits))}. "
+                            "To get a split 'val', prepare the shards again with --val-fraction above 0")
         totals = index.splits[split]
         self.files: list[FileRecord] = [record for record in index.files if record.split == split]
         self.num_tokens: int = totals.tokens
@@ -112,8 +112,8 @@ class TokenStream:
                 crc32, sha256 = self._map(i).file.checksums()
                 if (crc32, sha256) != (self.files[i].crc32, self.files[i].sha256):
                     self._map(i).file.forget()
-                    raise self._error(i, f"its bytes changed since index.json was written (crc32 {crc32}, not "
-                                       f"{self.files[i].crc32})")
+                    raise self._error(i, f"its bytes changed since index.json was written (its crc32 is {crc32}, "
+                                       f"but was {self.files[i].crc32})")
 
     def is_cheap(self, files: Iterable[int]) -> bool:
         """Return whether these files are so small that checking their checksums takes less than about a second."""
@@ -174,8 +174,8 @@ class TokenStream:
         if ids.size and ids.max() >= self.vocab_size:
             bad = int(np.argmax(ids >= self.vocab_size))
             name, at = self.locate(start + bad)
-            raise DataError(f"{self.path / name}: token {at} is {ids[bad]}, not below vocab_size {self.vocab_size}; the file "
-                            f"is damaged: run python -m data_tools.verify {self.path}, then prepare the shards again")
+            raise DataError(f"{self.path / name}: token {at} is {ids[bad]}, not below vocab_size {self.vocab_size}, so the "
+                            f"file is damaged. Run python -m data_tools.verify {self.path}, then prepare the shards again")
 
     def doc_offsets(self, file: int) -> np.ndarray:
         """Return the positions in a file at which documents start, uint64 (d,). Raises DataError if they are outside the file or
@@ -189,7 +189,7 @@ class TokenStream:
         """Split tokens [start, start + count) by file. For each file, yield (index of the file, first token within the file,
         number of tokens, first token within the range)."""
         if start < 0 or count < 0 or start + count > self.num_tokens:
-            raise ValueError(f"tokens [{start}, {start + count}) are outside the stream of {self.num_tokens}")
+            raise ValueError(f"tokens [{start}, {start + count}) are outside the stream of {self.num_tokens} tokens")
         i = int(np.searchsorted(self._starts, start, side="right")) - 1
         done = 0
         while done < count:
@@ -222,7 +222,7 @@ class TokenStream:
         if not shard.is_regular:
             raise self._error(i, "it is not a regular file")
         if shard.size != record.size:
-            raise self._error(i, f"it has {shard.size} bytes, not the index's {record.size}: truncated, or the wrong file")
+            raise self._error(i, f"it has {shard.size} bytes, not {record.size}, so it is truncated or the wrong file")
         spans: dict[str, tuple[int, int]] = {}
         with h5py.File(shard.source(), "r", locking=False) as file:
             if file.userblock_size:
@@ -248,27 +248,27 @@ class TokenStream:
         """Validate the dataset `name` of file number i. Return (offset of the dataset in the file, its size), both in bytes."""
         key = name.encode()
         if not file.id.links.exists(key) or file.id.links.get_info(key).type != h5py.h5l.TYPE_HARD:
-            raise self._error(i, f"it has no dataset {name}, or only a link to another file")
+            raise self._error(i, f"its dataset {name} is missing, or is only a link to another file")
         if h5py.h5o.get_info(file.id, key).type != h5py.h5o.TYPE_DATASET:
-            raise self._error(i, f"{name} is not a dataset")
+            raise self._error(i, f"its entry {name} is not a dataset")
         dataset = h5py.h5d.open(file.id, key)
         layout = dataset.get_create_plist()
         if layout.get_layout() != h5py.h5d.CONTIGUOUS or layout.get_external_count() or layout.get_nfilters():
-            raise self._error(i, f"{name} is not stored contiguously, unfiltered and inside the file")
+            raise self._error(i, f"its dataset {name} is not stored contiguously, without filters and inside the file")
         stored_type = {1: h5py.h5t.STD_U8LE, 2: h5py.h5t.STD_U16LE, 4: h5py.h5t.STD_U32LE, 8: h5py.h5t.STD_U64LE}
         if not dataset.get_type().equal(stored_type[dtype.itemsize]):
-            raise self._error(i, f"{name} is not of type {dtype.name}")
+            raise self._error(i, f"its dataset {name} is not of type {dtype.name}")
         if dataset.shape != (length,):
-            raise self._error(i, f"{name} has shape {dataset.shape}, but index.json implies ({length},)")
+            raise self._error(i, f"its dataset {name} has shape {dataset.shape}, but index.json implies ({length},)")
         if length == 0:
             return 0, 0
         size, offset = dataset.get_storage_size(), dataset.get_offset()
         if size != length * dtype.itemsize or offset is None or not 0 < offset <= self.files[i].size - size:
-            raise self._error(i, f"{name} does not lie inside the file")
+            raise self._error(i, f"its dataset {name} does not lie inside the file")
         return offset, size
 
     def _error(self, i: int, reason: str) -> DataError:
-        return DataError(f"{self.path / self.files[i].name}: {reason}; restore the file, or prepare {self.path} again")
+        return DataError(f"{self.path / self.files[i].name}: {reason}. Restore the file, or prepare {self.path} again")
 
 
 def _attribute(file: h5py.File, name: str) -> int | str | None:

@@ -82,7 +82,7 @@ def read_special_tokens(folder: Path) -> SpecialTokens | None:
         return _parsed(found)
     except (KeyError, TypeError, ValueError) as error:
         problem = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{path} is not valid: {problem}; restore it, or prepare the shards again") from None
+        raise DataError(f"{path} is not valid: {problem}. Restore the file, or prepare the shards again") from None
 
 
 def for_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
@@ -187,17 +187,17 @@ def _parsed(found: Mapping[str, Any]) -> SpecialTokens:
     bos, ends, pad, special, template = (found[key] for key in ("bos", "ends", "pad", "special", "template"))
     names, args, tool_template = found["names"], found["template_args"], found.get("tool_template")
     if not isinstance(ends, list) or len(_ids(ends)) != len(ends) or not ends:
-        raise ValueError("ends must be a list of ids")
+        raise ValueError('"ends" must be a list of at least one token id')
     if any(value is not None and not _ids(value) for value in (bos, pad)):
-        raise ValueError("bos and pad must be an id or null")
+        raise ValueError('"bos" and "pad" must be a token id or null')
     if special not in ("text", "tokens"):
-        raise ValueError("special must be text or tokens")
+        raise ValueError('"special" must be "text" or "tokens"')
     if not all(isinstance(text, str | None) for text in (template, tool_template)) or not all(
         isinstance(one, dict) for one in (names, args)
     ):
-        raise ValueError("template must be a string or null, names and template_args must be objects")
+        raise ValueError('"template" must be a string or null; "names" and "template_args" must be objects')
     if not all(isinstance(value, str) for value in names.values()):
-        raise ValueError("names must be strings")
+        raise ValueError('the values of "names" must be strings')
     return SpecialTokens(bos, tuple(ends), pad, special, names, template, args, tool_template)
 
 

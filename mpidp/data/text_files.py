@@ -89,7 +89,7 @@ def recognize(path: str | Path, name: str | None = None, wanted: Collection[str]
     path = str(path)
     with reading(path):
         if not is_regular(path):
-            raise NotText("binary", "is not a regular file (a folder, a pipe or a device)")
+            raise NotText("binary", "is a folder, a pipe or a device, not a regular file")
         if os.stat(path).st_size == 0:
             raise NotText("empty", "is empty")
         kind, suffix = kind_of(name or path)
@@ -106,7 +106,7 @@ def recognize(path: str | Path, name: str | None = None, wanted: Collection[str]
                 found, doubt = json_kind(stream, wanted)
             return TextFile(path, found, skip, doubt=doubt) if kind == "json" or found == "array" else file
         if kind == "table" and wanted and not (columns := _header(file)) & set(wanted):
-            doubt = f"a table without a column {any_of(wanted)}, with the columns: {keys_of(sorted(columns))}"
+            doubt = f"a table without a column {any_of(wanted)}, but with the columns {keys_of(sorted(columns))}"
             return TextFile(path, "text", skip, doubt=doubt)
         if kind == "text" and _is_json(head[skip:]):
             return TextFile(path, "text", skip, doubt="its lines are JSON objects; name it .jsonl to read them as rows")
@@ -122,7 +122,7 @@ def _check_head(head: bytes, kind: str) -> int:
         raise NotText("binary", f"is a compressed .{kind} file: decompress it")
     for mark, name in OTHER_MARKS:
         if head.startswith(mark) and "\ufffd" not in head[: len(head) // 4 * 4].decode(name, "replace")[:-1]:
-            raise NotText("binary", f"is {name} text, by its byte order mark: convert it to UTF-8 (iconv -f {name} -t UTF-8)")
+            raise NotText("binary", f"is {name} text, not UTF-8: convert it to UTF-8 (iconv -f {name} -t UTF-8)")
     for magic, what in NOT_TEXT:
         if head.startswith(magic):
             raise NotText("binary", f"is {what}")
@@ -159,7 +159,7 @@ def read_whole(path: str | Path, limit: int = MAX_TEXT_BYTES, may_be_empty: bool
     """
     with reading(path):
         if not is_regular(path):
-            raise DataError(f"{path} is not a regular file (a folder, a pipe or a device); save the text to a file first")
+            raise DataError(f"{path} is a folder, a pipe or a device, not a regular file. Save the text to a file first")
         with open_bytes(path) as stream:
             data = stream.read(limit + 1)
     if not data and may_be_empty:
@@ -167,10 +167,10 @@ def read_whole(path: str | Path, limit: int = MAX_TEXT_BYTES, may_be_empty: bool
     try:
         data = data[_check_head(data[:PROBE_BYTES], "text") :]
     except NotText as error:
-        raise DataError(f"{path} {error}; a UTF-8 text file is needed") from None
+        raise DataError(f"{path} {error}. A UTF-8 text file is needed") from None
     if len(data) > limit:
         raise DataError(f"{path} has more than {limit:,} bytes of text: it is too large to be read as one text")
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}): convert it to UTF-8 first") from None
+        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is not valid. Convert it to UTF-8") from None

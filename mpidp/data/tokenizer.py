@@ -105,7 +105,7 @@ class CharTokenizer(Tokenizer):
         if ids.size and ids.min() < 0:
             unknown = text[int(np.argmin(ids))]
             raise DataError(f"character {unknown!r} (U+{ord(unknown):04X}) is not among the {self.eod} characters of "
-                            "the char tokenizer; prepare the shards again with this text, or use --tokenizer byte")
+                            "the char tokenizer. Prepare the shards again with this text, or use --tokenizer byte")
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -247,7 +247,7 @@ def check_bpe_size(vocab_size: int, option: str = "") -> None:
     value of --tokenizer. Errors quote it. Independent."""
     if not 257 <= vocab_size <= MAX_VOCAB:
         raise UsageError(f"--tokenizer {option or f'bpe:{vocab_size}'}: the vocabulary size must be in 257..{MAX_VOCAB} "
-                         "(at least 256 bytes and EOD)")
+                         "(256 bytes and the end-of-document token already need 257 ids)")
     _library()
 
 
@@ -279,7 +279,7 @@ def _library() -> Any:
     try:
         import tokenizers
     except ImportError:
-        raise UsageError("this tokenizer needs `tokenizers`: pip install tokenizers, or use byte or char") from None
+        raise UsageError("this tokenizer needs `tokenizers`: pip install tokenizers, or --tokenizer 'byte' or 'char'") from None
     return tokenizers
 
 

@@ -35,7 +35,7 @@ def reading(path: str | Path) -> Iterator[None]:
         yield
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read {path}: {reason}; replace or remove the file") from None
+        raise DataError(f"cannot read {path}: {reason}. Replace or remove the file") from None
 
 
 def is_regular(path: str | Path) -> bool:
@@ -58,7 +58,7 @@ def packing(path: str | Path) -> bytes:
     if ZSTD in (found, promised):
         zstandard(path)
     if promised and head and found != promised:
-        raise OSError(f"damaged, or not {'gzip' if promised == GZIP else 'zstandard'} data: it begins with {head!r}")
+        raise OSError(f"damaged, or not {'gzip' if promised == GZIP else 'zstandard'} data (the file begins with {head!r})")
     return found
 
 
@@ -165,5 +165,5 @@ class ZstdStream(io.RawIOBase):
                 yield decompressor.decompress(self._exactly(4))
         except (self._zstandard.ZstdError, MemoryError) as error:
             if isinstance(error, MemoryError) or "memory" in str(error):
-                raise OSError(f"its zstandard window needs {window / 2**20:,.0f} MiB of memory (zstd --long)") from None
+                raise OSError(f"its zstandard window needs {window / 2**20:,.0f} MiB of memory (omit zstd --long)") from None
             raise OSError(f"damaged zstandard data ({error})") from None

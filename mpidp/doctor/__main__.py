@@ -103,8 +103,8 @@ class Deadline:
     def _watch(self) -> None:
         while (left := self.since + self.seconds - time.monotonic()) > 0:
             time.sleep(min(1.0, left))
-        words = f"{self.check!r} takes longer than {self.seconds:g} s (--deadline); stacks follow, then the job ends"
-        log.error("mpidp: rank %d hangs: %s with exit code %d", launcher_rank(), words, HANG_EXIT_CODE)
+        words = f"{self.check!r}, which takes longer than {self.seconds:g} s (--deadline). Stacks follow, then the job ends"
+        log.error("mpidp: rank %d hangs in the check %s with exit code %d", launcher_rank(), words, HANG_EXIT_CODE)
         faulthandler.dump_traceback(all_threads=True)
         time.sleep(PAUSE_SECONDS)  # all ranks reach the deadline together; wait until each has printed its stacks
         os._exit(HANG_EXIT_CODE)

@@ -17,8 +17,8 @@ BIND = {
 }
 
 UNBIND = {  # options for a trial with more ranks than cores, because these launchers bind ranks by default
-    "Intel MPI": "; for a trial with more ranks than cores, I_MPI_PIN=off",
-    "Open MPI": "; for a trial with more ranks than cores, mpirun --bind-to none --oversubscribe",
+    "Intel MPI": "; for a trial with more ranks than cores, set I_MPI_PIN=off",
+    "Open MPI": "; for a trial with more ranks than cores, use mpirun --bind-to none --oversubscribe",
 }
 
 
@@ -30,7 +30,7 @@ def check_nodes(facts: Sequence[MachineFacts]) -> CheckResult:
         each = f"{len(facts) // len(counts)} rank{'s' * (len(facts) > len(counts))}{' each' * (len(counts) > 1)}"
         return CheckResult("nodes", "ok", f"{total}, {each}: {', '.join(list(counts)[:8])}{' ...' * (len(counts) > 8)}")
     words = f"{total} with unequal numbers of ranks:\n" + listed([f"{host} {count}" for host, count in counts.items()])
-    fix = "nodes with more ranks have fewer cores per rank: use --ntasks-per-node of Slurm, or -ppn of mpirun"
+    fix = "start equally many ranks on each node (Slurm --ntasks-per-node, mpirun -ppn), so that each has as many cores"
     return CheckResult("nodes", "note", words, fix)
 
 
@@ -83,7 +83,7 @@ def check_threads(facts: Sequence[MachineFacts]) -> list[CheckResult]:
             counts = [int(value) for one in members if (value := one.threads.get(name, "").split(",")[0]).isdigit()]
             if sum(counts) > max(cores, len(members)):
                 words = f"{host}: {name}={max(counts)} gives {sum(counts)} threads for {len(members)} ranks on {cores} cores. "
-                words += f"mpidp.train sets its own number (train.threads, {each} here); other libraries use this variable"
+                words += f"mpidp.train sets its own number (train.threads, {each} here), but other libraries use this variable"
                 found.append(CheckResult("threads", "warning", words, f"export {name}={each}"))
     given = ", ".join(f"{name}={value}" for name, value in facts[0].threads.items()) or f"{THREADS[0]} etc. are unset"
     words = f"train.threads=0 means {each} thread{'s' * (each > 1)} per rank; {given}; {waiting_words(facts[0])}"
@@ -91,8 +91,8 @@ def check_threads(facts: Sequence[MachineFacts]) -> list[CheckResult]:
     if spinning is not None:
         found.append(CheckResult(
             "threads", "note",
-            f"{spinning.host}: {waiting_words(spinning)}: waiting threads keep their cores busy. If other processes need these "
-            "cores, a step can take many times as long",
+            f"{spinning.host}: with {waiting_words(spinning)}, waiting threads keep their cores busy. If other processes need "
+            "these cores, a step can take many times as long",
             f"unset {' '.join(spinning.waiting)}; mpidp then sets GOMP_SPINCOUNT={SPIN_COUNT}",
         ))
     return found[:2] or [CheckResult("threads", "ok", words)]

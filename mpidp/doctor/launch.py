@@ -110,8 +110,9 @@ def check_thread_level(level: int) -> CheckResult:
     words = f"MPI_THREAD_{LEVELS[level].upper()}"
     if LEVELS[level] == "multiple":
         return CheckResult("MPI threads", "ok", words)
-    fix = "unset MPI4PY_RC_THREAD_LEVEL, or use an MPI with thread support; everything else works"
-    return CheckResult("MPI threads", "note", f"{words}: gradients cannot be reduced during the backward pass", fix)
+    fix = "unset MPI4PY_RC_THREAD_LEVEL, or use an MPI with thread support"
+    return CheckResult("MPI threads", "note", f"{words}: gradients cannot be reduced during the backward pass, but everything "
+                                              "else works", fix)
 
 
 def check_ulfm(library: str, environ: Mapping[str, str]) -> CheckResult:

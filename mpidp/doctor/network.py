@@ -21,9 +21,9 @@ SLOW_NODE, SLOW_LINK = 5e8, 1.2e8  # bytes/s; a slower node probably has shared 
 SETTINGS = ("FI_", "UCX_", "MPIR_CVAR_CH4_NETMOD", "MPIR_CVAR_CH4_OFI", "MPICH_OFI_", "HYDRA_IFACE", "PRTE_MCA_prte_if",
             "I_MPI_FABRICS", "I_MPI_OFI_PROVIDER", "OMPI_MCA_btl", "OMPI_MCA_pml", "OMPI_MCA_mtl")  # fmt: skip
 HOW = {
-    "MPICH": "UCX_NET_DEVICES=NAME (UCX), FI_PROVIDER=tcp FI_TCP_IFACE=NAME (libfabric), mpirun -iface NAME (start)",
-    "Intel MPI": "FI_PROVIDER=tcp FI_TCP_IFACE=NAME (libfabric), mpiexec.hydra -iface NAME (start)",
-    "Open MPI": "--mca btl_tcp_if_include NAME, UCX_NET_DEVICES=NAME (UCX), --prtemca prte_if_include NAME (start)",
+    "MPICH": "UCX_NET_DEVICES=NAME (UCX), FI_PROVIDER=tcp FI_TCP_IFACE=NAME (libfabric), mpirun -iface NAME (launcher)",
+    "Intel MPI": "FI_PROVIDER=tcp FI_TCP_IFACE=NAME (libfabric), mpiexec.hydra -iface NAME (launcher)",
+    "Open MPI": "--mca btl_tcp_if_include NAME, UCX_NET_DEVICES=NAME (UCX), --prtemca prte_if_include NAME (launcher)",
 }
 
 
@@ -137,7 +137,7 @@ def check_links(links: Sequence[NetworkLink], library: str, environ: Mapping[str
         return [CheckResult("network", "warning" if slow else "ok", f"{slowest}; one node, so no network was measured", slow)]
     words = str(slowest) + (f", the slowest of {len(links)} links (median {_speed(usual)})" if len(links) > 1 else "")
     fix = f"repair or exclude one of {' and '.join(slowest.ends)}" if speed < 0.5 * usual else choose if speed < SLOW_LINK else ""
-    names = sorted({link.interface or "unknown (the kernel counts no bytes: shared memory, or another fabric)" for link in links})
+    names = sorted({link.interface or "unknown (shared memory, or a fabric that the kernel does not count)" for link in links})
     given = ", ".join(f"{name}={value}" for name, value in environ.items() if name.startswith(SETTINGS)) or "no variable is set"
     verdict = "warning" if len(names) > 1 else "ok"
     interface = CheckResult("interface", verdict, f"used between nodes: {', '.join(names)}; {given}", choose)

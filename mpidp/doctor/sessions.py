@@ -59,8 +59,8 @@ def check_sessions(sessions: Sequence[Session], removed: Sequence[Session]) -> C
     removed. Pure."""
     left = [one for one in sessions if one not in removed]
     if left:
-        words = f"left by killed mpirun processes of yours: {len(left)}\n{listed([str(one) for one in left])}"
-        fix = "--clean removes them: an mpirun that gets the same process id would not start"
+        words = f"session folders that your killed mpirun processes left: {len(left)}\n{listed([str(one) for one in left])}"
+        fix = "remove them with --clean; otherwise, an mpirun that gets the process id of a killed one does not start"
         return CheckResult("old sessions", "note", words, fix)
     if removed:
         return CheckResult("old sessions", "ok", f"removed {len(removed)}\n{listed([str(one) for one in removed])}")

@@ -114,8 +114,8 @@ class Fault:
             _require(low <= getattr(self, name) < math.inf, f"{name}={getattr(self, name)} must be {low} or more")
         _require(self.until in (0, max(self.until, self.step)), f"until={self.until} is before step {self.step}")
         _require(self.kind != "delay" or self.seconds > 0 or self.factor > 1, "delay needs seconds= above 0 or factor= above 1")
-        _require(self.kind != "flip" or self.tensor >= 0, "flip needs tensor=, 0 or more")
-        _require(self.kind != "flip" or 0 <= self.bit <= 31, "flip needs bit=, from 0 to 31")
+        _require(self.kind != "flip" or self.tensor >= 0, "flip needs tensor=N, with N of 0 or more")
+        _require(self.kind != "flip" or 0 <= self.bit <= 31, "flip needs bit=N, with N from 0 to 31")
 
 
 class InjectedFaults(StepObserver):
@@ -223,7 +223,7 @@ def faults_from_environment(rank: int, environment: Mapping[str, str] = os.envir
     faults = parse(text, rank)
     for fault in faults.of_all_ranks:
         if fault.rank >= size:
-            raise UsageError(f"{VARIABLE}: {fault.word!r}: the job has no rank {fault.rank}; its ranks are 0 to {size - 1}")
+            raise UsageError(f"{VARIABLE}={fault.word!r}: the job has no rank {fault.rank}, only ranks 0 to {size - 1}")
     if faults and rank == 0:
         log.warning("%s is set: THIS RUN HAS INJECTED FAULTS: %s", VARIABLE, text)
     return faults
@@ -241,12 +241,12 @@ def _fault(word: str) -> Fault:
         names = [name for name in OPTIONS[kind] if name != "phase"]
         for pair in pairs:
             name, _, value = pair.partition("=")
-            _require(name in names, f"{kind} takes {', '.join(names) or 'no more options'}, not {name!r}")
+            _require(name in names, f"{kind} has no option {name!r}, only {', '.join(names) or 'a phase'}")
             _require(name not in values, f"{name} is given twice")
             values[name] = _number(name, value)
         return Fault(kind, word=word, **values)
     except ValueError as error:
-        raise UsageError(f"{VARIABLE}: {word!r}: {error}; write it like {EXAMPLE}") from None
+        raise UsageError(f"{VARIABLE}={word!r}: {error}. Write it like {EXAMPLE}") from None
 
 
 def _number(name: str, text: str) -> float:

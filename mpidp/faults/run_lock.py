@@ -68,7 +68,7 @@ class RunLock:
             if self._handle is not None:  # the lock was acquired, but the file could not be written
                 self.path.unlink(missing_ok=True)
                 os.close(self._handle)
-            raise UsageError(f"{option}={run_dir} cannot be written to ({error}); choose another with --{option}=DIR") from error
+            raise UsageError(f"{option}={run_dir} cannot be written to ({error}). Choose another --{option}=DIR") from error
         self._thread = threading.Thread(target=self._count, name="lock", daemon=True)
         self._thread.start()
 
@@ -103,18 +103,18 @@ class RunLock:
                     return self._write(handle)
                 who, give_up = who or "another process", waited >= patience
                 if first is None and patience == math.inf:
-                    log.info("%s: held by %s; waiting until it has finished", self.path, who)
+                    log.info("%s: the lock is held by %s. Waiting until that process has finished", self.path, who)
                     first = self._me
             else:
                 who = f"a job on {holder['host']} (pid {holder['pid']}" + (f", job {holder['job']})" if holder["job"] else ")")
                 if first is None:
-                    log.info("%s: held by %s; checking for %g s whether it is still running", self.path, who, watch)
+                    log.info("%s: the lock is held by %s. Checking for %g s whether that job still runs", self.path, who, watch)
                 first = first or holder
                 give_up = holder != first and patience < math.inf
                 if holder != first:  # the holder is running
                     began, first, waited = time.monotonic(), holder, 0.0
                 if not give_up and waited >= watch:
-                    log.info("%s: taken over from %s, which is no longer running", self.path, who)
+                    log.info("%s: the lock is taken over from %s, which no longer runs", self.path, who)
                     os.close(handle)
                     return self._replace(confirm=True)
             os.close(handle)
@@ -145,7 +145,7 @@ class RunLock:
         if not self.held():
             os.close(self._handle)
             raise UsageError(
-                f"{self.path}: another job acquired the lock at the same time; choose another folder with --{self._option}=DIR"
+                f"{self.path}: another job acquired the lock at the same time. Choose another folder with --{self._option}=DIR"
             )
 
     def _write(self, handle: int) -> None:

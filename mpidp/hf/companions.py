@@ -35,4 +35,4 @@ def _check(folder: Path, path: Path) -> None:
     if not any(real.is_relative_to(one) for one in homes):
         raise DataError(f"{path} is a link to {real}, which is outside the folder. If you trust it, replace the link by a copy")
     if path.stat().st_size > MAX_BYTES:
-        raise DataError(f"{path} has more than {MAX_BYTES} bytes, too many for such a file: restore the file")
+        raise DataError(f"{path} has more than {MAX_BYTES} bytes, too many for such a file. Restore the file")

@@ -103,11 +103,11 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
         ),
         Restriction(
             lambda facts: facts.model_type == "gpt2" and facts.options["hidden_dim"] != 4 * facts.options["model_dim"],
-            "it needs n_inner = 4 n_embd",
+            "it needs n_inner = 4 * n_embd",
         ),
         Restriction(
             lambda facts: facts.model_type == "gpt_neox" and "rotary_pct" not in facts.config,
-            "its converter needs the key rotary_pct, which transformers 5 does not write; add it to config.json",
+            "its converter needs the key rotary_pct, which transformers 5 does not write. Add it to config.json",
         ),
     ),
     "ctranslate2": (
@@ -129,12 +129,12 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
         ),
         Restriction(
             lambda facts: facts.model_type in NEED_UNK and not facts.tokenizer_config.get("unk_token"),
-            "for this family, it needs unk_token in tokenizer_config.json: add one, for example the end-of-document token",
+            "for this family, it needs unk_token in tokenizer_config.json. Add one, for example the end-of-document token",
             refused=False,
         ),
         Restriction(
             lambda facts: not facts.tokenizer_config.get("bos_token") and not facts.tokenizer_config.get("pad_token"),
-            "it needs bos_token in tokenizer_config.json: add one, for example the end-of-document token",
+            "it needs bos_token in tokenizer_config.json. Add one, for example the end-of-document token",
             refused=False,
         ),
     ),
@@ -142,11 +142,11 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
         Restriction(lambda facts: facts.head_dim % 16 != 0, "it fails at the first token if head_dim is not a multiple of 16"),
         Restriction(lambda facts: "linear" in facts.ropes, "its model builder ignores linear rope scaling"),
         Restriction(
-            lambda facts: facts.is_char, "its tokenizer gives -1 for spaces and for characters outside ASCII: encode text with "
+            lambda facts: facts.is_char, "its tokenizer gives -1 for spaces and for characters outside ASCII. Encode text with "
             "the library `tokenizers`", refused=False,
         ),
         Restriction(
-            lambda facts: facts.adds_bos, "its tokenizer does not add BOS: put the id of BOS before the other ids", refused=False,
+            lambda facts: facts.adds_bos, "its tokenizer does not add BOS. Put the id of BOS before the other ids", refused=False,
         ),
     ),
     "mlx-lm": (
@@ -166,7 +166,7 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
         ),
         Restriction(
             lambda facts: facts.model_type == "gpt_neox" and facts.options["hidden_dim"] != 4 * facts.options["model_dim"],
-            "for GPT-NeoX, it needs intermediate_size = 4 hidden_size",
+            "for GPT-NeoX, it needs intermediate_size = 4 * hidden_size",
         ),
     ),
     "openvino": (

@@ -34,7 +34,7 @@ class Given:
         value = self.config.get(key)
         value = default if value is None else value
         if value is None:
-            self.refuse(f"{key} is missing: the file is damaged, or belongs to another kind of model")
+            self.refuse(f"{key} is missing, so the file is damaged or belongs to another kind of model")
         plain = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not plain or not 0 < value <= most or kind(value) != value:
             self.refuse(
@@ -118,7 +118,7 @@ def activation(key: str, default: str, names: Mapping[str, str] = ACTIVATIONS) -
     def read(given: Given, found: Options) -> Options:
         name = given.config.get(key, default)
         if not isinstance(name, str) or name not in names:
-            given.refuse(f"{key}={short(name)} is not supported: mpidp's Transformer supports {', '.join(names)}")
+            given.refuse(f"{key}={short(name)} is not supported. mpidp's Transformer supports {', '.join(names)}")
         return {"activation": names[name]}
 
     def write(options: Options) -> dict[str, Any]:

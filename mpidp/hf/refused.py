@@ -49,10 +49,10 @@ def refusal(architectures: object, model_type: object) -> str:
             f"to [\"{near.architecture}\"] in the copy's config.json. Otherwise, use the folder of a model of this architecture"
         )
     reason, nearest = REFUSED.get(model_type, ("", "")) if isinstance(model_type, str) else ("", "")
-    has = f", because it has {reason}, which mpidp's Transformer does not" if reason else ""
+    has = f", because it has {reason}, which mpidp's Transformer does not have" if reason else ""
     named = [family.architecture for family in FAMILIES]
-    other = f" Nearest supported: {nearest}." if nearest else ""
+    other = f" The nearest supported family is {nearest}." if nearest else ""
     return (
-        f"architectures={short(architectures)}, model_type={short(model_type)}: this family is not supported{has}.{other} "
-        f"Supported: {', '.join(named)}"
+        f"the family with architectures={short(architectures)} and model_type={short(model_type)} is not supported{has}.{other} "
+        f"Supported are {', '.join(named)}"
     )

@@ -45,7 +45,7 @@ def rope(
         share = _first(given, scaling, "partial_rotary_factor", partial_keys, 1.0 if partial is None else partial, 1.0)
         dims = int(head_size(found) * share)
         if partial is None and share != 1.0:
-            given.refuse(f"partial_rotary_factor={share} is not supported: this family rotates whole heads")
+            given.refuse(f"partial_rotary_factor={share} is not supported, because this family rotates whole heads")
         if share != 1.0 and (dims < 2 or dims % 2 or dims > head_size(found)):
             given.refuse(f"partial_rotary_factor={share} of heads of size {head_size(found)} is not an even number of dimensions")
         _check_ignored(given, "rope_theta", theta_keys, base)
@@ -80,18 +80,18 @@ def two_ropes(theta: float, window_theta: float, window_key: str | None = None) 
     def read(given: Given, found: Options) -> Options:
         both = _object(given, "rope_parameters")
         if other := set(both) - {FULL, WINDOW}:
-            given.refuse(f"rope_parameters has {short(min(other))}: it must have only {FULL} and {WINDOW}, one object each")
+            given.refuse(f"rope_parameters has {short(min(other))}, but must have only {FULL} and {WINDOW}, one object each")
         parts = {}
         for kind in (FULL, WINDOW):
             part = both.get(kind)
             if part is not None and not isinstance(part, dict):
-                given.refuse(f"rope_parameters of {kind} is {short(part)}: it must be an object")
+                given.refuse(f"rope_parameters of {kind} is {short(part)}, but must be an object")
             parts[kind] = dict(part or {}) | (_object(given, "rope_scaling") if kind == FULL else {})
             _check_keys(given, parts[kind], f"rope_parameters of {kind}")
             if parts[kind].get("truncate", True) is not True:
-                given.refuse("truncate=false is not supported in rope_parameters of a kind of layers: transformers ignores it")
+                given.refuse(f"truncate=false in rope_parameters of {kind} is not supported, because transformers ignores it")
             if parts[kind].get("partial_rotary_factor", 1.0) != 1.0 or given.config.get("partial_rotary_factor", 1.0) != 1.0:
-                given.refuse("partial_rotary_factor is not supported: this family rotates whole heads")
+                given.refuse("partial_rotary_factor is not supported, because this family rotates whole heads")
         bases = (
             _first(given, parts[FULL], "rope_theta", ("rope_theta",), theta),
             _first(given, parts[WINDOW], "rope_theta", (window_key,) if window_key else (), window_theta),
@@ -130,7 +130,7 @@ def _object(given: Given, key: str) -> dict[str, Any]:
 
 def _check_keys(given: Given, scaling: Mapping[str, Any], where: str) -> None:
     if any(isinstance(value, dict) for value in scaling.values()):
-        given.refuse(f"{where}={short(dict(scaling))} is not supported: all layers must have the same parameters")
+        given.refuse(f"{where}={short(dict(scaling))} is not supported, because all layers must have the same parameters")
     if unknown := sorted(set(scaling) - KNOWN):
         given.refuse(f"{where} has {', '.join(map(short, unknown))}, which mpidp does not know")
 
@@ -155,8 +155,8 @@ def _check_ignored(given: Given, key: str, names: tuple[str, ...], used: float) 
     if key not in names and given.config.get(key) is not None and given.config[key] != used:
         where = "this family" if names else "layers with a window of this family"
         given.refuse(
-            f"{key}={short(given.config[key])}: transformers ignores it in {where}, and takes {used}. Write it into "
-            "rope_parameters if it is right, else remove it"
+            f"transformers ignores {key}={short(given.config[key])} in {where}, and uses {used}. If {key} is right, write it "
+            "into rope_parameters, else remove it"
         )
 
 
@@ -168,11 +168,11 @@ def scaling_text(given: Given, scaling: Mapping[str, Any], kinds: Mapping[str, s
     if kind == "default":
         return ""
     if not isinstance(kind, str) or kind not in kinds:
-        fix = "The weights were trained with it, so it cannot be left out"
+        fix = "The weights were trained with this scaling, so it cannot be left out"
         if kind == "dynamic":
-            fix = ("It changes nothing up to max_position_embeddings tokens. For such a model.seq_len, write \"default\" for "
-                   "\"dynamic\" in config.json in a copy of the folder, and keep rope_theta")
-        given.refuse(f"rope scaling {short(kind)} is not supported: only {', '.join(kinds)}. {fix}")
+            fix = ("This scaling changes nothing up to max_position_embeddings tokens. If model.seq_len is not above this "
+                   "number, write \"default\" instead of \"dynamic\" in config.json in a copy of the folder, and keep rope_theta")
+        given.refuse(f"rope scaling {short(kind)} is not supported, only {', '.join(kinds)}. {fix}")
     kind = kinds[kind] or kind
     try:
         text = f"{kind}:" + ",".join(f"{number:.17g}" for number in _NUMBERS[kind](scaling, given))

@@ -28,9 +28,9 @@ def work_folder(out: Path) -> Iterator[Path]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:
-                raise UsageError(f"{out} is being written by another export: wait for it, or choose another folder") from None
+                raise UsageError(f"{out} is being written by another export. Wait for it, or choose another folder") from None
         if not folder.is_dir() or not os.path.samestat(os.fstat(handle), os.stat(folder)):
-            raise UsageError(f"{out} was written by another export at the same time; choose another folder")
+            raise UsageError(f"{out} was written by another export at the same time. Choose another folder")
         for left in folder.iterdir():
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         try:

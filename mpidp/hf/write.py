@@ -45,7 +45,7 @@ def write_folder(
     model that this model was fine-tuned from. The new folder gets copies of them. If `before` is None, there is no such model.
     """
     if out.exists() or out.is_symlink():
-        raise UsageError(f"{out} exists and is not overwritten: choose another folder, or remove it")
+        raise UsageError(f"{out} exists and is not overwritten. Choose another folder, or remove it")
     name, texts, places = _text_files(shape, tokenizer, special, dtype, before)
     for note in (*longrope_notes(out, shape.rope_scaling, shape.seq_len), *(check(consumer, texts) if consumer else ())):
         log.warning("note: %s", note)
@@ -59,7 +59,7 @@ def write_folder(
         sync_directory(out.parent)
         return name
     except (OSError, SafetensorError) as error:  # SafetensorError: the disk is full while weights are written
-        raise UsageError(f"{out} cannot be written ({error}); free space on its disk, or choose another folder") from error
+        raise UsageError(f"{out} cannot be written ({error}). Free space on its disk, or choose another folder") from error
 
 
 def files_of(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
@@ -101,7 +101,7 @@ def _write_weights(
             os.fsync(written.fileno())
         place |= dict.fromkeys(names, file)
     if not_finite:
-        log.warning("warning: %d exported tensors contain nan or inf, for example %s: the training diverged before this "
+        log.warning("warning: %d exported tensors contain nan or inf, for example %s, so the training diverged before this "
                     "checkpoint. Use an earlier checkpoint", len(not_finite), not_finite[0])
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(place.items()))}
@@ -136,8 +136,8 @@ def _converted(name: str, tensor: Tensor, dtype: torch.dtype, not_finite: list[s
             largest = float(tensor[torch.isfinite(tensor)].abs().max())
             wider = "float32" if dtype == torch.bfloat16 else "bfloat16 or float32"
             raise UsageError(
-                f"the tensor {name} has values up to {largest:.6g}, but --dtype {str(dtype).removeprefix('torch.')} ends at "
-                f"{torch.finfo(dtype).max:.6g}: use --dtype {wider}"
+                f"the tensor {name} has values up to {largest:.6g}, but the largest value of --dtype "
+                f"{str(dtype).removeprefix('torch.')} is {torch.finfo(dtype).max:.6g}. Use --dtype {wider}"
             )
     return found
 

@@ -29,7 +29,7 @@ class BaseFolder(ModelFolder):
         super().__init__(path)
         longest = longest_of(read_object(path / "config.json"), path / "config.json") or USUAL_SEQ_LEN
         if seq_len > longest:
-            raise UsageError(f"--seq-len {seq_len}: the context of {path} has {longest} tokens (config.json)")
+            raise UsageError(f"--seq-len {seq_len} is too large: the context of {path} has only {longest} tokens (config.json)")
         shape = shape_of(self.settings, seq_len or min(longest, USUAL_SEQ_LEN))
         self.meta: dict[str, Any] = {
             "config": {
@@ -40,7 +40,7 @@ class BaseFolder(ModelFolder):
         }
         file = path / "tokenizer.json"
         if not file.is_file():
-            raise DataError(f"{path} has no tokenizer.json: save it with AutoTokenizer.from_pretrained(...).save_pretrained(DIR)")
+            raise DataError(f"{path} has no tokenizer.json. Save it with AutoTokenizer.from_pretrained(...).save_pretrained(DIR)")
         self.meta |= {"tokenizer": hashlib.sha256(file.read_bytes()).hexdigest(), "eod": load_tokenizer(file).eod}
 
 

@@ -31,7 +31,8 @@ def read_chats(path: str | Path) -> list[dict[str, Any]]:
             found.append(chat_of(row.fields or {}))
             messages_of(found[-1])
         except DataError as error:
-            raise DataError(f"{path}, {row.unit} {row.number}: {error}; each {row.unit} is an object like {EXAMPLE}") from None
+            raise DataError(f"{path}, {row.unit} {row.number}: {error}. Each {row.unit} must be an object like "
+                            f"{EXAMPLE}") from None
     return set_apart(found, path)
 
 
@@ -51,7 +52,7 @@ def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     if not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
         raise DataError('each message must be an object with a "role"')
     if messages[-1]["role"] == "assistant":
-        raise DataError("the last message is the assistant's: leave it out, so that the model answers")
+        raise DataError("the last message is the assistant's. Leave it out, so that the model answers")
     return messages
 
 
@@ -63,7 +64,7 @@ def template_of(table: SpecialTokens, run: str, moment: float) -> Template:
     """
     if table.template is None:
         raise UsageError(
-            f"{run} has no chat template, so it cannot answer chats: train on data prepared with --format chat, put a "
+            f"{run} has no chat template, so it cannot answer chats. Train on data prepared with --format chat, put a "
             "chat_template.jinja into a Hugging Face folder, or write the text of the chat into the prompt of mpidp generate"
         )
     template = Template(table.template, table.names, moment, table.template_args, table.tool_template)

@@ -53,7 +53,7 @@ def read_choices(path: str | Path) -> list[Question]:
         row = one.fields or {}
         problem = _problem(row)
         if problem:
-            raise DataError(f"{path}, {one.unit} {one.number}: {problem}; each {one.unit} is like {EXAMPLE}")
+            raise DataError(f"{path}, {one.unit} {one.number}: {problem}. Each {one.unit} must be an object like {EXAMPLE}")
         label = row["label"]
         place = label if type(label) is int else row["choices"].index(label)
         found.append(Question(one.number, row["context"], row["choices"], place, one.unit))
@@ -92,7 +92,7 @@ def encode(encoder: Encoder, item: Question, seq_len: int, path: str | Path = "c
             whole = encoder.document(item.context + choice).tolist()
             counted = len(whole) - _common(context, whole)
             if not 0 < counted <= seq_len:
-                raise DataError(f"choice {place} has {counted} tokens; the model's context is {seq_len} tokens (model.seq_len)")
+                raise DataError(f"choice {place} has {counted} tokens, but must have 1 to {seq_len} (model.seq_len)")
             found.append(EncodedChoice(whole[-(seq_len + 1) :], counted, len(whole) > seq_len + 1))
     except DataError as error:
         raise DataError(f"{path}, {item.unit} {item.line}: {error}") from None

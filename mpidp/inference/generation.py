@@ -75,8 +75,8 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
     found = sorted((pair for part in gathered for pair in part), key=lambda pair: pair[0])
     cut = sum(continuation.cut for _, continuation in found)
     if cut:
-        log.warning("warning: %d of %d outputs exceed the %d-token context; continuing with a sliding window of %d-%d tokens",
-                    cut, len(rows), seq_len, seq_len // 2, seq_len)
+        log.warning("warning: %d of %d outputs are longer than the context of %d tokens. They were continued with a sliding "
+                    "window of %d to %d tokens", cut, len(rows), seq_len, seq_len // 2, seq_len)
     return [
         rows[i] | {"text": continuation.text, "tokens": continuation.tokens, "ended": continuation.ended}
         for i, continuation in found
@@ -120,7 +120,7 @@ def _encoded(encoder: Any, prompt: str, seq_len: int, index: int) -> list[int]:
     except DataError as error:
         raise DataError(f"prompt {index + 1}: {error}") from None
     if len(ids) > seq_len:
-        raise DataError(f"prompt {index + 1} has {len(ids)} tokens; the model's context is {seq_len} (model.seq_len): shorten it")
+        raise DataError(f"prompt {index + 1} has {len(ids)} tokens, but model.seq_len is {seq_len}. Shorten the prompt")
     return ids
 
 
@@ -137,4 +137,4 @@ def write_rows(path: Path, rows: list[dict[str, Any]], world: Any) -> None:
                 write_file(path, lines_of(rows).encode())
         except OSError as error:
             sys.stdout.write(lines_of(rows))  # no text is lost
-            raise UsageError(f"--out {path}: cannot be written ({error.strerror}); the texts are on standard output") from None
+            raise UsageError(f"--out {path} cannot be written ({error.strerror}). The texts are on standard output") from None

@@ -58,7 +58,7 @@ def run_tasks(
                 apply_chat_template=options.chat, system_instruction=options.system, fewshot_as_multiturn=True,
             )
         if model.cut:
-            log.warning("warning: %d requests exceed the %d-token context; their beginning was left out", model.cut, seq_len)
+            log.warning("warning: %d requests exceed the context of %d tokens. Their beginning was left out", model.cut, seq_len)
         return found
 
     return requests.serve(work)
@@ -134,7 +134,7 @@ def _errors_named() -> Iterator[None]:
     except Exception as error:
         log.debug("%s", traceback.format_exc())
         problem = f"the evaluation harness failed ({type(error).__name__}: {error})"
-        raise DataError(f"{problem}; set MPIDP_LOG=debug to see where") from error
+        raise DataError(f"{problem}. Set MPIDP_LOG=debug to see where") from error
 
 
 def _model_class() -> Any:
@@ -187,8 +187,8 @@ def _model_class() -> Any:
             rows = []
             for _texts, context, continuation in requests:
                 if not 0 < len(continuation) <= self.max_length:
-                    raise DataError(f"a continuation has {len(continuation)} tokens; the model's context is {self.max_length} "
-                                    "tokens: leave this task out, or use a model with a longer context")
+                    raise DataError(f"a continuation has {len(continuation)} tokens, but must have 1 to {self.max_length}, the "
+                                    "length of the model's context. Leave this task out, or use a model with a longer context")
                 self.cut += len(context) + len(continuation) > self.max_length + 1
                 rows.append(((context + continuation)[-(self.max_length + 1) :], len(continuation)))
             return self._requests.scores(rows)
@@ -217,8 +217,9 @@ def _model_class() -> Any:
             tokens, stops, sampling = _generation(given, self._encoder)
             if (room := self.max_length - tokens) <= 0:
                 raise UsageError(
-                    f"a task generates up to {tokens} tokens, and the model's context is {self.max_length} tokens: set a smaller "
-                    "max_gen_toks in the generation_kwargs of a local task file, or use a model with a longer context"
+                    f"a task generates up to {tokens} tokens, so the model's context of {self.max_length} tokens has no room "
+                    "for a prompt. Set a smaller max_gen_toks in the generation_kwargs of a local task file, or use a model "
+                    "with a longer context"
                 )
             ids = self.tok_encode(context) or [self._encoder.begin]
             self.cut += len(ids) > room
@@ -238,7 +239,7 @@ def _generation(given: dict[str, Any], encoder: Encoder) -> tuple[int, tuple[str
     top_k, top_p = int(rest.pop("top_k", USUAL_TOP_K) or 0), float(rest.pop("top_p", 1.0) or 1.0)
     others = [f"{key}={value}" for key, value in rest.items() if NEUTRAL.get(key, ...) != value]
     if others:
-        raise UsageError(f"the generation option {others[0]} of a task is not supported: remove it in a local copy of the task "
+        raise UsageError(f"the generation option {others[0]} of a task is not supported. Remove it in a local copy of the task "
                          "file")
     stops = [until] if isinstance(until, str) else [*until]
     eos = encoder.table.names.get("eos_token", "")

@@ -64,8 +64,8 @@ class Loaded:
         """Return an error that says that a result is nan or infinite. what: the name of the result. The caller must raise the
         error on every rank of a replica. Independent."""
         return DataError.on_every_rank(
-            f"{self.name}: the {what} is not finite (nan or inf). The training has probably diverged: use an earlier checkpoint, "
-            "or train again with a lower optim.lr"
+            f"{self.name}: the {what} is not finite (nan or inf), so the training has probably diverged. Use an earlier "
+            "checkpoint, or train again with a lower optim.lr"
         )
 
     @torch.no_grad()
@@ -111,13 +111,13 @@ def own_tokenizer(reader: Source) -> Path:
 
     Raises DataError if the file cannot be read, or has changed since the model was trained. Independent.
     """
-    path, restore = home_of(reader) / "tokenizer.json", "restore it from the shards, or give --tokenizer"
+    path, restore = home_of(reader) / "tokenizer.json", "Restore it from the shards, or give a tokenizer with --tokenizer"
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; {restore}") from None
+        raise DataError(f"cannot read the tokenizer {path}: {error.strerror}. {restore}") from None
     if found != reader.meta["tokenizer"]:
-        raise DataError(f"{path} has changed since the model was trained, so its ids may mean other text; {restore}")
+        raise DataError(f"{path} has changed since the model was trained, so its ids may mean other text. {restore}")
     return path
 
 
@@ -128,7 +128,7 @@ def check_same_tokenizer(reader: Source, stream: TokenStream) -> None:
         return
     own = own_tokenizer(reader)
     if not same(own, stream.index.tokenizer_bytes(stream.folder)):
-        raise DataError(f"{stream.path} was prepared with another tokenizer than {own}, so its ids mean other text: prepare the "
+        raise DataError(f"{stream.path} was prepared with another tokenizer than {own}, so its ids mean other text. Prepare the "
                         f"text again with --tokenizer {own}")
 
 
@@ -153,14 +153,14 @@ def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str 
         tokenizer = load_tokenizer(path or own_tokenizer(reader), reader.meta["eod"])
         rows, padded = loaded.model.shape.vocab_size, reader.meta["config"].get("model.vocab_size", 0) > 0
         if tokenizer.vocab_size > rows or (tokenizer.vocab_size < rows and not padded):
-            raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {rows}: give another --tokenizer")
+            raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {rows}. Give another --tokenizer")
         if isinstance(reader, BaseFolder):
             table = special_tokens_of(reader.path, tokenizer)
         else:
             table = table_of_run(home_of(reader), tokenizer)
     if max(table.ends) >= rows or (table.bos or 0) >= rows:
-        raise DataError(f"{home_of(reader)}: a special token has an id that the model does not have: ids must be below {rows}. "
-                        "Restore special_tokens.json from the shards, or correct generation_config.json")
+        raise DataError(f"{home_of(reader)}: a special token has an id that the model does not have, because ids must be "
+                        f"below {rows}. Restore special_tokens.json from the shards, or correct generation_config.json")
     return Encoder(tokenizer, table, special or table.special)
 
 
@@ -206,8 +206,8 @@ def weights_at(path: Path) -> Reader | ModelFolder:
         return ModelFolder(path)
     found = [path] if (path / "manifest.json").exists() else committed(path / "checkpoints")
     if not found:
-        raise DataError(f"{path} is neither a run nor a Hugging Face folder: restore the model that the run was fine-tuned from "
-                        "(a relative path is relative to the current directory), or give the model's new place with --base DIR")
+        raise DataError(f"{path} is neither a run nor a Hugging Face folder. Restore the model that the run was fine-tuned from, "
+                        "or give its new place with --base DIR. A relative path is relative to the current directory")
     return Reader(found[0])
 
 
@@ -261,7 +261,8 @@ def load_model(reader: Source, grid: Grid, device: str, threads: int, kind: str 
         parts = ModelPartition(grid, shape)
         settings = reader.meta["config"]
         if base and not (settings.get("model.lora_rank", 0) and "init_from" in reader.meta):
-            raise UsageError(f"--base {base}: {reader.path} contains all weights; only LoRA adapters on existing weights need it")
+            raise UsageError(f"--base {base}: {reader.path} needs no base model. Omit --base, which only LoRA adapters on "
+                             "existing weights need")
         added = adapters(settings, shape)
         model = base_model(reader, parts, base) if added else base_weights(settings, shape, parts.part)
         model = prepared(model, settings, shape, parts.part).to(where)

@@ -32,8 +32,8 @@ def check_settings(path: Path, meta: Mapping[str, Any]) -> None:
             stated[f"shape {key}"] = (value, 0 if key in ZERO_IS_FINE else 1, LIMITS.get(f"model.{key}", MAX_SIZE))
     for key, (value, least, most) in stated.items():
         if type(value) is not int or not least <= value <= most:
-            raise CheckpointError(f"{path / 'manifest.json'}: {key}={value!r} is not an integer in {least}..{most}: "
-                                  "copy the checkpoint again from a backup, or use an older checkpoint")
+            raise CheckpointError(f"{path / 'manifest.json'}: {key}={value!r} is not an integer in {least}..{most}. "
+                                  "Copy the checkpoint again from a backup, or use an older checkpoint")
     if not isinstance(meta["config"]["data.path"], str):
         raise CheckpointError(f"{path / 'manifest.json'}: data.path={meta['config']['data.path']!r} is not a path")
 
@@ -46,6 +46,6 @@ def check_shape(path: Path, meta: Mapping[str, Any], shape: Shape) -> None:
     if shape.num_layers > tensors or parameters > stored:
         raise CheckpointError(
             f"{path / 'manifest.json'}: its shape has {shape.num_layers:,} layers and {num_parameters(shape):,} parameters, but "
-            f"its files hold {tensors:,} tensors in {stored:,} bytes: copy the checkpoint again from a "
+            f"its files hold {tensors:,} tensors in {stored:,} bytes. Copy the checkpoint again from a "
             "backup, or use an older checkpoint"
         )

@@ -34,7 +34,7 @@ def prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
     if row.get("prompt") is not None:
         return dict(row)
     if key := next((name for name in LISTS if row.get(name) is not None), ""):
-        raise DataError(f"`{key}` holds messages: they need a chat template (generate --chat, or chat --messages)")
+        raise DataError(f"`{key}` holds messages, which need a chat template (generate --chat, or chat --messages)")
     try:
         found, form = as_pair(_answered(row))
     except RowSkipped as error:
@@ -45,7 +45,7 @@ def prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
 def _refusal(error: RowSkipped) -> DataError:
     """Return a `DataError` whose message fits the commands generate and chat. error: its message fits the command prepare."""
     said = str(error).replace("trains on text only", "reads text only")
-    return DataError(said.replace("use --format chat", "it needs a chat template (generate --chat)"))
+    return DataError(said.replace("--format chat", "a chat template (generate --chat)"))
 
 
 def _answered(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def read_text(path: str | Path) -> str:
     Raises DataError if the file cannot be read, is not UTF-8, is empty, or contains rows.
     """
     if (file := recognized(path)).kind != "text":
-        raise DataError(f"{path} holds rows, but one text is needed: prepare shards from it with mpidp prepare, and "
+        raise DataError(f"{path} holds rows, but one text is needed. Prepare shards from it with mpidp prepare, and "
                         "evaluate them with --data. For chats and instructions, prepare them with --format chat")
     _warn(file)
     return read_whole(path)
@@ -43,10 +43,10 @@ def read_rows(path: str | Path, wanted: str) -> list[Row]:
     for row in records(file, surrogates=True):
         if row.fields is None or row.bad_utf8:
             reason = row.reason or "not valid UTF-8"
-            raise DataError(f"{path}, {row.unit} {row.number}: {reason}; each {row.unit} is an object like {wanted}")
+            raise DataError(f"{path}, {row.unit} {row.number}: {reason}. Each {row.unit} must be an object like {wanted}")
         found.append(row)
     if not found:
-        raise DataError(f"{path} has only blank lines; each line must be an object like {wanted}")
+        raise DataError(f"{path} has only blank lines. Each line must be an object like {wanted}")
     return found
 
 
@@ -65,15 +65,15 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
                 raise DataError(f"{path}, {row.unit} {row.number}: {error}") from None
             if not isinstance(prompts[-1].get("prompt"), str):
                 keys = keys_of(row.fields or {})
-                raise DataError(f'{path}, {row.unit} {row.number}: no string "prompt"; its keys are: {keys}')
+                raise DataError(f'{path}, {row.unit} {row.number}: "prompt" is missing or not a string; the keys are {keys}')
         return set_apart(prompts, path)
     if Path(path).name.lower().partition(".")[2].startswith("json"):
-        raise DataError(f"{path} is {file.doubt}; each line must be an object like {PROMPT}")
+        raise DataError(f"{path} is {file.doubt}. Each line must be an object like {PROMPT}")
     _warn(file)
     lines = [line.removesuffix("\r") for line in read_whole(path).split("\n")]
     found = [{"prompt": line} for line in lines if line.strip()]
     if not found:
-        raise DataError(f"{path} has only blank lines; each line must be a prompt")
+        raise DataError(f"{path} has only blank lines. Each line must be a prompt")
     return found
 
 
@@ -88,7 +88,7 @@ def recognized(path: str | Path) -> TextFile:
 
 def _warn(file: TextFile) -> None:
     if file.doubt:
-        log.warning("warning: %s is read as plain text: %s", file.path, file.doubt)
+        log.warning("warning: %s is read as plain text (%s)", file.path, file.doubt)
 
 
 def set_apart(rows: list[dict[str, Any]], path: str | Path) -> list[dict[str, Any]]:
@@ -101,7 +101,7 @@ def set_apart(rows: list[dict[str, Any]], path: str | Path) -> list[dict[str, An
             while any(renamed[name] in row for row in rows):
                 renamed[name] = f"prompt_{renamed[name]}"
     if renamed:
-        log.warning("warning: %s has fields with the names of the output; in the output they are named %s", path,
+        log.warning("warning: %s has fields with the same names as fields of the output. In the output, they are named %s", path,
                     ", ".join(f"{new} (was {old})" for old, new in renamed.items()))
     return [{renamed.get(name, name): value for name, value in row.items()} for row in rows]
 
@@ -111,5 +111,5 @@ def warn_of_names(found: Iterable[tuple[str, int]], what: str) -> None:
     Encoder.named() per group of texts. what: what the texts are, for example "prompts", for the warning. Independent."""
     named = [(name, count) for name, count in found if count]
     if named:
-        log.warning("warning: %d %s name a special token (%s), which is encoded as text; --special tokens makes it an id",
+        log.warning("warning: %d %s name a special token (%s), which is encoded as text. With --special=tokens it becomes an id",
                     sum(count for _, count in named), what, named[0][0])

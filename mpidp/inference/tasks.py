@@ -76,7 +76,7 @@ def load_tasks(options: TaskOptions) -> dict[str, Any]:
         try:
             found = _load(library, options, own_alone=False)
         except KeyError as error:
-            where = f"the task files of {options.folder}" if options.folder else "local task files (none are given: --tasks-dir)"
+            where = f"the task files of {options.folder}" if options.folder else "local task files (--tasks-dir is not given)"
             raise UsageError(f"task {''.join(error.args)} is neither in {where} nor a task of lm-eval") from None
     for name, task in found["tasks"].items():
         if options.few_shot is not None and task.get_config("num_fewshot") != 0:  # 0 in a task file cannot be overridden
@@ -85,7 +85,7 @@ def load_tasks(options: TaskOptions) -> dict[str, Any]:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEW_SHOT_SEED)
         if getattr(task, "UNSAFE_CODE", False):
-            raise UsageError(f"task {name} runs code that the model writes: such tasks are not supported")
+            raise UsageError(f"task {name} runs code that the model writes. Such tasks are not supported")
     return found
 
 
@@ -101,7 +101,7 @@ def _load(library: Any, options: TaskOptions, own_alone: bool) -> dict[str, Any]
         raise
     except Exception as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise DataError(f"tasks {','.join(options.names)} cannot be loaded ({why}); {OFFLINE}") from None
+        raise DataError(f"tasks {','.join(options.names)} cannot be loaded ({why}). {OFFLINE}") from None
 
 
 def _check_folder(folder: Path, code: bool) -> None:
@@ -125,7 +125,7 @@ def _check_folder(folder: Path, code: bool) -> None:
         scalars = [event for event in events if isinstance(event, yaml.ScalarEvent)]
         functions = [str(event.value) for event in events if getattr(event, "tag", None) is not None and not _is_plain(event.tag)]
         if functions and not code:
-            raise UsageError(f"{file} names Python code ({functions[0]}), which runs only with --allow-code: read the code, then "
+            raise UsageError(f"{file} names Python code ({functions[0]}), which runs only with --allow-code. Read the code, then "
                              "add this option")
         included = [after.value for before, after in itertools.pairwise(scalars) if before.value == "include"]
         waiting += [path for name in included if (path := file.parent / str(name)).is_file()]

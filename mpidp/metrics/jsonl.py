@@ -65,7 +65,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror})") from error
     if damaged:
-        log.warning("warning: %s: number of damaged lines that are ignored: %d", path, damaged)
+        log.warning("warning: %s: %d damaged line%s ignored", path, damaged, "s are" if damaged > 1 else " is")
     return lines
 
 
@@ -93,7 +93,7 @@ class MetricsFile:
                 self._drop(step, next_batch)
             self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
-            raise UsageError(f"{path} cannot be read and written ({error.strerror}): move it away, or free disk space") from error
+            raise UsageError(f"{path} cannot be read and written ({error.strerror}). Move it away, or free disk space") from error
         self._late = b""  # bytes that could not be written yet because the disk is full
         self._warned = False
         self.also = also
@@ -110,7 +110,7 @@ class MetricsFile:
                 self._late = self._late[self._file.write(self._late) :]
         except OSError as error:  # a full disk must not stop training
             if not self._warned:
-                log.warning("warning: %s: %s. New lines are kept in memory until they can be written", self._path, error)
+                log.warning("warning: %s cannot be written (%s). Until it can, lines are kept in memory", self._path, error)
             self._warned = True
 
     def _drop(self, step: int, next_batch: int) -> None:

@@ -27,7 +27,7 @@ def frozen(names: Sequence[str], patterns: str) -> set[str]:
         matching = [name for name in names if fnmatchcase(name, pattern)]
         if not matching:
             some = ", ".join(names[:: max(1, len(names) // SHOWN)][:SHOWN])
-            raise UsageError(f"optim.freeze: {pattern} matches no parameter; some of the model's parameters are {some}")
+            raise UsageError(f"optim.freeze: {pattern!r} matches no parameter. Some of the model's parameters are {some}")
         found.update(matching)
     return found
 

@@ -32,13 +32,13 @@ def check_named(kind: Any, named: str, where: object) -> None:
     `where`. named: model.kind on the command line, or "". Raises DataError if `kind` is not a string.
     """
     if not isinstance(kind, str):
-        raise DataError(f"{where}: model.kind={kind!r} is not a string: the file is damaged")
+        raise DataError(f"{where} is damaged: its model.kind={kind!r} is not a string")
     if named not in ("", kind):
-        raise UsageError(f"{where} has model.kind={kind}, not {named}: correct --model.kind, or leave it out for a built-in kind")
+        raise UsageError(f"{where} has model.kind={kind}, but you gave {named}. Correct model.kind, or omit it if built in")
     if kind not in SHAPES and named != kind:
         raise UsageError(
-            f"{where} has model.kind={kind}: opening it imports this module and calls the factory. If you trust this code, add "
-            f"--model.kind={kind}. A run's files alone never cause code to run"
+            f"{where} has model.kind={kind}. To open it, mpidp must import this module and call its factory, but the files of a "
+            f"run alone never cause code to run. If you trust this code, add --model.kind={kind}"
         )
 
 
@@ -57,6 +57,6 @@ def saved_shape(kind: str, saved: Mapping[str, Any], named: str = "", where: obj
         return known  # type: ignore[no-any-return]
     shape = CustomShape(**saved)
     if shape.factory != kind or not all(isinstance(value, (bool, int, float, str)) for value in shape.arguments.values()):
-        raise ValueError(f"the checkpoint has the factory {shape.factory!r} with the arguments {shape.arguments!r}, which "
-                         f"is not a model of model.kind={kind}")
+        raise ValueError(f"the checkpoint names the factory {shape.factory!r} with the arguments {shape.arguments!r}, which "
+                         f"does not match model.kind={kind}")
     return shape

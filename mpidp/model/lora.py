@@ -47,14 +47,15 @@ def adapter_sizes(sizes: Mapping[str, Sequence[int]], rank: int, targets: str) -
     wanted, known = {part.strip() for part in targets.split(",") if part.strip()}, {name.rpartition(".")[2] for name in layers}
     wanted = wanted & known if wanted == ALL else wanted
     if not wanted or wanted - known:
-        unknown = ", ".join(sorted(wanted - known)) or "no layer"
-        raise UsageError(f"model.lora_targets={targets} names {unknown}: this model's layers are {', '.join(sorted(known))}")
+        unknown = ", ".join(sorted(wanted - known))
+        problem = f"{unknown}, which this model does not have" if unknown else "no layer"
+        raise UsageError(f"model.lora_targets={targets} names {problem}. Use some of its layers: {', '.join(sorted(known))}")
     found = {name: size for name, size in layers.items() if name.rpartition(".")[2] in wanted}
     for name, size in found.items():
         if rank > min(size):
             raise UsageError(
-                f"model.lora_rank={rank} exceeds the smaller dimension of {name} ({' x '.join(map(str, size))}): the "
-                f"adapter would be larger than the layer; use at most {min(size)}, or other model.lora_targets"
+                f"model.lora_rank={rank} exceeds the smaller dimension of {name} ({' x '.join(map(str, size))}), so the "
+                f"adapter would be larger than the layer. Use at most {min(size)}, or other model.lora_targets"
             )
     return {name + key: (rank, n) if key == A else (m, rank) for key in (A, B) for name, (m, n) in found.items()}
 

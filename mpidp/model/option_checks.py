@@ -28,14 +28,14 @@ def option_problems(shape: TransformerShape) -> Iterator[str]:
             yield f"model.{name}={value!r} must be one of {', '.join(map(repr, choices))}"
     for name, letters in LETTERS.items():
         if set(value := getattr(shape, name)) - {*letters}:
-            yield f"model.{name}={value!r} must have one letter per layer, {letters[0]} or {letters[1]}"
+            yield f"model.{name}={value!r} must have one letter per layer, {letters[0]!r} or {letters[1]!r}"
     if unknown := shape.biased() - {*PROJECTIONS, "gate", "up", "down"}:
-        yield f"model.attention_bias={shape.attention_bias!r} names {', '.join(sorted(unknown))}: use some of q,k,v,o"
+        yield f"model.attention_bias={shape.attention_bias!r} names {', '.join(sorted(unknown))}. Use only 'q', 'k', 'v' and 'o'"
     for name in ("position_rows", "rotary_dims", "window", "window_rope_theta", "attention_scale", "attention_cap", "logit_cap"):
         if not 0 <= getattr(shape, name) < float("inf"):
             yield f"model.{name}={getattr(shape, name)} must be 0 or more"
     if shape.rotary_dims % 2 or shape.rotary_dims > shape.head_dim:
-        yield f"model.rotary_dims={shape.rotary_dims} must be even and at most the head size {shape.head_dim}"
+        yield f"model.rotary_dims={shape.rotary_dims} must be even and at most {shape.head_dim}, the head size"
     yield from _contradictions(shape)
     yield from scaling_problems("rope_scaling", shape.rope_scaling, shape.rotary_dims or shape.head_dim)
     yield from scaling_problems("window_rope_scaling", shape.window_rope_scaling, shape.rotary_dims or shape.head_dim)
@@ -60,8 +60,8 @@ def _contradictions(shape: TransformerShape) -> Iterator[str]:
         yield f"model.rope_scaling={shape.rope_scaling} requires model.positions=rotary"
     if 0 < shape.position_rows < shape.seq_len:
         yield (
-            f"model.seq_len={shape.seq_len} is more than model.position_rows={shape.position_rows}, the rows of its table: "
-            f"use at most model.seq_len={shape.position_rows}"
+            f"model.seq_len={shape.seq_len} is more than model.position_rows={shape.position_rows}, the number of positions "
+            f"that the model can encode. Use at most model.seq_len={shape.position_rows}"
         )
 
 

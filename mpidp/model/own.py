@@ -55,9 +55,8 @@ class CustomModel(nn.Module):
         ignored. Raises UsageError if doc_ids is given, because packed documents are not supported.
         """
         if doc_ids is not None:
-            raise UsageError.on_every_rank(
-                f"model.kind={self.shape.factory}: custom models do not support packed documents: prepare data without packing"
-            )
+            raise UsageError.on_every_rank(f"model.kind={self.shape.factory}: custom models do not support packed documents. "
+                                           "Prepare the data without packing")
         if key is not None:
             set_generator(int(key), x.device)
         return self.own(x)
@@ -88,14 +87,14 @@ def shape_of(kind: str, settings: Mapping[str, Any], changed: Mapping[str, Any],
     unused = {"kind", "options", *(OPTIONS.keys() - changed.keys())}  # unchanged options of the Transformer are not passed on
     known = {key: value for key, value in settings.items() if key not in unused} | {"vocab_size": vocab_size}
     if twice := sorted(set(options) & set(known)):
-        raise UsageError(f"model.options contains {twice[0]}, which is a setting: use --model.{twice[0]}=VALUE")
+        raise UsageError(f"model.options contains {twice[0]}, which is a setting of its own. Use --model.{twice[0]}=VALUE")
     parameters = inspect.signature(_find(kind)).parameters.values()
     everything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     names = [p.name for p in parameters if p.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)]
     chosen = {f"model.{key}": value for key, value in changed.items() if key not in ("kind", "options", "seq_len")}
     for key, value in chosen.items() | {f"model.options={key}": value for key, value in options.items()}.items():
         if not everything and key.replace("=", ".").rpartition(".")[2] not in names:
-            raise UsageError(f"{key}={value}, but {kind} has no such argument; its arguments: {', '.join(names) or 'none'}")
+            raise UsageError(f"{key}={value}, but {kind} has no such argument. Its arguments: {', '.join(names) or 'none'}")
     arguments = {key: value for key, value in (known | options).items() if everything or key in names}
     model = _make(kind, arguments, seed)
     _check_parameters(kind, model)
@@ -114,7 +113,7 @@ def options_of(text: str) -> dict[str, Any]:
     for option in filter(None, (part.strip() for part in text.split(","))):
         key, equals, raw = (part.strip() for part in option.partition("="))
         if not equals or not key.isidentifier():
-            raise UsageError(f"model.options={text!r}: {option!r} is not NAME=VALUE")
+            raise UsageError(f"model.options={text!r}: {option!r} does not have the form NAME=VALUE")
         found[key] = _value(raw)
     return found
 
@@ -138,7 +137,7 @@ def _find(kind: str) -> Callable[..., nn.Module]:
         factory = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
         itself = error.name is not None and f"{module}.".startswith(f"{error.name}.")
-        fix = "; start in its folder, or add its folder to PYTHONPATH" if itself else f", which {module} imports: install it"
+        fix = ". Start in the module's folder, or add it to PYTHONPATH" if itself else f", which {module} imports. Install it"
         raise UsageError(f"model.kind={kind}: no module {error.name!r}{fix}") from error
     except Exception as error:
         raise UsageError(f"model.kind={kind}: importing {module} failed: {type(error).__name__}: {error}") from error
@@ -151,7 +150,7 @@ def _find(kind: str) -> Callable[..., nn.Module]:
         made = None
     if not (inspect.isclass(made) and issubclass(made, nn.Module)):
         raise UsageError(
-            f"model.kind={kind}: must be a subclass of torch.nn.Module, or a function annotated to return one: "
+            f"model.kind={kind} must be a subclass of torch.nn.Module, or a function that is annotated to return one, as in "
             f"def {name}(vocab_size, ...) -> torch.nn.Module"
         )
     return factory  # type: ignore[no-any-return]
@@ -177,11 +176,11 @@ def _check_parameters(kind: str, model: nn.Module) -> None:
     for name, p in model.named_parameters():
         wrong = ""
         if nn.parameter.is_lazy(p):
-            wrong = "is lazy: create it with its size"
+            wrong = "is lazy, so its size is not known. Create it with its size"
         elif p.dtype != torch.float32:
-            wrong = f"is {p.dtype}, not float32 (train.dtype=bfloat16 casts during matrix products)"
+            wrong = f"is {p.dtype}, but must be float32. For matrix products in bfloat16, set train.dtype=bfloat16"
         elif not p.requires_grad:
-            wrong = "does not require a gradient: register it as a buffer"
+            wrong = "does not require a gradient. Register it as a buffer"
         if wrong:
             raise UsageError(f"model.kind={kind}: parameter {name} {wrong}")
     if not any(True for _ in model.parameters()):
@@ -197,12 +196,12 @@ def _try(kind: str, model: nn.Module, vocab_size: int, seq_len: int) -> None:
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     tokens = torch.arange(2 * seq_len).view(2, seq_len) % vocab_size
     if not _logits(kind, model.train(), tokens, vocab_size).requires_grad:
-        raise UsageError(f"model.kind={kind}: its logits have no gradient")
+        raise UsageError(f"model.kind={kind}: its logits have no gradient. Use no detach() or no_grad() in forward")
     changed = [name for name, buffer in model.named_buffers() if name not in before or not torch.equal(buffer, before[name])]
     if changed:
         raise UsageError(
             f"model.kind={kind}: forward changes the buffer {changed[0]}. Ranks compute different micro-batches, so running "
-            "statistics (as in BatchNorm) would differ between ranks: use LayerNorm or GroupNorm, or BatchNorm with "
+            "statistics (as in BatchNorm) would differ between ranks. Use LayerNorm or GroupNorm, or BatchNorm with "
             "track_running_stats=False"
         )
     with torch.no_grad():
@@ -213,7 +212,7 @@ def _try(kind: str, model: nn.Module, vocab_size: int, seq_len: int) -> None:
             one, two = (_logits(kind, model, t, vocab_size)[:, :-1].float() for t in (tokens, other))
             if not torch.allclose(one, two, rtol=1e-4, atol=1e-5):
                 raise UsageError(
-                    f"model.kind={kind}: its logits depend on later tokens, which the model must predict: use causal attention"
+                    f"model.kind={kind}: its logits depend on later tokens, which the model must predict. Use causal attention"
                 )
 
 
@@ -222,11 +221,11 @@ def _logits(kind: str, model: nn.Module, tokens: Tensor, vocab_size: int) -> Ten
     try:
         logits = model(tokens)
     except Exception as error:
-        raise UsageError(f"model.kind={kind}: forward on tokens {size} failed: {type(error).__name__}: {error}") from error
+        raise UsageError(f"model.kind={kind}: forward failed for shape {size}: {type(error).__name__}: {error}") from error
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if found != (*size, vocab_size) or not logits.is_floating_point():
         raise UsageError(
-            f"model.kind={kind}: forward on tokens {size} returned {found}; expected logits {(*size, vocab_size)}: one for "
-            f"each of the vocabulary's {vocab_size} tokens at each position"
+            f"model.kind={kind}: for tokens of shape {size}, forward returned {found}, but it must return floating-point "
+            f"logits of shape {(*size, vocab_size)}, one for each of the vocabulary's {vocab_size} tokens at each position"
         )
     return logits

@@ -153,31 +153,23 @@ def check_split(shape: Shape, tp: int, pp: int, chunks: int = 1) -> None:
     nearest possible values. Pure."""
     if not isinstance(shape, TransformerShape):
         if tp * pp > 1:
-            raise UsageError(f"tp={tp}, pp={pp}: only model.kind=transformer can be split over ranks: use tp=1 and pp=1")
+            raise UsageError(f"tp={tp}, pp={pp}: only model.kind=transformer can be split over ranks. Use tp=1 and pp=1")
         return
     if pp > 1 and shape.input_mix:
-        raise UsageError(
-            f"pp={pp}: a model with model.input_mix cannot be split into stages, because each block needs the output of the "
-            "embedding, and only the first stage has the embedding: use pp=1"
-        )
+        raise UsageError(f"pp={pp}: a model with model.input_mix cannot be split into stages, because each layer needs the "
+                         "output of the embedding, and only the first stage has the embedding. Use pp=1")
     heads = shape.num_kv_heads
     if heads % tp:
         fit = [n for n in range(1, heads + 1) if heads % n == 0]
         near = sorted({max(n for n in fit if n <= tp), min([n for n in fit if n >= tp], default=heads)})
-        raise UsageError(
-            f"mesh.tp={tp} does not divide the model's {heads} key-value heads, and a head cannot be split; "
-            f"use mesh.tp={' or '.join(map(str, near))} (hidden channels and vocabulary may be split unevenly)"
-        )
+        raise UsageError(f"mesh.tp={tp} does not divide the model's {heads} key-value heads, and a head cannot be split. Use "
+                         f"mesh.tp={' or '.join(map(str, near))}")
     if pp > shape.num_layers:
-        raise UsageError(
-            f"mesh.pp={pp}: each stage needs at least one of the model's {shape.num_layers} layers: use at most "
-            f"mesh.pp={shape.num_layers}"
-        )
+        raise UsageError(f"mesh.pp={pp}: each stage needs at least one layer, but the model has only {shape.num_layers}. Use at "
+                         f"most mesh.pp={shape.num_layers}")
     if pp * chunks > shape.num_layers:
-        raise UsageError(
-            f"mesh.pp={pp} x mesh.interleave={chunks}: each chunk needs at least one of the model's {shape.num_layers} layers: "
-            f"use at most mesh.interleave={shape.num_layers // pp}"
-        )
+        raise UsageError(f"mesh.pp={pp} x mesh.interleave={chunks}: each chunk needs at least one layer, but the model has only "
+                         f"{shape.num_layers}. Use at most mesh.interleave={shape.num_layers // pp}")
 
 
 def check_slices(shape: Shape, slices: int, tp: int) -> None:
@@ -185,12 +177,12 @@ def check_slices(shape: Shape, slices: int, tp: int) -> None:
     if slices == 1 or not isinstance(shape, TransformerShape):
         return
     if slices % tp:
-        raise UsageError(f"mesh.tp={tp} does not divide model.slices={slices}, so ranks would have different numbers of slices: "
-                         f"use mesh.tp={' or '.join(str(2**k) for k in range(slices.bit_length()))}")
+        raise UsageError(f"mesh.tp={tp} does not divide model.slices={slices}, so ranks would have different numbers of slices. "
+                         f"Use mesh.tp={' or '.join(str(2**k) for k in range(slices.bit_length()))}")
     for what, count in (("num_heads", shape.num_heads), ("num_kv_heads", shape.num_kv_heads), ("hidden_dim", shape.hidden_dim)):
         if count % slices:
             fit = max(2**k for k in range(slices.bit_length()) if count % 2**k == 0)
-            raise UsageError(f"model.slices={slices} does not divide model.{what}={count}: use model.slices={fit}, or another "
+            raise UsageError(f"model.slices={slices} does not divide model.{what}={count}. Use model.slices={fit}, or another "
                              f"model.{what}")
     if shape.vocab_size < slices:
-        raise UsageError(f"model.slices={slices} exceeds the vocabulary of {shape.vocab_size} tokens: use fewer slices")
+        raise UsageError(f"model.slices={slices} exceeds the vocabulary of {shape.vocab_size} tokens. Use fewer slices")

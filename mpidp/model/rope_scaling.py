@@ -22,8 +22,8 @@ import math
 from typing import NamedTuple
 
 FORMS = (
-    "of one of these forms: linear:FACTOR; llama3:FACTOR,LOW,HIGH,ORIGINAL; yarn:FACTOR,ORIGINAL[,FAST,SLOW,ATTENTION,TRUNCATE]; "
-    "longrope:ORIGINAL,ATTENTION,S1,...,Sn,L1,...,Ln. An example is llama3:8,1,4,8192"
+    "of the form 'linear:FACTOR', 'llama3:FACTOR,LOW,HIGH,ORIGINAL', 'yarn:FACTOR,ORIGINAL[,FAST,SLOW,ATTENTION,TRUNCATE]' or "
+    "'longrope:ORIGINAL,ATTENTION,S1,...,Sn,L1,...,Ln'. An example is 'llama3:8,1,4,8192'"
 )
 COUNTS = {"linear": (1, 1), "llama3": (4, 4), "yarn": (2, 6), "longrope": (4, 2**16)}  # fewest and most numbers of each kind
 

@@ -216,8 +216,8 @@ class Engine:
         counted = int(counts.sum())
         if counted == 0:
             raise DataError.on_every_rank(
-                f"{stream.path}: the loss mask excludes all of the first {targets:,} targets of split {stream.split!r}; "
-                "evaluate on more tokens (train.eval_tokens), or prepare the data again"
+                f"{stream.path}: the loss mask excludes all of the first {targets:,} targets of split {stream.split!r}, so "
+                "there is no loss to compute. Evaluate on more tokens (raise train.eval_tokens), or prepare the data again"
             )
         return sum_in_order(sums.tolist()) / counted, counted
 

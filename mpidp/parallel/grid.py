@@ -82,7 +82,7 @@ def make_grid(world: MPI.Intracomm, tp: int = 1, pp: int = 1, dp: int = 0) -> Gr
         wanted = f"mesh.tp={tp} x mesh.pp={pp}" + (f" x mesh.dp={dp}" if dp else "")
         near = sorted({max(parts, ordered.size // parts * parts), -(-ordered.size // parts) * parts}) if not dp else [dp * parts]
         raise UsageError.on_every_rank(
-            f"{wanted} does not fit the {ordered.size} rank{'s' * (ordered.size > 1)} of this job: start "
+            f"{wanted} does not fit the {ordered.size} rank{'s' * (ordered.size > 1)} of this job. Start "
             f"{' or '.join(map(str, near))} ranks, or change mesh.*"
         )
     return whole(everyone) if parts == 1 else divide(everyone, tp, pp)

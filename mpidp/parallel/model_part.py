@@ -145,8 +145,8 @@ class ModelPartition:
 
     def _refuse(self, reader: Reader) -> None:
         raise UsageError(
-            f"{reader.path} has state of comm.compress, or of a strategy.name other than synchronous, for a model that was "
-            "divided in another way. Such state cannot be divided again: resume with the mesh.tp and mesh.pp with which the "
+            f"{reader.path} was written with other values of mesh.tp and mesh.pp, but has state that cannot be divided again (of "
+            "comm.compress, or of a strategy.name other than 'synchronous'). Resume with the mesh.tp and mesh.pp with which the "
             "checkpoint was written"
         )
 

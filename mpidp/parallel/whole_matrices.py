@@ -104,7 +104,7 @@ class WholeMatrices:
             if sum(box.size[0] * box.size[1] for box in boxes) != shape[0] * shape[1]:
                 raise UsageError(
                     f"matrix {name}: the ranks of the tensor-parallel group are on several nodes, so they do not update the same "
-                    "matrices: use comm.copies=rank"
+                    "matrices. Use comm.copies=rank"
                 )
             if filled + shape[0] * shape[1] > ROUND * self._comm.size and filled:
                 self.rounds.append(MatrixRound())

@@ -96,7 +96,7 @@ def _add_options_of_methods(parser: Parser) -> None:
     add("--cluster", default="", metavar="FILE",
         help="cluster.json of mpidp.doctor (default: the one in run.dir, else ./cluster.json)")
     add("--link", default="", metavar="MBIT,MS",
-        help="instead of --cluster: bandwidth of a node in Mbit/s, and one-way delay in ms")
+        help="bandwidth of a node in Mbit/s and one-way delay in ms, instead of --cluster")
     add_ranks(parser, "the ranks of this launch; if it has one rank, the number in cluster.json")
     add("--step-seconds", type=float, metavar="S", help="compute time of a step on one rank, in seconds (default: measured now)")
     add("--run", type=float, nargs="?", const=30.0, metavar="SECONDS",
@@ -111,9 +111,9 @@ def _check_options_of_methods(options: argparse.Namespace, parser: Parser) -> No
         if value is not None and not 0 < value < math.inf:
             parser.error(f"--{name}={value:g} must be more than 0")
     if options.plot and not options.run:
-        parser.error("--plot shows the losses of trials: it needs --run")
+        parser.error("--plot shows the losses of trials, which need --run. Add --run")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install matplotlib, or use --json")
+        parser.error("--plot needs matplotlib. Install it with `pip install matplotlib`, or use --json instead")
 
 
 def print_methods(options: argparse.Namespace, config: Config, world: Any) -> None:
@@ -142,7 +142,7 @@ def plan(runs: Sequence[Path], columns: Sequence[int] = (), loss: float | None =
     for other in recorded[1:]:
         differ = sorted(k for k, v in first.config.items() if k.startswith(SAME) and other.config.get(k) != v)
         if differ:
-            raise UsageError(f"{other.path} and {first.path} differ in {', '.join(differ)}: their step times are not comparable")
+            raise UsageError(f"{other.path} and {first.path} differ in {', '.join(differ)}, so step times are not comparable")
     steps, reached, name = measured.steps_to(first, loss)
     found = _noise(first, steps)
     learned = predict.Learned(steps, first.tokens / first.steps, first.lanes, found["noise_scale_tokens"])
@@ -152,8 +152,8 @@ def plan(runs: Sequence[Path], columns: Sequence[int] = (), loss: float | None =
     rows = predict.predict(learned, times, columns)
     cells = [cell for row in rows for cell in row.cells]
     if not cells:
-        raise UsageError(f"--ranks: each rank needs at least one lane, and no batch of the table has {columns[0]} lanes or more: "
-                         "use fewer ranks")
+        raise UsageError(f"--ranks: each rank needs at least one lane, and no batch of the table has {columns[0]} lanes or more. "
+                         "Use fewer ranks")
     fastest = min(cells, key=lambda cell: (cell.seconds, cell.ranks))
     cheapest = min(cells, key=lambda cell: (cell.rank_seconds, cell.seconds))
     ends = [predict.predict(replace(learned, noise_scale_tokens=end), times, columns) for end in found["bounds_tokens"] or ()]
@@ -185,14 +185,14 @@ def _noise(run: measured.MeasuredRun, steps: float) -> dict[str, Any]:
     run reached the loss. Later steps are not used. The noise scale and its bounds are computed from the second half of the steps
     up to `steps`."""
     if not run.noises:
-        one_lane = "; a batch of one lane has no measurement (train.lanes)" if run.lanes.num_lanes == 1 else ""
-        raise UsageError(f"{run.path} has no measurements of gradient noise: train with --train.noise_every=10{one_lane}")
+        one_lane = " and with train.lanes above 1" if run.lanes.num_lanes == 1 else ""
+        raise UsageError(f"{run.path} has no measurements of gradient noise. Train with --train.noise_every=10{one_lane}")
     late = [noise for step, noise in run.noises if steps / 2 < step <= steps]
     noise = mean(late)
     if noise is None or not noise.noise_scale_tokens:
         raise UsageError(
             f"{run.path}: the {len(late)} noise measurements in the second half of {steps:g} steps are too few to separate "
-            "gradient from noise: measure more often (a smaller train.noise_every) or train longer"
+            "gradient from noise. Measure more often (set a smaller train.noise_every), or train longer"
         )
     quarters = [mean([n for step, n in run.noises if i < 4 * step / steps <= i + 1]) for i in range(4)]
     return {

@@ -33,5 +33,5 @@ def read_cluster(path: Path) -> dict[str, Any]:
                 if isinstance(value, (int, float)) and (value < 0 or value == 0 and key == "bandwidth_bytes_per_second"):
                     raise ValueError(f"{key} is {value}")
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is not a file of mpidp.doctor ({error}): run the doctor again") from error
+        raise UsageError(f"{path} is not a file of mpidp.doctor ({error}). Run mpidp.doctor again") from error
     return found

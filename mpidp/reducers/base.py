@@ -120,7 +120,7 @@ class Reducer:
         """During the next step, call each observer with the gradient of every lane. Raises ValueError if the reducer does not
         store the gradients of single lanes. Independent."""
         if observers:
-            raise ValueError(f"{type(self).__name__} adds lanes immediately: single lanes cannot be observed")
+            raise ValueError(f"{type(self).__name__} adds lanes immediately, so single lanes cannot be observed")
 
     def discard(self) -> None:
         """Discard the gradients of the current step. Independent."""
@@ -213,7 +213,7 @@ class Reducer:
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Load the state that state_dict() returned. An empty state resets the reducer. Independent."""
         if "residual" in state and self.comm.rank == 0:
-            log.info("comm.compress was turned off: the compression error in the checkpoint is dropped")
+            log.info("comm.compress was turned off, so the compression error in the checkpoint is dropped")
 
     def resume_from(self, before: Reducer | None) -> None:
         """Take over the state of `before`, the reducer that this rank had before ranks failed. `before` is None on ranks that

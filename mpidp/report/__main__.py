@@ -50,7 +50,7 @@ def main() -> None:
     if min(options.grams_per_kwh, options.price_per_node_hour) < 0:
         parser.error("--grams-per-kwh and --price-per-node-hour must not be negative")
     if options.png is not None and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--png needs matplotlib: pip install 'mpidp[report]' (or matplotlib itself)")
+        parser.error("--png needs matplotlib. Install it with `pip install 'mpidp[report]'`")
     runs = named([read(path) for path in options.runs])
     if launcher_rank():
         return
@@ -100,7 +100,7 @@ def write(path: Path, content: str) -> None:
     try:
         write_file(path, content.encode())
     except OSError as error:
-        raise UsageError(f"--out={path} cannot be written ({error}): create its folder, or choose another file") from error
+        raise UsageError(f"--out={path} cannot be written ({error}). Create its folder, or choose another file") from error
 
 
 if __name__ == "__main__":

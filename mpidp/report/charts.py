@@ -221,4 +221,4 @@ def heat_map(
         at = min(range(len(columns)), key=lambda j: abs(columns[j] - value))
         body.append(text(left + wide * (at + 0.5), y + 10, f"{value:g}", "tick", "middle"))
     body.append(text(left - 8, y + 10, "step", "tick", "end"))
-    return svg(width, y + 16, "Compute time by rank and step; stronger colour: longer than usual", body)
+    return svg(width, y + 16, "Compute time by rank and step (a stronger colour means longer than usual)", body)

@@ -31,7 +31,7 @@ def draw(runs: Sequence[RecordedRun], folder: Path) -> list[Path]:
         if len(runs) > 1 and len((found := scaling(runs)).rows) > 1:
             made.append(draw_scaling(found, folder / "scaling.png"))
     except OSError as error:
-        raise UsageError(f"--png={folder} cannot be written ({error}): choose another folder") from error
+        raise UsageError(f"--png={folder} cannot be written ({error}). Choose another folder") from error
     return made
 
 

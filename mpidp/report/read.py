@@ -96,11 +96,11 @@ def read(path: Path) -> RecordedRun:
     """Return the records of the run in the folder `path`. Raises UsageError if the folder is not a run with at least one step.
     Independent."""
     if not path.is_dir():
-        raise UsageError(f"{path}: no such folder; give the folder of a run (its run.dir)")
+        raise UsageError(f"{path}: no such folder. Give the folder of a run (its run.dir)")
     for name in ("config.toml", "metrics.jsonl"):
         if not (path / name).is_file():
             hint = "the run has not started, or failed before its first step" if name == "metrics.jsonl" else "not a run"
-            raise UsageError(f"{path}: no {name} there ({hint}); give the folder of a run (its run.dir)")
+            raise UsageError(f"{path} has no {name} ({hint}). Give the folder of a run (its run.dir)")
     config = read_run_config(path / "config.toml")
     run = RecordedRun(path, path.name or str(path), config, read_lines(path / "metrics.jsonl"))
     if not run.steps:

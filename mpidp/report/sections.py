@@ -211,6 +211,6 @@ def ranks(run: RecordedRun) -> str:
         "Ranks", paragraph(remark),
         figure("Mean step by rank", stacks([(names[rank], (*mean[rank], waits[rank])) for rank in shown],
                                            ("compute", "waiting for data", "waiting for the slowest rank"))),
-        figure(f"Compute time over the run; stronger colour: longer than usual ({duration(usual)})",
+        figure(f"Compute time over the run (a stronger colour means longer than the usual {duration(usual)})",
                heat_map(cells, [steps[a] for a, _ in cuts], duration, usual)),
     )

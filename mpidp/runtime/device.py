@@ -43,9 +43,10 @@ def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
 def check_compiler(wanted: bool, device: torch.device) -> None:
     """Raise UsageError if `wanted` is true, the device is the CPU, and there is no C++ compiler for torch.compile.
     Independent."""
-    if wanted and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+    compiler = os.environ.get("CXX", "g++")
+    if wanted and device.type == "cpu" and shutil.which(compiler) is None:
         raise UsageError(
-            "train.compile=true needs a C++ compiler on the CPU, and g++ is not on PATH. Install it, set the environment "
+            f"train.compile=true on a CPU needs a C++ compiler, but {compiler} is not on PATH. Install g++, set the environment "
             "variable CXX to another compiler, or use train.compile=false"
         )
 

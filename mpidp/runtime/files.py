@@ -26,10 +26,10 @@ def expand_home(path: str, what: str) -> str:
     full = os.path.expanduser(path)
     if full.startswith("~") and full == path:
         user = path.partition("/")[0]
-        raise UsageError(f"{what}={path}: the home folder of {user} is unknown; write the whole path, or ./{path}")
+        raise UsageError(f"{what}={path}: the home folder of {user} is unknown. Write the whole path, or ./{path}")
     name = re.search(r"\$(?:\{(\w+)\}|(\w+))", path)
     if name is not None and (name[1] or name[2]) in os.environ:
-        raise UsageError(f"{what}={path}: {name[0]} is not expanded here; write the whole path, or ~ for the home folder")
+        raise UsageError(f"{what}={path}: {name[0]} is not expanded here. Write the whole path, or ~ for the home folder")
     return full
 
 
@@ -85,7 +85,7 @@ def write_file(path: Path, content: bytes | str | Callable[[Path], None], sync_f
 def check_writable(path: str | Path) -> None:
     """Raise UsageError if the file named by --out cannot be created. Call this before the command does any work. Independent."""
     if Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK | os.X_OK):
-        raise UsageError(f"--out {path}: cannot be written; give a file in an existing, writable folder")
+        raise UsageError(f"--out {path} cannot be written. Give a file in an existing, writable folder")
 
 
 @contextmanager

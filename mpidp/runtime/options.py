@@ -123,24 +123,24 @@ def add_texts(parser: argparse.ArgumentParser, default: str) -> None:
     """Add --special and --seq-len, which say how texts are encoded. `default`: the words with which the help describes the
     default of --special. Pure."""
     parser.add_argument("--special", choices=("text", "tokens"),
-                        help="how to encode the name of a special token in a text, such as <|im_start|>. tokens: as the id of "
-                        f"the token; text: like any other text ({default})")
+                        help="how to encode the name of a special token in a text, such as <|im_start|>. 'tokens' encodes it "
+                        f"as the id of the token, 'text' like any other text ({default})")
     add_seq_len(parser)
 
 
 def add_seq_len(parser: argparse.ArgumentParser) -> None:
     """Add --seq-len, the context length for a Hugging Face folder. Pure."""
     parser.add_argument("--seq-len", type=int, default=0, metavar="N",
-                        help="context length for a Hugging Face folder; 0: the model's own, at most 2048 (default: %(default)s)")
+                        help="context length for a Hugging Face folder. 0: the model's own, at most 2048 (default: %(default)s)")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how tokens are chosen: --tokens, --temperature, --top-k, --top-p, --stop and --seed. Pure."""
     add = parser.add_argument
     add("--tokens", type=int, default=200, help="largest number of tokens to generate (default: %(default)s)")
-    add("--temperature", type=float, default=0.8, help="number by which logits are divided; 0: always choose the likeliest token "
+    add("--temperature", type=float, default=0.8, help="number by which logits are divided. 0 always chooses the likeliest token "
                                                        "(default: %(default)s)")
-    add("--top-k", type=int, default=50, help="sample from the K likeliest tokens; 0: from all tokens (default: %(default)s)")
+    add("--top-k", type=int, default=50, help="sample from the K likeliest tokens. 0 means all tokens (default: %(default)s)")
     add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that together have this probability (default: "
                                                  "%(default)s)")
     add("--stop", metavar="TEXT", action="append", default=[], help="stop before TEXT; this option may be given several times")
@@ -151,7 +151,7 @@ def add_batch(parser: argparse.ArgumentParser, texts: str) -> None:
     """Add --batch and --exact, for commands that compute batches of texts. `texts`: what the command calls the texts. Pure."""
     parser.add_argument("--batch", type=int, default=8, help=f"{texts} per batch on each rank (default: %(default)s)")
     parser.add_argument("--exact", choices=("true", "false"), default="true",
-                        help="true: a text does not depend on the other texts of its batch; false: faster, but rounding may "
+                        help="'true': a text does not depend on the other texts of its batch. 'false': faster, but rounding may "
                         "change a text (default: %(default)s)")
 
 
@@ -160,9 +160,9 @@ def check_sampling(parser: argparse.ArgumentParser, options: argparse.Namespace)
     if options.tokens < 0 or options.top_k < 0 or not 0 <= options.temperature < math.inf:
         parser.error("--tokens, --temperature and --top-k must not be negative, and the temperature must be finite")
     if not 0 < options.top_p <= 1:
-        parser.error(f"--top-p {options.top_p}: must be above 0 and at most 1 (all tokens)")
+        parser.error(f"--top-p {options.top_p} must be above 0 and at most 1 (1 means all tokens)")
     if not 0 <= options.seed < 2**63:
-        parser.error(f"--seed {options.seed}: must be from 0 to {2**63 - 1}")
+        parser.error(f"--seed {options.seed} must be from 0 to {2**63 - 1}")
     if "" in options.stop:
         parser.error("--stop '': the text must not be empty")
 
@@ -171,6 +171,6 @@ def add_compute(parser: argparse.ArgumentParser) -> None:
     """Add the options that say where a trained model is computed: --device, --threads, --tp and --pp. Pure."""
     add = parser.add_argument
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device to compute on (default: %(default)s)")
-    add("--threads", type=int, default=0, help="CPU threads per rank; 0: as in training (default: %(default)s)")
+    add("--threads", type=int, default=0, help="CPU threads per rank. 0 means as many as in training (default: %(default)s)")
     add("--tp", type=int, default=1, help="tensor-parallel ranks per replica, like mesh.tp in training (default: %(default)s)")
     add("--pp", type=int, default=1, help="pipeline stages per replica, like mesh.pp in training (default: %(default)s)")

@@ -21,17 +21,17 @@ def start_mpi() -> MPI.Intracomm:
     if not MPI.Is_initialized():
         raise UsageError(
             "MPI is not initialized in this process. A process that multiprocessing started, e.g. a worker of a DataLoader, is "
-            "not a rank and cannot use MPI: call this in the main process. Another "
-            "possible cause: the program set mpi4py.rc.initialize = False"
+            "not a rank and cannot use MPI. Call this function in the main process. Another possible cause is that the program "
+            "set mpi4py.rc.initialize = False"
         )
     world = MPI.COMM_WORLD
     if world.size == 1 and launched_size() > 1:
         library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\x00 ")
         raise UsageError(
-            f"{launched_size()} ranks were started, but each is alone (rank 0 of 1): the launcher does not belong to the MPI "
-            f"library ({library}). Use the mpirun of that library (`mpirun -np {launched_size()} "
-            "python -m mpidp.train`), or select its interface: `srun --mpi=pmix` for Open MPI, `srun --mpi=pmi2` for MPICH and "
-            "Intel MPI. If several MPI libraries are installed, MPI4PY_MPIABI=openmpi or MPI4PY_MPIABI=mpich selects the library "
+            f"{launched_size()} ranks were started, but each is alone (rank 0 of 1), because the launcher does not belong to the "
+            f"MPI library ({library}). Use the mpirun of that library (`mpirun -np {launched_size()} python -m mpidp.train`), or "
+            "let srun use the interface of that library: `srun --mpi=pmix` for Open MPI, `srun --mpi=pmi2` for MPICH and Intel "
+            "MPI. If several MPI libraries are installed, MPI4PY_MPIABI=openmpi or MPI4PY_MPIABI=mpich selects the library "
             "that mpi4py loads."
         )
     return world

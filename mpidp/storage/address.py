@@ -56,7 +56,7 @@ def named(name: str, address: str) -> str:
 def check_local(option: str, path: str) -> None:
     """Raise UsageError if `path` is an address. `option`: the option with this value, which takes only local files. Pure."""
     if is_remote(path):
-        raise UsageError(f"{option} {named('', path)} is an address, but this command uses local files: copy the files first")
+        raise UsageError(f"{option} {named('', path)} is an address, but this command uses local files. Copy the files first")
 
 
 def address_problems(name: str, path: str) -> Iterator[str]:
@@ -65,19 +65,19 @@ def address_problems(name: str, path: str) -> Iterator[str]:
     found = _ADDRESS.fullmatch(path)
     if found is None:
         if _ALMOST.fullmatch(path):
-            yield (f"{named(name, path)} is not an address: write it with two slashes and without quotes or spaces before it, "
-                   "as in s3://bucket/prefix (begin a local path of this name with ./)")
+            yield (f"{named(name, path)} is not an address. Write an address with two slashes and without quotes or spaces "
+                   "before it, as in s3://bucket/prefix. Begin a local path of this name with ./")
         return
     protocol, rest = found[1].lower(), found[2]
     host = rest.partition("/")[0]
     if "@" in host or "@" in rest.partition(":")[2]:
-        yield (f"{named(name, path)}: an address must not contain a user name or a password, because it is written to "
-               f"config.toml and to messages. They are read from {credentials_from(protocol)} (an @ in a path of http is %40)")
+        yield (f"{named(name, path)}: an address must not contain a user name or a password, because addresses are written to "
+               f"config.toml and to messages. Give them in {credentials_from(protocol)}. Write an @ in a path of http as %40")
     elif any(mark in rest for mark in "?#;"):
-        yield (f"{named(name, path)}: an address must not contain ?, # or ;. Signed addresses are not supported; "
-               f"credentials are read from {credentials_from(protocol)}")
+        yield (f"{named(name, path)}: an address must not contain '?', '#' or ';'. Signed addresses are not "
+               f"supported. Give credentials in {credentials_from(protocol)}")
     elif protocol in ("http", "https") and not _is_web(path):
-        yield f"{named(name, path)}: the host or port is not valid, as in https://host:8080/folder"
+        yield f"{named(name, path)}: the host or port is not valid. Write it as in https://host:8080/folder"
     elif not host and protocol not in ("memory", "file"):
         yield f"{named(name, path)}: an address needs a {'host' if protocol in ('http', 'https') else 'bucket'}, as in s3://bucket/prefix"
 

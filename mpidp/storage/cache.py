@@ -117,7 +117,7 @@ class BlockCache:
         try:
             yield
         except OSError as error:
-            raise DataError(f"the cache {self.folder} cannot be used ({error.strerror or error}): set data.cache_dir to a folder "
+            raise DataError(f"the cache {self.folder} cannot be used ({error.strerror or error}). Set data.cache_dir to a folder "
                             "on a local disk of each node, or make data.cache_gb smaller") from None
 
     def _path(self, key: str, number: int) -> Path:

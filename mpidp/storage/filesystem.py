@@ -30,7 +30,7 @@ def open_filesystem(address: Address, name: str, **options: Any) -> tuple[Any, s
         package = PACKAGES.get(address.protocol, extra)
         needs = f"pip install {package}" if address.protocol not in PACKAGES else f"pip install {extra} {package}"
         raise UsageError(
-            f"{named(name, address)}: {address.protocol}:// needs a package that is not installed: {needs}"
+            f"{named(name, address)}: {address.protocol}:// needs a package that is not installed. Install it with `{needs}`"
         ) from None
     except ValueError as error:
         raise UsageError(
@@ -58,7 +58,7 @@ class FilesystemStore:
         """See Store. Independent."""
         data = self._ask("cat_file", self._path(name), start=start, end=stop)
         if (now := self.version(name)) != version:
-            raise Changed(f"it was replaced on the server ({now.size:,} bytes, before {version.size:,})")
+            raise Changed(f"it was replaced on the server ({now.size:,} bytes, {version.size:,} bytes before)")
         return checked_length(data, start, stop)
 
     def write(self, name: str, content: IO[bytes], size: int) -> None:
@@ -118,7 +118,7 @@ class FilesystemStore:
         if isinstance(error, FileNotFoundError):
             return Missing("there is no such file")
         if isinstance(error, PermissionError):
-            return Refused(f"no access ({error}): credentials are read from {credentials_from(self.address.protocol)}")
+            return Refused(f"no access ({error}). Credentials are read from {credentials_from(self.address.protocol)}")
         return Unreachable(f"{type(error).__name__}: {error}")
 
 

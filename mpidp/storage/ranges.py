@@ -138,7 +138,7 @@ class RemoteFile:
         try:
             data = self._retries.call(self.address, lambda: self._store.read(self._name, start, stop, self._version))
         except Missing as error:
-            raise DataError(f"{self.address}: {error}; it was deleted on the server during the run") from None
+            raise DataError(f"{self.address}: {error}. It was deleted on the server during the run") from None
         return {number: data[(number - group.start) * BLOCK : (number - group.start + 1) * BLOCK] for number in group}
 
 

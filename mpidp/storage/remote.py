@@ -63,8 +63,8 @@ class RemoteFolder:
         except Missing:
             raise FileNotFoundError(name) from None
         if (known := self._versions.setdefault(name, version)) != version:
-            raise DataError(f"{self.path / name}: it was replaced on the server during the run ({version.size:,} bytes, before "
-                            f"{known.size:,}). Restore the file; then the same command resumes the run")
+            raise DataError(f"{self.path / name}: it was replaced on the server during the run ({version.size:,} bytes, "
+                            f"{known.size:,} bytes before). Restore the file. Then the same command resumes the run")
         if self._fetchers is None:
             self._fetchers = Fetchers()
         return RemoteFile(self._store, name, version, self.cache, self._retries, self._fetchers)
@@ -79,13 +79,13 @@ class RemoteFolder:
         `versions`: {name: version}. Raises DataError if this rank has already found another version of a file."""
         for name, version in versions.items():
             if self._versions.setdefault(name, version) != version:
-                raise DataError(f"{self.path / name}: it was replaced on the server while this job started; start it again")
+                raise DataError(f"{self.path / name}: it was replaced on the server while this job started. Start the job again")
 
     def check_room(self, size: int) -> None:
         """Log a warning if the cache is smaller than `size`. `size`: the number of bytes that a node reads ahead at a time."""
         if size > self.cache.bound:
-            log.warning("warning: data.cache_gb=%.3g is small: a node reads %.3g GB of %s at a time, so ranges are fetched "
-                        "repeatedly", self.cache.bound / 1e9, size / 1e9, self.path)
+            log.warning("warning: data.cache_gb=%.3g is small, because a node reads %.3g GB of %s at a time. Data is fetched "
+                        "repeatedly. Raise data.cache_gb", self.cache.bound / 1e9, size / 1e9, self.path)
 
     def report_waits(self, on_wait: Callable[[], None]) -> None:
         """Call `on_wait` about every second during a pause between two tries of a request, and after each answer."""
@@ -99,8 +99,8 @@ class RemoteFolder:
             try:
                 version = self._version(INDEX)
             except Missing as error:
-                raise DataError(f"no shards at {self.path}: {INDEX}: {error}. Prepare them in a local folder with mpidp prepare, "
-                                "and copy the folder") from None
+                raise DataError(f"no shards at {self.path} ({INDEX}: {error}). Prepare them in a local folder with `mpidp "
+                                "prepare`, and copy the folder") from None
             key = hashlib.sha256(f"{self.path}\n{version.size}\n{version.tag}".encode()).hexdigest()[:40]
             folder = self.cache.folder / "folders" / key
             _delete_old(folder.parent)
@@ -121,9 +121,9 @@ class RemoteFolder:
             try:
                 content = self._read_whole(name, self._version(name))
             except Missing as error:
-                raise DataError(f"{self.path / name}: {error}; copy the whole folder of shards") from None
+                raise DataError(f"{self.path / name}: {error}. Copy the whole folder of shards again") from None
             if hashlib.sha256(content).hexdigest() != sha256:
-                raise DataError(f"{self.path / name}: changed since {INDEX} was written; copy the whole folder of shards again")
+                raise DataError(f"{self.path / name}: changed after {INDEX} was written. Copy the whole folder of shards again")
             write_file(folder / name, content)
         write_file(folder / INDEX, index)
 

@@ -62,13 +62,13 @@ class Retries:
                 self._answered = True
                 self._on_wait()
                 if tries > 1:
-                    log.info("%s answers again: %d tries, %.0f s", where, tries + 1, time.monotonic() - began)
+                    log.info("%s answers again after %d tries and %.0f s", where, tries + 1, time.monotonic() - began)
                 return result
             limit, spent = self.seconds if self._answered else min(FIRST_SECONDS, self.seconds), time.monotonic() - began
             if spent + pause > limit or self._closed.is_set():
                 times = "1 try" if tries == 1 else f"{tries} tries"
-                raise DataError(f"{where}: {reason}; gave up after {times} in {spent:.0f} s ({self._setting}: at most {limit:g} "
-                                "s). Nothing is lost: start the same command again when the server answers")
+                raise DataError(f"{where}: {reason}. mpidp gave up after {times} in {spent:.0f} s (the limit is {limit:g} s, "
+                                f"see {self._setting}). Nothing is lost. Start the same command again when the server answers")
             if tries > 1:
                 self._warn(f"warning: {where}: {reason}; try {tries} failed, trying again for up to {limit - spent:.0f} s")
             self._pause(pause * (0.5 + self._random.random()))

@@ -38,7 +38,7 @@ class S3Store(FilesystemStore):
         self._system.retries = 1  # retry.py tries again, and logs this
         self._bucket, _, self._prefix = self._root.rstrip("/").partition("/")
         if not self._bucket:
-            raise UsageError(f"{named(name, address)}: the bucket is missing, as in s3://bucket/prefix")
+            raise UsageError(f"{named(name, address)}: the bucket is missing. Write the address as in s3://bucket/prefix")
 
     def version(self, name: str) -> Version:
         """See Store. Raises Refused if there is no such bucket. Independent."""
@@ -74,7 +74,7 @@ class S3Store(FilesystemStore):
             raise Changed(f"its ETag is {answer.get('ETag')}, but was {version.tag}")
         said = answer.get("ContentRange")
         if said is None and (start, stop) != (0, version.size):
-            raise Refused("the server ignores the header Range and sends the whole file; use a server that supports ranges")
+            raise Refused("the server ignores the header Range and sends the whole file. Use a server that supports ranges")
         if said not in (None, f"bytes {start}-{stop - 1}/{version.size}"):
             raise Unreachable(f"the server sent the range {said!r} instead of bytes {start}-{stop - 1}/{version.size}")
         return checked_length(data, start, stop)
@@ -121,8 +121,8 @@ def _of_code(response: dict[str, Any]) -> Exception:
         return Changed(f"it was replaced on the server ({code})")
     if code in REGION or status in (301, 307):
         region = response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region", "")
-        return Refused(f"the bucket is in another region{f', {region}' if region else ''} ({code}): set AWS_DEFAULT_REGION")
+        return Refused(f"the bucket is in another region{f', {region}' if region else ''} ({code}). Set AWS_DEFAULT_REGION")
     if code in ACCESS or status in (401, 403):
         return Refused(f"no access ({code}: {said}). Credentials are read from {credentials_from('s3')}, and the key needs the "
                        "right to read this bucket")
-    return Refused(f"HTTP {status} ({code}: {said})" + " — is AWS_DEFAULT_REGION the bucket's region?" * (status == 400))
+    return Refused(f"HTTP {status} ({code}: {said})" + ". Check that AWS_DEFAULT_REGION is the bucket's region" * (status == 400))

@@ -40,7 +40,7 @@ class WebStore:
         with self._open(name, "HEAD", {}) as answer:
             length = answer.headers.get("Content-Length", "")
             if not length.isdecimal():
-                raise Refused("the server does not state the size of the file (Content-Length)")
+                raise Refused("the server does not state the size of the file (in the header Content-Length)")
             return Version(int(length), _tag(answer))
 
     def read(self, name: str, start: int, stop: int, version: Version) -> bytes:
@@ -61,11 +61,11 @@ class WebStore:
 
     def write(self, name: str, content: IO[bytes], size: int) -> None:
         """Raise UsageError, because a web server accepts no files. Independent."""
-        raise UsageError(f"{self.address}: nothing can be written to a web server; use object storage, as in s3://bucket/prefix")
+        raise UsageError(f"{self.address}: nothing can be written to a web server. Use object storage, as in s3://bucket/prefix")
 
     def names(self, folder: str) -> list[str]:
         """Raise UsageError, because a web server does not list files. Independent."""
-        raise UsageError(f"{self.address}: a web server does not list files; use object storage, as in s3://bucket/prefix")
+        raise UsageError(f"{self.address}: a web server does not list files. Use object storage, as in s3://bucket/prefix")
 
     def delete(self, names: Iterable[str]) -> None:
         """Raise UsageError, because files on a web server cannot be deleted. Independent."""
@@ -91,7 +91,7 @@ class WebStore:
 
 def _translated(code: int) -> Exception:
     if code in (401, 403):
-        return Refused(f"no access (HTTP {code}): user name and password are read from {credentials_from('https')}")
+        return Refused(f"no access (HTTP {code}). User name and password are read from {credentials_from('https')}")
     if code in (404, 410):
         return Missing(f"there is no such file (HTTP {code})")
     if code in (412, 416):
@@ -111,7 +111,7 @@ def _login(host: str) -> str:
 def _tag(answer: Any) -> str:
     tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
     if not tag:
-        raise Refused("the server states neither ETag nor Last-Modified, so that mpidp could not detect a replaced file")
+        raise Refused("the server states neither ETag nor Last-Modified, so mpidp could not detect that a file was replaced")
     return re.sub(r"\s+", " ", tag)
 
 

@@ -29,7 +29,7 @@ def read_arrivals(log: str, workers: int, servers: int, staleness: int) -> Order
     try:
         lines, damaged = read_json_lines(Path(log), _Line)
     except OSError as error:
-        raise UsageError(f"strategy.replay={log} cannot be read ({error.strerror}): give the metrics.jsonl of a run") from error
+        raise UsageError(f"strategy.replay={log} cannot be read ({error.strerror}). Give the metrics.jsonl of a run") from error
     if damaged:
         raise UsageError(f"strategy.replay={log}: {damaged} lines are damaged, so the order of arrivals is not complete")
     found: Order = {line["step"]: line["arrivals"] for line in lines if "arrivals" in line}
@@ -59,7 +59,7 @@ def _check_rounds(log: str, found: Order, ranks: int, staleness: int) -> None:
         had = [0] * ranks
         for i, joined in enumerate(rounds, 1):
             if not set(joined) <= set(range(ranks)):
-                raise UsageError(f"strategy.replay={log}: that run had more than the {ranks} ranks of this run")
+                raise UsageError(f"strategy.replay={log}: that run had more ranks than this run ({ranks}). Start as many ranks")
             for rank in joined:
                 had[rank] += 1
             if not i - staleness <= min(had) <= max(had) == i:

@@ -60,8 +60,8 @@ class Local(Synchronous):
         buckets = self.buffer.buckets
         if options.fragments > len(buckets):
             raise UsageError.on_every_rank(
-                f"strategy.fragments={options.fragments}, but parameters have only {counted(len(buckets), 'bucket')}: lower "
-                "comm.bucket_mb"
+                f"strategy.fragments={options.fragments}, but the parameters fill only {counted(len(buckets), 'bucket')}. Lower "
+                "strategy.fragments, or lower comm.bucket_mb to get more buckets"
             )
         self._fragments = [buckets[i :: options.fragments] for i in range(options.fragments)]
         self._tokens = torch.zeros(options.fragments, dtype=torch.float64)  # target tokens since each fragment's last average

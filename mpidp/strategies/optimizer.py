@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,22 +47,54 @@ def cautious_adamw() -> Any:
     return Cautious
 
 
-def make_torch_optimizer(
-    name: str, members: list[torch.nn.Parameter], decay: float, beta1: float, beta2: float, cautious: bool = False
-) -> torch.optim.Optimizer:
-    """Return a torch optimizer. `name`: adamw, adam or sgd. `members`: the parameters. `decay`: the weight decay. `cautious`:
-    whether adamw uses cautious weight decay. Independent."""
-    kind = without_compiler
-    if cautious and decay:
-        return cautious_adamw()(members, lr=0.0, betas=(beta1, beta2), eps=1e-8, weight_decay=decay, fused=True)
-    if name == "sgd":
-        return kind(torch.optim.SGD)(members, lr=1.0, momentum=beta1, weight_decay=decay, fused=True)
-    adam = torch.optim.Adam if name == "adam" else torch.optim.AdamW
-    return kind(adam)(members, lr=0.0, betas=(beta1, beta2), eps=1e-8, weight_decay=decay, fused=True)
-
-
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 Memory = Callable[[int], Tensor]  # from a number of elements to a zeroed float32 tensor of this size
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """How an optimizer updates parameters. Weight decay applies to tensors with two or more dimensions."""
+
+    name: str  # adamw, adam, sgd (with momentum beta1), or muon or normuon: Muon for hidden matrices, AdamW for the rest
+    weight_decay: float
+    beta1: float
+    beta2: float
+    cautious: bool = False  # optim.cautious_decay
+    momentum_warmup: int = 0  # optim.momentum_warmup
+    hidden: Hidden = field(default_factory=Hidden)  # the hidden matrices, and the ranks that update them together
+    # Whether to update also the zeros that fill the buffer after a parameter. They stay 0. With them, torch computes each element
+    # of the parameter with SIMD instructions. Without them, torch rounds the last elements differently in AdamW. Therefore, with
+    # `padded`, the bits do not depend on how tensor parallelism cuts a parameter.
+    padded: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name not in (*MOMENTS, *MATRIX_STATE):
+            raise ValueError(f"unknown optimizer {self.name!r}")
+
+    @property
+    def matrices(self) -> frozenset[str]:
+        """The names of the parameters that are updated as whole matrices."""
+        return frozenset(self.hidden.names) if self.name in MATRIX_STATE else frozenset()
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The names of the state tensors of all other parameters."""
+        return MOMENTS.get(self.name, MOMENTS["adamw"])
+
+    def states(self, what: str) -> tuple[str, ...]:
+        """Return the names of the state tensors of parameter `what`. Pure."""
+        return MATRIX_STATE[self.name] if what in self.matrices else self.moments
+
+    def torch_optimizer(self, members: list[torch.nn.Parameter], decays: bool) -> torch.optim.Optimizer:
+        """Return torch's optimizer for parameters that are not hidden matrices. `decays`: whether weight decay applies.
+        Independent."""
+        decay, adam = self.weight_decay if decays else 0.0, {"lr": 0.0, "betas": (self.beta1, self.beta2), "eps": 1e-8}
+        if self.cautious and decay:
+            return cautious_adamw()(members, weight_decay=decay, fused=True, **adam)
+        if self.name == "sgd":
+            return without_compiler(torch.optim.SGD)(members, lr=1.0, momentum=self.beta1, weight_decay=decay, fused=True)
+        kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
+        return without_compiler(kind)(members, weight_decay=decay, fused=True, **adam)
 
 
 class PieceOptimizer:
@@ -70,33 +102,28 @@ class PieceOptimizer:
     hidden matrices, and an optimizer of torch updates the other pieces."""
 
     def __init__(
-        self, name: str, pieces: Sequence[tuple[torch.nn.Parameter, bool, dict[str, Tensor]]], matrices: list[HeldElements],
-        hidden: Hidden, weight_decay: float, beta1: float, beta2: float, cautious: bool, momentum_warmup: int,
+        self, rule: UpdateRule, pieces: Sequence[tuple[torch.nn.Parameter, bool, dict[str, Tensor]]], matrices: list[HeldElements]
     ) -> None:
         """`pieces`: a (piece with its gradient, whether weight decay applies, {key: state tensor}) for each piece. `matrices`:
-        this rank's elements of the hidden matrices. For the other arguments see Optimizer. Collective over hidden.comm."""
-        self.updates = 0
+        this rank's elements of the hidden matrices. Collective over rule.hidden.comm."""
+        self.rule, self.updates = rule, 0
         self._steps: list[Tensor] = []  # torch has one step counter per parameter
         groups: dict[bool, list[torch.nn.Parameter]] = {}
         states = {piece: state for piece, _, state in pieces}
         for piece, decays, _ in pieces:
             groups.setdefault(decays, []).append(piece)
-        kind = "adamw" if name in MATRIX_STATE else name
-        self._parts = [
-            make_torch_optimizer(kind, members, weight_decay if decays else 0.0, beta1, beta2, cautious)
-            for decays, members in groups.items()
-        ]
+        self._parts = [rule.torch_optimizer(members, decays) for decays, members in groups.items()]
         for part, members in zip(self._parts, groups.values(), strict=True):
             for piece in members:
                 part.state[piece].update(states[piece])
                 if "exp_avg" in states[piece]:
                     self._steps.append(torch.zeros((), device=piece.device))
                     part.state[piece]["step"] = self._steps[-1]
-        muon = (name, hidden, matrices, weight_decay, cautious, momentum_warmup)
-        self._muon = Muon(*muon) if name in MATRIX_STATE else None
+        muon = (rule.name, rule.hidden, matrices, rule.weight_decay, rule.cautious, rule.momentum_warmup)
+        self._muon = Muon(*muon) if rule.name in MATRIX_STATE else None
 
     def step(self, lr: float) -> None:
-        """Update this rank's share of the parameters. Collective over hidden.comm."""
+        """Update this rank's share of the parameters. Collective over rule.hidden.comm."""
         for part in self._parts:
             for group in part.param_groups:
                 group["lr"] = lr
@@ -120,60 +147,45 @@ class Optimizer(PieceOptimizer):
     """
 
     def __init__(
-        self, name: str, layout: FlatLayout, parameters: Tensor, gradients: Tensor, weight_decay: float, beta1: float,
-        beta2: float, memory: Memory | None = None, share: tuple[int, int] = (0, 1), bounds: list[int] | None = None,
-        holds: range | None = None, hidden: Hidden | None = None, cautious: bool = False, momentum_warmup: int = 0,
-        padded: bool = False,
+        self, rule: UpdateRule, layout: FlatLayout, parameters: Tensor, gradients: Tensor, memory: Memory | None = None,
+        share: tuple[int, int] = (0, 1), bounds: list[int] | None = None, holds: range | None = None,
     ) -> None:
-        """Weight decay applies to tensors with two or more dimensions. `name`: adamw, adam, sgd (with momentum beta1), muon or
-        normuon. The last two update hidden matrices with Muon (muon.py) and other parameters with AdamW. `parameters`,
-        `gradients`: (num_elements,). `memory`: allocates the state. `share`: (index, count). This rank updates share number
-        `index` of `count` shares. `bounds`: the count + 1 bounds of the shares, none of which is inside a hidden matrix. Without
-        `bounds`, shares are cut at multiples of ALIGN, and hidden matrices are distributed by their cost. `holds`: the indices of
-        the shares whose state this rank stores (default: all). With `holds`, the caller must save the state itself, without
-        state_dict(). `hidden`: the hidden matrices and the ranks that update them together (default: none). `cautious`,
-        `momentum_warmup`: the settings of section optim. `padded`: whether to update the zeros that fill the buffer after a
-        parameter, too. They stay 0. With them, torch computes every element of the parameter with SIMD instructions. Without
-        them, torch rounds the last elements differently in AdamW. Therefore, with `padded`, the bits do not depend on how tensor
-        parallelism cuts a parameter. Collective over hidden.comm."""
-        if name not in (*MOMENTS, *MATRIX_STATE):
-            raise ValueError(f"unknown optimizer {name!r}")
-        self._layout, self._name = layout, name
+        """`parameters`, `gradients`: (num_elements,). `memory`: allocates the state. `share`: (index, count). This rank updates
+        share number `index` of `count` shares. `bounds`: the count + 1 bounds of the shares, none of which is inside a hidden
+        matrix. Without `bounds`, shares are cut at multiples of ALIGN, and hidden matrices are distributed by their cost.
+        `holds`: the indices of the shares whose state this rank stores (default: all). With `holds`, the caller must save the
+        state itself, without state_dict(). Collective over rule.hidden.comm."""
+        self._layout = layout
         make = memory or (lambda elements: torch.zeros(elements, device=layout.device))
-        hidden = hidden or Hidden()
-        self._matrices = _order(layout, hidden) if name in MATRIX_STATE else {}
+        matrices = _order(layout, rule.matrices)
         cuts = bounds or slice_bounds(layout.num_elements, share[1])
         self.held = range(cuts[holds.start], cuts[holds.stop]) if holds is not None else range(layout.num_elements)
         self.mine = range(cuts[share[0]], cuts[share[0] + 1])
-        self.keys = MOMENTS.get(name, MOMENTS["adamw"])
-        self._moments = [make(len(self.held)) for _ in self.keys]
+        self.rule = rule
+        self._moments = [make(len(self.held)) for _ in rule.moments]
         pieces: list[tuple[torch.nn.Parameter, bool, dict[str, Tensor]]] = []
         whole: list[HeldElements] = []
         for offset, what, p in layout.placed():
-            end = offset + (round_up(p.numel(), ALIGN) if padded and what not in self._matrices else p.numel())
+            end = offset + (round_up(p.numel(), ALIGN) if rule.padded and what not in matrices else p.numel())
             low, high = max(offset, self.mine.start), min(end, self.mine.stop)
-            if what in self._matrices and bounds is None:
-                low, high = offset, offset + (p.numel() if self._matrices[what] % share[1] == share[0] else 0)
+            if what in matrices and bounds is None:
+                low, high = offset, offset + (p.numel() if matrices[what] % share[1] == share[0] else 0)
             if low < high:
-                shape = p.shape if what in self._matrices else (high - low,)
+                shape = p.shape if what in matrices else (high - low,)
                 piece = torch.nn.Parameter(parameters[low:high].view(shape))
                 piece.grad = gradients[low:high].view(shape)
                 state = self._state(what, low, piece)
-                if what in self._matrices:
-                    whole.append(HeldElements(piece, state, [hidden.box(what, (0, 0), p.shape)]))
+                if what in matrices:
+                    whole.append(HeldElements(piece, state, [rule.hidden.box(what, (0, 0), p.shape)]))
                 else:
                     pieces.append((piece, p.dim() >= 2, state))
-        super().__init__(name, pieces, whole, hidden, weight_decay, beta1, beta2, cautious, momentum_warmup)
-
-    def names(self, what: str) -> tuple[str, ...]:
-        """Return the names of the state tensors of parameter `what`."""
-        return MATRIX_STATE[self._name] if what in self._matrices else self.keys
+        super().__init__(rule, pieces, whole)
 
     def _state(self, what: str, low: int, piece: torch.nn.Parameter) -> dict[str, Tensor]:
         """Return {key: state tensor} of a piece of parameter `what`. The tensors are views of the flat state tensors, so ranks
         that share memory have one copy. `low`: index of the piece's first element in the flat parameters."""
         low -= self.held.start
-        flats = zip(self.names(what), self._moments, strict=False)
+        flats = zip(self.rule.states(what), self._moments, strict=False)
         return {key: flat[low : low + piece.numel()].view(piece.shape) for key, flat in flats}
 
     def moments(self) -> dict[str, Tensor]:
@@ -184,7 +196,7 @@ class Optimizer(PieceOptimizer):
         """Yield (parameter name, key, state tensor) for each state tensor of each parameter."""
         whole = [self._layout.views(flat) for flat in self._moments]
         for i, (_, what, _) in enumerate(self._layout.placed()):
-            for key, views in zip(self.names(what), whole, strict=False):
+            for key, views in zip(self.rule.states(what), whole, strict=False):
                 yield what, key, views[i]
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -219,36 +231,26 @@ class RunOfElements:
 class ShardedOptimizer(PieceOptimizer):
     """The optimizer of mesh.shard=2|3. It updates this rank's runs of elements (strategies/sharded.py)."""
 
-    def __init__(
-        self, name: str, runs: Sequence[RunOfElements], weight_decay: float, beta1: float, beta2: float,
-        hidden: Hidden | None = None, cautious: bool = False, momentum_warmup: int = 0,
-    ) -> None:
-        """`runs`: this rank's elements, with at most one run of each parameter. For the other arguments see Optimizer. Collective
-        over hidden.comm."""
+    def __init__(self, rule: UpdateRule, runs: Sequence[RunOfElements]) -> None:
+        """`runs`: this rank's elements, with at most one run of each parameter. Collective over rule.hidden.comm."""
         self.runs = runs
-        hidden = hidden or Hidden()
-        self._matrices, self._name = hidden.names if name in MATRIX_STATE else frozenset(), name
-        self.state = [{key: torch.zeros_like(run.elements) for key in self.keys(run.name)} for run in runs]
+        self.state = [{key: torch.zeros_like(run.elements) for key in rule.states(run.name)} for run in runs]
         pieces, held = list[tuple[torch.nn.Parameter, bool, dict[str, Tensor]]](), list[HeldElements]()
         for run, state in zip(runs, self.state, strict=True):
             piece = torch.nn.Parameter(run.elements)
             piece.grad = run.gradient
-            if run.name in self._matrices:
-                boxes = [hidden.box(run.name, at, size, run.shape) for at, size in boxes_of_run(run.shape, run.low, run.high)]
-                held.append(HeldElements(piece, state, boxes))
+            if run.name in rule.matrices:
+                at = boxes_of_run(run.shape, run.low, run.high)
+                held.append(HeldElements(piece, state, [rule.hidden.box(run.name, *one, run.shape) for one in at]))
             else:
                 pieces.append((piece, len(run.shape) >= 2, state))
-        super().__init__(name, pieces, held, hidden, weight_decay, beta1, beta2, cautious, momentum_warmup)
-
-    def keys(self, what: str) -> tuple[str, ...]:
-        """Return the names of the state tensors of parameter `what`."""
-        return MATRIX_STATE[self._name] if what in self._matrices else MOMENTS.get(self._name, MOMENTS["adamw"])
+        super().__init__(rule, pieces, held)
 
 
-def _order(layout: FlatLayout, hidden: Hidden) -> dict[str, int]:
+def _order(layout: FlatLayout, matrices: Collection[str]) -> dict[str, int]:
     """Return {name: position} of the hidden matrices, where position 0 has the highest cost. The matrix at position i belongs to
     share number i mod (number of shares). Therefore all shares cost about the same."""
-    found = [(p.numel() * min(p.shape), name) for _, name, p in layout.placed() if name in hidden.names]
+    found = [(p.numel() * min(p.shape), name) for _, name, p in layout.placed() if name in matrices]
     return {name: i for i, (_, name) in enumerate(sorted(found, reverse=True))}
 
 

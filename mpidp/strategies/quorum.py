@@ -72,7 +72,7 @@ class Quorum(Synchronous):
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE and not self._alone:
             raise UsageError.on_every_rank(
                 "strategy.quorum below 1 sums in a second thread, but this MPI library does not support calls from several "
-                "threads (MPI_THREAD_MULTIPLE): use another build of MPI, or strategy.quorum=1"
+                "threads (MPI_THREAD_MULTIPLE). Use another build of MPI, or strategy.quorum=1"
             )
         assert isinstance(self.reducer, FlatReducer)
         self._flat_reducer, self._comm = self.reducer, self.reducer.comm
@@ -105,8 +105,8 @@ class Quorum(Synchronous):
         missing = [step for step in range(1, last + 1) if order and self.synchronizes_at(step) and step not in order]
         if missing:
             raise UsageError.on_every_rank(
-                f"strategy.replay: the replayed run did not synchronize at step {missing[0]}: set strategy.meet_every and "
-                "train.steps as in that run"
+                f"strategy.replay: the replayed run did not synchronize at step {missing[0]}, but this run does. Set "
+                "strategy.meet_every and train.steps as in that run"
             )
 
     @contextmanager
@@ -273,7 +273,7 @@ class Quorum(Synchronous):
         """Load the state. Raises UsageError if it was saved by a run without a quorum. Independent."""
         own = {name: state[name] for name in ("steps", "joined") if name in state}
         if "steps" not in own:
-            raise UsageError("strategy.quorum is below 1, but the checkpoint is of a run without a quorum")
+            raise UsageError("strategy.quorum is below 1, but the checkpoint is of a run without a quorum. Use strategy.quorum=1")
         super().load_state_dict({name: value for name, value in state.items() if name not in own})
         joined = own.get("joined", torch.zeros(0, 0)).tolist()
         self._steps, self._joined = int(own["steps"]), [row for row in joined if len(row) == len(self._lanes)]

@@ -167,7 +167,7 @@ class Server(Synchronous):
             next_sync = min((step for step in self.options.arrivals if step > self._steps), default=-1)
             order = self.options.arrivals.get(next_sync, [[]] * self._servers)[self.compute_comm.rank - self._workers]
             if not order:
-                raise MpidpError(f"strategy.replay: the replayed run ended at step {self._steps}: lower train.steps")
+                raise MpidpError(f"strategy.replay: the replayed run ended at step {self._steps}. Lower train.steps")
             self._expected.extend(order)
         return self._expected.popleft()
 

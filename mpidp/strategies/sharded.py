@@ -32,7 +32,7 @@ from mpidp.reducers.buckets import FlatLayout, unit_of
 from mpidp.reducers.sharded_sum import ShardedSum
 from mpidp.reducers.units import Channel, Unit, units_of
 from mpidp.strategies.gathered import UnitParameters
-from mpidp.strategies.optimizer import Optimizer, RunOfElements, ShardedOptimizer
+from mpidp.strategies.optimizer import RunOfElements, ShardedOptimizer, UpdateRule
 from mpidp.strategies.protocol import StepStats, StrategyOptions
 from mpidp.strategies.sharded_norm import ShardedNorm, ShardedNormBySlices
 
@@ -60,14 +60,13 @@ class Sharded:
 
     def __init__(
         self, comm: MPI.Intracomm, group: Group, named_parameters: list[tuple[str, torch.nn.Parameter]], reducer: Reducer,
-        make_optimizer: partial[Optimizer], clip: float, nominal_tokens: int, bucket_bytes: int, one_copy: bool,
+        rule: UpdateRule, clip: float, nominal_tokens: int, bucket_bytes: int, one_copy: bool,
         spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None, *,
         model: Any, level: int,
     ) -> None:
         """Take the arguments of Synchronous. Of `reducer`, only the attributes lanes, transport and observers are used. `model`:
         the model, which is moved to the device. `level`: 2 divides the gradients and the optimizer state among the ranks, and 3
-        also the parameters of each Transformer block. Collective over hidden.comm, where hidden is a keyword argument in
-        `make_optimizer`."""
+        also the parameters of each Transformer block. Collective over rule.hidden.comm."""
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, False
         self.clip, self.nominal_tokens, self._parts = clip, nominal_tokens, parts
         device, channel = reducer.transport.device, Channel(comm, reducer.transport, group.wait)
@@ -83,9 +82,8 @@ class Sharded:
         self.sum = ShardedSum(self.units, reducer.lanes, channel, device)
         kind = ShardedNormBySlices if parts is not None and parts.norm_by_slices is not None else ShardedNorm
         self._norm: ShardedNorm = kind(self.units, self._layout, channel, parts)  # type: ignore[arg-type]
-        how = {key: value for key, value in make_optimizer.keywords.items() if key != "padded"}
-        whole = how["hidden"].names if make_optimizer.keywords.get("padded") else set(trained)  # parameters without padding
-        self.optimizer = ShardedOptimizer(make_optimizer.args[0], self._runs(whole), **how)
+        without_padding = rule.matrices if rule.padded else set(trained)
+        self.optimizer = ShardedOptimizer(rule, self._runs(without_padding))
         self._blocks = [(name, chunk_of(f"{name}.")) for name in blocks]
         self._plans = self._plan(dict.fromkeys(unit_of(name) for name, _ in reversed(named)))
         self._queue: list[UnitExchange] = []  # what this micro-batch's backward must still do, in order
@@ -174,7 +172,7 @@ class Sharded:
         for unit in self.units:
             for member in unit.members:
                 if unit.chunk == chunk and member.parameter.grad is not None:
-                    raise RuntimeError(f"mesh.shard=2|3: backward has computed the gradient of {member.name} twice")
+                    raise RuntimeError(f"mesh.shard=2 or 3: backward has computed the gradient of {member.name} twice")
 
     def fill(self, forwards: int, chunk: int | None = None) -> None:
         """Take part in the communication of `forwards` forward passes that other ranks compute. `chunk`: the chunk that they
@@ -253,11 +251,11 @@ class Sharded:
         states = {run.name: state for run, state in zip(self.optimizer.runs, self.optimizer.state, strict=True)}
         for unit in self.units:
             for member in unit.members:
-                for key in self.optimizer.keys(member.name):
+                for key in self.optimizer.rule.states(member.name):
                     state = states[member.name][key] if member.name in states else torch.empty(0)
                     state = state[: len(unit.run(member, rank))]  # without padding
                     found |= unit.entries_of_run(member, state, rank, f"{member.name}/{key}")
-                if "exp_avg" in self.optimizer.keys(member.name):
+                if "exp_avg" in self.optimizer.rule.states(member.name):
                     found[f"{member.name}/step"] = Entry(torch.tensor(float(self.optimizer.updates)))
         return found
 

@@ -73,9 +73,9 @@ class Sliced(Synchronous):
         optimizer, found = self.optimizer, {}
         for i, flat in enumerate(optimizer.moments().values()):
             for offset, what, p in self.buffer.layout.placed():
-                if i == len(optimizer.names(what)):
+                if i == len(optimizer.rule.states(what)):
                     continue
-                key = optimizer.names(what)[i]
+                key = optimizer.rule.states(what)[i]
                 low, high = max(offset, optimizer.mine.start), min(offset + p.numel(), optimizer.mine.stop)
                 rest = flat[max(0, low - optimizer.held.start) :]
                 boxes = boxes_of_run(tuple(p.shape), low - offset, high - offset)
@@ -83,7 +83,7 @@ class Sliced(Synchronous):
                     box, rest = rest[: torch.Size(shape).numel()].view(shape), rest[torch.Size(shape).numel() :]
                     found[f"{what}/{key}#{number}"] = Entry(box, "sharded", at, tuple(p.shape))
         for _, what, _ in self.buffer.layout.placed():
-            if "exp_avg" in optimizer.names(what):
+            if "exp_avg" in optimizer.rule.states(what):
                 found[f"{what}/step"] = Entry(torch.tensor(float(optimizer.updates)))
         return found | {f"reducer/{name}": entry for name, entry in self.reducer.state_dict().items()}
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +27,7 @@ from mpidp.reducers.base import LaneObserver, Reducer
 from mpidp.reducers.buckets import GradientBuffer
 from mpidp.runtime.environment import launched_with_ulfm
 from mpidp.runtime.ulfm import commit, revoke
-from mpidp.strategies.muon import MATRIX_STATE
-from mpidp.strategies.optimizer import Optimizer, bounds_outside
+from mpidp.strategies.optimizer import Optimizer, UpdateRule, bounds_outside
 from mpidp.strategies.protocol import StepStats, StrategyOptions
 
 
@@ -41,16 +39,15 @@ class Synchronous:
 
     def __init__(
         self, comm: MPI.Intracomm, group: Group, named_parameters: list[tuple[str, torch.nn.Parameter]], reducer: Reducer,
-        make_optimizer: partial[Optimizer], clip: float, nominal_tokens: int, bucket_bytes: int, one_copy: bool,
+        rule: UpdateRule, clip: float, nominal_tokens: int, bucket_bytes: int, one_copy: bool,
         spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None,
     ) -> None:
-        """`comm`: the ranks that hold the same part of the model. `make_optimizer`: called with layout, parameters, gradients,
-        memory and the result of optimizer_share(). `clip`: largest gradient norm, or 0 for no clipping. `nominal_tokens`:
-        global_batch x seq_len. The loss is a sum over tokens divided by this number. `one_copy`: whether the ranks of a group
-        share one copy of parameters and optimizer state. If so, each rank updates a share of the copy. `spare_slots`: number of
-        gradient buffers in addition to those of the reducer. `most_slots`: number of gradient buffers that this rank may need
-        after other ranks have failed. `parts`: this rank's part of the model, if mesh.tp or mesh.pp divides the model. Collective
-        over comm. With `parts`, collective over parts.grid.world."""
+        """`comm`: the ranks that hold the same part of the model. `rule`: how the optimizer updates parameters. `clip`: largest
+        gradient norm, or 0 for no clipping. `nominal_tokens`: global_batch x seq_len. The loss is a sum over tokens divided by
+        this number. `one_copy`: whether the ranks of a group share one copy of parameters and optimizer state. If so, each rank
+        updates a share of the copy. `spare_slots`: number of gradient buffers in addition to those of the reducer. `most_slots`:
+        number of gradient buffers that this rank may need after other ranks have failed. `parts`: this rank's part of the model,
+        if mesh.tp or mesh.pp divides the model. Collective over comm. With `parts`, collective over parts.grid.world."""
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, one_copy
         self.options = options or StrategyOptions.of()
         spare_slots += self.more_slots(self.options)
@@ -73,16 +70,13 @@ class Synchronous:
         if parts is not None:
             self.buffer.cut_chunks(parts.part.chunk_of, len(parts.part.chunks))
         reducer.attach(self.buffer)
-        self._whole = frozenset[str]()
-        if make_optimizer.args[0] in MATRIX_STATE:
-            hidden = make_optimizer.keywords["hidden"]
-            self._whole = hidden.names
-            self.survives_failures &= hidden.comm.size == 1  # otherwise a failure can interrupt an update
+        self._rule = rule
+        self.survives_failures &= rule.hidden.comm.size == 1  # otherwise a failure can interrupt an update
         self.flat = memory(self.buffer.num_elements)
         self.buffer.layout.adopt(self.flat)
         self.optimizer: Optimizer | None = None  # with comm.reducer=root only rank 0 has an optimizer
         if (share := self.optimizer_share()) is not None:
-            self.optimizer = make_optimizer(self.buffer.layout, self.flat, self.buffer.total, memory=memory, **share)
+            self.optimizer = Optimizer(rule, self.buffer.layout, self.flat, self.buffer.total, memory, **share)
         self._spare: list[Tensor] = []  # a copy of the shared tensors as they were before the update
         # If the ranks of some part share a copy, all parts keep one, because all restore the state after an incomplete update.
         if launched_with_ulfm() and self._everyone.allreduce(one_copy, op=MPI.LOR):
@@ -102,7 +96,7 @@ class Synchronous:
     def bounds(self, count: int, multiple: int) -> list[int]:
         """Return the count + 1 bounds of `count` slices of the flat parameters. The bounds are multiples of `multiple`. No bound
         is inside a matrix whose update is a function of the whole matrix. Independent."""
-        return bounds_outside(self.buffer.layout, count, multiple, self._whole)
+        return bounds_outside(self.buffer.layout, count, multiple, self._rule.matrices)
 
     def more_slots(self, options: StrategyOptions) -> int:
         """Return the number of gradient buffers that the strategy needs in addition to those of the reducer. Independent."""

@@ -44,7 +44,7 @@ def skip(job: Job, batch: int, tokens: int, grad_norm: float) -> None:
     if returned:
         reason = "The run already returned to its last checkpoint, and has made no new checkpoint since"
     raise MpidpError.on_every_rank(
-        f"{what}. {reason}: lower optim.lr, lengthen optim.warmup_steps, or check the data of these batches"
+        f"{what}. {reason}. Lower optim.lr, lengthen optim.warmup_steps, or check the data of these batches"
         + ". The last checkpoint is kept" * returned
     )
 

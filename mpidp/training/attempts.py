@@ -127,8 +127,8 @@ class RunAttempts:
             self.growing = True
         if not self.replicas.order:
             raise MpidpError.on_every_rank(
-                f"{self.world.size} of {self.crew.full} ranks are left, and mesh.tp={mesh.tp} x mesh.pp={mesh.pp} needs "
-                f"{mesh.tp * mesh.pp} ranks: the job ends. The same command resumes from the last checkpoint, also with other "
+                f"{self.world.size} of {self.crew.full} ranks are left, but mesh.tp={mesh.tp} x mesh.pp={mesh.pp} needs "
+                f"{mesh.tp * mesh.pp} ranks, so the job ends. The same command resumes from the last checkpoint, also with other "
                 "values of mesh.* and with another number of ranks"
             )
         if mesh.tp * mesh.pp == 1 and self.plan is not None:
@@ -257,7 +257,7 @@ def listen(job: Job, before: StopRequest | None) -> StopRequest:
         if end is not None and state.stop_at < math.inf:
             ends, stops = (f"{datetime.fromtimestamp(moment):%Y-%m-%d %H:%M:%S}" for moment in (end, state.stop_at))
             job.services.progress.print(
-                f"the job's time ends at {ends}: at {stops} the run writes a checkpoint and stops (exit code 75)"
+                f"the job's time ends at {ends}. At {stops} the run writes a checkpoint and stops (exit code 75)"
             )
     lock, reason = job.services.lock, before.reason if before is not None else ""
     if state.recovered and job.comm.size < config.faults.min_ranks:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import cast
 
 import torch
@@ -31,7 +30,7 @@ from mpidp.runtime.log import log
 from mpidp.runtime.observers import StepObserver
 from mpidp.strategies import strategy_of
 from mpidp.strategies.muon import MATRIX_STATE
-from mpidp.strategies.optimizer import Optimizer
+from mpidp.strategies.optimizer import UpdateRule
 from mpidp.strategies.protocol import Strategy, StrategyOptions
 from mpidp.training.data_parallel import DataParallelMemory, share_memory
 from mpidp.training.job import Job
@@ -88,14 +87,13 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
     config, grid, dp = plan.config, plan.grid, plan.mesh.dp
     optim, train, reducer = config.optim, config.train, memory.reducer
     nominal_tokens = train.global_batch * config.model.seq_len
-    make_optimizer = partial(
-        Optimizer, optim.name, weight_decay=optim.weight_decay, beta1=optim.beta1, beta2=optim.beta2,
-        cautious=optim.cautious_decay, momentum_warmup=optim.momentum_warmup,
-        hidden=make_hidden(plan, model, memory) if optim.name in MATRIX_STATE else Hidden(), padded=config.model.slices > 1,
+    rule = UpdateRule(
+        optim.name, optim.weight_decay, optim.beta1, optim.beta2, optim.cautious_decay, optim.momentum_warmup,
+        make_hidden(plan, model, memory) if optim.name in MATRIX_STATE else Hidden(), config.model.slices > 1,
     )
     options = StrategyOptions.of(asdict(config.strategy), train.steps, plan.mesh.node_sizes, arrivals=plan.arrivals)
     strategy: Strategy = strategy_of(config.strategy.name, config.strategy.quorum, memory.level, model.module)(
-        dp, memory.group, model.named, reducer, make_optimizer, optim.clip, nominal_tokens, int(config.comm.bucket_mb * 2**20),
+        dp, memory.group, model.named, reducer, rule, optim.clip, nominal_tokens, int(config.comm.bucket_mb * 2**20),
         memory.one_copy, spare_slots=int(train.audit_every > 0), most_slots=2 * plan.lanes.num_lanes.bit_length() + 3,
         options=options, parts=model.parts if grid.parts > 1 or (memory.level >= 2 and not model.parts.plain_norm) else None,
     )

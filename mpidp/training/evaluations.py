@@ -41,7 +41,7 @@ def evaluate_tasks(job: Job) -> dict[str, Any]:
     figures, problem = job.tasks.run()
     step, progress = job.position.step, job.services.progress
     if problem:
-        progress.print(f"warning: step {step}: train.eval_tasks cannot be evaluated: {problem}")
+        progress.print(f"warning: at step {step}, train.eval_tasks cannot be evaluated: {problem}")
     shown = [f"{name} {value:.4f}" for name, value in figures.items() if value is not None and "_stderr" not in name]
     if shown:
         progress.print(f"step {step}  {', '.join(shown)}")
@@ -63,9 +63,9 @@ def check_last_update(job: Job) -> None:
 def warn_unusable(job: Job, kind: str) -> None:
     """Print that the loss is not finite. `kind`: "validation" or "training". Independent."""
     job.services.progress.print(
-        f"warning: step {job.position.step}: the {kind} loss is not finite, so the weights are unusable (nan, inf or too large). "
-        "Checkpoints from this step on cannot be evaluated or sampled: stop, and continue from an earlier one with a lower "
-        "optim.lr"
+        f"warning: at step {job.position.step}, the {kind} loss is not finite, so the weights are unusable (nan, inf or too "
+        "large). Checkpoints from this step on cannot be evaluated or sampled. Stop, and continue from an earlier checkpoint "
+        "with a lower optim.lr"
     )
 
 

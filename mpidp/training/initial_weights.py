@@ -92,7 +92,7 @@ class Origin:
                 stored = {name[6:]: tuple(tensors[name]["shape"]) for name in tensors if name.startswith("model/")}
         plausible = shape.num_layers <= len(stored) and 4 * num_parameters(shape) <= room + self._added_bytes(shape)
         if not plausible or not fits(stored, shapes_of(shape)):
-            raise DataError(f"train.init_from={self.path}: its tensors do not have the sizes that its settings state: the files "
+            raise DataError(f"train.init_from={self.path}: its tensors do not have the sizes that its settings state. The files "
                             "are damaged, or belong to different models")
 
     def _added_bytes(self, shape: Shape) -> int:
@@ -123,7 +123,7 @@ class Origin:
                     whole = self.weights.stored_name(whole) if isinstance(self.weights, ModelFolder) else whole
                     raise DataError(
                         f"train.init_from={self.path}: the tensor {whole} has values that are nan or inf (as float32). The file "
-                        "is damaged, or its training diverged: use another checkpoint"
+                        "is damaged, or its training diverged. Use another checkpoint"
                     )
         found = parts.sha256(model)
         if self.wanted_sha256 not in ("", found):

@@ -105,7 +105,7 @@ def measured(trial: RunPlan, lanes: int = 0) -> dict[int, float]:
         if slower == 2 or not math.isfinite(slowest):
             break
     if not rates:
-        raise UsageError.on_every_rank("one sequence does not fit into the memory of a rank: lower model.seq_len, or divide the "
+        raise UsageError.on_every_rank("one sequence does not fit into the memory of a rank. Lower model.seq_len, or divide the "
                                        "model with mesh.shard, mesh.tp or mesh.pp")
     return rates
 

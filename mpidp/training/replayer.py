@@ -77,7 +77,7 @@ def read_record(run: str, world: Any) -> Record:
         last = max([*lines, *saved], default=0)
         last += max(skipped, default=-1) >= last + lines.get(last, {}).get("skipped", 0)
         if not last:
-            raise UsageError(f"{run}: not a run, there is neither a step in metrics.jsonl nor a checkpoint")
+            raise UsageError(f"{run} is not a run: it has neither a step in metrics.jsonl nor a checkpoint")
     return world.bcast(Record(Path(run), lines, skipped, passed, saved, last, ranks), root=0)
 
 
@@ -125,7 +125,7 @@ class Replay:
         from mpidp.training import build
 
         if not 1 <= last <= record.last:
-            raise UsageError.on_every_rank(f"{record.path}: step {last} cannot be replayed; steps 1 to {record.last} can")
+            raise UsageError.on_every_rank(f"{record.path}: step {last} cannot be replayed. Give --step from 1 to {record.last}")
         self.record, self.last, self.source, reader = record, last, "the initial weights", None
         for at in sorted((at for at in record.checkpoints if at < last), reverse=True):
             try:
@@ -148,14 +148,14 @@ class Replay:
             settings |= {f"train.{key}": value for key in ("device", "threads") if (value := getattr(options, key)) is not None}
             data = settings["data.path"] = options.data or settings["data.path"]
             if not is_remote(data) and not (Path(data) / "index.json").exists():
-                raise DataError(f"{record.path} was trained on {data}, which holds no shards here: give --data DIR")
+                raise DataError(f"{record.path} was trained on {data}, which holds no shards here. Give --data DIR")
         with TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):
             settings["run.dir"] = world.bcast(scratch, root=0)
             plain = command_line.from_args([f"--{key}={value}" for key, value in settings.items()])
             # Set an audit that is never due, which allocates a spare slot for the gradient of a micro-batch.
             self.plan = plan(plain.with_values(train={"audit_every": 1 << 62}), make_grid(world))
             if meta and meta["data"] != self.plan.training.index_sha256:
-                raise DataError.on_every_rank(f"{data} is not the data that {record.path} was trained on: give --data DIR")
+                raise DataError.on_every_rank(f"{data} is not the data that {record.path} was trained on. Give --data DIR")
             self._sums = SumObserver()
             self.job = build.build(self.plan, observers=[self._sums])
         if (begun := self.job.record.meta.get("init_from")) is not None:
@@ -235,7 +235,7 @@ class Replay:
         """Return (whether equal or close, message) for each recorded value of a replayed batch. Collective over job.comm."""
         line, recorded, found = self.record.lines.get(seen.step, {}), seen.batch in self.record.skipped, []
         if not seen.figures or seen.skipped or recorded:
-            words = f"batch {seen.batch} skipped: {recorded} recorded, {seen.skipped} now"
+            words = f"batch {seen.batch} skipped: {recorded} in the record, {seen.skipped} in the replay"
             return [(seen.skipped == recorded, words)] if seen.figures else []
         for key in FIGURES if line else ():
             then, now = line[key], seen.figures[key]
@@ -271,13 +271,13 @@ def check_method(
     name, quorum = settings.get("strategy.name", "synchronous"), settings.get("strategy.quorum", 1.0)
     if kind(name, quorum) != "synchronous":
         raise UsageError(
-            f"{record.path} was trained with {rules.method_setting(name, quorum)}: replay supports synchronous runs only"
+            f"{record.path} was trained with {rules.method_setting(name, quorum)}, but replay supports only synchronous runs"
         )
     if (compress := settings.get("comm.compress", "none")) == "none":
         return
     said = f"{record.path} was trained with comm.compress={compress}"
     if settings.get("mesh.tp", 1) * settings.get("mesh.pp", 1) > 1:
-        raise UsageError(f"{said} and mesh.tp or mesh.pp above 1: replay supports compression only without them")
+        raise UsageError(f"{said} and mesh.tp or mesh.pp above 1, but replay supports compression only without them")
     ranks = record.ranks_in(start, last) or {saved_ranks or size}
     if len(ranks) > 1:
         numbers = ", then ".join(map(str, (record.ranks[at] for at in sorted(record.ranks) if record.ranks[at] in ranks)))
@@ -288,7 +288,7 @@ def check_method(
     if ranks != {size}:
         (number,) = ranks
         raise UsageError(
-            f"{said} on {number} rank{'s' * (number > 1)}: the result depends on the number of ranks, and the replay has "
+            f"{said} on {number} rank{'s' * (number > 1)}. The result depends on the number of ranks, but the replay has "
             f"{size}. Start it with `mpirun -np {number}`"
         )
 

@@ -95,7 +95,8 @@ class RunPlan:
                 scheduled = lr_schedule.change(settings, plan.config.flat(), reader.meta["step"])
                 if reader.meta["data"] != self.training.index_sha256:
                     raise UsageError(
-                        f"data.path={self.config.data.path} is not the data that the run in {self.config.run.dir} was trained on"
+                        f"data.path={self.config.data.path} is not the data that the run in {self.config.run.dir} was trained "
+                        "on. Give that data, or choose another run.dir"
                     )
             # The source is read again, as the base of adapters, or because train.init_from is not the path in RUN/init.json.
             if self.origin is not None and self.origin.weights is not None:
@@ -118,7 +119,7 @@ class RunPlan:
             section, _, name = key.partition(".")
             value = values.setdefault(section, {})[name] = saved[key]
             if type(value) is not int or not 0 <= value <= MOST[key]:
-                raise ValueError(f"{key}={value!r} is not an integer in 0..{MOST[key]}")
+                raise ValueError(f"{key}={value!r} is not an integer from 0 to {MOST[key]}")
         if "optim" in values:
             values["optim"]["warmup_steps"] = min(values["optim"]["warmup_steps"], self.config.train.steps)
         return self.config.with_values(**values)
@@ -146,8 +147,8 @@ class RunPlan:
             metrics.close()
         print(
             f"the run in {self.config.run.dir} has ended at step {end['step']} ({end['reason']}), val_loss {end['val_loss']}, "
-            f"weights_sha256 {end['weights_sha256']}: nothing to do. Raise train.steps to continue, choose another --run.dir, or "
-            "start again with --run.resume=never",
+            f"weights_sha256 {end['weights_sha256']}. There is nothing to do. Raise train.steps to continue, choose another "
+            "--run.dir, or start again with --run.resume=never",
             flush=True,
         )
 
@@ -206,13 +207,13 @@ def plan(config: Config, grid: Grid) -> RunPlan:
         if workers > lanes.num_lanes:
             raise UsageError(
                 f"{workers} {'ranks' if grid.parts == 1 else 'replicas'}, but the global batch has {lanes.num_lanes} lanes, and "
-                f"a lane cannot be divided: start at most {lanes.num_lanes * grid.parts} ranks, raise train.lanes or "
+                f"a lane cannot be divided. Start at most {lanes.num_lanes * grid.parts} ranks, raise train.lanes or "
                 "train.global_batch, or lower train.micro_batch"
             )
         if training.num_tokens <= config.model.seq_len:
             raise DataError(
-                f"{config.data.path}: {training.num_tokens} training tokens are fewer than one window of model.seq_len + 1 = "
-                f"{config.model.seq_len + 1}; prepare more text, or lower model.seq_len"
+                f"{config.data.path}: {training.num_tokens} training tokens are fewer than one training window (model.seq_len "
+                f"+ 1 = {config.model.seq_len + 1} tokens). Prepare more text, or lower model.seq_len"
             )
         sampler = Sampler(
             training.num_tokens, config.model.seq_len, lanes, config.train.seed, config.data.order, training.token_bytes
@@ -236,8 +237,8 @@ def plan(config: Config, grid: Grid) -> RunPlan:
         check_slices(shape, config.model.slices, grid.tp.size)
         if training.apart and not isinstance(shape, TransformerShape):
             raise UsageError(
-                f"{config.data.path}, data.documents=apart: model.kind={config.model.kind} does not support document "
-                "boundaries. Use model.kind=transformer, or data.documents=joined"
+                f"{config.data.path}: documents are kept apart (data.documents), but model.kind={config.model.kind} does not "
+                "support document boundaries. Use model.kind=transformer, or data.documents=joined"
             )
     settings = {key: value for key, _, value in fields_of(resolved) if key != "train.threads"}
     with raise_together(world):

@@ -45,8 +45,8 @@ def compute(job: Job, batch: Batch) -> Computed:
         job.strategy.discard()
     assert finding is not None
     raise MpidpError.on_every_rank(
-        f"step {step}: {finding.what}, {ATTEMPTS} times in a row. A core or the memory of ranks {finding.ranks} fails: exclude "
-        "their nodes and start again. The last checkpoint was written before the failure"
+        f"step {step}: {finding.what}, {ATTEMPTS} times in a row. A core or the memory of ranks {finding.ranks} fails. Exclude "
+        "the nodes of these ranks, and start again. The last checkpoint was written before the failure"
     )
 
 

@@ -54,10 +54,11 @@ BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a later version": (lambda i: i | {"version": 99}, "its version is 99"),
     "a list": (lambda i: [i], "its format is not"),
     "no files": (lambda i: {k: v for k, v in i.items() if k != "files"}, "files is missing"),
-    "fewer tokens": (lambda i: i | {"splits": i["splits"] | {"train": i["splits"]["train"] | {"tokens": 5}}}, "do not add up"),
+    "fewer tokens": (lambda i: i | {"splits": i["splits"] | {"train": i["splits"]["train"] | {"tokens": 5}}},
+                     "tokens of split 'train' is not the sum of tokens of its files"),
     "a path": (lambda i: i | {"files": [f | {"name": "../" + f["name"]} for f in i["files"]]}, "is not a plain file name"),
     "a file twice": (lambda i: i | {"files": [f | {"name": SHARD} for f in i["files"]]}, "lists a file twice"),
-    "negative": (lambda i: i | {"vocab_size": -1}, "vocab_size -1 must be an integer"),
+    "negative": (lambda i: i | {"vocab_size": -1}, "vocab_size must be an integer in 1..4294967296, but is -1"),
 }
 
 
@@ -66,13 +67,13 @@ def test_an_index_that_is_not_one(place: Path, forks: Forks, name: str) -> None:
     change, phrase = BAD_INDEXES[name]
     path = place / "shards" / "index.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    refused(place, forks, "shards/index.json is not a valid shard index", phrase, "prepare the shards again")
+    refused(place, forks, "shards/index.json is not a valid shard index", phrase, "Prepare the shards again")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000], ids=["empty", "cut", "bytes", "deep"])
 def test_an_index_that_is_not_json(place: Path, forks: Forks, content: bytes) -> None:
     (place / "shards" / "index.json").write_bytes(content)
-    refused(place, forks, "shards/index.json", "is not valid JSON", "prepare the shards again")
+    refused(place, forks, "shards/index.json", "is not valid JSON", "Prepare the shards again")
 
 
 def test_no_index(place: Path, forks: Forks) -> None:
@@ -96,9 +97,9 @@ def flip(path: Path, at: int) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda p: p.unlink(), "it is missing"),
-    "cut off": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "truncated, or the wrong file"),
+    "cut off": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "so it is truncated or the wrong file"),
     "of no bytes": (lambda p: p.write_bytes(b""), "it has 0 bytes"),
-    "longer": (lambda p: p.write_bytes(p.read_bytes() + b"x"), "truncated, or the wrong file"),
+    "longer": (lambda p: p.write_bytes(p.read_bytes() + b"x"), "so it is truncated or the wrong file"),
     "a folder": (lambda p: (p.unlink(), p.mkdir()), "it is not a regular file"),
     "a dangling link": (lambda p: (p.unlink(), p.symlink_to("nowhere")), "it is missing"),
     "noise": (lambda p: p.write_bytes(np.random.default_rng(0).bytes(p.stat().st_size)), "it cannot be opened as HDF5"),
@@ -111,7 +112,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_damaged_shard(place: Path, forks: Forks, name: str) -> None:
     damage, phrase = DAMAGES[name]
     damage(place / "shards" / SHARD)
-    refused(place, forks, f"shards/{SHARD}: it ", phrase, "restore the file, or prepare shards again")
+    refused(place, forks, f"shards/{SHARD}: it ", phrase, "Restore the file, or prepare shards again")
 
 
 def test_a_shard_that_one_rank_of_several_finds_damaged(either: Shell) -> None:
@@ -204,9 +205,9 @@ def unwritten(file: h5py.File, count: int) -> None:
 
 
 HOSTILE: dict[str, tuple[Callable[[h5py.File, int], object], str]] = {
-    "external storage": (external, "tokens is not stored contiguously, unfiltered and inside the file"),
-    "a soft link": (soft, "it has no dataset tokens, or only a link"),
-    "an external link": (elsewhere, "it has no dataset tokens, or only a link"),
+    "external storage": (external, "its dataset tokens is not stored contiguously, without filters and inside the file"),
+    "a soft link": (soft, "its dataset tokens is missing, or is only a link"),
+    "an external link": (elsewhere, "its dataset tokens is missing, or is only a link"),
     "a virtual dataset": (virtual, "tokens is not stored contiguously"),
     "chunks": (lambda f, n: f.create_dataset("tokens", data=np.zeros(n, "<u2"), chunks=(100,)), "not stored contiguously"),
     "packed": (lambda f, n: f.create_dataset("tokens", data=np.zeros(n, "<u2"), compression="gzip"), "not stored contiguously"),
@@ -220,7 +221,7 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File, int], object], str]] = {
     "an absurd shape": (absurd, "tokens is not stored contiguously"),
     "unwritten": (unwritten, "tokens does not lie inside the file"),
     "a group": (lambda f, n: f.create_group("tokens"), "tokens is not a dataset"),
-    "nothing": (lambda f, n: None, "it has no dataset tokens, or only a link"),
+    "nothing": (lambda f, n: None, "its dataset tokens is missing, or is only a link"),
 }
 
 
@@ -298,7 +299,7 @@ def test_an_id_beyond_the_vocabulary_in_validation(place: Path, forks: Forks, fi
 
 def test_a_corpus_shorter_than_one_window(place: Path, forks: Forks) -> None:
     ended = forks.run(place, "mpidp.train", "tiny.toml", "--model.seq_len=100000")
-    expect(ended, 3, "shards: ", "training tokens are fewer than one window of model.seq_len + 1 = 100001", "lower model.seq_len")
+    expect(ended, 3, "shards: ", "fewer than one training window (model.seq_len + 1 = 100001 tokens)", "lower model.seq_len")
 
 
 TOKENIZERS: dict[str, Callable[[Path], object]] = {

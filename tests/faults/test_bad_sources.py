@@ -50,7 +50,7 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
     "binary": (lambda p: p.write_bytes(b"\x7fELF\0\0" + bytes(range(256)) * 9), "source looks binary"),
     "a folder of binaries": (lambda p: (p.mkdir(), (p / "x").write_bytes(bytes(99))), "the source has no text at all"),
     "a folder of empty files": (lambda p: (p.mkdir(), (p / "x").touch()), "the source has no text at all"),
-    "special": (lambda p: p.symlink_to("/dev/null"), "source is not a regular file"),
+    "special": (lambda p: p.symlink_to("/dev/null"), "source is a folder, a pipe or a device, not a regular file"),
 }
 
 

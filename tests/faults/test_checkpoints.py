@@ -230,8 +230,8 @@ def test_the_lock_of_another_host(place: Path, half_run: Path, forks: Forks, who
     """Its holder is gone, so its counter stands still."""
     (half_run / "lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "job": "7"}))
     said = goes_on(place, forks, whole_hash, from_step=4)
-    assert "run/lock: held by a job on elsewhere (pid 1, job 7); checking for 10 s whether it is still running" in said
-    assert "run/lock: taken over from a job on elsewhere (pid 1, job 7), which is no longer running" in said
+    assert "lock: the lock is held by a job on elsewhere (pid 1, job 7). Checking for 10 s whether that job still runs" in said
+    assert "run/lock: the lock is taken over from a job on elsewhere (pid 1, job 7), which no longer runs" in said
 
 
 def test_the_lock_of_another_host_where_the_job_lives(place: Path, half_run: Path, forks: Forks) -> None:

@@ -120,7 +120,7 @@ def test_slices(shell: Shell, prepared: Path, forks: Forks, mesh: tuple[str, ...
 def test_too_few_ranks_for_a_replica(shell: Shell, undisturbed: Learned) -> None:  # noqa: F811
     ended = start_ulfm(shell, 4, "kill:0:4:reduce kill:1:4:reduce kill:3:4:reduce", *PP).wait()
     assert ended.code == 1, ended
-    assert ended.err.count("mpidp: 1 of 4 ranks are left, and mesh.tp=1 x mesh.pp=2 needs 2 ranks: the job ends.") == 1, ended
+    assert ended.err.count("mpidp: 1 of 4 ranks are left, but mesh.tp=1 x mesh.pp=2 needs 2 ranks, so the job ends.") == 1, ended
     expect(shell.train(*SETTINGS), 0)
     assert learned(lines_of(shell.folder / "run"))[-1] == undisturbed[-1]
 

@@ -108,7 +108,7 @@ def test_generate_on_a_full_disk(place: Path, finished: Path, forks: Forks) -> N
     (place / "out.jsonl").write_text("old")
     before = listing(place)
     words = ("run", "--prompts", "prompts.jsonl", "--tokens", "100", "--out", "out.jsonl")
-    expect(forks.run(place, "mpidp.generate", *words, inject=full()), 2, "--out out.jsonl: cannot be written (File too large)")
+    expect(forks.run(place, "mpidp.generate", *words, inject=full()), 2, "--out out.jsonl cannot be written (File too large)")
     assert listing(place) == before
 
 
@@ -141,7 +141,7 @@ def test_two_first_trainings(shell: Shell) -> None:
     for one in ended:
         expect(one, 0)
     assert sum("shards with" in one.out for one in ended) == 1, ended
-    assert any("waiting until it has finished" in one.out for one in ended), ended
+    assert any("Waiting until that process has finished" in one.out for one in ended), ended
 
 
 def test_links_of_others_are_not_followed(place: Path, forks: Forks) -> None:

@@ -147,14 +147,14 @@ def test_an_unknown_option_is_said_once_under_mpirun(either: Shell) -> None:
 
 @pytest.mark.quick
 def test_more_ranks_than_lanes(either: Shell) -> None:
-    expect(either.train("--train.micro_batch=4", ranks=2), 2, "2 ranks, but the global batch has 1 lanes", "start at most 1")
+    expect(either.train("--train.micro_batch=4", ranks=2), 2, "2 ranks, but the global batch has 1 lanes", "Start at most 1")
     assert not (either.folder / "run").exists()
 
 
 @pytest.mark.parametrize("run_dir", ["tiny.toml/run", "tiny.toml", "/proc/run"])
 def test_a_run_dir_that_cannot_be_written_to(place: Path, forks: Forks, run_dir: str) -> None:
     ended = forks.run(place, "mpidp.train", "tiny.toml", f"--run.dir={run_dir}")
-    expect(ended, 2, f"run.dir={run_dir} cannot be written to", "choose another with --run.dir=DIR")
+    expect(ended, 2, f"run.dir={run_dir} cannot be written to", "Choose another --run.dir=DIR")
 
 
 CHANGED = {

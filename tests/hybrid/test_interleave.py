@@ -69,5 +69,5 @@ def test_a_run_goes_on_whatever_the_interleave(shared_folder: Path, shared_tmp: 
 def test_more_chunks_than_layers_are_refused(shared_folder: Path, shared_tmp: Path) -> None:
     if not fits((1, 2, 1)):
         pytest.skip("needs two ranks")
-    with pytest.raises(UsageError, match="mesh.pp=2 x mesh.interleave=3: .*5 layers: use at most mesh.interleave=2"):
+    with pytest.raises(UsageError, match="mesh.pp=2 x mesh.interleave=3: .*has only 5. Use at most mesh.interleave=2"):
         on((1, 2, 1), with_mesh(corpus(shared_folder), shared_tmp / "run", (1, 2, 1), model=model(2, 2), mesh={"interleave": 3}))

@@ -233,8 +233,8 @@ def test_memory_falls_with_the_number_of_parts(shared_folder: Path, shared_tmp: 
 
 
 @pytest.mark.parametrize(("mesh", "model", "said"), [
-    ((1, 1, 2), {"num_heads": 3, "model_dim": 36, "num_kv_heads": 3}, r"3 key-value heads.*use mesh.tp=1 or 3"),
-    ((1, 2, 1), {"num_layers": 1}, "mesh.pp=2: .* the model.s 1 layers.*at most mesh.pp=1"),
+    ((1, 1, 2), {"num_heads": 3, "model_dim": 36, "num_kv_heads": 3}, r"3 key-value heads.*Use mesh.tp=1 or 3"),
+    ((1, 2, 1), {"num_layers": 1}, "mesh.pp=2: .* the model has only 1. Use at most mesh.pp=1"),
 ])
 def test_a_cut_that_is_not_to_be_had_is_refused(
     shared_folder: Path, shared_tmp: Path, mesh: tuple[int, int, int], model: dict[str, Any], said: str
@@ -249,7 +249,7 @@ def test_a_cut_that_is_not_to_be_had_is_refused(
 def test_ranks_that_make_no_mesh_are_told_how_many_would() -> None:
     if WORLD.size < 3:
         pytest.skip("needs three ranks")
-    with pytest.raises(UsageError, match=r"mesh.tp=2 x mesh.pp=1 does not fit the 3 ranks of this job: start 2 or 4"):
+    with pytest.raises(UsageError, match=r"mesh.tp=2 x mesh.pp=1 does not fit the 3 ranks of this job. Start 2 or 4"):
         at(3, lambda comm: make_grid(comm, 2))
 
 

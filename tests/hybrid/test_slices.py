@@ -147,8 +147,8 @@ def test_the_number_of_slices_cannot_change(shared_folder: Path, shared_tmp: Pat
 
 
 @pytest.mark.parametrize(("model", "mesh", "said"), [
-    ({"slices": 2, "num_kv_heads": 4}, (1, 1, 4), "mesh.tp=4 does not divide model.slices=2.*use mesh.tp=1 or 2"),
-    ({"slices": 4, "num_kv_heads": 2}, (1, 1, 1), "model.slices=4 does not divide model.num_kv_heads=2: use model.slices=2"),
+    ({"slices": 2, "num_kv_heads": 4}, (1, 1, 4), "mesh.tp=4 does not divide model.slices=2.*Use mesh.tp=1 or 2"),
+    ({"slices": 4, "num_kv_heads": 2}, (1, 1, 1), "model.slices=4 does not divide model.num_kv_heads=2. Use model.slices=2"),
     ({"slices": 4, "num_kv_heads": 4, "hidden_dim": 62}, (1, 1, 1), "model.slices=4 does not divide model.hidden_dim=62"),
 ])
 def test_slices_that_do_not_fit_are_refused(

@@ -128,7 +128,7 @@ def test_a_base_that_has_moved_is_named(shared_folder: Path, shared_tmp: Path, k
     if WORLD.rank == 0:
         source.rename(moved)
     WORLD.barrier()
-    with pytest.raises(DataError, match="give the model's new place with --base DIR"):
+    with pytest.raises(DataError, match="or give its new place with --base DIR"):
         at(1, lambda comm: evaluate(str(run), None, comm))
     there = str(moved)
     assert at(few, lambda comm: evaluate(str(run), None, comm, base=there))[0]["tokens"] > 0
@@ -140,5 +140,5 @@ def test_a_base_that_has_moved_is_named(shared_folder: Path, shared_tmp: Path, k
     assert again.events("resume") and again.sha256 == whole.sha256
     assert evaluate(str(run), None, WORLD)["loss"] == whole.end["val_loss"]  # the new checkpoints name the new place
     train_at(1, tiny(data, shared_tmp / "plain", train={"steps": 1, "eval_every": 0}, optim=OPTIM))
-    with pytest.raises(UsageError, match="contains all weights; only LoRA"):
+    with pytest.raises(UsageError, match="needs no base model. Omit --base, which only LoRA"):
         at(1, lambda comm: evaluate(str(shared_tmp / "plain"), None, comm, base=there))

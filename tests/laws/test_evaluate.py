@@ -214,7 +214,7 @@ def test_a_last_update_that_makes_the_weights_unusable_is_reported_without_a_val
     train = {"steps": 1, "eval_every": 1}
     ended = train_at(sizes(1, 2)[-1], tiny(shared_tmp / "shards", shared_tmp / "run", train=train, optim=optim))
     said = WORLD.bcast(capsys.readouterr().out)
-    assert said.count("warning: step 1: the training loss is not finite, so the weights are unusable") == ("lr" in optim)
+    assert said.count("warning: at step 1, the training loss is not finite, so the weights are unusable") == ("lr" in optim)
     assert ended.end["val_loss"] is None
 
 

@@ -100,13 +100,14 @@ def test_a_text_at_any_number_of_ranks(place: Path) -> None:
 
 def bad_uses(place: Path) -> list[tuple[type[MpidpError], str, Any]]:
     return [
-        (DataError, r"prompt 2 has 17 tokens; the model's context", lambda n: written(place, n, f"--prompts={place}/long.txt")),
+        (DataError, r"prompt 2 has 17 tokens, but model.seq_len is", lambda n: written(place, n, f"--prompts={place}/long.txt")),
         (DataError, "cannot read .*none.txt", lambda n: written(place, n, f"--prompts={place}/none.txt")),
         (DataError, "prompt 1: .*surrogates not allowed", lambda n: written(place, n, "--prompt=\udcff")),
         (UsageError, "--out .* cannot be written", lambda n: written(place, n, f"--out={place}/no/out.jsonl")),
         (UsageError, "--out .* cannot be written", lambda n: written(place, n, f"--out={place}")),
         (DataError, "cannot read .*none.txt", lambda n: told(place, n, f"--text={place}/none.txt")),
-        (UsageError, "--stride 17: must be at most 16", lambda n: told(place, n, f"--text={place}/some.txt", "--stride=17")),
+        (UsageError, "--stride 17 would skip tokens: the stride must be at most 16",
+         lambda n: told(place, n, f"--text={place}/some.txt", "--stride=17")),
         (DataError, "line 1: not valid JSON", lambda n: told(place, n, f"--choices={place / 'some.txt'}")),
         (DataError, "not a regular file", lambda n: told(place, n, f"--choices={place}")),
         (CheckpointError, "contains no checkpoint", lambda n: at(n, lambda comm: generate(comm, read_options([str(place)])))),

@@ -62,7 +62,7 @@ def test_every_flipped_bit_is_found(shared_folder: Path, shared_tmp: Path, name:
         job = audited_job(comm, data, shared_tmp / str(comm.size), optim={"name": name})
         assert job.audit.weights() is None
         layout, flats = job.strategy.buffer.layout, job.strategy.flats()
-        assert len(flats) == 1 + len(job.strategy.optimizer.keys)
+        assert len(flats) == 1 + len(job.strategy.optimizer.rule.moments)
         right = {suffix: flat.clone() for suffix, flat in flats.items()}
         chance = random.Random(name)  # the same random numbers on every rank
         for _ in range(FLIPS):

@@ -185,7 +185,7 @@ class RemoteFolderOf:
 
 @pytest.mark.parametrize(("address", "env", "says"), [
     ("s3://nobucket/d", {}, "s3://nobucket/d/index.json: there is no bucket nobucket"),
-    ("s3://bucket/none", {}, "no shards at s3://bucket/none: index.json: there is no such object"),
+    ("s3://bucket/none", {}, "no shards at s3://bucket/none .index.json: there is no such object"),
     ("s3://bucket/data/d", {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "[Cc]redentials.*AWS_ACCESS_KEY_ID"),
     ("s3://bucket/data/d", {"AWS_PROFILE": "nobody"}, "nobody"),
     ("s3://bucket/data/d", {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "s3://bucket/data/d/index.json: .*gave up after"),

@@ -47,7 +47,7 @@ def test_a_label_is_a_place_or_a_text(tmp_path: Path) -> None:
     ({"label": 1.0}, "must be an index"), ({"label": "4"}, "'4' is not one of the choices"),
 ])
 def test_bad_questions_are_named_by_their_line(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(DataError, match=f"c.jsonl, line 2: .*{said}.*each line is like"):
+    with pytest.raises(DataError, match=f"c.jsonl, line 2: .*{said}.*Each line must be an object like"):
         read_choices(write(tmp_path / "c.jsonl", ROW, ROW | changes))
 
 
@@ -77,7 +77,7 @@ def test_tokens_that_span_the_border_are_the_choices() -> None:
 def test_a_context_loses_its_beginning_a_choice_nothing() -> None:
     long, short = encode(PLAIN, item(context="x" * 30, choices=["abc", "d" * 24]), 24)
     assert len(long.ids) == len(short.ids) == 25 and (long.counted, short.counted) == (3, 24) and long.cut and short.cut
-    with pytest.raises(DataError, match=r"c.jsonl, line 1: choice 1 has 25 tokens; the model's context is 24 tokens"):
+    with pytest.raises(DataError, match=r"c.jsonl, line 1: choice 1 has 25 tokens, but must have 1 to 24"):
         encode(PLAIN, item(context="x", choices=["abc", "d" * 25]), 24, "c.jsonl")
     with pytest.raises(DataError, match="line 1: .*surrogates"):
         encode(PLAIN, item(context="\ud800"), 24)

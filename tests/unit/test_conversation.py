@@ -140,5 +140,5 @@ def test_a_model_without_a_chat_template_is_refused(folder: Path, tmp_path: Path
     about: dict[str, Any] = json.loads((tmp_path / "tokenizer_config.json").read_text())
     about.pop("chat_template")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
-    with pytest.raises(UsageError, match="has no chat template, so it cannot answer chats: train on data prepared with"):
+    with pytest.raises(UsageError, match="has no chat template, so it cannot answer chats. Train on data prepared with"):
         talk(WORLD, read_options([str(tmp_path), "--device=cpu", "--threads=1"]))

@@ -188,7 +188,7 @@ def test_commands_for_local_files_refuse_addresses_without_their_secrets(tmp_pat
         lambda: prepare([f"{address}:1", "b"], "byte", tmp_path / "out"), lambda: prepare("stdlib", address, tmp_path / "out"),
         lambda: prepare("stdlib", "byte", address),
     ):
-        with pytest.raises(UsageError, match="is an address.* copy the files first") as caught:
+        with pytest.raises(UsageError, match="is an address.* Copy the files first") as caught:
             call()
         assert "secret" not in str(caught.value)
     assert not list(tmp_path.iterdir())

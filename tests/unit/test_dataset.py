@@ -63,7 +63,7 @@ def test_a_place_is_one_integer_of_one_order() -> None:
     other.load_state_dict(items.state_dict())
     assert other.next_batch == 9
     for wrong in (from_dataset(range(51), 8, seed=1), from_dataset(range(50), 7, seed=1), from_dataset(range(50), 8, seed=2)):
-        with pytest.raises(UsageError, match="for other settings"):
+        with pytest.raises(UsageError, match="saved with other settings"):
             wrong.load_state_dict(items.state_dict())
 
 
@@ -82,5 +82,5 @@ def test_what_cannot_be_read_is_named() -> None:
         from_dataset(iter(range(3)), 2)
     with pytest.raises(DataError, match="no items"):
         from_dataset([], 2)
-    with pytest.raises(UsageError, match="micro_batch 3 must be in"):
+    with pytest.raises(UsageError, match="micro_batch 3 must be at least 1, and at most global_batch 2"):
         from_dataset(range(9), 2, 3)

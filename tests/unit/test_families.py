@@ -129,7 +129,7 @@ def test_tensors_may_lack_the_prefix(row: str, tmp_path: Path) -> None:
 def test_a_note_says_that_longrope_differs_for_short_inputs(tmp_path: Path) -> None:
     folder = ModelFolder(folder_of_row("phi3, longrope", tmp_path))
     assert not folder.notes_at(24)
-    assert "longrope has different factors above 24 tokens. With model.seq_len=25" in folder.notes_at(25)[0]
+    assert "longrope has other factors for inputs above 24 tokens. With model.seq_len=25" in folder.notes_at(25)[0]
 
 
 def test_generate_and_evaluate_show_the_notes_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_generate_and_evaluate_show_the_notes_of_a_folder(tmp_path: Path, monkey
     open_source(path, WORLD, 12)
     assert not shown
     open_source(path, WORLD, 13)
-    assert len(shown) == 1 and "longrope has different factors above 12 tokens" in shown[0]
+    assert len(shown) == 1 and "longrope has other factors for inputs above 12 tokens" in shown[0]
 
 
 def test_export_shows_the_note_about_longrope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,20 +148,22 @@ def test_export_shows_the_note_about_longrope(tmp_path: Path, monkeypatch: pytes
     for seq_len in (12, 13):
         write_folder(tmp_path / f"{seq_len}", shape_of(folder.settings, seq_len), ours(folder).state_dict().__getitem__,
                      huggingface_json(ByteTokenizer()), SpecialTokens(None, (256,)))
-    assert len(shown) == 1 and "With model.seq_len=13, mpidp uses them for all inputs" in shown[0]
+    assert len(shown) == 1 and "With model.seq_len=13, mpidp uses these factors for all inputs" in shown[0]
 
 
 REFUSALS = {
-    "mixtral": "a mixture of experts.*Nearest supported: MistralForCausalLM", "lfm2": "convolutions.*Nearest supported: Qwen3",
-    "gemma3": "images.*Nearest supported: Gemma3ForCausalLM", "llama4": "experts.*Nearest supported: Llama",
-    "gpt_oss": "Nearest supported: Qwen3", "never": "Supported: LlamaForCausalLM, Mistral",
+    "mixtral": "a mixture of experts.*The nearest supported family is MistralForCausalLM",
+    "lfm2": "convolutions.*The nearest supported family is Qwen3",
+    "gemma3": "images.*The nearest supported family is Gemma3ForCausalLM",
+    "llama4": "experts.*The nearest supported family is Llama",
+    "gpt_oss": "The nearest supported family is Qwen3", "never": "Supported are LlamaForCausalLM, Mistral",
 }
 
 
 @pytest.mark.parametrize("kind", REFUSALS)
 def test_other_families_are_refused_with_what_is_near(kind: str) -> None:
     for config in ({"model_type": kind}, {"model_type": kind, "architectures": ["X"]}):
-        with pytest.raises(DataError, match=f"model_type='{kind}': this family is not supported.*{REFUSALS[kind]}"):
+        with pytest.raises(DataError, match=f"model_type='{kind}' is not supported.*{REFUSALS[kind]}"):
             settings_of(config, "it")
     with pytest.raises(DataError, match="LlamaForCausalLM.*'mistral' belong to different families"):
         settings_of({"architectures": ["LlamaForCausalLM"], "model_type": "mistral"}, "it")

@@ -162,5 +162,5 @@ def test_rotary_fields_that_transformers_ignores_are_refused(row: str, fields: d
     config = json.loads(config_of_row(row).to_json_string(use_diff=False)) | {"architectures": [family.architecture]}
     config = {key: value for key, value in config.items() if key != "rope_parameters"}
     assert settings_of(config, "it")
-    with pytest.raises(DataError, match=f"{min(fields)}=.*: transformers ignores it in .*this family, and takes"):
+    with pytest.raises(DataError, match=f"transformers ignores {min(fields)}=.* in .*this family, and uses"):
         settings_of(config | fields, "it")

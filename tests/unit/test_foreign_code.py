@@ -92,7 +92,7 @@ USES: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("use", USES)
 def test_code_runs_only_if_the_user_names_it(place: Path, use: str) -> None:
     work, run = USES[use], str(place / "run")
-    with pytest.raises(UsageError, match=f"imports this module and calls the factory.* add --model.kind={KIND}"):
+    with pytest.raises(UsageError, match=f"import this module and call its factory.* add --model.kind={KIND}"):
         work(place, run)
     with pytest.raises(UsageError, match=f"has model.kind={KIND}"):
         work(place, run, "--model.kind=json:JSONDecoder")

@@ -333,11 +333,13 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "content", "said"), [
-    ("p.txt", b"", "is empty"), ("p.txt", b"\n \n", "only blank lines; each line must be a prompt"),
-    ("p.txt", b"ab\xff", r"not UTF-8 text \(byte 2\)"), ("p.jsonl", b"\n\n", "only blank lines"),
+    ("p.txt", b"", "is empty"), ("p.txt", b"\n \n", "only blank lines. Each line must be a prompt"),
+    ("p.txt", b"ab\xff", r"not UTF-8 text: byte 2 is not valid"), ("p.jsonl", b"\n\n", "only blank lines"),
     ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n', r"line 3: not valid JSON .* like \{\"prompt\""),
-    ("p.jsonl", b"[1]", "line 1: not an object"), ("p.jsonl", b'{"text": "a"}', 'line 1: no string "prompt"; its keys are: text'),
-    ("p.jsonl", b'{"prompt": 3}', 'line 1: no string "prompt"'), ("absent.txt", None, "cannot read .*absent.txt: No such file"),
+    ("p.jsonl", b"[1]", "line 1: not an object"),
+    ("p.jsonl", b'{"text": "a"}', 'line 1: "prompt" is missing or not a string; the keys are text'),
+    ("p.jsonl", b'{"prompt": 3}', 'line 1: "prompt" is missing or not a string'),
+    ("absent.txt", None, "cannot read .*absent.txt: No such file"),
 ])
 def test_bad_files_of_prompts(tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
     if content is not None:
@@ -353,7 +355,7 @@ def test_a_hostile_line_is_no_crash(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["--top-p=0"], "--top-p 0.0: must be above 0"), (["--top-p=1.01"], "--top-p 1.01"),
+    (["--top-p=0"], "--top-p 0.0 must be above 0"), (["--top-p=1.01"], "--top-p 1.01"),
     (["--seed=-1"], "--seed -1"), (["--seed", str(2**63)], "--seed 9223372036854775808"),
     (["--top-p=nan"], "--top-p nan"),
     (["--temperature=-1"], "--temperature"), (["--temperature=nan"], "--temperature"), (["--temperature=inf"], "--temperature"),

@@ -141,7 +141,7 @@ def test_a_weight_too_large_for_the_dtype_is_named(
     name = "model.layers.0.mlp.down_proj.weight"
     change_weights(it, lambda w: w[name][1].fill_(1e5))
     train_at(1, begun(shards, it, tmp_path / "run", train={"steps": 1}, optim={"lr": 1e-30, "warmup_steps": 0}))
-    with pytest.raises(UsageError, match=rf"{name} has values up to 100000, but --dtype float16 ends"):
+    with pytest.raises(UsageError, match=rf"{name} has values up to 100000, but the largest value of --dtype float16 is"):
         export(WORLD, str(tmp_path / "run"), str(tmp_path / "out"), "float16")
     assert not list(tmp_path.glob("*out*"))
     export(WORLD, str(tmp_path / "run"), str(tmp_path / "out"), "bfloat16")
@@ -196,7 +196,7 @@ def test_odd_values_in_a_config_are_refused_with_words(it: Path) -> None:
 
 def test_sizes_that_no_file_has_are_refused_at_once(it: Path) -> None:
     began = time.monotonic()
-    for layers, said in ((2**16, r", but the weight files have \d+ tensors"), (2**31 - 1, " must be .* at most 65,536")):
+    for layers, said in ((2**16, r", but the weight files have only \d+ tensors"), (2**31 - 1, " must be .* at most 65,536")):
         change_config(it, num_hidden_layers=layers)
         with pytest.raises(DataError, match=f"num_hidden_layers={layers}{said}"):
             ModelFolder(it)

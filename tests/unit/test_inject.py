@@ -37,7 +37,7 @@ def test_the_example_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
     assert parse(text).of_all_ranks == (kill, delay, flip)
     assert [parse(text, rank).of_this_rank for rank in range(4)] == [[flip], [kill], [delay], []]
     assert faults_from_environment(1, {VARIABLE: text}).of_this_rank == [kill] and not capsys.readouterr().err
-    with pytest.raises(UsageError, match="'kill:.*': the job has no rank 1; its ranks are 0 to 0"):
+    with pytest.raises(UsageError, match="='kill:.*': the job has no rank 1, only ranks 0 to 0"):
         faults_from_environment(0, {VARIABLE: text}, size=1)
     faults_from_environment(0, {VARIABLE: text})
     assert capsys.readouterr().err == f"{VARIABLE} is set: THIS RUN HAS INJECTED FAULTS: {text}\n"
@@ -173,9 +173,9 @@ def test_what_never_ends(text: str) -> None:
         ("kill:1:x", "step 'x' is not an integer"),
         ("kill:1:1,after=-1", "after=-1.0 must be 0 or more"),
         ("kill:1:1,after=inf", "after=inf must"),
-        ("kill:1:1,seconds=1", "kill takes after, not 'seconds'"),
-        ("raise:1:1,after=1", "raise takes no more options, not 'after'"),
-        ("delay:1:1:compute,seconds=1", "delay is written delay:rank:step;"),
+        ("kill:1:1,seconds=1", "kill has no option 'seconds', only after"),
+        ("raise:1:1,after=1", "raise has no option 'after', only a phase"),
+        ("delay:1:1:compute,seconds=1", "delay is written delay:rank:step."),
         ("delay:1:1", "seconds= above 0 or factor= above 1"),
         ("delay:1:1,seconds=-1", "seconds=-1.0 must be 0 or more"),
         ("delay:1:1,seconds=nan", "seconds=nan must"),
@@ -183,12 +183,12 @@ def test_what_never_ends(text: str) -> None:
         ("delay:1:1,seconds=fast", "seconds 'fast' is not a number"),
         ("delay:1:1,seconds=1,seconds=1", "seconds is given twice"),
         ("delay:1:3,until=2,seconds=1", "until=2 is before step 3"),
-        ("flip:1:5", "flip needs tensor=, 0 or more"),
-        ("flip:1:5,tensor=1,bit=32", "flip needs bit=, from 0 to 31"),
-        ("flip:1:5,tensor=-1,bit=3", "flip needs tensor=, 0 or more"),
+        ("flip:1:5", "flip needs tensor=N, with N of 0 or more"),
+        ("flip:1:5,tensor=1,bit=32", "flip needs bit=N, with N from 0 to 31"),
+        ("flip:1:5,tensor=-1,bit=3", "flip needs tensor=N, with N of 0 or more"),
         ("nan:1:1,times=0", "times=0 must be 1 or more"),
         ("wrong:1:7,until=6", "until=6 is before step 7"),
-        ("wrong:1:7, until=9", "wrong takes until, not ''"),
+        ("wrong:1:7, until=9", "wrong has no option '', only until"),
         ("wrong:1:7,until", "until '' is not an integer"),
     ],
 )

@@ -49,7 +49,7 @@ def test_shapes_say_what_the_model_is(i: int) -> None:
     assert saved_shape(kind, dataclasses.asdict(shape), kind) == shape  # as stored in a checkpoint
     again = make_model(shape, seed=3)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
-    with pytest.raises(UsageError, match="use tp=1 and pp=1"):
+    with pytest.raises(UsageError, match="Use tp=1 and pp=1"):
         check_split(shape, 2, 1)
     check_split(shape, 1, 1)
 
@@ -76,8 +76,8 @@ def test_an_lstm_begins_each_window_anew_and_sees_no_later_token() -> None:
     ("nobody", "has no nobody"), ("NUMBER", "NUMBER .int. is not callable"), ("unsaid", "annotated to return"),
     ("lost", "no module"), ("not_one", "returned a str"), ("fails", "no such file of weights"),
     ("Short", r"returned \(2, 11\)"), ("Tupled", "returned tuple"), ("Seer", "later tokens"),
-    ("Long", "on tokens \\(1, 1\\) failed"), ("Deaf", "no gradient"), ("Running", "BatchNorm"),
-    ("Frozen", "embedding.weight does not require"), ("Half", "float16, not float32"), ("Empty", "no parameters"),
+    ("Long", "failed for shape \\(1, 1\\)"), ("Deaf", "no gradient"), ("Running", "BatchNorm"),
+    ("Frozen", "embedding.weight does not require"), ("Half", "float16, but must be float32"), ("Empty", "no parameters"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_refused_with_words(name: str, said: str) -> None:
     words = [f"--model.kind=tests.own_models:{name}", f"--model.seq_len={T}"]
@@ -100,7 +100,7 @@ def test_a_factory_gets_what_it_names() -> None:
     shape = own("Gru", "--model.dropout=0.25", "--model.options=depth=2")
     assert shape.arguments == {"vocab_size": V, "model_dim": D, "dropout": 0.25, "depth": 2}
     for word, said in [("--model.options=width=3", "has no such argument"), ("--model.num_heads=2", "has no such argument"),
-                       ("--model.options=model_dim=3", "which is a setting"), ("--model.options=depth", "not NAME=VALUE")]:
+                       ("--model.options=model_dim=3", "which is a setting"), ("--model.options=depth", "form NAME=VALUE")]:
         with pytest.raises(UsageError, match=said):
             own("Gru", word)
 

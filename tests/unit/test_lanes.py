@@ -43,7 +43,7 @@ def test_default_lanes_are_one_a_micro_batch_up_to_a_bound(batch: int, micro: in
 
 @pytest.mark.parametrize("wrong", [(4, 5, 0), (4, 0, 0), (8, 2, 5), (8, 2, -1)])
 def test_cuts_that_cannot_be_are_refused(wrong: tuple[int, int, int]) -> None:
-    with pytest.raises(ValueError, match="must be in"):
+    with pytest.raises(ValueError, match="must be at least 1, and at most"):
         Lanes(*wrong)
 
 

@@ -190,7 +190,7 @@ def test_resident_has_no_effect_on_the_cpu_and_bad_words_are_refused(tmp_path: P
     stream = make_stream(tmp_path, random_tokens(100), [])
     sampler = Sampler(100, 10, Lanes(4, 4), seed=1)
     assert take(Loader(stream, sampler, [0], CPU, resident="true"), 1)[0][0].num_tokens == 40
-    with pytest.raises(ValueError, match="auto, true, false"):
+    with pytest.raises(ValueError, match="must be 'auto', 'true' or 'false'"):
         Loader(stream, sampler, [0], CPU, resident="yes")
 
 

@@ -14,7 +14,7 @@ from mpidp.parallel.whole_matrices import Hidden
 from mpidp.reducers.buckets import FlatLayout
 from mpidp.strategies.muon import HeldElements, Muon, normalized
 from mpidp.strategies.newton_schulz import orthogonalized
-from mpidp.strategies.optimizer import bounds_outside, make_torch_optimizer
+from mpidp.strategies.optimizer import UpdateRule, bounds_outside
 
 
 class Own(nn.Module):
@@ -81,7 +81,7 @@ def test_cautious_decay_is_of_elements_that_move_towards_zero(cautious: bool) ->
             p = nn.Parameter(start.clone())
             p.grad = gradient.clone()
             if name == "adamw":
-                part = make_torch_optimizer(name, [p], rate, 0.9, 0.99, cautious)
+                part = UpdateRule(name, rate, 0.9, 0.99, cautious).torch_optimizer([p], True)
                 part.param_groups[0]["lr"] = lr
                 part.step()
             else:

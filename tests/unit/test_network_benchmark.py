@@ -39,7 +39,7 @@ def test_losses_and_moments_lie_on_straight_lines_between_evaluations() -> None:
 
 @pytest.mark.parametrize(("settings", "words"), [
     (METHODS["synchronous"], ""), (["--comm.no_such=1"], "not supported"), (["--strategy.name=no_such"], "not supported"),
-    (["--model.num_heads=3"], "rejected: model.model_dim"),
+    (["--model.num_heads=3"], "rejected: the head size, model.model_dim"),
 ])
 def test_unsupported_settings_are_reported(settings: list[str], words: str) -> None:
     reason = rejection(settings)

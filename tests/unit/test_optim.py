@@ -12,7 +12,7 @@ from mpidp.comm.slices import NORM_BLOCK, global_norm
 from mpidp.model.hidden import hidden_by_name
 from mpidp.parallel.whole_matrices import Hidden
 from mpidp.reducers.buckets import FlatLayout
-from mpidp.strategies.optimizer import Optimizer
+from mpidp.strategies.optimizer import Optimizer, UpdateRule
 from mpidp.training.lr_schedule import Schedule, change
 from tests.registries import OPTIMIZERS
 from tests.unit.references import REFERENCES, Hyper
@@ -107,10 +107,10 @@ class Flat:
         self.optimizers = []
         for share in range(shares):
             asked = iter(range(10))
+            rule = UpdateRule(name, weight_decay, beta1, 0.99, hidden=Hidden(hidden_by_name(self.named)))
             self.optimizers.append(Optimizer(
-                name, self.layout, self.parameters, self.gradients, weight_decay, beta1, 0.99,
-                memory=lambda elements, asked=asked: self._memory(next(asked), elements), share=(share, shares),
-                hidden=Hidden(hidden_by_name(self.named)),
+                rule, self.layout, self.parameters, self.gradients,
+                lambda elements, asked=asked: self._memory(next(asked), elements), (share, shares),
             ))
 
     def _memory(self, which: int, elements: int) -> torch.Tensor:
@@ -206,7 +206,7 @@ def test_replicas_agree_on_the_flat_moments() -> None:
         flat = Flat(name)
         flat.steps(1, 2)
         moments = flat.optimizers[0].moments()
-        assert len(moments) == len(flat.optimizers[0].keys)
+        assert len(moments) == len(flat.optimizers[0].rule.moments)
         assert all(m.shape == (flat.layout.num_elements,) for m in moments.values())
         for m in moments.values():
             m.zero_()

@@ -94,8 +94,8 @@ def test_letters_are_repeated_over_the_layers() -> None:
 WRONG = {  # options: words of the message
     "model.activation='tanh' must be one of 'silu', 'gelu', 'gelu_tanh', 'relu2'": {"activation": "tanh"},
     "model.attention_bias='q,w' names w": {"attention_bias": "q,w"},
-    "model.rotary_layers='yx' must have one letter per layer, y or n": {"rotary_layers": "yx"},
-    "model.rotary_dims=6 must be even and at most the head size 4": {"rotary_dims": 6, "head_size": 4},
+    "model.rotary_layers='yx' must have one letter per layer, 'y' or 'n'": {"rotary_layers": "yx"},
+    "model.rotary_dims=6 must be even and at most 4, the head size": {"rotary_dims": 6, "head_size": 4},
     "model.window_layers=wf requires model.window above 0": {"window_layers": "wf"},
     "model.window_rope_scaling=linear:2 requires model.window_rope_theta above 0": {
         "window": 3, "window_rope_scaling": "linear:2"},
@@ -106,7 +106,7 @@ WRONG = {  # options: words of the message
     "model.parallel=True requires model.norm_place=before": {"parallel": True, "norm_place": "both"},
     "model.rope_scaling has 1 short and 1 long factors, but 8 rotary dimensions need 4 of each": {
         "rope_scaling": "longrope:8,1,2,3"},
-    "model.window_rope_scaling='dynamic:2' must be of one of these forms: linear:FACTOR": {
+    "model.window_rope_scaling='dynamic:2' must be of the form 'linear:FACTOR'": {
         "window": 3, "window_rope_theta": 1e4, "window_rope_scaling": "dynamic:2"},
     "model.logit_cap=nan must be 0 or more": {"logit_cap": float("nan")},
 }
@@ -141,5 +141,5 @@ def test_rotary_scalings_are_parsed(text: str) -> None:
     "dynamic:2", "llama3:nan,1,4,8", "ntk:2", "yarn:inf,8",
 ])
 def test_other_rotary_scalings_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="must be of one of these forms: linear:FACTOR"):
+    with pytest.raises(ValueError, match="must be of the form 'linear:FACTOR'"):
         rope_scaling(text)

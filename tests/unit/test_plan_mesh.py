@@ -66,6 +66,7 @@ def test_meshes_are_all_and_only_those_that_can_be() -> None:
     found = list(shapes(SMALL, 12, 99))
     assert all(one.ranks == 12 and one.tp in (1, 2) and one.pp <= 3 for one in found)
     assert {(one.dp, one.pp, one.tp) for one in found} == {(12, 1, 1), (6, 2, 1), (4, 3, 1), (6, 1, 2), (3, 2, 2), (2, 3, 2)}
+    assert {one.shard for one in found if (one.dp, one.pp, one.tp) == (3, 2, 2)} == {0, 1, 2, 3}
     assert not [one for one in shapes(SMALL, 12, 3) if one.dp > 3]
 
 
@@ -175,8 +176,8 @@ def test_the_number_of_ranks_is_that_of_the_cluster(tmp_path: Path, monkeypatch:
 
 
 WRONG = {  # command line: part of the message
-    "--ranks 8": "give either --params N",
-    "--params 7b --config x.toml --ranks 8": "give either --params",
+    "--ranks 8": "give the model: either --params N",
+    "--params 7b --config x.toml --ranks 8": "either --params N",
     "--params seven --ranks 8": "--params=seven: give a number above 0",
     "--params -7b --ranks 8": "--params",
     "--params 7b": "give the number of ranks with --ranks",
@@ -189,7 +190,7 @@ WRONG = {  # command line: part of the message
     "--params 7b --ranks 8 --top 0": "--top=0",
     "--params 7b --ranks 8 --dtype fp8": "fp8",
     "--params 7b --ranks 8 --model.model_dim=3": "--model.model_dim=3: no such option",
-    "--params 7b --ranks 7919": "no mesh uses this number of ranks",
+    "--params 7b --ranks 7919": "no mesh has this number of ranks",
     "--params 1000 --ranks 8": "--params=1000: no model of this size fits a vocabulary of 32,000",
     "--params 7b --ranks 8 --cluster nowhere.json": "nowhere.json: no such file",
     "--config nowhere.toml --ranks 8": "nowhere.toml",

@@ -234,15 +234,15 @@ def test_no_text_is_lost_if_it_cannot_be_written(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("mpidp.runtime.files.write_file", full)
-    with pytest.raises(UsageError, match=r"--out .*t.jsonl: cannot be written \(No space left on device\); the texts are on"):
+    with pytest.raises(UsageError, match=r"--out .*t.jsonl cannot be written \(No space left on device\). The texts are on"):
         write_rows(tmp_path / "t.jsonl", [{"prompt": "a", "text": "b"}], WORLD)
     assert capsys.readouterr().out == '{"prompt": "a", "text": "b"}\n'
 
 
 def test_what_a_folder_needs_is_said(folder: Path, shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is a Hugging Face folder: give the shards"):
+    with pytest.raises(UsageError, match="is a Hugging Face folder, which names no shards"):
         evaluate(str(folder), None, WORLD)
-    with pytest.raises(UsageError, match="--seq-len 65: the context of .* has 64 tokens"):
+    with pytest.raises(UsageError, match="--seq-len 65 is too large: the context of .* has only 64 tokens"):
         evaluate(str(folder), str(shards), WORLD, seq_len=65)
     run = tmp_path / "run"
     train_at(1, begun(shards, folder, run, train={"steps": 1}))

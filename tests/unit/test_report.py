@@ -295,7 +295,7 @@ def test_old_records_are_read_for_what_they_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("made", "said"), [
-    ([], "no such folder"), (["x/"], "no config.toml there"), (["x/config.toml"], "no metrics.jsonl there (the run has not"),
+    ([], "no such folder"), (["x/"], "has no config.toml"), (["x/config.toml"], "has no metrics.jsonl (the run has not"),
     (["x/config.toml", "x/metrics.jsonl"], "has not completed a step yet"),
 ])  # fmt: skip
 def test_what_is_no_run_is_said(tmp_path: Path, made: list[str], said: str) -> None:

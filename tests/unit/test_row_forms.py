@@ -116,7 +116,7 @@ def test_instructions_need_no_answer_to_become_prompts(tmp_path: Path) -> None:
     found = read_prompts(tmp_path / "c.jsonl")
     assert [row.pop("prompt") for row in found][::2] == wanted[::2] and found == rows
     (tmp_path / "c.jsonl").write_text(json.dumps(FORMS["conversations"][0]) + "\n")
-    with pytest.raises(DataError, match="line 1: `conversations` holds messages: they need a chat template"):
+    with pytest.raises(DataError, match="line 1: `conversations` holds messages, which need a chat template"):
         read_prompts(tmp_path / "c.jsonl")
     (tmp_path / "c.jsonl").write_text(json.dumps({"conversations": [{"from": "nobody", "value": "a"}]}) + "\n")
     with pytest.raises(DataError, match="line 1: `from` of a message is 'nobody'"):
@@ -156,7 +156,7 @@ def test_ids_and_masks_are_those_of_transformers(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize(("row", "words"), [
-    ({"conversations": [{"from": "narrator", "value": "a"}]}, "`from` of a message is 'narrator'; it must be one of human"),
+    ({"conversations": [{"from": "narrator", "value": "a"}]}, "`from` of a message is 'narrator', but must be one of human"),
     ({"conversations": "text"}, "`conversations` is a string that is not JSON"),
     ({"conversations": 3}, "`conversations` is a number, not a list of messages"),
     ({"conversations": ["a"]}, "a message is a string"),
@@ -167,7 +167,7 @@ def test_ids_and_masks_are_those_of_transformers(tmp_path: Path, name: str) -> N
     ({"instruction": "a", "output": "b", "history": ["x"]}, "`history` is not a list of pairs"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "rows of preferences"),
     ({"conversations": turns("a"), "chosen": turns("b"), "rejected": turns("c")}, "rows of preferences"),
-    ({"messages": turns("a", "b"), "images": ["x.png"]}, "`images`: mpidp trains on text only"),
+    ({"messages": turns("a", "b"), "images": ["x.png"]}, "`images`, but mpidp trains on text only"),
     ({"prompt": [user("a")], "completion": [said("b")], "label": False}, "`label` is false: the model should avoid this answer"),
     ({"conversations": turns("a", "b"), "kto_tag": False}, "`kto_tag` is false: the model should avoid this answer"),
     ({"instruction": "a", "output": "b", "label": False}, "`label` is false: the model should avoid this answer"),
@@ -178,10 +178,10 @@ def test_a_row_that_has_no_messages_is_skipped_with_its_reason(row: dict[str, An
 
 
 @pytest.mark.parametrize(("row", "words"), [
-    ({"messages": turns("a", "b")}, "use --format chat"), ({"conversations": turns("a", "b")}, "use --format chat"),
+    ({"messages": turns("a", "b")}, "needs --format chat"), ({"conversations": turns("a", "b")}, "needs --format chat"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "rows of preferences"),
     ({"prompt": "a", "completion": "b", "label": False}, "the model should avoid this answer"),
-    ({"instruction": "a", "output": "b", "history": [["a", "b"]]}, "`history`: use --format chat"),
+    ({"instruction": "a", "output": "b", "history": [["a", "b"]]}, "`history` needs --format chat"),
 ])  # fmt: skip
 def test_a_row_that_has_no_completion_is_skipped_with_its_reason(row: dict[str, Any], words: str) -> None:
     with pytest.raises(RowSkipped, match=words):
@@ -234,8 +234,8 @@ def test_a_file_of_preferences_or_of_rendered_chats_is_refused(tmp_path: Path) -
     options: dict[str, Any] = {"form": "chat", "chat_template": str(tmp_path / "t.jinja"), "seq_len": 80}
     for row, words in (
         ({"prompt": "a", "chosen": [said("b")], "rejected": [said("c")]}, "rows of preferences .* last message of `messages`"),
-        ({"text": "<|im_start|>user\na<|im_end|>"}, "`text` with a chat that a template has rendered; --format text"),
-        ({"text": "a"}, "`text` with a text; --format text"),
+        ({"text": "<|im_start|>user\na<|im_end|>"}, "`text` with a chat that a template has rendered, on which --format text"),
+        ({"text": "a"}, "`text` with a text, on which --format text"),
     ):
         with pytest.raises(DataError, match=f"(?s)no text at all.*{words}"):
             prepare(write(tmp_path / "a.jsonl", row, row), out=tmp_path / "out", **options)

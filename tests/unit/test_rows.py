@@ -223,7 +223,7 @@ def test_long_rows_may_be_cut(tmp_path: Path) -> None:
     ({"form": "chat", "seq_len": 8, "chat_template": "gone"}, DataError, "cannot read gone"),
     ({"form": "chat", "seq_len": 8, "chat_template": "bad.jinja"}, DataError, "line 2 of the chat template"),
     ({"form": "chat", "seq_len": 99, "chat_template": "turns.jinja"}, DataError, r"a.jsonl:1.*message 2 cannot be found"),
-    ({"form": "chat", "seq_len": 99, "chat_template": "slow.jinja"}, DataError, "needs more than 0 s for a chat"),
+    ({"form": "chat", "seq_len": 99, "chat_template": "slow.jinja"}, DataError, "needs more than 0 s for one chat"),
     ({"form": "chat", "seq_len": 9, "special": "text"}, UsageError, "--special text cannot be combined with --format chat"),
     ({"form": "chat", "seq_len": 8, "template_arg": ["3=x"]}, UsageError, "--template-arg '3=x' must have the form KEY=VALUE"),
     ({"template_arg": ["a=x"]}, UsageError, "--template-arg applies only to --format chat"),

@@ -178,8 +178,8 @@ def test_a_job_of_another_host_that_is_gone_gives_way(tmp_path: Path, quick: Non
     assert lock.held() and json.loads((tmp_path / "run/lock").read_text())["pid"] == os.getpid()
     words = f"a job on elsewhere (pid {os.getpid()}, job 7)"
     out = capfd.readouterr().out
-    assert f"held by {words}; checking for 0.5 s whether it is still running" in out
-    assert f"taken over from {words}, which is no longer running" in out
+    assert f"held by {words}. Checking for 0.5 s whether that job still runs" in out
+    assert f"taken over from {words}, which no longer runs" in out
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
     lock.release()
 

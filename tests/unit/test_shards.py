@@ -245,7 +245,7 @@ HOSTILE = {
 }
 
 
-REASONS = {"soft link": "or only a link", "external link": "or only a link", "gone": "or only a link",
+REASONS = {"soft link": "or is only a link", "external link": "or is only a link", "gone": "or is only a link",
            "group": "not a dataset", "huge": "shape", "declared only": "inside the file", "scalar": "shape"} | dict.fromkeys(
     ("external", "virtual", "chunked", "gzip"), "contiguously") | dict.fromkeys(("signed", "float", "wider", "enum"), "type")
 
@@ -357,7 +357,7 @@ INDEX_CHANGES = {
 def test_a_hostile_index_is_refused(tmp_path: Path, kind: str) -> None:
     make_shards(tmp_path)
     change_index(tmp_path, INDEX_CHANGES[kind])
-    with pytest.raises(DataError, match="index.json.*prepare"):
+    with pytest.raises(DataError, match="index.json.*Prepare"):
         TokenStream(tmp_path)
 
 

@@ -142,7 +142,7 @@ def test_the_table_travels_to_shards_and_run(tmp_path: Path, caplog: pytest.LogC
     assert not (run / "special_tokens.json").exists()
 
     (tmp_path / "out/special_tokens.json").write_text("{}")
-    with pytest.raises(DataError, match=r"special_tokens.json: changed since index.json was written"):
+    with pytest.raises(DataError, match=r"special_tokens.json has changed since index.json was written"):
         TokenStream(tmp_path / "out").index.special_tokens_bytes(tmp_path / "out")
     with pytest.raises(DataError, match=r"special_tokens.json is not valid: its format is not"):
         read_special_tokens(tmp_path / "out")

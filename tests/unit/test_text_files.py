@@ -171,7 +171,7 @@ def test_rows_of_arrow_files(tmp_path: Path, stream: bool) -> None:
 
 
 def test_arrow_files_without_text_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no column `text`, only input_ids; .*become shards with mpidp convert --from hf"):
+    with pytest.raises(DataError, match="no column `text`, only input_ids. .*use mpidp convert --from hf"):
         read(arrow(tmp_path / "a.arrow", input_ids=[[1]]), alone=True)
     (tmp_path / "b.arrow").write_bytes(b"\xff\xff\xff\xff\0\0")
     with pytest.raises(DataError, match="is not a readable arrow file"):
@@ -412,7 +412,7 @@ def test_prompts_of_every_kind(tmp_path: Path, name: str, mark: bytes) -> None:
 @pytest.mark.parametrize("content", [b'["a", "b"]', b'{\n "prompt": "a"\n}', b"plain\n"])
 def test_prompts_named_json_that_hold_no_rows_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "p.json").write_bytes(content)
-    with pytest.raises(DataError, match="each line must be an object like"):
+    with pytest.raises(DataError, match="Each line must be an object like"):
         read_prompts(tmp_path / "p.json")
 
 

@@ -137,7 +137,7 @@ def test_a_fault_of_a_tracker_is_a_warning(
     trackers.close()
     trackers.finish()
     said += capfd.readouterr().err
-    assert FAULTS[how] in said and "training continues; metrics.jsonl has all numbers" in said
+    assert FAULTS[how] in said and "Training continues, and metrics.jsonl has all numbers" in said
     assert 1 <= said.count("warning: metrics.track=wandb") <= 2 and "Traceback" not in said and "s3cr3t" not in said
 
 

@@ -30,7 +30,7 @@ MAX_LINES = 10_000  # maximum number of lines that wait for a slow tracker; furt
 MAX_BATCH = 200  # maximum number of lines in one call
 BATCH_SECONDS = 1.0  # lines are collected for this long
 SAVE_SECONDS = 10.0  # time between two writes of the state
-ADVICE = "training continues; metrics.jsonl has all numbers"
+ADVICE = "Training continues, and metrics.jsonl has all numbers"
 
 
 class Warnings:
@@ -44,7 +44,7 @@ class Warnings:
         if kind not in self._said:
             self._said.add(kind)
             with suppress(OSError, ValueError):
-                print(f"warning: metrics.track={self._name}: {text}; {ADVICE}", file=self._stream, flush=True)
+                print(f"warning: metrics.track={self._name}: {text}. {ADVICE}", file=self._stream, flush=True)
 
     @contextmanager
     def patience(self, what: str) -> Iterator[None]:

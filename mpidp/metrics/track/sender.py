@@ -110,7 +110,7 @@ class _Process:
     def _lost(self, why: str) -> None:
         """Stop sending. why: the text of a warning, or "" if the process itself has printed one."""
         if why:
-            log.warning("warning: metrics.track=%s: %s; training continues; metrics.jsonl has all numbers", self.name, why)
+            log.warning("warning: metrics.track=%s: %s. Training continues, and metrics.jsonl has all numbers", self.name, why)
         self._child = None
         self._waiting.clear()
 
@@ -137,7 +137,7 @@ class _Process:
             with suppress(OSError):
                 os.killpg(self._child.pid, signal.SIGKILL)  # also the processes that the tracker has started
             self._child.wait()
-            self._lost(f"it has not stored all numbers in {FINISH_SECONDS:g} s and was stopped")
+            self._lost(f"its process has not stored all numbers in {FINISH_SECONDS:g} s, and was stopped")
         elif code not in (0, 1):
             self._lost(f"its process ended with exit code {code}")
         elif self._left_out:

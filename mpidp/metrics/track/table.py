@@ -36,6 +36,6 @@ def check_trackers(names: Sequence[str]) -> None:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:  # a folder wandb/ without __init__.py has a spec, but no origin
             raise UsageError(
-                f"metrics.track={name}, but the package {package} is not installed: pip install 'mpidp[track-{name}]', or "
+                f"metrics.track={name}, but the package {package} is not installed. Run pip install 'mpidp[track-{name}]', or "
                 f"remove {name} from metrics.track (metrics.jsonl has the same numbers)"
             )

@@ -27,8 +27,8 @@ class TrackioTracker:
         self._run: Any = trackio.init(project=run.project, name=name, config=config, resume="allow", embed=False)
         server = urlsplit(os.environ.get("TRACKIO_SERVER_URL", ""))
         if server.hostname and not getproxies() and not _answers(server.hostname, server.port or 443):
-            self.note = (f"the server {server.hostname} does not answer; trackio keeps what it cannot send in "
-                         f"{os.environ['TRACKIO_DIR']}, and sends it when a run with this server starts again")
+            self.note = (f"the server {server.hostname} does not answer; trackio keeps the numbers in "
+                         f"{os.environ['TRACKIO_DIR']}, and sends them when a run with this server starts again")
 
     def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
         for line in lines:

@@ -67,8 +67,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=list(BYTES), help="type of matrix products (default: bfloat16)")
     parser.add_argument("--recompute", choices=["true", "false"], help="whether activations are recomputed (default: try both)")
     parser.add_argument("--sequence", choices=["true", "false"], help="value of mesh.sequence (default: try both)")
-    parser.add_argument("--overlap", type=float, help="of the compute time that could hide data-parallel traffic, the fraction "
-                        "that does hide it (0 to 1, default: 0.8)")
+    parser.add_argument("--overlap", type=float, help="how well data-parallel traffic overlaps with compute, from 0 (not "
+                        "at all) to 1 (as much as possible; default: 0.8)")
     parser.add_argument("--top", type=int, default=5, help="number of meshes to show (default: %(default)s)")
 
 
@@ -81,10 +81,10 @@ def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> d
         if given.get(name, 1.0) % 1:
             raise UsageError(f"--{name}={given[name]:g} must be a whole number")
     if ("params" in given) == bool(options.config):
-        raise UsageError("give either --params N, for example --params 7b, or --config FILE (CONFIG.toml of a run, or "
+        raise UsageError("give the model: either --params N, for example --params 7b, or --config FILE (CONFIG.toml of a run, or "
                          "config.json of a Hugging Face model)")
     if settings and not options.config:
-        raise UsageError(f"{settings[0]}: no such option; settings of a run need --config (see --help)")
+        raise UsageError(f"{settings[0]}: no such option. Settings of a run need --config. See --help")
     cluster = _cluster(options.cluster)
     ranks = options.ranks or cluster.get("ranks") or 0
     if not ranks:
@@ -128,7 +128,7 @@ def _reject_uncut(values: Mapping[str, Any]) -> None:
     kind, rank = values["model.kind"], values["model.lora_rank"]
     if kind != "transformer" or rank:
         what = f"model.lora_rank={rank}" if kind == "transformer" else f"model.kind={kind}"
-        raise UsageError(f"{what}: the predictions are only for Transformers that train all parameters; use "
+        raise UsageError(f"{what}: the predictions are only for Transformers that train all parameters. Use "
                          "`python -m mpidp.plan methods`")
 
 
@@ -168,6 +168,6 @@ def _cluster(file: str | None) -> dict[str, Any]:
     path = Path(file or "cluster.json")
     if not path.is_file():
         if file:
-            raise UsageError(f"--cluster={file}: no such file; `mpirun -np N python -m mpidp.doctor` writes one")
+            raise UsageError(f"--cluster={file}: no such file. Write it with `mpirun -np N python -m mpidp.doctor`")
         return {}
     return read_cluster(path)

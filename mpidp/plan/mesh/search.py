@@ -75,9 +75,8 @@ def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[
             off = abs(model.parameters / parameters - 1) + 0.05 * abs(math.log(layers * 128 / dim))
             best = (off, model) if best is None or off < best[0] else best
     if best is None or abs(best[1].parameters / parameters - 1) > 0.25:
-        raise UsageError(
-            f"--params={parameters:g}: no model of this size fits a vocabulary of {vocab_size:,}; give --vocab or --config"
-        )
+        raise UsageError(f"--params={parameters:g}: no model of this size fits a vocabulary of {vocab_size:,} tokens. Give "
+                         "--vocab or --config")
     return best[1], "estimated: about width / 128 layers"
 
 
@@ -89,7 +88,7 @@ def vocab_size_of(values: Mapping[str, Any]) -> int:
     try:
         return int(values.get("model.vocab_size", 0)) or open_index(str(values.get("data.path"))).vocab_size
     except DataError as error:
-        raise UsageError(f"the vocabulary size is not known: give --vocab, or data that can be read: {error}") from error
+        raise UsageError(f"the vocabulary size is not known, because the data cannot be read ({error}). Give --vocab") from error
 
 
 def model_of_config(values: Mapping[str, Any], vocab_size: int) -> ModelSizes:
@@ -161,8 +160,8 @@ def machine_of_run(run: Path, vocab_size: int) -> tuple[float, float]:
     found = measured.read(run)
     times = [one for one in measured.seconds([found]) if one.ranks == 1]
     if not times or not times[0].update or "model.num_layers" not in found.config:
-        raise UsageError(f"--calibrate={run}: the step times of a run on one rank are needed, because they contain no waiting "
-                         "for other ranks: give such a run")
+        raise UsageError(f"--calibrate={run} has no usable step times of one rank. Give a run on one rank, because its step "
+                         "times contain no waiting for other ranks")
     model = model_of_config(found.config, vocab_size or vocab_size_of(found.config))
     count, size = found.lanes.num_micro_batches, 4 if found.config.get("train.dtype") == "float32" else 2
     return measured_machine(model, found.lanes.micro_batch, count * times[0].micro_batch, times[0].update, count, size)
@@ -189,16 +188,15 @@ class MeshRow:
 
 def shapes(model: ModelSizes, ranks: int, most_dp: int, slices: int = 1) -> Iterator[Shape]:
     """Yield all possible meshes of `ranks` ranks. tp divides the number of key-value heads, and each stage has at least one
-    layer. dp is at most `most_dp`. mesh.shard is at most 1 if pp is above 1. If `slices` (model.slices) is above 1, tp also
-    divides `slices`, and a model with tied embeddings has one stage, because two stages would exchange the gradient of its
-    embedding for every micro-batch. Pure."""
+    layer. dp is at most `most_dp`. If `slices` (model.slices) is above 1, tp also divides `slices`, and a model with tied
+    embeddings has one stage, because two stages would exchange the gradient of its embedding for every micro-batch. Pure."""
     for tp in range(1, min(ranks, model.num_kv_heads) + 1):
         if ranks % tp or model.num_kv_heads % tp or (slices > 1 and slices % tp):
             continue
         for pp in range(1, min(ranks // tp, 1 if slices > 1 and model.tie_embeddings else model.num_layers) + 1):
             dp, rest = divmod(ranks // tp, pp)
             if rest == 0 and dp <= most_dp:
-                yield from (Shape(dp, pp, tp, shard) for shard in range(1 if dp == 1 else 2 if pp > 1 else 4))
+                yield from (Shape(dp, pp, tp, shard) for shard in range(1 if dp == 1 else 4))
 
 
 def rows_of(
@@ -259,14 +257,14 @@ def plan_mesh(
     top: number of meshes to return. For the other arguments see rows_of(). Raises UsageError if no mesh is possible. Pure."""
     micro = [size for size in micro if size <= base.global_batch]
     if not micro:
-        raise UsageError(f"the micro-batch exceeds the global batch of {base.global_batch} sequences: raise --global-batch")
+        raise UsageError(f"the micro-batch exceeds the global batch of {base.global_batch} sequences. Raise --global-batch")
     rows = rows_of(model, ranks, machine, base, limit, micro, again, parts)
     if not rows:
-        sliced = f" and {base.slices} slices" if base.slices > 1 else ""
+        sliced = f" and {base.slices} (slices)" if base.slices > 1 else ""
         raise UsageError(
-            f"--ranks={ranks}: no mesh uses this number of ranks: tp must divide {model.num_kv_heads} key-value heads{sliced}, "
-            f"pp is at most {model.num_layers} layers, dp at most {base.global_batch // min(micro)} micro-batches. Choose "
-            "another number, or a larger --global-batch"
+            f"--ranks={ranks}: no mesh has this number of ranks, because tp must divide {model.num_kv_heads} (key-value heads)"
+            f"{sliced}, pp is at most {model.num_layers} (layers), and dp is at most {base.global_batch // min(micro)} "
+            "(micro-batches). Choose another number, or a larger --global-batch"
         )
     fits = [row for row in rows if row.memory.total <= ROOM * limit]
     return {

@@ -31,7 +31,7 @@ def mesh_table(found: dict[str, Any]) -> str:
     lines = [
         f"{many(found['parameters_asked'])} parameters on {found['ranks']:,} ranks of {size(limit)}: predicted, not measured",
         f"model: {model['num_layers']} layers, width {model['model_dim']}, SwiGLU {model['hidden_dim']}, {model['num_heads']} "
-        f"heads ({model['num_kv_heads']} key-value), vocabulary {model['vocab_size']:,}: {many(found['parameters'])} parameters "
+        f"heads ({model['num_kv_heads']} key-value), vocabulary {model['vocab_size']:,}, {many(found['parameters'])} parameters "
         f"({found['model_from']})",
         f"step: {found['global_batch']:,} sequences of {model['seq_len']:,} tokens ({many(found['tokens_a_step'])} in total), "
         f"{'float32' if found['number_bytes'] == 4 else 'bfloat16'} products with float32 weights",
@@ -47,7 +47,7 @@ def mesh_table(found: dict[str, Any]) -> str:
     if found["fitting"]:
         lines += ["", f"{found['fitting']} of {found['meshes']} meshes fit; the fastest:"]
     else:
-        lines += ["", f"NONE of {found['meshes']} meshes fits: use more ranks or more memory. These need the least memory:"]
+        lines += ["", f"NONE of {found['meshes']} meshes fits. Use more ranks or more memory. These need the least memory:"]
     lines += _rows(found)
     best = found["rows"][0]
     if found["fitting"]:
@@ -56,9 +56,9 @@ def mesh_table(found: dict[str, Any]) -> str:
         settings += ["--mesh.sequence=true"] * best["sequence"]
         settings += [f"--train.micro_batch={best['micro_batch']}", f"--train.recompute={str(best['recompute']).lower()}"]
         useful = best["flops"] / best["step_seconds"] / 1e12
-        lines += ["", f"The first: {many(per_rank)} tokens/s and {useful:.4g} TFLOP/s per rank. Settings: {' '.join(settings)}"]
+        lines += ["", f"The first mesh: {many(per_rank)} tokens/s, {useful:.4g} TFLOP/s per rank. Settings: {' '.join(settings)}"]
     return "\n".join([*lines, "", "Figures used: " + "; ".join(found["machine"]) + ".",
-                      "A tenth of the memory is left free. docs/plan.md: formulas, accuracy, limits."])
+                      "A tenth of the memory is left free. docs/plan.md explains the formulas, their accuracy and their limits."])
 
 
 def _memory(way: dict[str, Any]) -> str:

@@ -133,7 +133,7 @@ def predict(config: Config, vocab_size: int, cluster: Cluster, compute: float, w
     of all methods. Return the rows in the order of METHODS. compute: compute time of a step, in seconds. Raises UsageError if a
     wanted method is unknown. Pure."""
     if unknown := sorted(set(wanted) - set(METHODS)):
-        raise UsageError(f"--methods: {', '.join(unknown)}: no such method; the methods are {', '.join(METHODS)}")
+        raise UsageError(f"--methods: there is no method {', '.join(unknown)}. The methods are {', '.join(METHODS)}")
     sizes, rows = sizes_of(config, vocab_size), list[MethodRow]()
     for name in [name for name in METHODS if not wanted or name in ("synchronous", *wanted)]:
         settings: list[str] = []
@@ -141,7 +141,7 @@ def predict(config: Config, vocab_size: int, cluster: Cluster, compute: float, w
             chosen = variant(config, name)
             settings = to_paste(chosen, config)
             if (working := workers(chosen, cluster.ranks)) > (count := lanes_of(config).num_lanes):
-                raise UsageError(f"{working} ranks, but the global batch has {count} lanes: raise train.global_batch")
+                raise UsageError(f"{working} ranks, but the global batch has {count} lanes. Raise train.global_batch")
             if chosen.comm.compress == "powersgd" and cluster.ranks == 1:
                 raise UsageError("comm.compress=powersgd needs at least two ranks, because with one rank nothing is sent")
             steps = _sync_intervals(chosen, LONG)[1]
@@ -173,13 +173,13 @@ def recommend(rows: Sequence[MethodRow], tried: bool) -> tuple[str, str]:
         if (best.loss or math.inf) >= (base.loss or math.inf):
             return base.method, f"synchronous: no faster method reached a lower loss in the same time (closest: {best.method})."
         return best.method, (
-            f"{best.method}: loss {best.loss:.4f}, synchronous {base.loss:.4f} in the same time; {best.speed:.1f}x faster per "
-            "step. A longer run may rank them differently: compare again later in training."
+            f"{best.method}: loss {best.loss:.4f} in the same time as synchronous {base.loss:.4f}; {best.speed:.1f}x faster per "
+            "step. A longer run may rank the methods differently. Compare again later in training."
         )
     fastest = max(worth, key=lambda row: row.speed or 0.0)
     best = next(row for row in worth if (row.speed or 0.0) * WORTH >= (fastest.speed or 0.0))
     other = f"the fastest is {fastest.method}; no method closer to synchronous training is within 10% of it"
     return best.method, (
         f"{best.method}: {best.speed:.1f}x faster per step than synchronous; {'it is the fastest' if best is fastest else other}."
-        " This compares speed only: use --run to compare the loss reached in the same time."
+        " This compares only the speed. Use --run to compare the loss reached in the same time."
     )

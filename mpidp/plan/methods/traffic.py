@@ -65,7 +65,8 @@ def cluster_of(content: Mapping[str, Any], ranks: int, where: str) -> Cluster:
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
-            f"{where} has no measured link: run `mpirun -np N python -m mpidp.doctor` on the nodes of the job, or give --link"
+            f"{where} has no measurement of a link between ranks. Run `mpirun -np N python -m mpidp.doctor` on the nodes of the "
+            "job, or give --link"
         ) from error
     ranks = ranks or seen
     return Cluster(ranks, -(-ranks // a_node), latency, bandwidth)

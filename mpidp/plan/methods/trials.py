@@ -83,13 +83,13 @@ def compare_methods(config: Config, options: TrialOptions, world: MPI.Intracomm)
 
     Raises UsageError if the options cannot be used together, and DataError if the data cannot be read. Collective over world."""
     if options.seconds and world.size == 1:
-        raise UsageError("--run trains on the ranks of this launch, but there is only one: mpirun -np N python -m mpidp.plan ...")
+        raise UsageError("--run needs several ranks, but there is only one. Start with mpirun -np N python -m mpidp.plan ...")
     if options.seconds and options.ranks not in (0, world.size):
-        raise UsageError.on_every_rank(f"--ranks={options.ranks}, but --run trains on the {world.size} ranks of this launch")
+        raise UsageError.on_every_rank(f"--ranks={options.ranks}, but --run trains on {world.size} ranks (of this launch)")
     if options.seconds and launched_with_ulfm():
         raise UsageError.on_every_rank(
-            "--run trains one method after the other, and with ULFM the shared memory of a run is freed only when the job ends: "
-            "start without --with-ft ulfm"
+            "--run trains one method after the other, but with ULFM the shared memory of a run is freed only when the job ends. "
+            "Start without --with-ft ulfm"
         )
     origin = open_origin(config, world)
     with raise_together(world):
@@ -100,7 +100,7 @@ def compare_methods(config: Config, options: TrialOptions, world: MPI.Intracomm)
         lanes = lanes_of(config)
         if cluster.ranks > lanes.num_lanes:
             raise UsageError(
-                f"{cluster.ranks} ranks, but the global batch has only {lanes.num_lanes} lanes: use fewer --ranks, or a larger "
+                f"{cluster.ranks} ranks, but the global batch has only {lanes.num_lanes} lanes. Lower --ranks, or raise "
                 "train.global_batch"
             )
     compute = options.step_seconds or compute_seconds(config, most_micro_batches(lanes, cluster.ranks), world)
@@ -125,7 +125,7 @@ def find_cluster(config: Config, options: TrialOptions, world: MPI.Intracomm) ->
     ranks = options.ranks or (world.size if world.size > 1 else 0)
     if options.link:
         if not ranks:
-            raise UsageError("--link needs the number of ranks: give --ranks as well")
+            raise UsageError("--link needs the number of ranks. Give --ranks as well")
         return link_of(options.link, ranks), f"--link={options.link}"
     places = [Path(options.cluster)] if options.cluster else [Path(config.run.dir) / "cluster.json", Path("cluster.json")]
     found: tuple[str, dict[str, Any]] | None = None
@@ -133,7 +133,7 @@ def find_cluster(config: Config, options: TrialOptions, world: MPI.Intracomm) ->
         if world.rank == 0:
             found = next(((str(place), read_cluster(place)) for place in places if place.is_file()), None)
             if options.cluster and found is None:
-                raise UsageError(f"--cluster={options.cluster}: no such file; `mpirun -np N python -m mpidp.doctor` writes one")
+                raise UsageError(f"--cluster={options.cluster}: no such file. `mpirun -np N python -m mpidp.doctor` writes one")
     found = world.bcast(found, root=0)
     if found is not None:
         with raise_together(world):

@@ -41,7 +41,7 @@ def read(run: Path) -> MeasuredRun:
     """Return the records of the run in the folder `run`. Raises UsageError if the folder is not a run with at least one step.
     Independent."""
     if not (run / "metrics.jsonl").is_file() or not (run / "config.toml").is_file():
-        raise UsageError(f"{run}: no metrics.jsonl or no config.toml there; give the folder of a run (its run.dir)")
+        raise UsageError(f"{run}: no metrics.jsonl or no config.toml in this folder. Give the folder of a run (its run.dir)")
     config = read_run_config(run / "config.toml")
     try:
         cut = [int(config[f"train.{name}"]) for name in ("global_batch", "micro_batch", "lanes")]
@@ -51,7 +51,7 @@ def read(run: Path) -> MeasuredRun:
     for line in read_lines(run / "metrics.jsonl"):
         _add(found, line)
     if not found.steps or not found.tokens:
-        raise UsageError(f"{run / 'metrics.jsonl'} has no line of a step: train first")
+        raise UsageError(f"{run / 'metrics.jsonl'} has no line of a step. Train first")
     return found
 
 
@@ -89,8 +89,8 @@ def steps_to(run: MeasuredRun, loss: float | None) -> tuple[float, float | None,
             return before[0] + (step - before[0]) * (before[1] - loss) / (before[1] - found), loss, "val_loss"
         before = step, found
     losses = [found for _, found in run.evaluations]
-    best = f"its best is {min(losses):.4f}, and lower losses cannot be predicted" if losses else "it was never evaluated"
-    raise UsageError(f"--loss={loss:g}: {run.path} did not reach this val_loss: {best}")
+    best = f"Its best is {min(losses):.4f}, and lower losses cannot be predicted" if losses else "It was never evaluated"
+    raise UsageError(f"--loss={loss:g}: {run.path} did not reach this val_loss. {best}")
 
 
 def seconds(runs: Sequence[MeasuredRun]) -> list[StepTimes]:

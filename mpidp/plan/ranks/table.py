@@ -55,7 +55,7 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"With at most twice the fewest rank-hours, use up to {_ranks(found['worth_ranks'])}.")
     if found["fastest_bounds_seconds"]:
         low, high = (duration(one) for one in found["fastest_bounds_seconds"])
-        lines.append(f"The fastest takes {low} to {high} for a noise scale within its bounds; other errors add to this.")
+        lines.append(f"The fastest takes {low} to {high} if the noise scale is within its bounds. Other errors add to this.")
     return "\n".join([*lines, "", *_assumed(found)])
 
 
@@ -74,7 +74,7 @@ def _assumed(found: dict[str, Any]) -> list[str]:
     if max(timed) == 1:
         lines.append("Communication was not measured, so several ranks are slower than predicted. Add a RUN on several ranks.")
     elif len(timed) == 1:
-        lines.append("Communication is assumed to be as fast on any number of ranks above 1; add a short RUN on more ranks.")
+        lines.append("Communication is assumed to be as fast on any number of ranks above 1. Add a short RUN on more ranks.")
     if found["ranks_not_said"]:
         lines += [f"The number of ranks is missing in metrics.jsonl and assumed to be 1: {', '.join(found['ranks_not_said'])}."]
     return lines
