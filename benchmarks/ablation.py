@@ -27,6 +27,7 @@ from shakespeare import OPTIMIZERS, ROOT, SETTING, prepare, run
 
 BASE = [*SETTING, *OPTIMIZERS["muon"]]
 OPTIONS: dict[str, list[str]] = {
+    "modern": ["--model.recipe=modern", "--optim.name=normuon"],
     "adamw": OPTIMIZERS["adamw"],
     "normuon": ["--optim.name=normuon"],
     "cautious-decay": ["--optim.cautious_decay=true"],

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mpidp.config.recipes import RECIPES
 from mpidp.config.schema import Config, checked, fields_of
 from mpidp.config.settings import FIXED
 from mpidp.config.suggest import suggestion
@@ -130,6 +131,7 @@ def from_args(arguments: Sequence[str]) -> Config:
                 _assign(chosen, key, value, word)
     for key, raw in overrides:
         _assign(chosen, key, raw, "command line")
+    chosen = RECIPES[chosen.get("model.recipe", "none")] | chosen
     sections: dict[str, dict[str, Any]] = {}
     for key, value in chosen.items():
         section, _, name = key.partition(".")

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mpidp.config.recipes import RECIPES
 from mpidp.config.settings import FIXED, setting
 from mpidp.model.option_checks import option_problems
 from mpidp.model.options import CHOICES, DEFAULTS
@@ -71,6 +72,8 @@ class ModelSettings:
                           "with any mesh.tp that divides this number; 1: off (docs/parallel.md)", "slices", low=1, high=64,
                           resume=FIXED)
     zero_init: bool = setting(False, "initialize the last matrix of each residual branch with 0", "bool", resume=FIXED)
+    recipe: str = setting("none", "preset of several settings; the settings that you give have priority (docs/model.md)", "",
+                          tuple(RECIPES))
     lora_rank: int = setting(0, "rank of LoRA adapters; only the adapters are trained; 0: off", "", low=0, resume=FIXED)
     lora_alpha: float = setting(16.0, "LoRA scaling: the adapter's output is multiplied by lora_alpha / lora_rank", "", low=0.0,
                                 resume=FIXED)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mpidp.config import rules
 from mpidp.config.command_line import from_args, read_run_config, read_toml, settings_help
+from mpidp.config.recipes import RECIPES
 from mpidp.config.schema import Config, checked, fields_of, to_toml
 from mpidp.config.settings import FIXED
 from mpidp.config.suggest import SYNONYMS, suggestion
@@ -29,7 +30,7 @@ model.activation model.gated model.attention_bias model.mlp_bias model.qk_norm m
 model.parallel model.positions model.position_rows model.rotary_dims model.rotary_layers model.window model.window_layers
 model.window_rope_theta model.window_rope_scaling model.embedding_scale model.input_mix model.residual_scale model.attention_scale
 model.logit_scale model.attention_cap model.logit_cap
-model.slices model.zero_init model.lora_rank model.lora_alpha model.lora_targets
+model.slices model.zero_init model.recipe model.lora_rank model.lora_alpha model.lora_targets
 train.init_from train.steps train.tokens train.epochs train.target_loss train.patience train.global_batch train.micro_batch
 train.lanes train.seed train.device train.dtype train.compile train.recompute train.loss train.deterministic train.threads
 train.eval_every train.eval_tokens train.eval_tasks train.eval_tasks_dir train.eval_tasks_limit train.save_every
@@ -48,6 +49,24 @@ faults.min_ranks faults.respawn
 metrics.timeline metrics.kernels metrics.track metrics.project metrics.tags metrics.tensorboard metrics.energy
 energy.grams_per_kwh energy.price_per_node_hour
 """
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_sets_what_is_not_given(name: str) -> None:
+    found, plain = from_args([f"--model.recipe={name}"]).flat(), Config().flat()
+    assert {key: value for key, value in found.items() if value != plain[key]} == RECIPES[name] | (
+        {"model.recipe": name} if name != "none" else {}
+    )
+    for key, value in RECIPES[name].items():
+        given = from_args([f"--{key}={plain[key]}", f"--model.recipe={name}"])
+        assert given.flat() == found | {key: plain[key]}, value
+
+
+def test_a_saved_recipe_is_read_as_it_was(tmp_path: Path) -> None:
+    """Saved settings have priority over the recipe, so another version of a recipe does not change a run."""
+    config = from_args(["--model.recipe=modern", "--model.qk_norm=layer", "--optim.name=adamw"])
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    assert from_args([str(tmp_path / "config.toml")]) == config
 
 
 def test_the_names_of_options_are_pinned() -> None:

@@ -534,7 +534,10 @@ def test_special_files_are_refused_without_waiting(tmp_path: Path, name: str) ->
 
 
 def test_memory_does_not_grow_with_a_parquet_row_group(tmp_path: Path) -> None:
-    """One row group of 64 MB, as other programs write, is read by convert and by prepare with a few megabytes."""
+    """One row group whose columns have 64 MB each, as other programs write, is read by convert and by prepare in parts.
+
+    Code that holds a whole column needs 94 MB. In parts, 36 MB are usual, and 45 MB were seen on a busy machine. Both include
+    pyarrow's own code."""
     import pyarrow
     import pyarrow.parquet
 
@@ -559,4 +562,4 @@ def test_memory_does_not_grow_with_a_parquet_row_group(tmp_path: Path) -> None:
         "print(grown(hf.read(path, ReadOptions(257, path.parent))), grown(iter(records(recognize(path), ['text']))))\n"
     )
     child = subprocess.run([sys.executable, "-c", code, tmp_path / "a.parquet"], capture_output=True, text=True, check=True)
-    assert all(int(megabytes) < 45 for megabytes in child.stdout.split()), child.stdout
+    assert all(int(megabytes) < 64 for megabytes in child.stdout.split()), child.stdout
