@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,53 +41,14 @@ from mpidp.model.shape import CustomShape
 from mpidp.parallel.engine import dropout_key
 from mpidp.parallel.grid import make_grid
 from mpidp.reducers import overlap
-from mpidp.reducers.buckets import FlatLayout
 from mpidp.runtime.agreement import check_agreement, parameter_facts, versions
 from mpidp.runtime.device import resolve_threads
 from mpidp.runtime.topology import Topology
 from mpidp.runtime.world import raise_together, start_mpi
 from mpidp.strategies import strategy_of
 from mpidp.strategies.protocol import StepStats, StrategyOptions
+from mpidp.strategies.torch_rule import TorchRule
 from mpidp.training.data_parallel import share_memory
-
-
-class TorchOptimizer:
-    """Gives a torch.optim optimizer the interface that strategies use. Independent.
-
-    The torch optimizer gets the averaged gradient. It uses its own learning rate, and keeps its own state.
-    """
-
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, layout: FlatLayout, parameters: Tensor, gradients: Tensor, **more: Any
-    ) -> None:
-        self.optimizer, self.updates = optimizer, 0
-        self._gradients = [(p, view) for (_, _, p), view in zip(layout.placed(), layout.views(gradients), strict=True)]
-
-    def step(self, lr: float) -> None:
-        """Update all parameters with the averaged gradient. `lr` is ignored, because the torch optimizer has its own learning
-        rate."""
-        before = [p.grad for p, _ in self._gradients]
-        for p, view in self._gradients:
-            p.grad = view
-        self.optimizer.step()
-        for (p, _), gradient in zip(self._gradients, before, strict=True):
-            p.grad = gradient
-        self.updates += 1
-
-    def set_updates(self, updates: int) -> None:
-        """Set the number of updates made so far."""
-        self.updates = updates
-
-    def moments(self) -> dict[str, Tensor]:
-        """Return an empty dict, because the torch optimizer keeps its own state."""
-        return {}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return an empty dict, because the torch optimizer keeps its own state."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Do nothing, because the torch optimizer keeps its own state."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +102,7 @@ class DataParallel:
         self._transport, self._balance = transport, shared.balance
         options = StrategyOptions.of(asdict(config.strategy), steps, mesh.node_sizes)
         self.strategy = strategy_of(config.strategy.name, config.strategy.quorum)(
-            self.comm, shared.group, named, shared.reducer, partial(TorchOptimizer, self.optimizer), clip,
+            self.comm, shared.group, named, shared.reducer, TorchRule(self.optimizer), clip,
             self.lanes.global_batch, int(config.comm.bucket_mb * 2**20), False, options=options,
         )
         for tensor in [*model.buffers(), *(p.data for p in model.parameters() if not p.requires_grad)]:

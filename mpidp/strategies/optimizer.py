@@ -88,13 +88,16 @@ class UpdateRule:
     def torch_optimizer(self, members: list[torch.nn.Parameter], decays: bool) -> torch.optim.Optimizer:
         """Return torch's optimizer for parameters that are not hidden matrices. `decays`: whether weight decay applies.
         Independent."""
-        decay, adam = self.weight_decay if decays else 0.0, {"lr": 0.0, "betas": (self.beta1, self.beta2), "eps": 1e-8}
-        if self.cautious and decay:
-            return cautious_adamw()(members, weight_decay=decay, fused=True, **adam)
+        decay = self.weight_decay if decays else 0.0
         if self.name == "sgd":
             return without_compiler(torch.optim.SGD)(members, lr=1.0, momentum=self.beta1, weight_decay=decay, fused=True)
-        kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
-        return without_compiler(kind)(members, weight_decay=decay, fused=True, **adam)
+        plain = without_compiler(torch.optim.Adam if self.name == "adam" else torch.optim.AdamW)
+        kind = cautious_adamw() if self.cautious and decay else plain
+        return kind(members, lr=0.0, betas=(self.beta1, self.beta2), eps=1e-8, weight_decay=decay, fused=True)
+
+    def make(self, layout: FlatLayout, parameters: Tensor, gradients: Tensor, memory: Memory, **share: Any) -> Optimizer:
+        """Return the optimizer of flat parameters, for the arguments of Optimizer. Collective over hidden.comm."""
+        return Optimizer(self, layout, parameters, gradients, memory, **share)
 
 
 class PieceOptimizer:

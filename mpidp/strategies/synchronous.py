@@ -76,7 +76,7 @@ class Synchronous:
         self.buffer.layout.adopt(self.flat)
         self.optimizer: Optimizer | None = None  # with comm.reducer=root only rank 0 has an optimizer
         if (share := self.optimizer_share()) is not None:
-            self.optimizer = Optimizer(rule, self.buffer.layout, self.flat, self.buffer.total, memory, **share)
+            self.optimizer = rule.make(self.buffer.layout, self.flat, self.buffer.total, memory, **share)
         self._spare: list[Tensor] = []  # a copy of the shared tensors as they were before the update
         # If the ranks of some part share a copy, all parts keep one, because all restore the state after an incomplete update.
         if launched_with_ulfm() and self._everyone.allreduce(one_copy, op=MPI.LOR):

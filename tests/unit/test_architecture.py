@@ -253,7 +253,7 @@ def test_what_training_runs_is_small() -> None:
             rest += [part for what, _ in imports(names[module]) for part in (what, what.rpartition(".")[0])]
             assert not any(what.startswith(("mpidp.c10d", "torch.distributed")) for what, _ in imports(names[module])), module
     assert sum(lines_of_code(names[module]) for module in seen) < 19200
-    assert sum(map(lines_of_code, MPIDP)) < 26400
+    assert sum(map(lines_of_code, MPIDP)) < 26450
 
 
 COLLECTIVES = {
