@@ -55,7 +55,8 @@ class PrepareOptions:
         return self.rows or len(self.sources) > 1 or self.tokens > 0
 
     def tokens_of(self, split: str) -> int:
-        """Return the largest number of tokens of a split. It is this split's part of --tokens. 0 means no limit."""
+        """Return the limit of `split` in tokens, which is this split's part of --tokens. 0 means no limit. A split ends with the
+        document that reaches the limit."""
         val = round(self.tokens * self.val_fraction) if self.by_document else 0
         return max(1, val if split == "val" else self.tokens - val) if self.tokens else 0
 
@@ -122,9 +123,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a file, a folder (text, .jsonl, .json, .csv, .parquet, .arrow; also .gz and .zst), or stdlib: the .py files "
         "of Python's standard library without site-packages, dist-packages and tests; to mix sources, give the option several "
         "times, as PATH:WEIGHT (default: stdlib)")
-    add("--format", dest="form", default="text", help="text: plain text; prompt_completion: rows with the fields prompt and "
-        "completion, with the loss on the completion; chat: rows with messages (role, content), with the loss on assistant turns "
-        "(default: %(default)s)")
+    add("--format", dest="form", default="text", help="'text': plain text; 'prompt_completion': rows with the fields prompt "
+        "and completion, with the loss on the completion; 'chat': rows with messages (role, content), with the loss on assistant "
+        "turns (default: %(default)r)")
     add("--text-key", metavar="NAME", default="text", help="the field or column that contains the text of a document (default: "
                                                            "%(default)s)")
     add("--chat-template", metavar="FILE", help="with --format chat: file with the chat template (default: the template of the "
@@ -146,15 +147,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--shards", type=int, metavar="N", default=4, help="number of training files (default: %(default)s)")
     add("--val-fraction", type=float, metavar="F", default=0.05,
         help="share of the tokens or documents that is used for validation; 0: none (default: %(default)s)")
-    add("--split", default="", help="what becomes the validation split; text: the end of the stream; document: whole documents, "
-        "chosen at random (default: document for rows, else text)")
+    add("--split", default="", help="what becomes the validation split. 'text': the end of the stream; 'document': whole "
+        "documents, chosen at random (default: 'document' for rows, 'text' for plain text)")
     add("--seed", type=int, metavar="N", default=0, help="random seed of --split document (default: %(default)s)")
     add("--bad-utf8", default="replace",
-        help="replace: replace bytes that are not valid UTF-8; skip: skip documents with such bytes (default: %(default)s)")
+        help="'replace': replace bytes that are not valid UTF-8; 'skip': skip documents with such bytes (default: %(default)r)")
     add("--strict", action="store_true", help="fail on malformed, empty or too long rows instead of skipping them")
-    add("--bos", default="auto", help="auto: documents and rows begin with BOS if the tokenizer adds BOS to texts; none: no BOS "
-                                      "(default: %(default)s)")
-    add("--special", default="", help="how the name of a special token in a text, such as <|im_start|>, is encoded. text: like "
-        "any other text; tokens: as the id of the token (default: tokens for rows if the tokenizer comes with a model, else "
-        "text)")
+    add("--bos", default="auto", help="'auto': documents and rows begin with BOS if the tokenizer adds BOS to texts; 'none': no "
+                                      "BOS (default: %(default)r)")
+    add("--special", default="", help="how the name of a special token in a text, such as <|im_start|>, is encoded. 'text': "
+        "like any other text; 'tokens': as the id of the token (default: 'tokens' for rows if the tokenizer comes with a model, "
+        "otherwise 'text')")
     add("--eod", help="the end-of-document token of a tokenizer.json (default: the token with one of the usual names)")

@@ -189,9 +189,9 @@ def evaluate_tasks(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     """Evaluate the model on the tasks --tasks, and write the file --out. Return {tasks: {task: {metric: value}}, step} on rank 0
     of `world`, and {} on other ranks.
 
-    On any number of ranks, the values are those of lm-eval for the exported model. A metric has lm-eval's name, such as "acc" or
-    "acc_stderr", followed by ",FILTER" if the task has filters. Raises UsageError or DataError if lm-eval, a task or its data is
-    missing, and CheckpointError if the run has no valid checkpoint. Collective over world.
+    The values equal those that lm-eval computes for the exported model, on any number of ranks. A metric has lm-eval's name,
+    such as "acc" or "acc_stderr", followed by ",FILTER" if the task has filters. Raises UsageError or DataError if lm-eval, a
+    task or its data is missing, and CheckpointError if the run has no valid checkpoint. Collective over world.
     """
     from mpidp.inference.base_folder import BaseFolder
     from mpidp.inference.harness import figures_of, prefix_of, run_tasks, write_results

@@ -40,8 +40,8 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
                     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a run")
-    add("--step", type=int, metavar="S", help="last step to replay. Its micro-batches are listed (default: the last recorded "
-                                              "step)")
+    add("--step", type=int, metavar="S", help="last step to replay (default: the last recorded step). The micro-batches of "
+                                              "this step are listed")
     add("--against", metavar="RUN2", help="compare RUN with RUN2 up to --step, and find the first step and tensor that differ")
     add_data(parser, "that the run was trained on", default="the run's data.path")
     add("--device", choices=("auto", "cpu", "cuda"), help="device to compute on (default: the run's)")

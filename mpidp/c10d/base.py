@@ -27,12 +27,12 @@ def as_list(tensors: Tensors) -> list[torch.Tensor]:
 
 
 def op_of(opts: Any) -> Any:
-    """Return the reduction (ReduceOp) that the options of a call name, or SUM if there are no options. Pure."""
+    """Return the ReduceOp in `opts`, or SUM if `opts` is None. opts: the options of a call, or a ReduceOp itself. Pure."""
     return getattr(opts, "reduceOp", ReduceOp.SUM if opts is None else opts)
 
 
 def root_of(opts: Any) -> int:
-    """Return the root rank that the options of a call name, or 0 if there are no options. Pure."""
+    """Return the root rank in `opts`, or 0 if `opts` is None. opts: the options of a call, or a root rank itself. Pure."""
     return int(getattr(opts, "rootRank", opts or 0))
 
 

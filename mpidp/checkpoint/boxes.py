@@ -67,8 +67,9 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def share_out(shapes: Mapping[str, tuple[int, ...]], rank: int, size: int) -> dict[str, tuple[int, int]]:
-    """Divide the rows of tensors that all ranks hold among `size` writers. Return {tensor's name: (start, stop)}: the rows that
-    writer number `rank` writes. Each writer gets about 1/size of all elements. Each row belongs to exactly one writer. Pure."""
+    """Divide the rows of tensors among `size` writers, each of which holds all tensors. Return {tensor's name: (start, stop)}:
+    writer number `rank` writes the rows [start, stop). Each writer gets about 1/size of all elements. Each row belongs to exactly
+    one writer. Pure."""
     total = sum(rows * elements for rows, elements in map(_rows, shapes.values()))
     low, high = rank * total // size, (rank + 1) * total // size
     share, offset = {}, 0

@@ -41,7 +41,7 @@ class MirrorFolder:
         self._retries = Retries(RETRY_SECONDS, "run.mirror")
 
     def close(self) -> None:
-        """Do not repeat failed requests any more. Independent."""
+        """Stop repeating failed requests. Independent."""
         self._retries.close()
 
     def names(self) -> list[str]:
@@ -178,8 +178,8 @@ def _id_of(folder: MirrorFolder) -> str | None:
 
 
 def _fetch_newest(folder: MirrorFolder, steps: list[int], run_dir: Path) -> None:
-    """Copy the newest valid checkpoint, and metrics.jsonl if RUN lacks it, to RUN. `steps`: the steps of the checkpoints, newest
-    first. Raises CheckpointError if none is valid."""
+    """Copy the newest valid checkpoint of the mirror to RUN. If RUN has no metrics.jsonl, copy this file too. `steps`: the steps
+    of the checkpoints, newest first. Raises CheckpointError if none is valid."""
     reasons = []
     for step in steps:
         name = f"step_{step:08d}"

@@ -22,7 +22,8 @@ class WaitReports:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Return a context in which this thread waits. Independent."""
+        """Return a context manager. Wait for other ranks inside it. In the main thread, it reports the beginning and the end of
+        the wait to `observe`. Independent."""
         reports = threading.current_thread() is threading.main_thread()
         if reports:
             self.observe(True)

@@ -54,7 +54,7 @@ class Tickets:
         """Begin a step in which rank i of the node owns the lanes ranges[i]. All ranks of the node must call this method with the
         same `ranges`. Raises ValueError unless there is one range per rank."""
         if len(ranges) != self.size:
-            raise ValueError(f"{len(ranges)} ranges of lanes for {self.size} ranks of a node")
+            raise ValueError(f"this node has {self.size} ranks, but begin() got {len(ranges)} ranges of lanes. Give one per rank")
         self._ranges, self._taken = ranges, 0
         self._set ^= 1
         self._zero(self._set ^ 1)  # the previous step's set, which is no longer in use

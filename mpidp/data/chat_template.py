@@ -178,7 +178,7 @@ def _library() -> Any:
     try:
         import jinja2
     except ImportError:
-        raise UsageError("chat templates need jinja2: pip install 'mpidp[data]'") from None
+        raise UsageError("chat templates need jinja2. Run pip install 'mpidp[data]'") from None
     return jinja2
 
 

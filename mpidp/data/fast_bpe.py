@@ -51,7 +51,7 @@ class FastBPE:
         try:
             import tiktoken
         except ImportError:
-            raise NotEqual("tiktoken is not installed: pip install 'mpidp[data]'") from None
+            raise NotEqual("tiktoken is not installed (pip install 'mpidp[data]')") from None
         parsed = json.loads(text)
         self._library, self._seen = library, np.zeros(0x110000, dtype=bool)
         pairs = _pairs_of_tokens(parsed)
@@ -161,7 +161,7 @@ def _pairs_of_tokens(parsed: dict[str, Any]) -> dict[bytes, list[tuple[bytes, by
     if model.get("type") != "BPE" or model.keys() - KNOWN or any(model.get(key) for key in plain) or parsed.get("normalizer"):
         raise NotEqual("the tokenizer is not plain byte-level BPE")
     if any(not token.get("special") for token in parsed.get("added_tokens") or ()):
-        raise NotEqual("the tokenizer has added tokens that are not special tokens")
+        raise NotEqual("some `added_tokens` of the tokenizer are not special tokens")
     found: dict[bytes, list[tuple[bytes, bytes]]] = {}
     last = b""
     for merge in model["merges"]:

@@ -1,4 +1,4 @@
-"""Decides how a .json file stores rows: as one object per line, as an array of objects, or not at all. Independent."""
+"""Detects how a .json file stores rows: as one object per line, as an array of objects, or not at all. Independent."""
 
 from __future__ import annotations
 

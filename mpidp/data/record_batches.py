@@ -22,7 +22,7 @@ def reading_columns(path: str, kind: str) -> Iterator[None]:
     try:
         import pyarrow
     except ImportError:
-        raise UsageError(f"{path}: reading .{kind} needs pyarrow: pip install 'mpidp[data]'") from None
+        raise UsageError(f"{path}: reading .{kind} needs pyarrow. Run pip install 'mpidp[data]'") from None
     try:
         yield
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the name of a column may not be UTF-8

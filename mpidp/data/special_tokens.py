@@ -86,7 +86,7 @@ def read_special_tokens(folder: Path) -> SpecialTokens | None:
 
 
 def for_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
-    """Return the table of a run. Independent.
+    """Return the table of the special tokens of a run. Independent.
 
     Runs of older versions have no special_tokens.json. If such a run was fine-tuned from a model, its table is made from this
     model's files in RUN/hf. Otherwise, its table is made from the tokenizer, without BOS.
@@ -100,8 +100,8 @@ def for_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
 
 
 def special_tokens_of(folder: Path | None, tokenizer: Tokenizer) -> SpecialTokens:
-    """Return the table of a tokenizer. It is FOLDER/special_tokens.json if this file exists. Otherwise it is made from the files
-    that transformers reads.
+    """Return the table of the special tokens of a tokenizer. It is FOLDER/special_tokens.json if this file exists. Otherwise
+    it is made from the files that transformers reads.
 
     `folder`: the tokenizer's folder, or None if there is no folder. Raises DataError if a file is invalid. Independent.
     """

@@ -279,7 +279,7 @@ def _library() -> Any:
     try:
         import tokenizers
     except ImportError:
-        raise UsageError("this tokenizer needs `tokenizers`: pip install tokenizers, or --tokenizer 'byte' or 'char'") from None
+        raise UsageError("`tokenizers` is not installed. Run pip install tokenizers, or use --tokenizer byte or char") from None
     return tokenizers
 
 

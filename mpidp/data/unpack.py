@@ -68,7 +68,7 @@ def zstandard(path: str | Path) -> Any:
     try:
         import zstandard as library
     except ImportError:
-        raise UsageError(f"{path}: reading .zst needs zstandard: pip install 'mpidp[data]'") from None
+        raise UsageError(f"{path}: reading .zst needs zstandard. Run pip install 'mpidp[data]'") from None
     return library
 
 

@@ -69,7 +69,7 @@ class Watchdog(StepObserver):
         self.waits(self._waits)
 
     def waits(self, whether: bool) -> None:
-        """Record whether this rank waits for other ranks. This is no heartbeat."""
+        """Record whether this rank waits for other ranks. This call does not count as a heartbeat."""
         self._waits = whether
         if self.board is not None and self._at[1]:
             self.board.write(*self._at, self._bucket, self._entered, self._heard, whether)

@@ -23,7 +23,8 @@ class Facts:
     """The contents of the JSON files of an exported folder, and the options of its model.
 
     Families of models describe the same option by different fields of config.json. For example, one family lists the layers with
-    sliding windows, and another family gives a period. A restriction that reads `options` works for all families.
+    sliding windows, and another family gives a number n: every n-th layer has full attention. Restrictions should read
+    `options`, because `options` describes all families in the same way.
     """
 
     config: Mapping[str, Any]

@@ -140,8 +140,8 @@ def tied(default: bool) -> Field:
 
 
 def head_dim(default: int = 0) -> Field:
-    """Return the `Field` object of head_dim. default: the value if the field is missing. If `default` is 0, this value is
-    hidden_size / num_attention_heads."""
+    """Return the `Field` object of head_dim. default: the value if the field is missing, or 0 for hidden_size /
+    num_attention_heads."""
 
     def read(given: Given, found: Options) -> Options:
         return {"head_dim": given.number("head_dim", default=default or found["model_dim"] // found["num_heads"] or None)}

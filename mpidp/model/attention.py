@@ -1,4 +1,5 @@
-"""Grouped-query attention (Ainslie 2023) with rotary positions and optional norms of queries and keys. Pure torch, no MPI.
+"""Grouped-query attention (Ainslie 2023) with rotary positions and optional normalization of queries and keys. Pure
+torch, no MPI.
 
 B: batch, T: positions, D: model_dim, H: heads, K: key-value heads, E: head_dim (D / H by default).
 """
@@ -23,8 +24,8 @@ Mask = Tensor | Documents | None
 
 
 class Attention(nn.Module):
-    """Computes causal grouped-query attention, softmax(Q K^T / sqrt(E)) V with rotary Q and K. Options change the scale, add
-    norms of Q and K, or add a soft-cap. The bias of o is not added here."""
+    """Computes causal grouped-query attention, softmax(Q K^T / sqrt(E)) V with rotary Q and K. Options change the scale,
+    normalize Q and K, or add a soft-cap. The bias of o is not added here."""
 
     def __init__(self, shape: TransformerShape, part: Part, layer: int = 0) -> None:
         super().__init__()

@@ -21,7 +21,8 @@ def join(caches: list[Cache]) -> None:
     """Copy the keys and values of caches into common tensors. Do nothing if the caches have different numbers of positions, or
     are already joined. Independent.
 
-    When a sequence ends, call join() again for the other caches, which copies them again.
+    After a sequence has ended, call join() with the caches of the other sequences. It copies their keys and values to new
+    common tensors.
     """
     length, counts, joint = caches[0].length, caches[0].counts, Kept()
     if len(caches) < 2 or any((c.length, c.counts) != (length, counts) for c in caches) or joined(caches):

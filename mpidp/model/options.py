@@ -62,7 +62,7 @@ class TransformerOptions:
         return of_attention | ({"gate", "up", "down"} if self.mlp_bias else set())
 
     def norms(self) -> tuple[str, ...]:
-        """Return the names of the norms of a block. Norms of queries and keys are left out. Pure."""
+        """Return the names of the normalization layers of a block, without those of queries and keys. Pure."""
         before = ("attention_norm", "feed_forward_norm") if self.norm_place != "after" else ()
         return before + (("attention_out_norm", "feed_forward_out_norm") if self.norm_place != "before" else ())
 

@@ -68,7 +68,7 @@ class Grid:
 
 
 def whole(mesh: Topology) -> Grid:
-    """Return the mesh in which every rank has the whole model. mesh: the placement of all ranks. Independent."""
+    """Return a Grid in which every rank has the whole model. mesh: the Topology of all ranks. Independent."""
     alone = MPI.COMM_SELF
     return Grid(mesh.dp, mesh, mesh, alone, alone, alone, how_to_wait(mesh.local_size, mesh.cores))
 

@@ -149,7 +149,7 @@ def _summed(p: Tensor | None, tp: TensorComm) -> Any:
 
 
 def _sum_norm(norm: Any, tp: TensorComm) -> None:
-    """Change a norm so that its gradients are summed over the ranks. An Identity is not changed."""
+    """Change a normalization layer so that its gradients are summed over the ranks. Do not change an Identity."""
     if isinstance(norm, Norm):
         norm.forward = lambda x: norm.normalized(x, _summed(norm.weight, tp), _summed(norm.bias, tp))  # type: ignore[method-assign]
 
@@ -178,7 +178,7 @@ def _normalize_all_heads(norm: Any, width: int, tp: TensorComm) -> None:
 
 
 def _share_attention(attention: Any, shape: TransformerShape, tp: TensorComm) -> None:
-    """Make the norms of queries and keys compute the same results as without tensor parallelism."""
+    """Change the normalization layers of queries and keys, so that their results are those without tensor parallelism."""
     for norm, heads in ((attention.q_norm, shape.num_heads), (attention.k_norm, shape.num_kv_heads)):
         if norm is not None and attention.norm_heads:
             _sum_norm(norm, tp)

@@ -78,7 +78,8 @@ Move = tuple[int, int, Box]  # (sender, receiver, box)
 
 @dataclass
 class MatrixRound:
-    """The matrices that are gathered and updated at the same time. All ranks have the same rounds, in the same order."""
+    """This rank's part of a round. The matrices of a round are gathered and updated at the same time. Every rank has a
+    MatrixRound for each round, and the order of the rounds is the same on all ranks."""
 
     held: list[Box] = field(default_factory=list)  # this rank's boxes
     owned: list[tuple[str, tuple[int, int]]] = field(default_factory=list)  # name and shape of this rank's matrices
@@ -150,8 +151,8 @@ class WholeMatrices:
         return mine
 
     def _assembled(self, boxes: list[Box], shape: tuple[int, int], pieces: Mapping[Box, Matrix]) -> Matrix:
-        """Return a matrix of this shape. Its elements are those of this rank's `boxes`, and 0 elsewhere. A box that is the whole
-        matrix is not copied."""
+        """Return the tensors of a matrix of this shape. Elements in `boxes` are copied from `pieces`, and all others are 0. If
+        one box is the whole matrix, return its tensors without a copy."""
         own = pieces[boxes[0]]
         if boxes[0].size == shape:
             return own

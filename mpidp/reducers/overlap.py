@@ -117,9 +117,9 @@ def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, static: bool) -> 
 
 
 def measure(reducer: Reducer, comm: MPI.Intracomm, modes: Mapping[str, Wait | None] = OVERLAP_WAITS) -> dict[str, float]:
-    """Return {overlap mode: seconds that the slowest rank needs for computation and reduction}. For every bucket, each rank
-    computes for as long as the reduction of a bucket takes. The gradients are overwritten, and the reducer is reset. Collective
-    over comm."""
+    """Return {overlap mode: seconds that the slowest rank needs for computation and reduction}. The computation is
+    simulated: for every bucket, each rank multiplies matrices for as long as the reduction of a bucket takes. The gradients are
+    overwritten, and the reducer is reset. Collective over comm."""
     buckets = [b for b in reducer.buffer.buckets if b.stop * 4 <= PROBE_BYTES] or reducer.buffer.buckets[:1]
     square = torch.randn(256, 256)
 

@@ -32,8 +32,8 @@ def machines(start: dict) -> int:
 
 
 def costs(run: RecordedRun, grams_per_kwh: float, price_per_node_hour: float) -> Costs:
-    """Return the costs of a run. If grams_per_kwh or price_per_node_hour is 0, it is unknown, and so is the cost that needs it.
-    Pure."""
+    """Return the costs of a run. If grams_per_kwh is 0, the emissions are not known. If price_per_node_hour is 0, the price is
+    not known. Pure."""
     starts = run.starts
     of = [tuple(start.get("energy_of") or ()) for start in starts]
     why = "; ".join(dict.fromkeys(str(start["energy_not"]) for start in starts if start.get("energy_not")))

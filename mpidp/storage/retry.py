@@ -21,7 +21,7 @@ QUIET_SECONDS = 30.0  # least time between two warnings
 
 
 class Retries:
-    """Makes the requests of one store. Thread-safe. Independent."""
+    """Sends the requests to one store, and repeats failed requests. Thread-safe. Independent."""
 
     def __init__(self, seconds: float, setting: str = "data.retry_seconds") -> None:
         """`seconds`: the time limit for repeating a failed request. `setting`: the setting that has this limit. Errors name
@@ -39,7 +39,7 @@ class Retries:
         self._on_wait = on_wait
 
     def close(self) -> None:
-        """End the current pauses. From now on, do not repeat failed requests. Independent."""
+        """End the current pauses, and stop repeating failed requests. Independent."""
         self._closed.set()
 
     def call(self, where: str, request: Callable[[], T]) -> T:

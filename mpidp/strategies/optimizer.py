@@ -232,10 +232,11 @@ class RunOfElements:
 
 
 class ShardedOptimizer(PieceOptimizer):
-    """The optimizer of mesh.shard=2|3. It updates this rank's runs of elements (strategies/sharded.py)."""
+    """The optimizer of mesh.shard=2|3. It updates this rank's ranges of consecutive elements (strategies/sharded.py)."""
 
     def __init__(self, rule: UpdateRule, runs: Sequence[RunOfElements]) -> None:
-        """`runs`: this rank's elements, with at most one run of each parameter. Collective over rule.hidden.comm."""
+        """`runs`: the ranges of consecutive elements that this rank updates, at most one of each parameter. Collective
+        over rule.hidden.comm."""
         self.runs = runs
         self.state = [{key: torch.zeros_like(run.elements) for key in rule.states(run.name)} for run in runs]
         pieces, held = list[tuple[torch.nn.Parameter, bool, dict[str, Tensor]]](), list[HeldElements]()

@@ -41,7 +41,7 @@ MAX_RETURNS = 3  # most returns to the last checkpoint in one command; a machine
 
 
 class RunAttempts:
-    """Makes the attempts of a run on one rank. All ranks must make the same calls."""
+    """Starts the attempts of a run on one rank, and keeps the state between them. All ranks must make the same calls."""
 
     def __init__(self, config: Config, plan: RunPlan | None, world: MPI.Intracomm, crew: Crew | None) -> None:
         """`plan`: the plan of the run, or None on a replacement rank. `crew`: the facts that a replacement rank receives when it
@@ -128,8 +128,8 @@ class RunAttempts:
         if not self.replicas.order:
             raise MpidpError.on_every_rank(
                 f"{self.world.size} of {self.crew.full} ranks are left, but mesh.tp={mesh.tp} x mesh.pp={mesh.pp} needs "
-                f"{mesh.tp * mesh.pp} ranks, so the job ends. The same command resumes from the last checkpoint, also with other "
-                "values of mesh.* and with another number of ranks"
+                f"{mesh.tp * mesh.pp} ranks, so the job ends. To resume from the last checkpoint, run the command again. You may "
+                "change mesh.* and the number of ranks"
             )
         if mesh.tp * mesh.pp == 1 and self.plan is not None:
             self.world = self.plan.world

@@ -78,7 +78,7 @@ def test_a_token_that_other_merges_reach_is_rejected() -> None:
 
 
 @pytest.mark.parametrize(("change", "reason"), [
-    (lambda js: js["added_tokens"].append(js["added_tokens"][0] | {"content": "two", "special": False}), "added tokens"),
+    (lambda js: js["added_tokens"].append(js["added_tokens"][0] | {"content": "two", "special": False}), "added_tokens"),
     (lambda js: js["model"].update(dropout=0.1), "plain byte-level BPE"),
     (lambda js: js["model"].update(unknown=1), "plain byte-level BPE"),
     (lambda js: js.update(normalizer={"type": "NFC"}), "plain byte-level BPE"),

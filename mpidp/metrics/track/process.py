@@ -37,7 +37,7 @@ class Warnings:
     """Prints warnings on the standard error of the run, at most one of each kind."""
 
     def __init__(self, name: str, stream: Any, seconds: float) -> None:
-        """name: the tracker. stream: where warnings are printed. seconds: a call that takes longer causes a warning."""
+        """name: the name of the tracker. stream: the file for the warnings. seconds: the time limit of patience()."""
         self._name, self._stream, self._seconds, self._said = name, stream, seconds, set[str]()
 
     def say(self, kind: str, text: str) -> None:
@@ -48,7 +48,7 @@ class Warnings:
 
     @contextmanager
     def patience(self, what: str) -> Iterator[None]:
-        """Return a context. Warn if the code inside takes longer than the limit. what: a description of this code."""
+        """Return a context. Warn if the code inside takes longer than `seconds`. what: a description of this code."""
         text = f"{what} has not finished after {self._seconds:g} s"
         timer = threading.Timer(self._seconds, self.say, ("slow", text))
         timer.daemon = True

@@ -79,8 +79,9 @@ def loss_bytes(model: ModelSizes, shape: Shape, work: Work) -> float:
     """Return the peak number of bytes that the loss of a micro-batch takes on each rank of the last stage.
 
     If the loss is computed at once, the bytes are those of the log-probabilities, their gradients and the gradients of the
-    logits. If the loss is computed in chunks, they are those of the logits of one chunk, and of the gradients of the hidden
-    states and of the head. These two gradients are computed together with the loss, and scaled in backward. Pure.
+    logits. If the loss is computed in chunks, the gradients of the hidden states and of the head are computed together
+    with the loss. The bytes are then those of these gradients, plus the larger of two: the logits of one chunk, or the scaled
+    copies of these gradients that backward makes. Pure.
     """
     tokens, capped = work.micro_batch * model.seq_len, model.options.logit_cap > 0
     rows = chunk_rows(work.loss, model.shape, tokens)

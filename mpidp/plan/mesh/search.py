@@ -42,7 +42,7 @@ OF_PEAK = 0.5  # assumed fraction of the datasheet's FLOP/s
 
 
 def number(given: str, name: str) -> float:
-    """Return the number in a text such as 7b, 100m, 1.5k or 4e9. given: the text. name: the option. Errors name it. Raises
+    """Return the number in a text such as 7b, 100m, 1.5k or 4e9. given: the text. name: the option, as errors name it. Raises
     UsageError unless the number is above 0. Pure."""
     text = given.strip().lower()
     try:
@@ -262,9 +262,9 @@ def plan_mesh(
     if not rows:
         sliced = f" and {base.slices} (slices)" if base.slices > 1 else ""
         raise UsageError(
-            f"--ranks={ranks}: no mesh has this number of ranks, because tp must divide {model.num_kv_heads} (key-value heads)"
-            f"{sliced}, pp is at most {model.num_layers} (layers), and dp is at most {base.global_batch // min(micro)} "
-            "(micro-batches). Choose another number, or a larger --global-batch"
+            f"--ranks={ranks}: no mesh has this number of ranks (ranks = dp x pp x tp), because tp must divide "
+            f"{model.num_kv_heads} (key-value heads){sliced}, pp is at most {model.num_layers} (layers), and dp is at most "
+            f"{base.global_batch // min(micro)} (micro-batches). Choose another number, or a larger --global-batch"
         )
     fits = [row for row in rows if row.memory.total <= ROOM * limit]
     return {

@@ -29,7 +29,7 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class Learned:
-    """The number of steps in which a run reached a loss, and the batch and the gradient noise of the run."""
+    """The number of steps that a run needed to reach a loss, and the batch size and gradient noise scale of the run."""
 
     steps: float  # number of steps to reach the loss
     tokens_a_step: float  # batch size B
