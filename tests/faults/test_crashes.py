@@ -150,14 +150,14 @@ def test_a_crash_loop(place: Path, forks: Forks, whole_hash: str) -> None:
 
 def test_an_exception_while_the_parts_are_built(either: Shell) -> None:
     source = """
-import mpidp.runtime.command, mpidp.train, mpidp.training.build
+import mpidp.runtime.command, mpidp.train, mpidp.strategies.optimizer
 from mpi4py import MPI
-plain = mpidp.training.build.Optimizer
+plain = mpidp.strategies.optimizer.Optimizer
 def make(*words, **more):
     if MPI.COMM_WORLD.rank == 1:
         raise RuntimeError('the fault of this test')
     return plain(*words, **more)
-mpidp.training.build.Optimizer = make
+mpidp.strategies.optimizer.Optimizer = make
 """
     ended = either.run("-c", source + ENTER, "tiny.toml", ranks=2)
     assert ended.code == 1, ended

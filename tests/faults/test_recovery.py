@@ -142,7 +142,7 @@ def test_with_compression_they_go_on_with_what_they_hold(shell: Shell, undisturb
 
 
 PLACES = (  # in a recovery: its communications, and rank 0's files
-    "mpidp.training.recovery.make_topology", "mpidp.training.data_parallel.regroup", "mpidp.training.build.Optimizer",
+    "mpidp.training.recovery.make_topology", "mpidp.training.data_parallel.regroup", "mpidp.strategies.optimizer.Optimizer",
     "mpidp.training.services.open_heartbeat_board", "mpidp.training.recovery.committed",
     "mpidp.strategies.synchronous.Synchronous.resume_after_failure", "mpidp.training.run_record.MetricsFile",
     "mpidp.training.job.Loader",
@@ -241,14 +241,14 @@ def test_a_request_to_stop_after_a_recovery(shell: Shell, undisturbed: list[tupl
 
 
 BUILD = """
-import os, mpidp.runtime.command, mpidp.train, mpidp.training.build
+import os, mpidp.runtime.command, mpidp.train, mpidp.strategies.optimizer
 from mpi4py import MPI
-plain = mpidp.training.build.Optimizer
+plain = mpidp.strategies.optimizer.Optimizer
 def make(*words, **more):
     if MPI.COMM_WORLD.rank == 1:
         os.kill(os.getpid(), 9)
     return plain(*words, **more)
-mpidp.training.build.Optimizer = make
+mpidp.strategies.optimizer.Optimizer = make
 """
 
 

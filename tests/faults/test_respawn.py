@@ -133,8 +133,8 @@ mpidp.training.recovery.add_rank = add_rank
 PLACES = {  # and the number of ranks at the end
     ("mpidp.faults.respawn._broadcast", True): 3, ("mpidp.faults.respawn._bridge", False): 4,
     ("mpidp.faults.respawn._broadcast", False): 4,
-    ("mpidp.training.recovery.make_topology", True): 4, ("mpidp.training.build.Optimizer", True): 4,
-    ("mpidp.training.build.Optimizer", False): 4,
+    ("mpidp.training.recovery.make_topology", True): 4, ("mpidp.strategies.optimizer.Optimizer", True): 4,
+    ("mpidp.strategies.optimizer.Optimizer", False): 4,
     ("mpidp.strategies.synchronous.Synchronous.resume_with_new_ranks", False): 4,
     ("mpidp.strategies.synchronous.Synchronous.resume_with_new_ranks", True): 4,
     ("mpidp.training.run_record.MetricsFile", False): 4,
