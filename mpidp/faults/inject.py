@@ -143,12 +143,12 @@ class InjectedFaults(StepObserver):
             if sharded and fault.kind in ("wrong", "flip"):
                 raise UsageError.on_every_rank(
                     f"{VARIABLE}: {fault.word!r} is not possible with mesh.shard=2|3, because no two ranks hold the same state, "
-                    "and so no audit can find the fault: use mesh.shard=0"
+                    "and so no audit can find the fault. Use mesh.shard=0"
                 )
             if fault.kind in ("wrong", "nan") and not keeps_lanes:
                 raise UsageError.on_every_rank(
                     f"{VARIABLE}: {fault.word!r} changes the gradient of a lane, and only comm.reducer=tree keeps such "
-                    "gradients: use comm.reducer=tree with strategy.name=synchronous and comm.compress=none"
+                    "gradients. Use comm.reducer=tree with strategy.name=synchronous and comm.compress=none"
                 )
 
     def enter(self, step: int, phase: str) -> None:

@@ -153,7 +153,7 @@ class Engine:
             return nothing
         ends = self.stages is None or self.stages.is_last(pending.chunk)
         if self.stages is not None:
-            self.stages.v = pending.mb.v
+            self.stages.begin_backward(pending.mb.v)
         if self.stages is None or ends:
             (pending.output / self.nominal_tokens).backward()
         else:

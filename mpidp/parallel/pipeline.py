@@ -35,6 +35,10 @@ class Stages:
         """Return whether this chunk of this stage is the last of the model. Pure."""
         return self.last and chunk == self.chunks - 1
 
+    def begin_backward(self, v: int) -> None:
+        """Set the micro-batch of the current backward pass, for hooks that run in it (tied.py). Independent."""
+        self.v = v
+
     def receive(self, kind: int, v: int, shape: tuple[int, ...], chunk: int = 0) -> Tensor:
         """Receive a message of micro-batch `v` for chunk `chunk` of this stage. With kind FORWARD, it has the hidden states that
         the chunk takes as input. With kind BACKWARD, it has the gradient of the chunk's output. The result has the shape `shape`,

@@ -113,7 +113,6 @@ class SlicedBranch:
         joined: Tensor = _Joined.apply(tp, *parts)  # type: ignore[no-untyped-call]
         return joined
 
-
     def _compute(self, slices: Mapping[str, Sequence[Tensor]], inputs: Sequence[Tensor], args: tuple[Any, ...]) -> list[Tensor]:
         """Return the partial result of each slice. slices: the slices of each parameter, by name. inputs: a copy of the input for
         each slice. args: the layer's other arguments."""

@@ -21,6 +21,8 @@ def tie_micro_batches(model: Any, weight: Tensor, stages: Stages) -> None:
     its embedding or head. A previous call for this model has no effect anymore. Independent. Backward is then collective over
     the first and the last stage."""
 
+    # The message is addressed to chunk number `chunks` of the first stage, which does not exist. Its tag is the forward tag of
+    # chunk 0 and the next micro-batch. That tag is free, because chunk 0 of the first stage receives no hidden states.
     def send(grad: Tensor) -> Tensor:
         stages.send(FORWARD, stages.v, grad, stages.chunks - 1)
         return torch.zeros_like(grad)
