@@ -233,7 +233,7 @@ def test_faults_that_no_audit_can_find_are_refused(
         pytest.skip("needs two ranks")
     monkeypatch.setenv(VARIABLE, fault)
     for level in (2, 3):
-        with pytest.raises(UsageError, match=f"'{fault}' is not possible with mesh.shard=2.3.*no audit.*use mesh.shard=0"):
+        with pytest.raises(UsageError, match=f"'{fault}' is not possible with mesh.shard=2.3.*no audit.*Use mesh.shard=0"):
             train_at(2, tiny(corpus(shared_folder), shared_tmp / "run", **with_level(level)))
     assert not list(shared_tmp.glob("run/checkpoints/*"))
     monkeypatch.setenv(VARIABLE, "nan:1:2")
