@@ -102,8 +102,9 @@ class FilesystemStore:
     def _tag(self, found: dict[str, Any]) -> str:
         """Return the values that change when a file is replaced. `found`: fsspec's information about the file, whose keys depend
         on the protocol."""
-        keys = ("ETag", "etag", "generation", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
-        return "; ".join(str(found[key]) for key in keys if key in found)
+        keys = ("ETag", "etag", "generation", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created",
+                "blob_id", "xet_hash", "sha", "modify", "modificationTime")
+        return "; ".join(str(found[key]) for key in keys if found.get(key) is not None)
 
     def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
         try:

@@ -72,7 +72,7 @@ class WebStore:
         raise UsageError(f"{self.address}: nothing can be deleted on a web server")
 
     def _open(self, name: str, method: str, headers: dict[str, str]) -> Any:
-        url = urllib.parse.quote(self.address, SAFE) + "/" + urllib.parse.quote(name)
+        url = urllib.parse.quote(self.address.rstrip("/"), SAFE) + "/" + urllib.parse.quote(name)
         request = urllib.request.Request(url, method=method, headers={"User-Agent": "mpidp", **headers})
         if login := _login(urllib.parse.urlsplit(url).hostname or ""):
             request.add_unredirected_header("Authorization", login)  # the header is not sent to another host

@@ -201,6 +201,24 @@ def test_fsspec_filesystems(root: Path, tmp_path: Path) -> None:
         TokenStream("memory://held/none", cache=CacheOptions(str(tmp_path / "cache")))
 
 
+def test_a_filesystem_must_state_versions(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hugging Face Hub states the id of the content, but no time. Some filesystems state neither."""
+    fsspec = pytest.importorskip("fsspec")
+    memory, stated = fsspec.filesystem("memory"), {"blob_id": "1"}
+    memory.put(str(root / "d"), "/hub/d", recursive=True)
+    real = type(memory).info
+    monkeypatch.setattr(type(memory), "info", lambda *place, **options: {
+        key: value for key, value in real(*place, **options).items() if key != "created"} | stated)
+    far = TokenStream("memory://hub/d", cache=CacheOptions(str(tmp_path / "cache")))
+    assert np.array_equal(far.read(0, 10), TOKENS[:10])
+    stated["blob_id"] = "2"
+    with pytest.raises(DataError, match="it was replaced on the server"):
+        far.read(250_000, 10)
+    del stated["blob_id"]
+    with pytest.raises(DataError, match="index.json: the server states neither a version nor a time of modification"):
+        TokenStream("memory://hub/d", cache=CacheOptions(str(tmp_path / "cache")))
+
+
 def on_disk(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in (folder / "blocks").rglob("*") if path.is_file())
 
@@ -283,6 +301,7 @@ def test_names_with_spaces_and_letters_of_other_languages(root: Path, tmp_path: 
         for name in ("my shards/ä+b", "my%20shards/%C3%A4+b/"):
             stream = TokenStream(f"{server.address}/{name}", cache=CacheOptions(str(tmp_path / "cache"), 0.1, 5.0))
             assert np.array_equal(stream.read(0, 100), TokenStream(folder).read(0, 100))
+        assert not [path for _, path, _ in server.requests if "//" in path]  # an object store would not find such a name
 
 
 def test_messages_of_libraries_show_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
