@@ -64,6 +64,10 @@ def from_tokens(name: str, source: Path, out: Path, options: FromOptions) -> lis
     """
     options.check()
     name, kind = _format_of(name, source)
+    of_rows = {"--rows": options.rows != "auto", "--add-eod": options.add_eod, "--column": options.column}
+    if kind.documents != ROWS and (unused := [option for option, given in of_rows.items() if given]):
+        raise UsageError(f"{kind.what} files have no rows, so {', '.join(unused)} cannot be given. Formats with rows are "
+                         f"{', '.join(one for one, other in FORMATS.items() if other.documents == ROWS)}")
     encoder = ByteTokenizer() if options.tokenizer == "byte" else load_tokenizer(options.tokenizer, options.eod)
     ticker = Ticker("convert")
     try:

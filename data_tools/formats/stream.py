@@ -32,8 +32,9 @@ class SplitTokens:
         stream, window = self._stream, self._stream.index.window
         size = max(1, BLOCK_TOKENS // window) * window if window else BLOCK_TOKENS
         last = np.empty(0, stream.dtype)  # the last token before a block
-        for at in range(0, stream.num_tokens, size):
-            count = min(size, stream.num_tokens - at)
+        end = stream.num_tokens - (window > 0)
+        for at in range(0, end, size):
+            count = min(size, end - at)
             ids, mask, begins = stream.read(at, count), stream.read_mask(at, count), stream.read_starts(at, count)
             stream.check_ids(at, ids)
             begins[0] |= at == 0
@@ -64,8 +65,6 @@ def _without_fill(block: TokenBlock, eod: int) -> TokenBlock:
     document that follow another end-of-document token and are not in the loss."""
     ids, starts, mask = block.ids, block.starts, block.mask
     assert starts is not None
-    if not len(starts):  # the token after the last window
-        return TokenBlock(ids[:0], starts, None if mask is None else mask[:0])
     fill = ids == eod if mask is None else (ids == eod) & (mask == 0)
     fill[1:] &= ids[:-1] == eod
     fill[starts] = False

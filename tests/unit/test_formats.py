@@ -106,6 +106,18 @@ def test_loss_masks_come_back(name: str, rows: Path, tmp_path: Path) -> None:
         take(name, tmp_path / "it", tmp_path / "short", seq_len=12)
 
 
+def test_a_truncated_row_that_fills_the_last_window_keeps_its_length(tmp_path: Path) -> None:
+    """The token after the last window belongs to no row."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "long", "completion": "abcdefgh"}))
+    prepare(str(tmp_path / "a.jsonl"), "byte", tmp_path / "shards", 1, 0.0, form="prompt_completion", seq_len=8, truncate=True,
+            verbose=False)
+    to_tokens("datatrove", tmp_path / "shards", tmp_path / "it")
+    take("datatrove", tmp_path / "it", tmp_path / "back", seq_len=8)
+    take("datatrove", tmp_path / "it", tmp_path / "loose")
+    assert ids_of(tmp_path / "back") == ids_of(tmp_path / "shards") == [*b"longabcd", EOD]
+    assert ids_of(tmp_path / "loose") == [*b"longabcd"]
+
+
 @pytest.mark.parametrize("name", ["litdata", "mds"])
 def test_rows_in_several_files_come_back(
     name: str, shards: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -463,6 +475,13 @@ def test_mds_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
             take("mds", source, tmp_path / "out")
     take("mds", tmp_path / "b", tmp_path / "typed", dtype="uint16", rows="document")
     assert documents_of(tmp_path / "typed", "train") == [[1, 2, 3, 4]] * 2
+
+
+@pytest.mark.parametrize("options", [{"rows": "document"}, {"add_eod": True}, {"column": "ids"}])
+def test_options_of_rows_are_refused_for_formats_without_rows(options: dict[str, object], shards: Path, tmp_path: Path) -> None:
+    to_tokens("megatron", shards, tmp_path / "it")
+    with pytest.raises(UsageError, match="have no rows, so --(rows|add-eod|column) cannot be given. .* mds, litdata, hf"):
+        take("megatron", tmp_path / "it", tmp_path / "out", **options)
 
 
 def test_a_folder_of_another_format_is_named(tmp_path: Path, shards: Path) -> None:
