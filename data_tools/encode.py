@@ -167,7 +167,7 @@ def _tokens(row: TrainingRow, placed: Placed, encoder: Encoder) -> tuple[np.ndar
     for start, stop in row.spans:
         held = np.flatnonzero(placed.holds(start, stop))
         mask[held] = 1
-        after = held[-1:] + 1
+        after = int(held[-1]) + 1 if len(held) else int(np.searchsorted(placed.starts, start))  # an empty turn holds no token
         if row.unmarked and after < len(ids) and ids[after] in ends and not np.isin(ids[held], ends).any():
             mask[after] = 1  # the token that ends a turn, which this template writes only before another message
     if not len(ids) or ids[-1] != eod:

@@ -58,7 +58,7 @@ class Template:
     @cached_property
     def has_marks(self) -> bool:
         """True if the template marks the assistant's parts with {% generation %}."""
-        return re.search(r"\{%-?\s*generation\s*-?%\}", self.text) is not None
+        return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.text) is not None
 
     @cached_property
     def _compiled(self) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from mpidp.data.model_files import optional_object
@@ -32,13 +33,16 @@ def find_eod(vocab: Mapping[str, int], eod: str | int | None, declared: str | No
     raise DataError(f"the tokenizer has none of the usual end-of-document tokens ({', '.join(USUAL_EOD)}). Use --eod TOKEN")
 
 
-def eod_of_index(folder: Path) -> int | None:
-    """Return the end-of-document id in FOLDER/index.json. Return None if the file cannot be read or has no such id."""
-    try:
-        eod = json.loads((folder / "index.json").read_bytes()).get("eod")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
-    return eod if type(eod) is int else None
+def stored_eod(folder: Path) -> int | None:
+    """Return the end-of-document id that mpidp stored in a folder: `eod` in the index.json of shards, or else the first of `ends`
+    in the special_tokens.json of a run. Return None if neither file can be read and has such an id."""
+    for name, key in (("index.json", "eod"), ("special_tokens.json", "ends")):
+        with suppress(OSError, ValueError, AttributeError, RecursionError):
+            eod = json.loads((folder / name).read_bytes()).get(key)
+            eod = eod[0] if isinstance(eod, list) and eod else eod
+            if type(eod) is int:
+                return eod
+    return None
 
 
 def declared_eos(folder: Path) -> str | None:

@@ -32,7 +32,7 @@ class Placed:
 
     def holds(self, start: int, stop: int) -> np.ndarray:
         """Return bool (n,), true for each token that encodes at least one of the characters [start, stop). Pure."""
-        return (self.stops > start) & (self.starts < stop)
+        return (self.stops > start) & (self.starts < stop) & (start < stop)
 
 
 Encode = Callable[[str], Placed]

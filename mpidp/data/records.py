@@ -115,7 +115,9 @@ def _array(file: TextFile) -> Iterator[Found]:
     if reason:
         yield 1, None, f"begins as a JSON array, but is {reason}", False
         return
-    yield from ((number, value, "", replaced) for number, value in enumerate(found, 1))
+    exact = json.loads(raw.removeprefix(MARK).decode(errors="surrogateescape")) if replaced else found  # shows the replaced rows
+    for number, (value, given) in enumerate(zip(found, exact, strict=True), 1):
+        yield number, value, "", value != given
 
 
 def _table(file: TextFile) -> Iterator[Found]:

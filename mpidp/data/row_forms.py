@@ -93,7 +93,7 @@ def as_pair(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 def _refuse_unwanted(row: Mapping[str, Any]) -> None:
     """Raise RowSkipped if a field of the row says that the answer in this row is unwanted."""
-    if found := [key for key in UNWANTED if row.get(key) is False]:
+    if found := [key for key in UNWANTED if str(row.get(key)).lower() == "false"]:  # a .csv file has texts only
         raise RowSkipped("malformed", f"`{found[0]}` is false: the model should avoid this answer, so mpidp does not train on it")
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mpidp.data.batch_encoder import BatchEncoder
-from mpidp.data.end_of_document import USUAL_EOD, declared_eos, eod_of_index, find_eod
+from mpidp.data.end_of_document import USUAL_EOD, declared_eos, find_eod, stored_eod
 from mpidp.data.long_text import WINDOW, Placed, encode_pieces, joined
 from mpidp.errors import DataError, UsageError
 from mpidp.runtime.files import open_regular
@@ -195,9 +195,9 @@ def placed_without(library: Any, text: str, eod: int) -> Placed:
 def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
     """Load a tokenizer.json. `path`: the file, or a folder of shards or of a run that contains it. Independent.
 
-    `eod`: for Hugging Face files, the token that ends a document, or its id. If `eod` is None, the id in the folder's index.json
-    is used. If there is no index.json, find_eod() chooses the token. Raises DataError if the file is missing, malformed or too
-    large.
+    `eod`: for Hugging Face files, the token that ends a document, or its id. If `eod` is None, the id that the
+    shards or the run store is used. If none is stored, find_eod() chooses the token. Raises DataError if the file is missing,
+    malformed or too large.
     """
     path = Path(path)
     if path.is_dir():
@@ -207,7 +207,7 @@ def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
             data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
             raise DataError(f"larger than {MAX_FILE_BYTES} bytes, too large for a tokenizer")
-        eod = eod_of_index(path.parent) if eod is None else eod
+        eod = stored_eod(path.parent) if eod is None else eod
         return tokenizer_from_json(data.decode(), eod, declared_eos(path.parent) if eod is None else None)
     except OSError as error:
         raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; a tokenizer.json is needed") from None

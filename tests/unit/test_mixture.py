@@ -84,6 +84,13 @@ def test_validation_has_the_shares_too(sources: None, tmp_path: Path) -> None:
     assert (ids == ord("a")).sum() == pytest.approx((ids == ord("b")).sum(), abs=2 * 83)
 
 
+def test_repeated_documents_are_in_one_split_only(sources: None, tmp_path: Path) -> None:
+    write_lines(Path("d.jsonl"), [f"{i} " * 9 for i in range(60)])
+    prepare("d.jsonl", out="out", val_fraction=0.2, tokens=9000, repeat=True)
+    train, val = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "val")
+    assert len(train) > 2 * len(set(train)) and val and not set(train) & set(val)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.floats(0.01, 1)), min_size=1, max_size=4),
        st.integers(0, 3000), st.booleans())

@@ -171,6 +171,7 @@ def test_ids_and_masks_are_those_of_transformers(tmp_path: Path, name: str) -> N
     ({"prompt": [user("a")], "completion": [said("b")], "label": False}, "`label` is false: the model should avoid this answer"),
     ({"conversations": turns("a", "b"), "kto_tag": False}, "`kto_tag` is false: the model should avoid this answer"),
     ({"instruction": "a", "output": "b", "label": False}, "`label` is false: the model should avoid this answer"),
+    ({"instruction": "a", "output": "b", "label": "False"}, "`label` is false"),  # from a .csv file
 ])  # fmt: skip
 def test_a_row_that_has_no_messages_is_skipped_with_its_reason(row: dict[str, Any], words: str) -> None:
     with pytest.raises(RowSkipped, match=words):
@@ -181,6 +182,7 @@ def test_a_row_that_has_no_messages_is_skipped_with_its_reason(row: dict[str, An
     ({"messages": turns("a", "b")}, "needs --format chat"), ({"conversations": turns("a", "b")}, "needs --format chat"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "rows of preferences"),
     ({"prompt": "a", "completion": "b", "label": False}, "the model should avoid this answer"),
+    ({"prompt": "a", "completion": "b", "kto_tag": "false"}, "the model should avoid this answer"),
     ({"instruction": "a", "output": "b", "history": [["a", "b"]]}, "`history` needs --format chat"),
 ])  # fmt: skip
 def test_a_row_that_has_no_completion_is_skipped_with_its_reason(row: dict[str, Any], words: str) -> None:

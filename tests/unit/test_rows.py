@@ -100,6 +100,7 @@ def test_of_a_pair_the_completion_and_the_end_are_learned(tmp_path: Path) -> Non
     (STRICT, chat("one", "two", "three"), "u:one\na:two\nu:three\n$", "two\n"),  # after a turn without loss EOD has none
     (MARKED, chat("one", "two", "three", "four"), "u:one;a:two.;u:three;a:four.;$", "two.four.$"),
     (MARKED, chat("first", "then", first="assistant"), "a:first.;u:then;$", "first."),
+    (MARKED.replace("{% gen", "{%+ gen"), chat("one", "two"), "u:one;a:two.;$", "two.$"),
 ])  # fmt: skip
 def test_of_a_conversation_what_the_assistant_says_is_learned(
     tmp_path: Path, template: str, row: dict[str, Any], text: str, learned: str
@@ -232,6 +233,7 @@ def test_long_rows_may_be_cut(tmp_path: Path) -> None:
     ({"seq_len": 8}, UsageError, "--seq-len and --truncate"),
     ({"chat_template": "x"}, UsageError, "applies only to --format chat"),
     ({"repeat": True}, UsageError, "--repeat needs --tokens N"),
+    ({"repeat": True, "tokens": 9, "split": "text"}, UsageError, "--split text cannot be combined with --repeat"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], error: type, words: str

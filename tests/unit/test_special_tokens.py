@@ -123,6 +123,19 @@ def test_plain_tokenizers_have_no_file(tmp_path: Path) -> None:
     assert for_run(tmp_path / "out", load_tokenizer(tmp_path / "out")) == SpecialTokens(None, (0,))
 
 
+def test_the_tokenizer_of_shards_or_of_a_run_keeps_its_end_of_documents(tmp_path: Path) -> None:
+    folder, run = model_folder(tmp_path / "m", tokenizer_config__json={"eos_token": "<|im_end|>"}), tmp_path / "run"
+    (tmp_path / "a.txt").write_text("hello there\n" * 50)
+    index = prepare(str(tmp_path / "a.txt"), str(folder), tmp_path / "out", 1, eod="<|im_end|>")
+    assert index.eod != load_tokenizer(folder).eod
+    run.mkdir()
+    for name in ("tokenizer.json", "special_tokens.json"):
+        (run / name).write_bytes((tmp_path / "out" / name).read_bytes())
+    for given in (tmp_path / "out", run, run / "tokenizer.json"):
+        again = prepare(str(tmp_path / "a.txt"), str(given), tmp_path / "again", 1)
+        assert again.to_json() == index.to_json()
+
+
 def test_the_table_travels_to_shards_and_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = model_folder(tmp_path / "m", bos=True, tokenizer_config__json={"bos_token": "<s>", "eos_token": "<|im_end|>"},
                           chat_template__jinja=TEMPLATE)

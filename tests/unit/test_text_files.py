@@ -139,6 +139,13 @@ def test_a_damaged_array_is_malformed(tmp_path: Path) -> None:
     assert found == [] and counts.malformed == 1 and "begins as a JSON array" in counts.no_text()
 
 
+def test_bytes_of_an_array_that_are_not_utf8_concern_their_row_only(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'[{"text": "ra\xffw"}, {"text": "good"}, {"text": "\xef\xbf\xbd"}]')
+    found, counts = read(tmp_path / "a.json")
+    assert found == ["ra\ufffdw", "good", "\ufffd"] and counts.bad_utf8 == 1
+    assert read(tmp_path / "a.json", bad_utf8="skip")[0] == ["good", "\ufffd"]
+
+
 def test_a_list_per_line_is_malformed_and_no_array(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('[{"role": "user"}]\n' * 3)
     found, counts = read(tmp_path / "a.jsonl")

@@ -4,6 +4,7 @@ that have only tool calls are located."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,18 @@ def template(begin: str, end: str) -> str:
     return TURNS.replace("BEGIN", begin).replace("ENDING", end)
 
 
+def learned_of(tmp_path: Path, text: str, answers: list[str], more_ends: Sequence[int] = ()) -> str:
+    """Return the text of the tokens in the loss of a chat with two answers."""
+    folder = llama_like(tmp_path / "m")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, *more_ends]}))
+    (folder / "chat_template.jinja").write_text(text)
+    source = write(tmp_path / "a.jsonl", {"messages": [user("a"), said(answers[0]), user("b"), said(answers[1])]})
+    prepare(source, str(folder / "tokenizer.json"), tmp_path / "out", 1, 0.0, form="chat", seq_len=64)
+    tokenizer, [(ids, mask)] = load_tokenizer(folder), rows_of(tmp_path / "out")
+    pieces = ["</s>" if i == tokenizer.eod else tokenizer.decode([i]) for i, m in zip(ids, mask, strict=True) if m]
+    return "".join(pieces).replace(" ", "")  # the tokenizer puts a space before each text
+
+
 @pytest.mark.parametrize(("text", "more_ends", "learned"), [
     (template("", "{{ eos_token }}"), [], "yes</s>no</s>"),
     (template("", NOT_AFTER_THE_LAST), [], "yes</s>no</s>"),
@@ -40,14 +53,14 @@ def template(begin: str, end: str) -> str:
     (template("", "."), [], "yes.no.</s>"),
 ])  # fmt: skip
 def test_each_turn_ends_with_a_token_in_the_loss(tmp_path: Path, text: str, more_ends: list[int], learned: str) -> None:
-    folder = llama_like(tmp_path / "m")
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, *more_ends]}))
-    (folder / "chat_template.jinja").write_text(text)
-    source = write(tmp_path / "a.jsonl", {"messages": [user("a"), said("yes"), user("b"), said("no")]})
-    prepare(source, str(folder / "tokenizer.json"), tmp_path / "out", 1, 0.0, form="chat", seq_len=64)
-    tokenizer, [(ids, mask)] = load_tokenizer(folder), rows_of(tmp_path / "out")
-    pieces = ["</s>" if i == tokenizer.eod else tokenizer.decode([i]) for i, m in zip(ids, mask, strict=True) if m]
-    assert "".join(pieces).replace(" ", "") == learned  # the tokenizer puts a space before each text
+    assert learned_of(tmp_path, text, ["yes", "no"], more_ends) == learned
+
+
+@pytest.mark.parametrize(("end", "learned"), [
+    ("{{ eos_token }}", "</s>no</s>"), (NOT_AFTER_THE_LAST, "</s>no</s>"), ("", "no</s>"),
+])  # fmt: skip
+def test_of_an_empty_answer_the_end_is_learned(tmp_path: Path, end: str, learned: str) -> None:
+    assert learned_of(tmp_path, template("", end), ["", "no"]) == learned
 
 
 def test_the_end_of_a_completion_is_learned_although_an_end_is_inside(tmp_path: Path) -> None:
