@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from data_tools.formats.blocks import SourcePart
@@ -63,9 +65,25 @@ def folders_with_index(
 
 def visible(source: Path, *patterns: str) -> list[Path]:
     """Return the sorted files in a folder, and in the folders below it, whose names match one of the patterns. Hidden files and
-    the files in hidden folders are left out. Independent."""
-    return sorted({path for pattern in patterns for path in source.rglob(pattern)
-                   if path.is_file() and not any(part.startswith(".") for part in path.relative_to(source).parts)})
+    the files in hidden folders are left out. Links to folders are followed last, and each folder is read once. A link to a folder
+    that contains `source` is not followed. Independent."""
+    seen, found, starts = {_identity(folder) for folder in source.resolve().parents}, set[Path](), [source]
+    for start in starts:  # the loop appends to this list
+        for folder, folders, names in os.walk(start):
+            if _identity(folder) in seen:
+                folders.clear()
+                continue
+            seen.add(_identity(folder))
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            starts += sorted(path for name in folders if (path := Path(folder, name)).is_symlink())
+            shown = [name for name in names if not name.startswith(".")]
+            found |= {Path(folder, name) for name in shown if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    return sorted(path for path in found if path.is_file())
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    about = os.stat(folder)
+    return about.st_dev, about.st_ino
 
 
 def files_in(source: Path, *patterns: str) -> list[Path]:

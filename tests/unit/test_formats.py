@@ -523,6 +523,18 @@ def test_a_split_for_tests_is_left_out(tmp_path: Path) -> None:
     assert ids_of(tmp_path / "out") == [1, EOD] and documents_of(tmp_path / "out", "val") == [[2, EOD]]
 
 
+def test_linked_folders_are_read_once(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "train").mkdir(parents=True)
+    (tmp_path / "far").mkdir()
+    parquet(source / "train/a.parquet", input_ids=[[1, EOD]])
+    parquet(tmp_path / "far/b.parquet", input_ids=[[2, EOD]])
+    for name, target in (("more", tmp_path / "far"), ("again", source / "train"), ("up", tmp_path)):
+        (source / name).symlink_to(target)
+    take("auto", source, tmp_path / "out")
+    assert ids_of(tmp_path / "out") == [2, EOD, 1, EOD]
+
+
 def test_what_headerless_files_cannot_store_is_said(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", input_ids=[[1, 2], [3, EOD, 4, EOD], [5, EOD]])
     take("hf", tmp_path, tmp_path / "shards")
