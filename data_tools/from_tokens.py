@@ -178,8 +178,10 @@ def _find_documents(
     size = f"{next(iter(lengths)):,} tokens" if len(lengths) == 1 else "different lengths"
     remarks = [f"rows of {size} were joined, and documents end with the token id {encoder.eod}. If each row is a document, "
                "give --rows document"] * joined
-    return remarks + [f"documents begin with the token id {encoder.eod}. If they end with it, give --eod-at end"] * first + alone(
-        used, encoder.eod)
+    packed = ". The model does not learn this token, because the first token of a packed document is not in the loss" * (
+        options.seq_len > 0)
+    told = f"documents begin with the token id {encoder.eod}{packed}. If they end with it, give --eod-at end"
+    return remarks + [told] * first + alone(used, encoder.eod)
 
 
 def _streams(writers: dict[str, BlockWriter], encoder: Tokenizer, options: FromOptions) -> dict[str, Tokens]:

@@ -203,6 +203,7 @@ def test_llmc(tmp_path: Path, first: int, version: int, dtype: str) -> None:
     assert said[-1] == f"documents begin with the token id {EOD}. If they end with it, give --eod-at end"
     assert documents_of(tmp_path / "out", "train") == [[3], [EOD, 4, 5, 6], [EOD, 7]]
     assert documents_of(tmp_path / "out", "val") == [[EOD, 1, 2]]
+    assert "The model does not learn this token" in take("llmc", tmp_path, tmp_path / "packed", seq_len=4)[-1]
     take("llmc", tmp_path, tmp_path / "other", eod_at="end")
     assert documents_of(tmp_path / "other", "train") == [[3, EOD], [4, 5, 6, EOD], [7]]
     wrong = [("states 9 tokens", [1, 2], 9, (first, version)), ("version 5", [1], 1, (first, 5)),
