@@ -22,7 +22,7 @@ from typing import Any, cast
 from mpi4py import MPI
 
 from mpidp.checkpoint.manifest import committed
-from mpidp.errors import Damaged, MpidpError
+from mpidp.errors import Damaged, DataError, MpidpError
 from mpidp.faults.respawn import add_rank
 from mpidp.faults.stop import StopRequest
 from mpidp.parallel.grid import Grid, divide, whole
@@ -52,6 +52,7 @@ class Crew:
     attempts: int = 0  # number of attempts to start new ranks at this step
     returns: int = 0  # number of returns to the last checkpoint
     events: list[dict[str, Any]] = field(default_factory=list)  # the lines in metrics.jsonl about returns to the last checkpoint
+    data: str = ""  # the sha256 of the data's index.json
 
     def lacks(self, size: int) -> bool:
         """Return whether a job of `size` ranks needs replacement ranks. Independent."""
@@ -134,11 +135,16 @@ def regroup(
 
 
 def _planned(plan: RunPlan | None, grid: Grid, crew: Crew) -> RunPlan:
-    """Return the plan for the ranks of `grid`. Collective over grid.world."""
+    """Return the plan for the ranks of `grid`. Raises DataError if the data is not the data of the run. Collective over
+    grid.world."""
     known = all(grid.world.allgather(plan is not None))
     if plan is not None and known:
         return replace(plan, grid=grid)
-    return replace(make_plan(crew.config, grid), automatic=crew.automatic)
+    made = replace(make_plan(crew.config, grid), automatic=crew.automatic)
+    if made.training.index_sha256 != crew.data:
+        raise DataError.on_every_rank(f"{crew.config.data.path} was replaced during the run, so no new rank can join. Restore "
+                                      "these shards. Then the same command resumes the run")
+    return made
 
 
 def rebuild(build: Build, plan: RunPlan, before: Job, found: Replicas, failed_at: float) -> tuple[Job, dict[str, Any]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from mpidp.errors import DataError
 from mpidp.faults import respawn
 from mpidp.runtime import command
 from mpidp.runtime.environment import is_replacement_rank
@@ -60,3 +62,18 @@ def test_three_attempts_at_a_step() -> None:
 def test_three_attempts_without_a_state() -> None:
     crew = recovery.Crew(None, frozenset(), full=4, number=4, respawn=True)
     assert [recovery.must_grow(crew, 1, None) for _ in range(4)] == [True, True, True, False]
+
+
+@dataclass
+class Plan:
+    training: Any
+    automatic: frozenset[str] = frozenset()
+
+
+def test_new_ranks_do_not_join_on_other_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "make_plan", lambda config, grid: Plan(SimpleNamespace(index_sha256="now")))
+    grid: Any = SimpleNamespace(world=SimpleNamespace(allgather=lambda value: [value, False]))
+    config = SimpleNamespace(data=SimpleNamespace(path="shards/mine"))
+    assert recovery._planned(None, grid, recovery.Crew(config, frozenset("a"), 4, 4, True, data="now")).automatic == {"a"}
+    with pytest.raises(DataError, match="shards/mine was replaced during the run, so no new rank can join"):
+        recovery._planned(None, grid, recovery.Crew(config, frozenset(), 4, 4, True, data="before"))
