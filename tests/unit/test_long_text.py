@@ -133,6 +133,11 @@ def test_texts_without_any_place_to_cut_are_cut_all_the_same(monkeypatch: pytest
     assert len(np.concatenate(list(tokenizer.encode_pieces(["q" * 5000])))) >= 1
 
 
+def test_an_empty_range_holds_no_token() -> None:
+    placed = long_text.Placed(np.array([7]), np.array([0]), np.array([4]))
+    assert [placed.holds(*place).tolist() for place in ((2, 3), (2, 2), (0, 0), (4, 4))] == [[True], [False], [False], [False]]
+
+
 @pytest.mark.parametrize("small", [ByteTokenizer(), CharTokenizer("ab \n")], ids=["byte", "char"])
 def test_small_tokenizers(small: Tokenizer) -> None:
     text = "ab a\nb" * 500
