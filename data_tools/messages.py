@@ -8,7 +8,7 @@ from typing import Any
 
 from mpidp.data.chat_template import BEGIN, END, REASONING, Template
 from mpidp.data.row_fields import RowSkipped, describe, field_of, objects_of
-from mpidp.data.row_forms import as_messages, unknown_form
+from mpidp.data.row_forms import MEDIA, as_messages, unknown_form
 
 ROW_KEYS = frozenset({"messages", "tools", "documents", "chat_template_kwargs"})
 PAIR = ("prompt", "completion")  # a row may have two lists of messages with these names in place of `messages`
@@ -104,6 +104,9 @@ def _check(message: Any) -> None:
     if content is None and not any(message.get(key) for key in WITHOUT_CONTENT):
         raise RowSkipped("malformed", "a message without `content`, and without `tool_calls`")
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        kinds = [str(part.get("type")) for part in content]
+        if media := [kind for kind in kinds if any(word in kind for word in MEDIA)]:
+            raise RowSkipped("malformed", f"a message has a part of type `{media[0]:.40}`, but mpidp trains on text only")
         return
     if content is not None and not isinstance(content, str):
         raise RowSkipped("malformed", f"a message whose `content` is {describe(content)}, not a string or a list of parts")

@@ -57,7 +57,7 @@ def chat(*said: str, first: str = "user") -> dict[str, Any]:
     return {"messages": [{"role": roles[i % 2], "content": words} for i, words in enumerate(said)]}
 
 
-def user(words: str) -> dict[str, Any]:
+def user(words: Any) -> dict[str, Any]:
     return {"role": "user", "content": words}
 
 
@@ -176,6 +176,8 @@ def test_ids_know_their_characters(tokenizer: Tokenizer) -> None:
     ("chat", {"messages": 3}, "malformed", "`messages` is a number, not a list"),
     ("chat", {"messages": [{"content": "a"}]}, "malformed", "without a string field `role`"),
     ("chat", {"messages": [{"role": "user", "content": 3}]}, "malformed", "whose `content` is a number"),
+    ("chat", {"messages": [user([{"type": "image_url"}, {"type": "text", "text": "a"}]), said("b")]}, "malformed",
+     "a part of type `image_url`, but mpidp trains on text only"),
     ("chat", chat("a", "b") | {"tools": "[{"}, "malformed", "`tools` is a string that is not JSON"),
     ("chat", chat("a", "b") | {"tools": [3]}, "malformed", "`tools` is not a list of objects"),
     ("chat", chat("a", "b") | {"chat_template_kwargs": []}, "malformed", "`chat_template_kwargs` is a list, not an object"),
