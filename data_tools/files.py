@@ -148,10 +148,14 @@ def _text_files(folder: str, names: list[str]) -> list[str]:
         return [name for name in names if name not in ABOUT and not fnmatch(name, CACHED)]
     try:
         with open_regular(path) as file:
-            listed = [str(one["filename"]) for one in parse_json(file.read(MAX_STATE_BYTES))["_data_files"]]
+            state = parse_json(file.read(MAX_STATE_BYTES))
+        listed, selects = [str(one["filename"]) for one in state["_data_files"]], bool(state.get("_indices_data_files"))
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{path} does not list the files of a dataset of Hugging Face. Restore this file, or remove it to "
                         "read all files of the folder") from None
+    if selects:
+        raise DataError(f"{folder}: an old version of datasets saved this folder with a table of indices, which mpidp does not "
+                        "apply. Load the dataset, call flatten_indices(), and save it again")
     if missing := [name for name in listed if name not in names]:
         raise DataError(f"{os.path.join(folder, missing[0])} is missing, but {SAVED} lists it: copy the whole folder")
     return [name for name in names if name in listed or not name.endswith(".arrow") and name not in ABOUT]

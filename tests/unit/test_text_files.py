@@ -203,6 +203,10 @@ def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
     state = {"_data_files": [{"filename": "data-0.arrow"}, {"filename": "data-1.arrow"}]}
     (tmp_path / "state.json").write_text(json.dumps(state))
     assert [f.name for f in find_files(str(tmp_path), tmp_path / "out")[0]] == ["data-0.arrow", "data-1.arrow"]
+    (tmp_path / "state.json").write_text(json.dumps(state | {"_indices_data_files": [{"filename": "indices.arrow"}]}))
+    with pytest.raises(DataError, match="saved this folder with a table of indices"):
+        find_files(str(tmp_path), tmp_path / "out")
+    (tmp_path / "state.json").write_text(json.dumps(state))
     (tmp_path / "data-1.arrow").unlink()
     with pytest.raises(DataError, match="data-1.arrow is missing, but state.json lists it"):
         find_files(str(tmp_path), tmp_path / "out")
