@@ -82,6 +82,8 @@ class Loaded:
                 FORWARD, 0, (*tokens.shape, self.model.shape.model_dim)
             )
             outputs: Tensor = self.model(inputs) if caches is None else self.model(inputs, caches=caches)
+            if getattr(self.model, "defers_head", False):  # a model in training whose loss is computed in chunks
+                outputs = self.model.deferred_logits(outputs)
         if stages is None or stages.last:
             return outputs
         stages.send(FORWARD, 0, outputs)

@@ -23,6 +23,7 @@ from mpidp.inference.detokenize import detokenizer_of
 from mpidp.inference.loading import Loaded
 from mpidp.inference.rows import read_prompts, read_rows
 from mpidp.inference.sampling import Sampling, nucleus, seed_of
+from mpidp.inference.scoring import row_scores
 from mpidp.inference.speech import StreamedText
 from mpidp.model.cache import Cache, joined
 from mpidp.model.joint_cache import join
@@ -195,6 +196,18 @@ def test_a_row_alone_has_the_bits_that_it_has_among_others() -> None:
 
 def softmax(*logits: float) -> Tensor:
     return torch.softmax(torch.tensor(logits), dim=0)
+
+
+def test_a_loss_in_chunks_changes_no_score_and_no_text() -> None:
+    """train.eval_tasks uses the model of the training, which then returns hidden states."""
+    model = loaded(logit_cap=4.0, logit_scale=0.5)
+
+    def computed() -> Any:
+        return row_scores(model, [(ids(9, 1), 4), (ids(20, 2), 7)]), grown(model, [ids(5), ids(11, 3)], 9)
+
+    wanted = computed()
+    model.model.defer_head()
+    assert computed() == wanted
 
 
 @pytest.mark.parametrize("top_p", [0.01, 0.3, 0.5, 0.77, 0.9, 0.999, 1.0])
