@@ -194,6 +194,17 @@ def test_a_row_alone_has_the_bits_that_it_has_among_others() -> None:
     torch.testing.assert_close(together, plain.blocks["0"].feed_forward(hidden))
 
 
+def test_a_layer_of_an_own_model_keeps_its_forward() -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    layer, x = Doubled(4, 3), torch.randn(2, 1, 4)
+    wanted = layer(x)
+    by_rows(torch.nn.Sequential(layer))
+    assert torch.equal(layer(x), wanted)
+
+
 def softmax(*logits: float) -> Tensor:
     return torch.softmax(torch.tensor(logits), dim=0)
 
@@ -382,6 +393,7 @@ def test_wrong_options_of_generate(words: list[str], said: str) -> None:
 
 @pytest.mark.parametrize(("words", "said"), [
     (["--text=a", "--choices=b"], "only one of them"), (["--stride=3"], "--stride"), (["--text=a", "--stride=-1"], "--stride"),
+    (["--text=a", "--system=b"], "--system works only with --tasks"),
 ])
 def test_wrong_options_of_evaluate(words: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
