@@ -21,7 +21,9 @@ def by_rows(model: nn.Module) -> None:
     compute something else. Independent.
     """
     for module in model.modules():
-        if type(module) not in (nn.Linear, Linear, OutputLinear) or module.weight.device.type != "cpu":
+        if not isinstance(module, nn.Linear) or module.weight.device.type != "cpu":
+            continue
+        if type(module) not in (nn.Linear, Linear, OutputLinear):
             continue
         if "forward" not in vars(module):
             bias = None if isinstance(module, OutputLinear) else module.bias

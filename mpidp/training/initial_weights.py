@@ -131,8 +131,8 @@ class Origin:
         return replace(self, weights_sha256=found)
 
     def keep(self, run_dir: Path, used: bytes) -> None:
-        """Write RUN/init.json, and copy the source's companion files (hf/companions.py) to the folder RUN/hf. `used`: the tokenizer
-        of the data. If it has added tokens, other files of the source's tokenizer are not copied. Independent."""
+        """Write RUN/init.json, and copy the source's companion files (hf/companions.py) to the folder RUN/hf. `used`: the data's
+        tokenizer. If it has added tokens, other files of the source's tokenizer are not copied. Independent."""
         if self.come_along:
             shutil.rmtree(run_dir / "hf", ignore_errors=True)
             (run_dir / "hf").mkdir()
