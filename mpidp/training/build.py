@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import cast
 
 import torch
@@ -19,9 +21,9 @@ from mpidp.faults.inject import InjectedFaults
 from mpidp.faults.run_lock import RunLock
 from mpidp.model.hidden import hidden_by_name, hidden_of_own
 from mpidp.model.shape import CustomShape
-from mpidp.parallel.engine import Engine
+from mpidp.parallel.engine import Engine, Tie
 from mpidp.parallel.pipeline import Stages
-from mpidp.parallel.tied import tie_micro_batches
+from mpidp.parallel.tied import tie_micro_batch
 from mpidp.parallel.whole_matrices import Hidden
 from mpidp.reducers import overlap
 from mpidp.reducers.tree import Tree
@@ -142,13 +144,12 @@ def make_engine(plan: RunPlan, model: TrainedModel, transport: Messages, strateg
     """Make the engine, which runs forward and backward passes. Collective over plan.grid.pp."""
     config, grid, part = plan.config, plan.grid, model.parts.part
     stages = Stages(grid, transport, plan.device, config.mesh.interleave) if grid.pp.size > 1 else None
-    for name, p in model.named if stages is not None and config.model.slices > 1 else ():
-        if name == model.parts.tied_name:
-            tie_micro_batches(model.module, p, cast(Stages, stages))
+    tied = dict(model.named).get(model.parts.tied_name) if config.model.slices > 1 else None
+    tie: Tie = nullcontext if tied is None or stages is None else partial(tie_micro_batch, tied, stages)
     return Engine(
         model.module, plan.device, getattr(torch, config.train.dtype), config.train.seed, plan.shape.dropout,
         config.train.global_batch * config.model.seq_len, stages, model.token_losses, part.has_head and grid.tp.rank == 0,
-        services.observers, strategy.fill,
+        services.observers, strategy.fill, tie,
     )
 
 

@@ -186,6 +186,16 @@ def test_no_part_of_a_job_is_changed_from_outside(name: str) -> None:
             assert held.lstrip("_") not in PARTS or not isinstance(target.ctx, ast.Store), f"{name}:{node.lineno}"
 
 
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_nobody_assigns_attributes_of_imported_objects(name: str) -> None:
+    tree = ast.parse(FILES[name].read_text())
+    froms = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith(("mpidp", "data_"))]
+    imported = {alias.asname or alias.name for node in froms for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name):
+            assert node.value.id not in imported, f"{name}:{node.lineno}"
+
+
 def test_one_class_name_has_one_meaning() -> None:
     places: dict[str, list[str]] = {}
     for name in FILES:
