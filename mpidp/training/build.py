@@ -16,6 +16,7 @@ from mpidp.checkpoint.saver import Saver
 from mpidp.comm.nccl import open_transport
 from mpidp.comm.transport import Messages
 from mpidp.config.defaults import kind
+from mpidp.config.rules import RULES
 from mpidp.faults.audit import Audit
 from mpidp.faults.inject import InjectedFaults
 from mpidp.faults.run_lock import RunLock
@@ -67,7 +68,9 @@ def build(
         plan, transport, sum(p.numel() for _, p in model.named), services.observers, model.parts,
         services.faults.changes_gradients, None if before is None else (before.strategy.group, before.strategy.one_copy),
     )
-    services.faults.check(memory.level >= 2 or isinstance(memory.reducer, Tree), memory.level >= 2)
+    settings = plan.config.flat()
+    unaudited = [f"{rule.one}: {rule.why}" for rule in RULES if rule.other == "train.audit_every" and rule.has_one(settings)]
+    services.faults.check(memory.level >= 2 or isinstance(memory.reducer, Tree), *unaudited[:1])
     strategy = make_strategy(plan, model, memory, before)
     engine = make_engine(plan, model, transport, strategy, services)
     saver = make_saver(plan, model, strategy, lock)
@@ -76,7 +79,7 @@ def build(
     )
     train = plan.config.train
     audit = Audit(plan.grid, train.audit_every, memory.replicas, strategy.buffer, strategy.flats(), model.parts.part.is_cut)
-    schedule = schedule_of(plan.config.flat())
+    schedule = schedule_of(settings)
     evaluation = TaskEvaluation(plan, model.module, services.observers, tasks) if train.eval_tasks else None
     return Job(
         plan, model.parts, engine, strategy, memory, transport, audit, schedule, saver, services, record, state, evaluation
