@@ -53,7 +53,7 @@ NO_TORCH = {
     "mpidp.runtime.options", "mpidp.report",
     "mpidp.config.settings", "mpidp.config.schema", "mpidp.config.rules", "mpidp.config.defaults", "mpidp.config.command_line",
     "mpidp.data.lanes", "mpidp.data.permutation", "mpidp.data.sampler", "mpidp.reducers.tree_order", "mpidp.parallel.schedule",
-    "mpidp.model.shape", "mpidp.model.part", "mpidp.model.loss_chunks",
+    "mpidp.model.shape", "mpidp.model.part", "mpidp.model.loss_chunks", "mpidp.model.adapter_sizes",
     "mpidp.faults.inject", "mpidp.faults.heartbeat", "mpidp.faults.watchdog",
     "mpidp.faults.stop", "mpidp.faults.restarts", "mpidp.metrics.clock", "mpidp.metrics.jsonl", "mpidp.metrics.progress",
     "mpidp.metrics.energy", "mpidp.metrics.gradient_noise", "mpidp.strategies.quorum_rounds", "mpidp.strategies.arrivals",
