@@ -38,10 +38,9 @@ def stored_eod(folder: Path) -> int | None:
     in the special_tokens.json of a run. Return None if neither file can be read and has such an id."""
     for name, key in (("index.json", "eod"), ("special_tokens.json", "ends")):
         with suppress(OSError, ValueError, AttributeError, RecursionError):
-            eod = json.loads((folder / name).read_bytes()).get(key)
-            eod = eod[0] if isinstance(eod, list) and eod else eod
-            if type(eod) is int:
-                return eod
+            found = json.loads((folder / name).read_bytes()).get(key)
+            if ids := [one for one in (found if isinstance(found, list) else [found])[:1] if type(one) is int]:
+                return ids[0]
     return None
 
 

@@ -116,8 +116,7 @@ def _array(file: TextFile) -> Iterator[Found]:
         yield 1, None, f"begins as a JSON array, but is {reason}", False
         return
     exact = json.loads(raw.removeprefix(MARK).decode(errors="surrogateescape")) if replaced else found  # shows the replaced rows
-    for number, (value, given) in enumerate(zip(found, exact, strict=True), 1):
-        yield number, value, "", value != given
+    yield from ((n, value, "", value != given) for n, (value, given) in enumerate(zip(found, exact, strict=True), 1))
 
 
 def _table(file: TextFile) -> Iterator[Found]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import IO, Any
 
 from mpidp.errors import DataError, UsageError
@@ -81,20 +82,16 @@ class FilesystemStore:
 
     def names(self, folder: str) -> list[str]:
         """See Store. Independent."""
-        try:
-            found = self._ask("find", self._path(folder))
-        except Missing:
-            return []
         root = self._root.rstrip("/") + "/"
-        return sorted(path.removeprefix(root) for path in found)
+        with suppress(Missing):
+            return sorted(path.removeprefix(root) for path in self._ask("find", self._path(folder)))
+        return []
 
     def delete(self, names: Iterable[str]) -> None:
         """See Store. Independent."""
         for name in names:
-            try:
+            with suppress(Missing):
                 self._ask("rm_file", self._path(name))
-            except Missing:
-                continue
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
@@ -102,9 +99,8 @@ class FilesystemStore:
     def _tag(self, found: dict[str, Any]) -> str:
         """Return the values that change when a file is replaced. `found`: fsspec's information about the file, whose keys depend
         on the protocol."""
-        keys = ("ETag", "etag", "generation", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created",
-                "blob_id", "xet_hash", "sha", "modify", "modificationTime")
-        return "; ".join(str(found[key]) for key in keys if found.get(key) is not None)
+        keys = "ETag etag generation md5Hash content_md5 LastModified last_modified mtime created blob_id modify modificationTime"
+        return "; ".join(str(found[key]) for key in keys.split() if found.get(key) is not None)
 
     def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
         try:

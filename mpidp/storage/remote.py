@@ -92,10 +92,8 @@ class RemoteFolder:
         self._retries.report_waits(on_wait)
 
     def _version(self, name: str) -> Version:
-        version = self._retries.call(self.path / name, lambda: self._store.version(name))
-        if not version.tag:
-            raise DataError(f"{self.path / name}: the server states neither a version nor a time of modification, so mpidp could "
-                            "not detect that the file was replaced. Copy the shards to a local folder or to S3")
+        if not (version := self._retries.call(self.path / name, lambda: self._store.version(name))).tag:
+            raise DataError(f"{self.path / name}: the server states no version or time of modification. Copy the shards to disk")
         return version
 
     def _fetch_small_files(self) -> Path:

@@ -27,7 +27,6 @@ class Retries:
         """`seconds`: the time limit for repeating a failed request. `setting`: the setting that has this limit. Errors name
         it."""
         self.seconds, self._setting = seconds, setting
-        self.failures = 0  # number of failed tries
         self._answered = False
         self._warned_at = -QUIET_SECONDS
         self._on_wait: Callable[[], None] = lambda: None
@@ -57,7 +56,6 @@ class Retries:
                 raise DataError(f"{where}: {without_secrets(str(error))}") from None
             except Unreachable as error:
                 tries, reason = tries + 1, without_secrets(str(error))
-                self.failures += 1
             else:
                 self._answered = True
                 self._on_wait()

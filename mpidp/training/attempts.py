@@ -67,8 +67,8 @@ class RunAttempts:
                 most = math.inf if config.faults.respawn else world.size  # replacement ranks get higher numbers
                 self.faults: InjectedFaults = faults_from_environment(self.number, size=most)
                 self.lock = RunLock(plan.run_dir) if world.rank == 0 else None
-            self.crew = Crew(
-                plan.config, plan.automatic, world.size, world.size, config.faults.respawn, data=plan.training.index_sha256)
+            self.crew = Crew(plan.config, plan.automatic, world.size, world.size, config.faults.respawn)
+            self.crew.data = plan.training.index_sha256
         else:
             self.crew, self.number, crew.number = crew, crew.number, crew.number + 1
             # the event is recorded only if all ranks with the state have failed

@@ -48,11 +48,11 @@ class Crew:
     full: int  # number of ranks at the start
     number: int  # number of the next new rank: a number is never used again
     respawn: bool  # whether failed ranks may still be replaced
+    data: str = ""  # the sha256 of the data's index.json
     step: int = -1  # the last step at which new ranks were started
     attempts: int = 0  # number of attempts to start new ranks at this step
     returns: int = 0  # number of returns to the last checkpoint
     events: list[dict[str, Any]] = field(default_factory=list)  # the lines in metrics.jsonl about returns to the last checkpoint
-    data: str = ""  # the sha256 of the data's index.json
 
     def lacks(self, size: int) -> bool:
         """Return whether a job of `size` ranks needs replacement ranks. Independent."""
@@ -142,8 +142,7 @@ def _planned(plan: RunPlan | None, grid: Grid, crew: Crew) -> RunPlan:
         return replace(plan, grid=grid)
     made = replace(make_plan(crew.config, grid), automatic=crew.automatic)
     if made.training.index_sha256 != crew.data:
-        raise DataError.on_every_rank(f"{crew.config.data.path} was replaced during the run, so no new rank can join. Restore "
-                                      "these shards. Then the same command resumes the run")
+        raise DataError.on_every_rank(f"{crew.config.data.path} was replaced during the run, so no new rank can join. Restore it")
     return made
 
 

@@ -74,6 +74,6 @@ def test_new_ranks_do_not_join_on_other_data(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(recovery, "make_plan", lambda config, grid: Plan(SimpleNamespace(index_sha256="now")))
     grid: Any = SimpleNamespace(world=SimpleNamespace(allgather=lambda value: [value, False]))
     config = SimpleNamespace(data=SimpleNamespace(path="shards/mine"))
-    assert recovery._planned(None, grid, recovery.Crew(config, frozenset("a"), 4, 4, True, data="now")).automatic == {"a"}
+    assert recovery._planned(None, grid, recovery.Crew(config, frozenset("a"), 4, 4, True, "now")).automatic == {"a"}
     with pytest.raises(DataError, match="shards/mine was replaced during the run, so no new rank can join"):
-        recovery._planned(None, grid, recovery.Crew(config, frozenset(), 4, 4, True, data="before"))
+        recovery._planned(None, grid, recovery.Crew(config, frozenset(), 4, 4, True, "before"))

@@ -215,7 +215,7 @@ def test_a_filesystem_must_state_versions(root: Path, tmp_path: Path, monkeypatc
     with pytest.raises(DataError, match="it was replaced on the server"):
         far.read(250_000, 10)
     del stated["blob_id"]
-    with pytest.raises(DataError, match="index.json: the server states neither a version nor a time of modification"):
+    with pytest.raises(DataError, match="index.json: the server states no version or time of modification"):
         TokenStream("memory://hub/d", cache=CacheOptions(str(tmp_path / "cache")))
 
 
