@@ -34,6 +34,7 @@ class Progress:
         self._last = 0.0
         self._began = time.perf_counter()
         self._first_step: int | None = None
+        self._tokens = 0  # tokens of the last record
         self._status: Any = None
         if active and sys.stdout.isatty() and not launched_size():  # Open MPI gives each rank its own terminal
             from rich.console import Console
@@ -49,6 +50,8 @@ class Progress:
         """Print the record of a step. Do nothing if the last output is less than three seconds old, unless this is the last
         step."""
         step = int(record["step"])
+        where = "" if record["tokens"] > self._tokens else " on rank 0"  # between two meetings, tokens do not grow
+        self._tokens = record["tokens"]
         now = time.perf_counter()
         if self._first_step is None:
             self._first_step, self._began = step, now
@@ -61,7 +64,7 @@ class Progress:
         mfu = f"  mfu {100 * record['mfu']:.1f}%" if record.get("mfu") is not None else ""
         text = (
             f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  loss {record['train_loss']:.4f}  "
-            f"lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tokens/s{mfu}  "
+            f"lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tokens/s{where}{mfu}  "
             f"eta {int(eta) // 60}:{int(eta) % 60:02d}"
         )
         if self._status is not None:
