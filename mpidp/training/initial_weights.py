@@ -132,14 +132,21 @@ class Origin:
 
     def keep(self, run_dir: Path) -> None:
         """Write RUN/init.json, and copy the source's companion files (hf/companions.py) to the folder RUN/hf. Independent."""
+        shutil.rmtree(run_dir / "hf", ignore_errors=True)  # it may have files of an earlier run
         if self.come_along:
-            shutil.rmtree(run_dir / "hf", ignore_errors=True)
             (run_dir / "hf").mkdir()
             for name, file in self.come_along.items():
                 (run_dir / "hf" / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, run_dir / "hf" / name)
         about = {"init_from": self.path, "settings": self.settings, "weights_sha256": self.weights_sha256}
         write_file(run_dir / "init.json", json.dumps(about, indent=1).encode())
+
+
+def forget_origin(run_dir: Path) -> None:
+    """Remove RUN/init.json and RUN/hf. An earlier run in RUN may have left them, if it started from a model and wrote no
+    checkpoint. Independent."""
+    (run_dir / "init.json").unlink(missing_ok=True)
+    shutil.rmtree(run_dir / "hf", ignore_errors=True)
 
 
 def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
@@ -153,8 +160,9 @@ def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
         if world.rank == 0:
             kept = None if config.model.lora_rank else _kept(config)  # checkpoints of adapters do not contain the base weights
             is_run = any((path / name).exists() for name in ("checkpoints", "manifest.json", "metrics.jsonl"))
-            if path.exists() and path.resolve() == Path(config.run.dir).resolve():
-                raise UsageError(f"train.init_from={path} is run.dir itself. To resume a run, leave train.init_from out")
+            home = Path(config.run.dir).resolve()
+            if path.exists() and path.resolve() in (home, home / "checkpoints" / path.name):
+                raise UsageError(f"train.init_from={path} is in run.dir. Omit it to resume a run, or choose another run.dir")
             if kept is None and not is_run and not (path / "config.json").is_file():
                 raise UsageError(
                     f"train.init_from={path} is neither a run (no checkpoints) nor a Hugging Face folder (no config.json). "

@@ -103,6 +103,8 @@ class RunPlan:
                 plan = replace(plan, origin=replace(self.origin, wanted_sha256=begun))
             now = fingerprint(plan.config, self.device)
             changed = [f"{key} {saved.get(key)} -> {value}" for key, value in now.items() if saved.get(key) != value]
+            ranks = reader.meta.get("ranks", self.world.size)
+            changed += [f"ranks {ranks} -> {self.world.size}"] * (plan.config.comm.reducer != "tree" and ranks != self.world.size)
             notes = [*notes, f"resuming from {reader.path}", *filter(None, [scheduled])]
             if changed:
                 notes.append(f"the bits from here on may differ from an uninterrupted run: {', '.join(changed)}")
