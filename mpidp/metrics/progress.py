@@ -31,10 +31,9 @@ class Progress:
 
     def __init__(self, total_steps: int, active: bool) -> None:
         self.total_steps, self.active = total_steps, active
-        self._last = 0.0
+        self._last, self._tokens = 0.0, 0  # time of the last output, tokens of the last record
         self._began = time.perf_counter()
         self._first_step: int | None = None
-        self._tokens = 0  # tokens of the last record
         self._status: Any = None
         if active and sys.stdout.isatty() and not launched_size():  # Open MPI gives each rank its own terminal
             from rich.console import Console

@@ -18,18 +18,8 @@ from mpidp.report.waterfall import Waterfall
 
 # Scaling is computed only for runs that agree in these settings.
 SAME = (
-    "model.",
-    "mesh.",
-    "strategy.",
-    "comm.compress",
-    "comm.reducer",
-    "optim.name",
-    "train.device",
-    "train.dtype",
-    "train.compile",
-    "train.recompute",
-    "data.path",
-    "train.micro_batch",
+    "model.", "mesh.", "strategy.", "comm.compress", "comm.reducer", "optim.name", "train.device", "train.dtype",
+    "train.compile", "train.recompute", "data.path", "train.micro_batch",
 )
 FREE = ("strategy.servers",)  # settings of these sections that may differ
 HASH_DIGITS = 12  # digits of weights_sha256 in the table
@@ -150,12 +140,8 @@ def compare(runs: Sequence[RecordedRun], falls: Mapping[str, Waterfall], spent: 
         losses = [number(line, "val_loss") for line in run.evaluations]
         rows.append(
             (
-                run.name,
-                str(run.ranks),
-                str(machines(run.facts) or "?"),
-                str(run.config.get("train.global_batch", "?")),
-                str(run.steps[-1]["step"]),
-                short(run.tokens),
+                run.name, str(run.ranks), str(machines(run.facts) or "?"), str(run.config.get("train.global_batch", "?")),
+                str(run.steps[-1]["step"]), short(run.tokens),
                 "-" if not losses or losses[-1] is None else f"{losses[-1]:.4f}",
                 duration(fall.whole),
                 f"{usual_speed(run):,.0f}",
