@@ -80,10 +80,11 @@ class RunState:
     recovered: bool = False  # whether this job continues the state of a job in which ranks failed
     full: int = 0  # number of ranks when the command started; if there are fewer now, ranks have failed
     unreported: np.ndarray | None = None  # this rank's reports since the last exchange (step_report.py)
+    step_seconds: float = 0.0  # duration of the steps since the last exchange of reports
 
     def portable(self) -> RunState:
         """Return a copy without this rank's own values. Independent."""
-        return replace(self, unreported=None)
+        return replace(self, unreported=None, step_seconds=0.0)
 
     def adopt(self, other: RunState) -> None:
         """Take over every value of `other`. Independent."""
