@@ -232,8 +232,8 @@ class TokenStream:
         return _Mapped(shard, views["tokens"], views.get("loss_mask"), views["doc_offsets"], spans["tokens"][0])
 
     def _spans(self, i: int, lengths: dict[str, tuple[int, np.dtype[Any]]], source: Any) -> dict[str, tuple[int, int]]:
-        """Validate file number i. Return {dataset: (its offset in the file, its size)}, both in bytes. `lengths`: {dataset: (number
-        of elements, dtype)}. `source`: the object to pass to h5py.File."""
+        """Validate file number i. Return {dataset: (its offset in the file, its size)}, both in bytes. `lengths`: {dataset:
+        (number of elements, dtype)}. `source`: the object to pass to h5py.File."""
         with h5py.File(source, "r", locking=False) as file:
             if file.userblock_size:
                 raise self._error(i, "it has an HDF5 user block, which shards must not have")

@@ -206,9 +206,9 @@ class RemoteReader(io.RawIOBase):
 
 
 class HeaderReader(RemoteReader):
-    """A Python file object for h5py that never waits. A method of h5py holds h5py's global lock until it returns. If a thread that
-    fetches blocks needs this lock, for example to collect garbage that contains h5py objects, waiting for this thread inside
-    the method would be a deadlock."""
+    """A Python file object for h5py that never waits. A method of h5py holds h5py's global lock until it returns. If a thread
+    that fetches blocks needs this lock, for example to collect garbage that contains h5py objects, waiting for this thread
+    inside the method would be a deadlock."""
 
     def __init__(self, file: RemoteFile) -> None:
         super().__init__(file)
