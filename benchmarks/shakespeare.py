@@ -40,6 +40,7 @@ SETTING = [
 OPTIMIZERS = {
     "adamw": ["--optim.name=adamw", "--optim.lr=1e-3", "--optim.min_lr=1e-4", "--optim.weight_decay=0.1"],
     "muon": ["--optim.name=muon", "--optim.lr=3e-3", "--optim.min_lr=0", "--optim.weight_decay=0.1"],
+    "modern": ["--model.recipe=modern", "--optim.lr=6e-3", "--optim.min_lr=0", "--optim.weight_decay=0.1"],
 }
 NANOGPT = [
     "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1",
@@ -158,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, default=Path("tinyshakespeare.txt"))
     parser.add_argument("--ranks", default="2,1,4", help="numbers of ranks; only the first also evaluates during training")
-    parser.add_argument("--optimizers", default="adamw,muon")
+    parser.add_argument("--optimizers", default="adamw,muon", help=f"comma list of {', '.join(OPTIMIZERS)}")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--eval-every", type=int, default=50, help="steps between evaluations")
     parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT, to run it as well")

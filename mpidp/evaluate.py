@@ -100,7 +100,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
 
 def _check_task_options(parser: Parser, options: argparse.Namespace) -> None:
     if options.tasks is None:
-        for name in ("tasks_dir", "allow_code", "few_shot", "limit", "chat", "out"):
+        for name in ("tasks_dir", "allow_code", "few_shot", "limit", "chat", "system", "out"):
             if getattr(options, name) not in (None, False, 0):
                 parser.error(f"--{name.replace('_', '-')} works only with --tasks")
         return

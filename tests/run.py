@@ -116,8 +116,8 @@ PARTS: dict[str, list[Command]] = {
         openmpi(3, "tests/mpi", MPIDP_LEVEL="quick"),
         openmpi(3, "tests/c10d"),
         openmpi(4, "tests/laws", "-k", "ranks or resume or elastic", MPIDP_LEVEL="quick"),
-        openmpi(3, "tests/hybrid", MPIDP_EVERY="6"),
-        openmpi(4, "tests/methods", "-k", OPENMPI_METHODS, MPIDP_EVERY="6"),
+        openmpi(3, "tests/hybrid", MPIDP_EVERY="8"),
+        openmpi(4, "tests/methods", "-k", OPENMPI_METHODS, MPIDP_EVERY="8"),
     ],
     "mpis": [alone("--timeout=300", "tests/mpis", again=True)],
     "programs": [programs("-n", "2", "--timeout=300", "tests/programs")],
@@ -155,9 +155,9 @@ PARTS: dict[str, list[Command]] = {
 }
 # (part, its level). `make check` runs the tests that `make test` leaves out.
 TEST = [("unit", "quick"), ("mpi", "quick"), ("laws", "quick"), ("methods", "quick"), ("hybrid", "quick"), ("faults", "quick")]
-CHECK = [(part, "rest") for part, _ in TEST] + [("c10d", "check"), ("openmpi", "check"), ("mpis", "check")]
-CHECK += [("programs", "check"), ("soak-short", "")]
-BESIDE_CHECK = [("lint", ""), ("types", ""), ("slurm-short", "check"), ("bench-short", "")]  # nothing in them is timed
+CHECK = [(part, "rest") for part, _ in TEST] + [("c10d", "check"), ("openmpi", "check"), ("mpis", "check"), ("soak-short", "")]
+# nothing in them is timed
+BESIDE_CHECK = [("lint", ""), ("types", ""), ("slurm-short", "check"), ("bench-short", ""), ("programs", "check")]
 
 
 MAX_RETRIED = 3  # tests that may pass only at the second attempt

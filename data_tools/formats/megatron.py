@@ -26,8 +26,9 @@ from data_tools.formats.rows import gather
 from data_tools.formats.splits import files_in, in_splits
 from data_tools.formats.stream import SplitTokens
 from mpidp.errors import DataError, UsageError
-from mpidp.runtime.files import create_file, open_regular, temporary_name, writing
+from mpidp.runtime.files import create_file, open_regular, writing
 from mpidp.runtime.log import counted
+from mpidp.runtime.work_folder import work_folder
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<QBQQ")  # version, type, sequences, document bounds
@@ -45,12 +46,13 @@ class MegatronWriter:
     """Writes PREFIX.bin and PREFIX.idx, with one sequence per document. Raises UsageError if one of these files exists or cannot
     be written. Independent."""
 
-    def __init__(self, prefix: Path, vocab_size: int) -> None:
+    def __init__(self, prefix: Path, scratch: Path, vocab_size: int) -> None:
+        """`scratch`: a folder for temporary files, on the same file system."""
         self._files = [Path(f"{prefix}{end}") for end in (".bin", ".idx")]
         if there := [str(path) for path in self._files if path.exists()]:
             raise UsageError(f"{there[0]} exists and is not overwritten: choose another prefix, or remove it yourself")
         self._code = dtype_code(vocab_size)
-        self._parts = [temporary_name(path) for path in self._files]
+        self._parts = [scratch / path.name for path in self._files]
         with writing(self._files[0], ADVICE):
             self._tokens = create_file(self._parts[0])  # close() closes the file
 
@@ -81,11 +83,9 @@ class MegatronWriter:
                 os.replace(part, path)
 
     def abandon(self) -> None:
-        """Remove the temporary files."""
+        """Close the temporary file."""
         with suppress(OSError):  # if the disk is full, writing the rest of the buffer fails
             self._tokens.close()
-        for part in self._parts:
-            part.unlink(missing_ok=True)
 
 
 class MegatronReader:
@@ -168,19 +168,17 @@ def read(prefix: Path, options: ReadOptions) -> Iterator[TokenBlock]:
 
 def write(tokens: SplitTokens, prefix: Path) -> list[str]:
     """Write PREFIX_SPLIT.bin and PREFIX_SPLIT.idx, with one sequence per document. Return remarks for the user. Raises UsageError
-    if one of these files exists or cannot be written. Independent."""
-    path = Path(f"{prefix}_{tokens.split}")
-    with writing(f"{path}.bin", "choose another prefix"):
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-    writer, starts, written = MegatronWriter(path, tokens.vocab_size), [], 0
-    try:
-        for block in tokens.blocks():
-            assert block.starts is not None
-            writer.add(block.ids)
-            starts.append(block.starts + written)
-            written += len(block.ids)
-        writer.close(np.concatenate(starts), written)
-    except BaseException:
-        writer.abandon()
-        raise
+    if one of these files exists or cannot be written, or if another process is writing it. Independent."""
+    path, starts, written = Path(f"{prefix}_{tokens.split}"), [], 0
+    with work_folder(path) as scratch:
+        writer = MegatronWriter(path, scratch, tokens.vocab_size)
+        try:
+            for block in tokens.blocks():
+                assert block.starts is not None
+                writer.add(block.ids)
+                starts.append(block.starts + written)
+                written += len(block.ids)
+            writer.close(np.concatenate(starts), written)
+        finally:
+            writer.abandon()
     return []

@@ -72,13 +72,15 @@ class Items:
         return len(found), self._collate(found)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of the next batch, the number of items, the size of a global batch, and the seed."""
-        return {"batch": self.next_batch, "items": self.num_items, "global_batch": self.lanes.global_batch, "seed": self.seed}
+        """Return the number of the next batch, the number of items, the size of a global batch, the seed, and `shuffle`."""
+        return {"batch": self.next_batch, "items": self.num_items, "global_batch": self.lanes.global_batch, "seed": self.seed,
+                "shuffle": self.shuffle}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue with the batch whose number is in `state`. The number of ranks may differ from the run that made `state`.
-        Raises UsageError if the number of items, the size of a global batch or the seed differs."""
+        Raises UsageError if the number of items, the size of a global batch, the seed or `shuffle` differs."""
         now = self.state_dict()
+        state = {"shuffle": self.shuffle} | state  # earlier versions did not save `shuffle`
         changed = [f"{key} was {state.get(key)}, is {now[key]}" for key in now if state.get(key) != now[key] and key != "batch"]
         if changed:
             raise UsageError(f"the position was saved with other settings ({'; '.join(changed)}). Use the saved settings")

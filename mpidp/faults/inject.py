@@ -17,11 +17,12 @@ run returns to a checkpoint or continues without failed ranks. This module impor
 | wrong | the gradient is wrong once, and correct when the step is repeated; with until=, it is always wrong up to step until= |
 | flip | after the update, bit number bit= (0..31) of the first element of parameter number tensor= flips |
 
-The kinds nan and wrong need comm.reducer=tree, which keeps the gradients of lanes separate. The kinds wrong and flip need audits,
-which mesh.shard=2|3 do not support. Faults of the first three rows occur when the phase begins. The default phase is compute.
-With `after=SECONDS`, they occur this many seconds later, even if another phase has begun. The kinds sysexit, raise and hang do
-not support `after`. A step has the phases data, compute, comm_wait and update. An update has the phases reduce, apply and
-publish. After the update, the phases evaluate and checkpoint may follow. In the phase respawn, failed ranks are replaced.
+The kinds nan and wrong need comm.reducer=tree, which keeps the gradients of lanes separate. During training, only audits find
+the faults wrong and flip. These two kinds are rejected with settings that audits do not support (docs/methods.md). Faults of the
+first three rows occur when the phase begins. The default phase is compute. With `after=SECONDS`, they occur this many seconds
+later, even if another phase has begun. The kinds sysexit, raise and hang do not support `after`. A step has the phases data,
+compute, comm_wait and update. An update has the phases reduce, apply and publish. After the update, the phases evaluate and
+checkpoint may follow. In the phase respawn, failed ranks are replaced.
 """
 
 from __future__ import annotations
@@ -136,14 +137,14 @@ class InjectedFaults(StepObserver):
         separate."""
         return any(fault.kind in ("nan", "wrong") for fault in self.of_all_ranks)
 
-    def check(self, keeps_lanes: bool, sharded: bool) -> None:
+    def check(self, keeps_lanes: bool, unaudited: str = "") -> None:
         """Raise UsageError if a fault on any rank is not possible in this job. keeps_lanes: whether gradients of single lanes or
-        micro-batches can be changed. sharded: whether mesh.shard is 2 or 3."""
+        micro-batches can be changed. unaudited: a setting that audits do not support, and the reason, or "" for none."""
         for fault in self.of_all_ranks:
-            if sharded and fault.kind in ("wrong", "flip"):
+            if unaudited and fault.kind in ("wrong", "flip"):
                 raise UsageError.on_every_rank(
-                    f"{VARIABLE}: {fault.word!r} is not possible with mesh.shard=2|3, because no two ranks hold the same state, "
-                    "and so no audit can find the fault. Use mesh.shard=0"
+                    f"{VARIABLE}: {fault.word!r} is not possible with {unaudited}, so no audit can find the fault. Choose "
+                    f"another value of this setting, or remove the fault from {VARIABLE}"
                 )
             if fault.kind in ("wrong", "nan") and not keeps_lanes:
                 raise UsageError.on_every_rank(

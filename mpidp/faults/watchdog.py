@@ -35,13 +35,14 @@ class Watchdog(StepObserver):
 
     def __init__(
         self, board: HeartbeatBoard | None, hang_seconds: float, first_times: float = 3.0, abort: Callable[[int], Any] = os._exit,
-        on_hang: Callable[[str], None] = lambda message: None,
+        on_hang: Callable[[str], None] = lambda message: None, waits: Callable[[], bool] = lambda: False,
     ) -> None:
         """`board`: the heartbeat board, or None to disable the watchdog. `abort`: a function that ends the whole job with a given
-        exit code. `on_hang`: a function that is called with the report's message if the job hangs."""
+        exit code. `on_hang`: a function that is called with the report's message if the job hangs. `waits`: a function that
+        returns whether this rank waits for other ranks."""
         self.board, self.hang_seconds, self.first_times = board, hang_seconds, first_times
-        self._abort, self._on_hang = abort, on_hang
-        self._at, self._bucket, self._waits = (0, ""), -1, False
+        self._abort, self._on_hang, self._waits = abort, on_hang, waits
+        self._at, self._bucket = (0, ""), -1
         self._entered = self._heard = math.inf
         self._step_began = 0.0
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)  # durations of the last steps, in seconds
@@ -66,13 +67,11 @@ class Watchdog(StepObserver):
     def beat(self) -> None:
         """Record a heartbeat in the current phase."""
         self._heard = time.monotonic()
-        self.waits(self._waits)
+        self._write()
 
-    def waits(self, whether: bool) -> None:
-        """Record whether this rank waits for other ranks. This call does not count as a heartbeat."""
-        self._waits = whether
+    def _write(self) -> None:
         if self.board is not None and self._at[1]:
-            self.board.write(*self._at, self._bucket, self._entered, self._heard, whether)
+            self.board.write(*self._at, self._bucket, self._entered, self._heard, self._waits())
 
     def progressed(self) -> None:
         """Record a heartbeat, as beat() does."""
@@ -106,6 +105,7 @@ class Watchdog(StepObserver):
             if now - before > tick + 2:
                 self._heard += now - before  # this process was stopped for a while, perhaps together with all other ranks
             before = now
+            self._write()  # since the last heartbeat, the rank may have begun to wait for other ranks
             usual, deadline = self.timeouts()
             faulthandler.dump_traceback_later(1.5 * deadline + 5, exit=True)  # ends the process if this thread cannot run again
             if now - self._entered > usual / 4:

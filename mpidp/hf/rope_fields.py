@@ -79,6 +79,10 @@ def two_ropes(theta: float, window_theta: float, window_key: str | None = None) 
 
     def read(given: Given, found: Options) -> Options:
         both = _object(given, "rope_parameters")
+        old = _object(given, "rope_scaling")
+        if not both and old.get("type", "default") != "default" and not old.get("rope_type"):
+            given.refuse(f"transformers ignores rope_scaling={short(old)} in this family, and uses no scaling, because it has no "
+                         "rope_type. If the scaling is right, write rope_type instead of type, else remove it")
         if other := set(both) - {FULL, WINDOW}:
             given.refuse(f"rope_parameters has {short(min(other))}, but must have only {FULL} and {WINDOW}, one object each")
         parts = {}
@@ -86,7 +90,7 @@ def two_ropes(theta: float, window_theta: float, window_key: str | None = None) 
             part = both.get(kind)
             if part is not None and not isinstance(part, dict):
                 given.refuse(f"rope_parameters of {kind} is {short(part)}, but must be an object")
-            parts[kind] = dict(part or {}) | (_object(given, "rope_scaling") if kind == FULL else {})
+            parts[kind] = dict(part or {}) | (old if kind == FULL else {})
             _check_keys(given, parts[kind], f"rope_parameters of {kind}")
             if parts[kind].get("truncate", True) is not True:
                 given.refuse(f"truncate=false in rope_parameters of {kind} is not supported, because transformers ignores it")
@@ -191,7 +195,7 @@ def _float(value: Any) -> float:
 
 def _lengths(scaling: Mapping[str, Any], given: Given) -> tuple[float, float]:
     """Return (context length of the original training, maximum context length of the model)."""
-    longest = given.number("max_position_embeddings", default=2048)
+    longest = given.number("max_position_embeddings")  # transformers has another default in each family
     return _float(scaling.get("original_max_position_embeddings") or longest), float(longest)
 
 

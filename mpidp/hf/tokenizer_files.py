@@ -122,8 +122,10 @@ def _text(value: Any) -> Any:
 def _with_arguments(template: str, arguments: Mapping[str, Any]) -> str:
     """Return the template with default values for its variables. apply_chat_template can then render it without arguments.
     arguments: the template arguments of the command prepare."""
-    one = "{%- if NAME is not defined %}{%- set NAME = VALUE %}{%- endif %}"
-    lines = [one.replace("VALUE", _literal(value)).replace("NAME", name) for name, value in arguments.items()]
+    lines = [  # jinja2 removes the end of each line (trim_blocks)
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}\n"
+        for name, value in arguments.items()
+    ]
     return "".join(lines) + template
 
 
@@ -134,5 +136,5 @@ def _literal(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_literal, value))}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{json.dumps(key)}: {_literal(inner)}' for key, inner in value.items())}}}"
-    return json.dumps(value)
+        return f"{{{', '.join(f'{_literal(key)}: {_literal(inner)}' for key, inner in value.items())}}}"
+    return json.dumps(value, ensure_ascii=False)  # jinja2 does not read surrogate pairs

@@ -23,10 +23,10 @@ from mpidp.hf.names import config_of, family_of
 from mpidp.hf.tensors import Place, stored_sizes
 from mpidp.hf.tokenizer_files import CONFIG, GENERATION, config_ids, text_files, with_begin
 from mpidp.hf.tokens import names_of
-from mpidp.hf.work_folder import work_folder
 from mpidp.model.shape import TransformerShape, shapes_of
 from mpidp.runtime.files import sync_directory, write_file
 from mpidp.runtime.log import log
+from mpidp.runtime.work_folder import work_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -82,6 +82,8 @@ class Loaded:
                 FORWARD, 0, (*tokens.shape, self.model.shape.model_dim)
             )
             outputs: Tensor = self.model(inputs) if caches is None else self.model(inputs, caches=caches)
+            if getattr(self.model, "defers_head", False):  # a model in training whose loss is computed in chunks
+                outputs = self.model.deferred_logits(outputs)
         if stages is None or stages.last:
             return outputs
         stages.send(FORWARD, 0, outputs)
@@ -216,14 +218,13 @@ def base_model(reader: Source, parts: ModelPartition, moved: str = "") -> Any:
     If the run does not have this setting, they are initialized from the seed.
 
     moved: the new path of the base model, or "" if it has not moved. Raises DataError if the base model is missing, has other
-    sizes, or has changed. Collective over parts.grid.world if the model is divided. Otherwise independent.
+    sizes, or has changed. Collective over parts.grid.world.
     """
     settings = reader.meta["config"]
     if "init_from" not in reader.meta:
         return base_weights(settings, parts.shape, parts.part)
     path, wanted = Path(moved or reader.meta["init_from"]["path"]), reader.meta["init_from"]["weights_sha256"]
-    grid = parts.grid
-    with raise_together(grid.model if grid.parts == 1 else grid.world), readable(path):  # before all ranks compute the hash
+    with raise_together(parts.grid.world), readable(path):  # before all ranks compute the hash
         weights = weights_at(path)
         if isinstance(weights, Reader):
             stored, tensors = int(weights.meta["shape"]["vocab_size"]), weights.meta["tensors"]
@@ -240,8 +241,7 @@ def base_model(reader: Source, parts: ModelPartition, moved: str = "") -> Any:
 
 
 def load_model(reader: Source, grid: Grid, device: str, threads: int, kind: str = "", base: str = "") -> Loaded:
-    """Load this rank's part of the model, and prepare it for inference. Collective over grid.world if a model with adapters is
-    divided. Otherwise independent.
+    """Load this rank's part of the model, and prepare it for inference. Collective over grid.model.
 
     kind: the option --model.kind, which a custom model requires. base: the new path of the base model of a LoRA run, or "" if it
     has not moved. Raises CheckpointError if the checkpoint is damaged, and UsageError if the grid, the device or the kind does
@@ -258,7 +258,7 @@ def load_model(reader: Source, grid: Grid, device: str, threads: int, kind: str 
         if not isinstance(reader, BaseFolder):
             check_shape(reader.path, reader.meta, shape)
         check_split(shape, grid.tp.size, grid.pp.size)
-        parts = ModelPartition(grid, shape)
+        parts = ModelPartition(replace(grid, world=grid.model), shape)  # generate loads the model only where there are prompts
         settings = reader.meta["config"]
         if base and not (settings.get("model.lora_rank", 0) and "init_from" in reader.meta):
             raise UsageError(f"--base {base}: {reader.path} needs no base model. Omit --base, which only LoRA adapters on "

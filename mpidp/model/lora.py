@@ -16,12 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpidp.errors import UsageError
-from mpidp.model.part import TABLES
+from mpidp.model.adapter_sizes import A, B, adapter_sizes
 from mpidp.model.shape import shapes_of
-
-A, B = ".lora_a", ".lora_b"
-ALL = {"q", "k", "v", "o", "gate", "up", "down"}  # the default of model.lora_targets
 
 
 def is_adapter(name: str) -> bool:
@@ -33,31 +29,6 @@ def saved_names(names: Sequence[str]) -> list[str]:
     """Return the names of the parameters that a checkpoint contains. These are the adapters in `names`, or all `names` if there
     are no adapters. Pure."""
     return [name for name in names if is_adapter(name)] or list(names)
-
-
-def adapter_sizes(sizes: Mapping[str, Sequence[int]], rank: int, targets: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the adapters' parameters, by name. A layer gets an adapter if `targets` has the last component of its
-    name. An example of `targets` is "q,v". The default of `targets` names all layers of a block. Names in this default that the
-    model does not have are ignored.
-
-    sizes: the shapes of the base model's parameters, by name. Raises UsageError if a name in `targets` matches no layer, or if
-    the rank exceeds the smaller dimension of a layer that gets an adapter. Pure.
-    """
-    layers = {key.removesuffix(".weight"): size for key, size in sizes.items() if len(size) == 2 and not key.startswith(TABLES)}
-    wanted, known = {part.strip() for part in targets.split(",") if part.strip()}, {name.rpartition(".")[2] for name in layers}
-    wanted = wanted & known if wanted == ALL else wanted
-    if not wanted or wanted - known:
-        unknown = ", ".join(sorted(wanted - known))
-        problem = f"{unknown}, which this model does not have" if unknown else "no layer"
-        raise UsageError(f"model.lora_targets={targets} names {problem}. Use some of its layers: {', '.join(sorted(known))}")
-    found = {name: size for name, size in layers.items() if name.rpartition(".")[2] in wanted}
-    for name, size in found.items():
-        if rank > min(size):
-            raise UsageError(
-                f"model.lora_rank={rank} exceeds the smaller dimension of {name} ({' x '.join(map(str, size))}), so the "
-                f"adapter would be larger than the layer. Use at most {min(size)}, or other model.lora_targets"
-            )
-    return {name + key: (rank, n) if key == A else (m, rank) for key in (A, B) for name, (m, n) in found.items()}
 
 
 def attach(model: nn.Module, rank: int, alpha: float, targets: str, seed: int) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from mpidp.errors import UsageError
+from mpidp.model.adapter_sizes import adapter_sizes
 from mpidp.model.frozen import frozen, trained
 from mpidp.model.kinds import make_model
-from mpidp.model.lora import adapter_sizes, attach
+from mpidp.model.lora import attach
 from mpidp.model.part import Part
 from mpidp.model.shape import Shape, TransformerShape, shapes_of
 

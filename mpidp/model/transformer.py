@@ -19,9 +19,10 @@ from mpidp.model.block import Block
 from mpidp.model.cache import Cache, attend, positions_of
 from mpidp.model.documents import DENSE, Documents, dense_mask
 from mpidp.model.dropout import SITE, keyed_dropout
+from mpidp.model.lora import weight_of
 from mpidp.model.norms import Norm
 from mpidp.model.part import Part, whole
-from mpidp.model.products import Linear
+from mpidp.model.products import Linear, linear
 from mpidp.model.rope import tables_of
 from mpidp.model.shape import TransformerShape, shapes_of
 
@@ -162,11 +163,15 @@ class Transformer(nn.Module):
 
     def defer_head(self) -> None:
         """Make forward() return hidden states (B, T, D) after the last norm instead of logits. The loss must then apply the
-        head. Independent."""
-        self.defers_head = True
-        if self.head is not None:
+        head. A second call changes nothing, because share_layers() also changes the head. Independent."""
+        if self.head is not None and not self.defers_head:
             self.head.forward = _unchanged  # type: ignore[method-assign]
             self.head._forward_hooks.clear()  # the loss applies the adapter of the head, too (lora.weight_of)
+        self.defers_head = True
+
+    def deferred_logits(self, hidden: Tensor) -> Tensor:
+        """Return logits (B, T, V) for the hidden states (B, T, D) that forward() returns after defer_head(). Pure."""
+        return self._capped(linear(hidden, weight_of(self.head)))
 
     def new_cache(self, positions: int) -> Cache | None:
         """Return an empty cache for a sequence of `positions` positions, but at most seq_len."""

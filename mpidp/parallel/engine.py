@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from mpidp.parallel.schedule import Forward, Instruction
 from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
 
 Fill = Callable[[int, int | None], None]  # (number of forward passes, chunk): Strategy.fill
+Tie = Callable[[int], AbstractContextManager[Any]]  # (micro-batch)
 
 
 def dropout_key(seed: int, batch: int, v: int) -> int:
@@ -59,17 +60,18 @@ class Engine:
     def __init__(
         self, model: Any, device: torch.device, dtype: torch.dtype, seed: int, dropout: float, nominal_tokens: int,
         stages: Stages | None = None, token_losses: Callable[[Tensor, Tensor], Tensor] | None = None, reports_loss: bool = True,
-        observers: StepObservers = NO_OBSERVERS, fill: Fill = lambda forwards, chunk: None,
+        observers: StepObservers = NO_OBSERVERS, fill: Fill = lambda forwards, chunk: None, tie: Tie = nullcontext,
     ) -> None:
         """dtype: dtype of matrix products under autocast. The weights stay float32. nominal_tokens: every loss is divided by this
         number before backward, so that gradients do not overflow 16-bit formats. stages: this rank's pipeline stage, or None
         without a pipeline. token_losses: a function (logits, targets) that returns the sum of the token losses. By default, it is
         plain_losses(). reports_loss: False if another rank reports the same losses. observers: notified of every micro-batch and
-        phase. fill: Strategy.fill, which takes part in forward passes of other ranks."""
+        phase. fill: Strategy.fill, which takes part in forward passes of other ranks. tie: a function that returns the context
+        manager in which the backward pass of a micro-batch runs (tied.py)."""
         self.model, self.device, self.dtype = model, device, dtype
         self.seed, self.dropout, self.nominal_tokens = seed, dropout, nominal_tokens
         self.stages, self.token_losses, self.reports_loss = stages, token_losses or plain_losses, reports_loss
-        self.observers, self.fill = observers, fill
+        self.observers, self.fill, self.tie = observers, fill, tie
 
     def peak_bytes(self) -> int | None:
         """Return the largest number of bytes that torch has had allocated on this CUDA device. Return None on the CPU.
@@ -109,7 +111,7 @@ class Engine:
                         waiting[v, chunk] = self._forward(batch[v], batch.batch, chunk)
                     continue
                 pending = waiting.pop((v, chunk))
-                with strategy.micro_batch(v, instruction.last, chunk), self.observers.span("backward"):
+                with strategy.micro_batch(v, instruction.last, chunk), self.tie(v), self.observers.span("backward"):
                     loss = self._backward(pending)
             self.observers.progressed()
             if chunk:
@@ -152,8 +154,6 @@ class Engine:
         if pending.output is None:
             return nothing
         ends = self.stages is None or self.stages.is_last(pending.chunk)
-        if self.stages is not None:
-            self.stages.begin_backward(pending.mb.v)
         if self.stages is None or ends:
             (pending.output / self.nominal_tokens).backward()
         else:

@@ -24,7 +24,7 @@ class Stages:
         self.comm, self.wait, self._transport, self._device = grid.pp, grid.wait, transport, device
         self.index, self.count = self.comm.rank, self.comm.size
         self.first, self.last = self.index == 0, self.index == self.count - 1
-        self.chunks, self.v = chunks, 0  # v: the micro-batch of the current backward pass
+        self.chunks = chunks
         self._sent: list[tuple[MPI.Request, Tensor]] = []
 
     def is_first(self, chunk: int = 0) -> bool:
@@ -34,10 +34,6 @@ class Stages:
     def is_last(self, chunk: int = 0) -> bool:
         """Return whether this chunk of this stage is the last of the model. Pure."""
         return self.last and chunk == self.chunks - 1
-
-    def begin_backward(self, v: int) -> None:
-        """Set the micro-batch of the current backward pass, for hooks that run in it (tied.py). Independent."""
-        self.v = v
 
     def receive(self, kind: int, v: int, shape: tuple[int, ...], chunk: int = 0) -> Tensor:
         """Receive a message of micro-batch `v` for chunk `chunk` of this stage. With kind FORWARD, it has the hidden states that

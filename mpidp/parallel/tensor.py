@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from mpi4py import MPI
 from torch import Tensor, nn
 
+from mpidp.model.adapter_sizes import A, B
 from mpidp.model.input_mix import mixed
-from mpidp.model.lora import A, B
 from mpidp.model.norms import Norm
 from mpidp.model.part import Part
 from mpidp.model.shape import TransformerShape

@@ -8,28 +8,25 @@ slices (ModelPartition.tie).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from mpidp.parallel.pipeline import FORWARD, Stages
 
 
-def tie_micro_batches(model: Any, weight: Tensor, stages: Stages) -> None:
-    """Make backward add the gradients of `weight` as one stage adds them. model: the part of the first or last stage. weight:
-    its embedding or head. A previous call for this model has no effect anymore. Independent. Backward is then collective over
-    the first and the last stage."""
+def tie_micro_batch(weight: Tensor, stages: Stages, v: int) -> RemovableHandle:
+    """Make the backward pass of micro-batch `v` add the gradients of `weight` as one stage adds them. Return a context manager
+    in which this pass must run. weight: the embedding or head of the first or last stage. Independent. Backward is collective
+    over the first and the last stage."""
 
     # The message is addressed to chunk number `chunks` of the first stage, which does not exist. Its tag is the forward tag of
     # chunk 0 and the next micro-batch. That tag is free, because chunk 0 of the first stage receives no hidden states.
     def send(grad: Tensor) -> Tensor:
-        stages.send(FORWARD, stages.v, grad, stages.chunks - 1)
+        stages.send(FORWARD, v, grad, stages.chunks - 1)
         return torch.zeros_like(grad)
 
     def add(grad: Tensor) -> Tensor:
-        return grad + stages.receive(FORWARD, stages.v, tuple(grad.shape), stages.chunks)
+        return grad + stages.receive(FORWARD, v, tuple(grad.shape), stages.chunks)
 
-    if (before := getattr(model, "tied_hook", None)) is not None:
-        before.remove()
-    model.tied_hook = weight.register_hook(add if stages.first else send)
+    return weight.register_hook(add if stages.first else send)

@@ -176,6 +176,8 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
     Collective over COMM_WORLD."""
     try:
         set_level()
+        if launched_size() < 2:  # main removes its temporary files before the exit
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         with _mpi_needed():
             main()
         sys.stdout.flush()

@@ -16,6 +16,7 @@ from mpidp.errors import UsageError
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://(.*)", re.IGNORECASE | re.DOTALL)
 _ALMOST = re.compile(r"[\s'\"]*(?:[\w+.-]+::)?(?:s3|gs|gcs|az|abfss?|https?):.*", re.IGNORECASE | re.DOTALL)
 _USER = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*:/*)[^\s/][^\s]*@")
+_SHORTENED = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*:/+)[^\s/]*\.\.\.")  # libraries shorten values, and the @ may be left out
 _QUERY = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*:/+[^\s?#;'\"]*)(?:[?#]|;(?=[^\s'\"]))(?:[^\s'\",;)]|[,;)](?=[^\s'\"]))*")
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_KEY", "AZURE_STORAGE_CONNECTION_STRING")
 _WHERE = {
@@ -93,7 +94,7 @@ def _is_web(address: str) -> bool:
 def without_secrets(text: str) -> str:
     """Return the text without secrets. In addresses, these are user names, passwords, queries and parameters (;sig=...). The
     secret values of environment variables, such as AWS_SECRET_ACCESS_KEY, are also removed. Independent."""
-    text = _QUERY.sub(r"\1?***", _USER.sub(r"\1***@", text))
+    text = _QUERY.sub(r"\1?***", _SHORTENED.sub(r"\1***...", _USER.sub(r"\1***@", text)))
     for name in _SECRETS:
         if len(value := os.environ.get(name, "")) >= 8:
             text = text.replace(value, "***")

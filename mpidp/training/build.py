@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import cast
 
 import torch
@@ -14,14 +16,15 @@ from mpidp.checkpoint.saver import Saver
 from mpidp.comm.nccl import open_transport
 from mpidp.comm.transport import Messages
 from mpidp.config.defaults import kind
+from mpidp.config.rules import RULES
 from mpidp.faults.audit import Audit
 from mpidp.faults.inject import InjectedFaults
 from mpidp.faults.run_lock import RunLock
 from mpidp.model.hidden import hidden_by_name, hidden_of_own
 from mpidp.model.shape import CustomShape
-from mpidp.parallel.engine import Engine
+from mpidp.parallel.engine import Engine, Tie
 from mpidp.parallel.pipeline import Stages
-from mpidp.parallel.tied import tie_micro_batches
+from mpidp.parallel.tied import tie_micro_batch
 from mpidp.parallel.whole_matrices import Hidden
 from mpidp.reducers import overlap
 from mpidp.reducers.tree import Tree
@@ -65,7 +68,9 @@ def build(
         plan, transport, sum(p.numel() for _, p in model.named), services.observers, model.parts,
         services.faults.changes_gradients, None if before is None else (before.strategy.group, before.strategy.one_copy),
     )
-    services.faults.check(memory.level >= 2 or isinstance(memory.reducer, Tree), memory.level >= 2)
+    settings = plan.config.flat()
+    unaudited = [f"{rule.one}: {rule.why}" for rule in RULES if rule.other == "train.audit_every" and rule.has_one(settings)]
+    services.faults.check(memory.level >= 2 or isinstance(memory.reducer, Tree), *unaudited[:1])
     strategy = make_strategy(plan, model, memory, before)
     engine = make_engine(plan, model, transport, strategy, services)
     saver = make_saver(plan, model, strategy, lock)
@@ -74,7 +79,7 @@ def build(
     )
     train = plan.config.train
     audit = Audit(plan.grid, train.audit_every, memory.replicas, strategy.buffer, strategy.flats(), model.parts.part.is_cut)
-    schedule = schedule_of(plan.config.flat())
+    schedule = schedule_of(settings)
     evaluation = TaskEvaluation(plan, model.module, services.observers, tasks) if train.eval_tasks else None
     return Job(
         plan, model.parts, engine, strategy, memory, transport, audit, schedule, saver, services, record, state, evaluation
@@ -142,13 +147,12 @@ def make_engine(plan: RunPlan, model: TrainedModel, transport: Messages, strateg
     """Make the engine, which runs forward and backward passes. Collective over plan.grid.pp."""
     config, grid, part = plan.config, plan.grid, model.parts.part
     stages = Stages(grid, transport, plan.device, config.mesh.interleave) if grid.pp.size > 1 else None
-    for name, p in model.named if stages is not None and config.model.slices > 1 else ():
-        if name == model.parts.tied_name:
-            tie_micro_batches(model.module, p, cast(Stages, stages))
+    tied = dict(model.named).get(model.parts.tied_name) if config.model.slices > 1 else None
+    tie: Tie = nullcontext if tied is None or stages is None else partial(tie_micro_batch, tied, stages)
     return Engine(
         model.module, plan.device, getattr(torch, config.train.dtype), config.train.seed, plan.shape.dropout,
         config.train.global_batch * config.model.seq_len, stages, model.token_losses, part.has_head and grid.tp.rank == 0,
-        services.observers, strategy.fill,
+        services.observers, strategy.fill, tie,
     )
 
 

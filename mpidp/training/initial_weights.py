@@ -25,7 +25,7 @@ from mpidp.config.rules import KINDS
 from mpidp.config.schema import Config
 from mpidp.errors import DataError, UsageError
 from mpidp.hf import tokens
-from mpidp.hf.companions import companions
+from mpidp.hf.companions import OF_TOKENIZER, companions
 from mpidp.hf.folder import ModelFolder
 from mpidp.model.kinds import check_named
 from mpidp.model.options import DEFAULTS as OPTIONS
@@ -130,14 +130,16 @@ class Origin:
             raise DataError.on_every_rank(changed_base_message(self.path, found, self.wanted_sha256))
         return replace(self, weights_sha256=found)
 
-    def keep(self, run_dir: Path) -> None:
-        """Write RUN/init.json, and copy the source's companion files (hf/companions.py) to the folder RUN/hf. Independent."""
+    def keep(self, run_dir: Path, used: bytes) -> None:
+        """Write RUN/init.json, and copy the source's companion files (hf/companions.py) to the folder RUN/hf. `used`: the data's
+        tokenizer. If it has added tokens, other files of the source's tokenizer are not copied. Independent."""
         if self.come_along:
             shutil.rmtree(run_dir / "hf", ignore_errors=True)
             (run_dir / "hf").mkdir()
-            for name, file in self.come_along.items():
+            same = self.tokenizer is None or tokens.same(self.tokenizer, used)
+            for name in [name for name in self.come_along if same or name not in OF_TOKENIZER]:
                 (run_dir / "hf" / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, run_dir / "hf" / name)
+                shutil.copyfile(self.come_along[name], run_dir / "hf" / name)
         about = {"init_from": self.path, "settings": self.settings, "weights_sha256": self.weights_sha256}
         write_file(run_dir / "init.json", json.dumps(about, indent=1).encode())
 

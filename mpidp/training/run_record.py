@@ -117,7 +117,7 @@ def _write_files(plan: RunPlan, origin: Origin | None) -> None:
     write_file(plan.run_dir / "config.toml", to_toml(plan.config).encode())
     write_file(plan.run_dir / "tokenizer.json", plan.training.index.tokenizer_bytes(folder))
     if origin is not None and origin.weights is not None:
-        origin.keep(plan.run_dir)
+        origin.keep(plan.run_dir, plan.training.index.tokenizer_bytes(folder))
         log.info(f"weights from {origin.path}, weights_sha256 {origin.weights_sha256}")
     keep_special_tokens(special, None if table is None else table.template, plan.run_dir)
 

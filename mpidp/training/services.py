@@ -10,7 +10,7 @@ import torch
 from mpi4py import MPI
 
 from mpidp.checkpoint.mirror import Mirror
-from mpidp.comm.waiting import REPORTS
+from mpidp.comm.waiting import main_thread_waits
 from mpidp.config.rules import steps_of
 from mpidp.faults.heartbeat import open_heartbeat_board
 from mpidp.faults.inject import InjectedFaults
@@ -56,9 +56,9 @@ def make_services(
     board = open_heartbeat_board(world, host, plan.run_dir) if config.run.hang_seconds else None
     # With one rank os._exit is sufficient. With several ranks mpirun takes the exit code from MPI_Abort.
     abort: dict[str, Any] = {"abort": world.Abort} if world.size > 1 else {}
-    watchdog = Watchdog(board, config.run.hang_seconds, 10.0 if config.train.compile else 3.0, on_hang=on_hang, **abort)
+    first_times = 10.0 if config.train.compile else 3.0
+    watchdog = Watchdog(board, config.run.hang_seconds, first_times, on_hang=on_hang, waits=main_thread_waits, **abort)
     first_last = steps_of(config.metrics.timeline)
-    REPORTS.observe = watchdog.waits
     timeline = Timeline(first_last, plan.run_dir, host.partition("#")[0], config.metrics.kernels)
     observers = StepObservers([watchdog, faults, timeline, *more], lambda: state.position.step)
     meter, machines = watch_energy(config.metrics.energy, host, plan.device, world)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from mpi4py import MPI
 
 import mpidp.evaluate
+from mpidp.data.loader import MicroBatch
 from mpidp.model import loss_chunks
+from mpidp.training.model import make_model
 from tests.hybrid.test_meshes import assert_close, on, with_mesh
-from tests.tiny import DEVICE, WORLD, at, corpus
+from tests.tiny import DEVICE, WORLD, at, corpus, job_at
 
 pytestmark = pytest.mark.mpi
 
@@ -36,3 +41,28 @@ def test_every_mesh_computes_the_loss_in_chunks(
         assert_close(run, alone, str(sections))
         if "tp" not in sections:
             assert run.sha256 == alone.sha256, sections
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_the_next_job_after_a_failure_computes_the_same_gradients(
+    shared_folder: Path, shared_tmp: Path, sequence: bool
+) -> None:
+    """It uses the model of the failed job again."""
+    if WORLD.size < 2:
+        pytest.skip("needs 2 ranks")
+    data, cut = corpus(shared_folder), {"sequence": sequence}
+    config = with_mesh(data, shared_tmp / "run", (1, 1, 2), train={"loss": "chunked"}, mesh=cut)
+
+    def are_equal(comm: MPI.Intracomm) -> list[bool]:
+        job = job_at(comm, config)
+        engine, mb = job.engine, MicroBatch.of(0, np.arange(18).reshape(2, 9), None, None).to(job.plan.device)
+        gradients = []
+        for _ in range(2):
+            gradients.append(torch.autograd.grad(engine.loss_sum(mb, None), list(engine.model.parameters())))
+            losses = make_model(job.plan, job.transport, engine.model).token_losses
+            assert losses is not None
+            engine.token_losses = losses
+        return [one.equal(other) for one, other in zip(*gradients, strict=True)]
+
+    for found in at(2, are_equal):
+        assert all(found), found

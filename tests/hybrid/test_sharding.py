@@ -229,13 +229,17 @@ def test_gradients_that_are_not_finite_are_skipped_as_at_level_0(
 def test_faults_that_no_audit_can_find_are_refused(
     shared_folder: Path, shared_tmp: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
+    """At each level of sharding, and with a strategy whose replicas differ."""
     if WORLD.size == 1:
         pytest.skip("needs two ranks")
     monkeypatch.setenv(VARIABLE, fault)
-    for level in (2, 3):
-        with pytest.raises(UsageError, match=f"'{fault}' is not possible with mesh.shard=2.3.*no audit.*Use mesh.shard=0"):
-            train_at(2, tiny(corpus(shared_folder), shared_tmp / "run", **with_level(level)))
-    assert not list(shared_tmp.glob("run/checkpoints/*"))
+    said = f"'{fault}' is not possible with %s: an audit compares .*, so no audit can find the fault. Choose another value"
+    for level in (1, 2, 3):
+        with pytest.raises(UsageError, match=said % "mesh.shard=1.2.3"):
+            train_at(2, tiny(corpus(shared_folder), shared_tmp / f"run_{level}", **with_level(level)))
+    with pytest.raises(UsageError, match=said % "strategy.name=delayed.*"):
+        train_at(2, tiny(corpus(shared_folder), shared_tmp / "run_local", strategy={"name": "local"}))
+    assert not list(shared_tmp.glob("run*/checkpoints/*"))
     monkeypatch.setenv(VARIABLE, "nan:1:2")
     with pytest.raises(UsageError, match="'nan:1:2' changes the gradient of a lane, and only comm.reducer=tree keeps such"):
         train_at(2, tiny(corpus(shared_folder), shared_tmp / "run", comm={"reducer": "allreduce"}))

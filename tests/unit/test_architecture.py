@@ -53,7 +53,7 @@ NO_TORCH = {
     "mpidp.runtime.options", "mpidp.report",
     "mpidp.config.settings", "mpidp.config.schema", "mpidp.config.rules", "mpidp.config.defaults", "mpidp.config.command_line",
     "mpidp.data.lanes", "mpidp.data.permutation", "mpidp.data.sampler", "mpidp.reducers.tree_order", "mpidp.parallel.schedule",
-    "mpidp.model.shape", "mpidp.model.part", "mpidp.model.loss_chunks",
+    "mpidp.model.shape", "mpidp.model.part", "mpidp.model.loss_chunks", "mpidp.model.adapter_sizes",
     "mpidp.faults.inject", "mpidp.faults.heartbeat", "mpidp.faults.watchdog",
     "mpidp.faults.stop", "mpidp.faults.restarts", "mpidp.metrics.clock", "mpidp.metrics.jsonl", "mpidp.metrics.progress",
     "mpidp.metrics.energy", "mpidp.metrics.gradient_noise", "mpidp.strategies.quorum_rounds", "mpidp.strategies.arrivals",
@@ -184,6 +184,16 @@ def test_no_part_of_a_job_is_changed_from_outside(name: str) -> None:
             owner = target.value
             held = owner.attr if isinstance(owner, ast.Attribute) else owner.id if isinstance(owner, ast.Name) else ""
             assert held.lstrip("_") not in PARTS or not isinstance(target.ctx, ast.Store), f"{name}:{node.lineno}"
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_nobody_assigns_attributes_of_imported_objects(name: str) -> None:
+    tree = ast.parse(FILES[name].read_text())
+    froms = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith(("mpidp", "data_"))]
+    imported = {alias.asname or alias.name for node in froms for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name):
+            assert node.value.id not in imported, f"{name}:{node.lineno}"
 
 
 def test_one_class_name_has_one_meaning() -> None:

@@ -224,25 +224,25 @@ def test_a_board_costs_a_step_nothing(tmp_path: Path) -> None:
 
 def test_the_board_shows_whether_a_rank_waits_for_a_message(tmp_path: Path) -> None:
     class Request:
-        """A request that is complete after some tests."""
+        """A request that is complete when the board shows, at most 30 s after the last heartbeat, the expected state."""
 
-        left = 5
+        def __init__(self, waits: bool) -> None:
+            self.waits, self.end = waits, time.monotonic() + 30
 
         def Test(self) -> bool:  # noqa: N802
-            self.left -= 1
-            seen.append(board.rows(1.0)[0].waits)
-            return self.left == 0
+            time.sleep(0.01)
+            return time.monotonic() > self.end or board.rows(1.0)[0].waits == self.waits
 
-    (board,), seen = boards(tmp_path, ["x"]), list[bool]()
-    dog = Watchdog(board, 60.0)
-    waiting.REPORTS.observe = dog.waits
+    (board,) = boards(tmp_path, ["x"])
+    dog = Watchdog(board, 60.0, waits=waiting.main_thread_waits)
     dog.enter(3, "compute")
-    waiting.doze(Request())  # type: ignore[arg-type]
-    assert seen == [True] * 5 and not board.rows(1.0)[0].waits
-    thread = threading.Thread(target=waiting.doze, args=(Request(),))
+    assert not board.rows(1.0)[0].waits
+    waiting.doze(Request(True))  # type: ignore[arg-type]
+    assert board.rows(1.0)[0].waits, "the watchdog's thread has recorded it"
+    thread = threading.Thread(target=waiting.doze, args=(Request(False),))
     thread.start()
     thread.join()
-    assert seen[5:] == [False] * 5, "a thread waits while the rank computes"
+    assert not board.rows(1.0)[0].waits, "a thread waits while the rank computes"
     dog.close()
 
 

@@ -186,10 +186,10 @@ def test_the_ends_of_config_json_are_exported_if_generation_config_json_names_no
 
 
 def test_arguments_of_the_template_are_its_defaults(tmp_path: Path) -> None:
-    written = "{{ messages[0].content }}{% if thinks %}THINKS{% endif %}{{ mode }}{{ none_of is none }}{{ a.b[1] }}"
-    arguments = {"thinks": False, "mode": "it's \"so\"", "none_of": None, "a": {"b": [True, 2]}}
+    written = "\n{{ messages[0].content }}{% if thinks %}THINKS{% endif %}{{ mode }}{{ none_of is none }}{{ a.b[1] }}"
+    arguments = {"thinks": False, "mode": "my \"NAME\" 🙂", "none_of": None, "a": {"b": [True, 2]}}
     folder = made(tmp_path / "model", "none", eos_token="<|im_end|>")
     (folder / "chat_template.jinja").write_text(_with_arguments(written, arguments))
     theirs = AutoTokenizer.from_pretrained(folder)
-    assert theirs.apply_chat_template(CHAT, tokenize=False) == "who was thereit's \"so\"True2"
-    assert theirs.apply_chat_template(CHAT, tokenize=False, thinks=True, mode="x") == "who was thereTHINKSxTrue2"
+    assert theirs.apply_chat_template(CHAT, tokenize=False) == "\nwho was theremy \"NAME\" 🙂True2"
+    assert theirs.apply_chat_template(CHAT, tokenize=False, thinks=True, mode="x") == "\nwho was thereTHINKSxTrue2"

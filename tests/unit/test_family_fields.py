@@ -156,11 +156,22 @@ def test_odd_values_in_a_config_are_refused_with_words(row: str) -> None:
 
 @pytest.mark.parametrize(("row", "fields"), [
     ("gpt_neox", {"rope_theta": 123.0}), ("gpt_neox", {"partial_rotary_factor": 1.0}), ("olmo3", {"rope_theta": 123.0}),
+    ("gemma3_text", {"rope_scaling": {"type": "linear", "factor": 8.0}}),
 ])
-def test_rotary_fields_that_transformers_ignores_are_refused(row: str, fields: dict[str, float]) -> None:
+def test_rotary_fields_that_transformers_ignores_are_refused(row: str, fields: dict[str, Any]) -> None:
     family = BY_MODEL_TYPE[MODEL_TYPES[row]]
     config = json.loads(config_of_row(row).to_json_string(use_diff=False)) | {"architectures": [family.architecture]}
     config = {key: value for key, value in config.items() if key != "rope_parameters"}
     assert settings_of(config, "it")
     with pytest.raises(DataError, match=f"transformers ignores {min(fields)}=.* in .*this family, and uses"):
         settings_of(config | fields, "it")
+
+
+def test_a_rotary_scaling_needs_the_maximum_context_length() -> None:
+    """In transformers, the default of max_position_embeddings depends on the family."""
+    config = json.loads(config_of_row("qwen2").to_json_string(use_diff=False)) | {"architectures": ["Qwen2ForCausalLM"]}
+    config["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": None, "original_max_position_embeddings": 16}
+    assert settings_of(config, "it")["rope_scaling"].startswith("yarn:4,16,")
+    del config["max_position_embeddings"]
+    with pytest.raises(DataError, match="max_position_embeddings is missing"):
+        settings_of(config, "it")

@@ -23,6 +23,7 @@ from mpidp.inference.detokenize import detokenizer_of
 from mpidp.inference.loading import Loaded
 from mpidp.inference.rows import read_prompts, read_rows
 from mpidp.inference.sampling import Sampling, nucleus, seed_of
+from mpidp.inference.scoring import row_scores
 from mpidp.inference.speech import StreamedText
 from mpidp.model.cache import Cache, joined
 from mpidp.model.joint_cache import join
@@ -193,8 +194,31 @@ def test_a_row_alone_has_the_bits_that_it_has_among_others() -> None:
     torch.testing.assert_close(together, plain.blocks["0"].feed_forward(hidden))
 
 
+def test_a_layer_of_an_own_model_keeps_its_forward() -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    layer, x = Doubled(4, 3), torch.randn(2, 1, 4)
+    wanted = layer(x)
+    by_rows(torch.nn.Sequential(layer))
+    assert torch.equal(layer(x), wanted)
+
+
 def softmax(*logits: float) -> Tensor:
     return torch.softmax(torch.tensor(logits), dim=0)
+
+
+def test_a_loss_in_chunks_changes_no_score_and_no_text() -> None:
+    """train.eval_tasks uses the model of the training, which then returns hidden states."""
+    model = loaded(logit_cap=4.0, logit_scale=0.5)
+
+    def computed() -> Any:
+        return row_scores(model, [(ids(9, 1), 4), (ids(20, 2), 7)]), grown(model, [ids(5), ids(11, 3)], 9)
+
+    wanted = computed()
+    model.model.defer_head()
+    assert computed() == wanted
 
 
 @pytest.mark.parametrize("top_p", [0.01, 0.3, 0.5, 0.77, 0.9, 0.999, 1.0])
@@ -369,6 +393,7 @@ def test_wrong_options_of_generate(words: list[str], said: str) -> None:
 
 @pytest.mark.parametrize(("words", "said"), [
     (["--text=a", "--choices=b"], "only one of them"), (["--stride=3"], "--stride"), (["--text=a", "--stride=-1"], "--stride"),
+    (["--text=a", "--system=b"], "--system works only with --tasks"),
 ])
 def test_wrong_options_of_evaluate(words: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):

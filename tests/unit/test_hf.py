@@ -396,7 +396,10 @@ def test_shards_may_have_more_tokens_than_the_tokenizer_of_the_model(
         larger.save_pretrained(tmp_path / f"b{count}")
         prepare(str(tmp_path / "text.txt"), str(tmp_path / f"b{count}/tokenizer.json"), tmp_path / f"s{count}", shards=1,
                 verbose=False)
-    train_at(1, begun(tmp_path / "s1", folders["untied"], tmp_path / "run", train={"steps": 1}))
+    source = shutil.copytree(folders["untied"], tmp_path / "source")
+    (source / "tokenizer.model").write_bytes(b"\x0a")
+    train_at(1, begun(tmp_path / "s1", source, tmp_path / "run", train={"steps": 1}))
+    assert not (tmp_path / "run/hf/tokenizer.model").exists()  # it does not contain the added token
     with pytest.raises(UsageError, match=r"model.vocab_size=288.*has 290 tokens.*Set model.vocab_size=290"):
         train_at(1, begun(tmp_path / "s10", folders["untied"], tmp_path / "other"))
 

@@ -196,3 +196,12 @@ def test_what_cannot_be_read_is_said_with_how_to_write_it(text: str, said: str) 
     with pytest.raises(UsageError) as found:
         parse("wrong:0:1 " + text)
     assert said in str(found.value) and EXAMPLE in str(found.value) and str(found.value).startswith(VARIABLE)
+
+
+@pytest.mark.parametrize("kind", ["wrong", "flip", "nan"])
+def test_faults_that_no_audit_can_find_are_rejected_with_the_reason(kind: str) -> None:
+    text = f"{kind}:0:1" + ",tensor=1,bit=3" * (kind == "flip")
+    parse(text).check(keeps_lanes=True)
+    said = f"'{text}' is not possible with x=1: y, so no audit can find the fault"
+    with nullcontext() if kind == "nan" else pytest.raises(UsageError, match=said):
+        parse(text).check(keeps_lanes=True, unaudited="x=1: y")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mpidp.model.lora import attach
 from mpidp.model.loss_chunks import chunk_rows
 from mpidp.model.options import TransformerOptions
 from mpidp.model.part import part_of
@@ -20,7 +21,7 @@ from mpidp.parallel.chunked_loss import ChunkedLoss
 from mpidp.parallel.grid import Grid
 from mpidp.parallel.tensor import Regather, share_layers
 from mpidp.plan.mesh.activations import kept_of_block, kept_of_last_norm, logits_bytes, loss_bytes
-from mpidp.plan.mesh.memory import Memory, largest, layers_of, memory_of, parameters_of
+from mpidp.plan.mesh.memory import Memory, largest, layers_of, memory_of, parameters_of, trained_of
 from mpidp.plan.mesh.search import KNOWN
 from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
 from mpidp.plan.mesh.time import LinkSpeed, Machine, data_parallel, half_allreduce, measured_machine, message, step_of
@@ -74,6 +75,23 @@ def test_no_parameter_is_lost(tp: int, pp: int, tied: bool, model: ModelSizes) -
         assert sum(held) == tp * parameters_of(model, shape, stage)
 
 
+@pytest.mark.parametrize("pp", [1, 3])
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("model", MODELS, ids=NAMES)
+def test_with_lora_only_adapters_have_gradients_and_moments(tp: int, pp: int, model: ModelSizes) -> None:
+    """Every rank holds and trains as many parameters as the part of the real model."""
+    model, shape = replace(model, lora_rank=4, lora_targets="q,o,up"), Shape(1, pp, tp)
+    for stage in range(pp):
+        parts = [Transformer(model.shape, part=part_of(model.shape, stage, pp, index, tp)) for index in range(tp)]
+        for part in parts:
+            attach(part, model.lora_rank, 8.0, model.lora_targets, 0)
+        held = [p for part in parts for p in part.parameters()]
+        assert sum(p.numel() for p in held) == tp * parameters_of(model, shape, stage)
+        trained = sum(p.numel() for p in held if p.requires_grad) / tp
+        memory = memory_of(model, shape, Work(8, 1, number_bytes=4), stage)
+        assert (trained_of(model, shape, stage), memory.gradients, memory.optimizer) == (trained, 4 * trained, 8 * trained)
+
+
 def test_stages_are_cut_for_the_slowest() -> None:
     """No other number of blocks on the last stage, with its head, makes the slowest stage faster. No stage is empty."""
     for model, pp in ((BIG, 4), (BIG, 32), (replace(BIG, vocab_size=500000), 8), (SMALL, 3)):
@@ -92,6 +110,8 @@ def saved_bytes(model: ModelSizes, dtype: torch.dtype, part: str) -> float:
     """Return the bytes per token that autograd keeps of one block, or of everything after the blocks, without parameters and
     casts of them."""
     real = Transformer(torch_shape(model))
+    if model.lora_rank:
+        attach(real, model.lora_rank, 8.0, model.lora_targets, 0)
     b, t = 3, model.seq_len
     found: dict[int, int] = {}
     weights = {shape for p in real.parameters() for shape in (tuple(p.shape), tuple(p.shape)[::-1])}
@@ -126,6 +146,14 @@ def test_activations_are_those_that_autograd_keeps(dtype: torch.dtype, kv: int, 
     assert saved_bytes(model, dtype, "head") == pytest.approx(logarithms + kept_of_last_norm(model, size), rel=0.03)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model", MODELS, ids=NAMES)
+def test_with_lora_autograd_keeps_at_most_the_activations_of_full_training(dtype: torch.dtype, model: ModelSizes) -> None:
+    model = replace(model, seq_len=24, lora_rank=4, lora_targets="q,k,v,o,up,down")
+    kept = kept_of_block(model, Shape(1, 1, 1), Work(1, 1, number_bytes=dtype.itemsize))
+    assert saved_bytes(model, dtype, "block") <= 1.02 * kept
+
+
 class Mirror:
     """Simulates a ring of ranks that all hold this rank's values."""
 
@@ -140,6 +168,7 @@ class Mirror:
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         return self.size * x.detach()
+
 
 
 @pytest.mark.parametrize("tp", [2, 4])
@@ -274,6 +303,8 @@ def test_bytes_follow_the_formulas() -> None:
     n, d, t, L = BIG.parameters, BIG.model_dim, BIG.seq_len, BIG.num_layers
     sent = [data_parallel(BIG, Shape(8, 1, 1, shard), Work(32, 1), FAST)[0].sent_bytes for shard in range(4)]  # M = 4
     assert [one / (n * 7 / 8) for one in sent] == pytest.approx([8, 8, 4 * 4 + 4, 4 * (4 + 2 * 2)])
+    more = [data_parallel(BIG, Shape(8, 1, 1, shard), Work(32, 1, slices=2), FAST)[0].sent_bytes for shard in range(4)]
+    assert [(one - other) / (n * 7 / 8) for one, other in zip(more, sent, strict=True)] == pytest.approx([0, 0, 4 / 8, 4 / 8])
     step = step_of(BIG, Shape(1, 1, 4), Work(3, 1), FAST)
     small = 6 * 4 * t * 3 / 4
     assert step.tp_bytes == pytest.approx(3 * ((4 * L + 2) * 2 * 3 / 4 * 4 * t * d + small))
@@ -283,6 +314,19 @@ def test_bytes_follow_the_formulas() -> None:
     assert wide.pp_bytes == 2 * 3 * 4 * t * d and wide.between_bytes == 0
     away = step_of(BIG, Shape(4, 4, 1), Work(12, 1), FAST)
     assert away.between_bytes == away.dp_bytes  # the four stages of a replica are on one node, replicas are not
+
+
+def test_with_lora_replicas_exchange_only_adapters() -> None:
+    """With mesh.shard=3, replicas also gather the frozen parameters. The ranks of a stage sum the gradients of the factors that
+    each of them holds in full."""
+    model = replace(BIG, lora_rank=8, lora_targets="q,v")
+    n, all_of_them = BIG.num_layers * 2 * 2 * 8 * BIG.model_dim, BIG.parameters
+    assert model.trained == n
+    sent = [data_parallel(model, Shape(8, 1, 1, shard), Work(32, 1), FAST)[0].sent_bytes for shard in range(4)]  # M = 4
+    assert [one / (7 / 8) for one in sent] == pytest.approx([8 * n, 8 * n, (4 * 4 + 4) * n, 4 * (4 * n + 4 * (all_of_them + n))])
+    plain, lora = (step_of(one, Shape(1, 1, 4), Work(3, 1), FAST) for one in (BIG, model))
+    assert lora.tp_bytes - plain.tp_bytes == pytest.approx(3 * BIG.num_layers * 2 * 2 * 3 / 4 * 4 * 8 * BIG.model_dim)
+    assert 2 / 3 < lora.flops / plain.flops < 0.75 and lora.update_seconds / plain.update_seconds < 0.01
 
 
 def test_links_are_shared_as_ranks_lie() -> None:

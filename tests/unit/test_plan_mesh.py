@@ -95,6 +95,21 @@ def test_a_config_gives_the_model_and_the_batch(tmp_path: Path, monkeypatch: pyt
     assert (found["global_batch"], found["number_bytes"], found["parameters_asked"]) == (32, 4, found["parameters"])
 
 
+def test_a_config_with_lora_trains_only_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.toml").write_text("[model]\nmodel_dim = 256\nnum_heads = 8\nnum_layers = 6\nlora_targets = 'q,o'\n")
+    words = ("--config", "my.toml", "--ranks", "4", "--vocab", "256")
+    plain, found = ask(*words), ask(*words, "--model.lora_rank=4")
+    assert found["trained"] == 6 * 2 * 2 * 4 * 256 and plain["trained"] == plain["parameters"] == found["parameters"]
+    assert "LoRA: 24.58 thousand parameters of adapters are trained" in mesh_table(found) and "LoRA" not in mesh_table(plain)
+    for one, other in zip(found["three_ways"], plain["three_ways"], strict=True):
+        assert one["memory_bytes"] < other["memory_bytes"] and one["step_seconds"] < other["step_seconds"]
+    with pytest.raises(UsageError, match="model.lora_targets=q,head: the predictions do not include an adapter of the head"):
+        ask(*words, "--model.lora_rank=4", "--model.lora_targets=q,head")
+    with pytest.raises(UsageError, match="model.lora_rank=400 exceeds the smaller dimension"):
+        ask(*words, "--model.lora_rank=400")
+
+
 def test_the_model_is_that_of_the_weights_which_the_run_begins_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not the default model, which the initial weights replace."""
     monkeypatch.chdir(tmp_path)
@@ -113,8 +128,7 @@ def test_the_model_is_that_of_the_weights_which_the_run_begins_with(tmp_path: Pa
         assert ask("--config", "my.toml", "--ranks", "2", f"--train.init_from={place}")["model"] == wanted
     (tmp_path / "run/config.toml").write_text(to_toml(Config().with_values(model={"kind": "lstm"})))
     for words, why in [("--train.init_from=run", "kind=lstm: the predictions"), ("--model.kind=lstm", "only for Transformers"),
-                       ("--model.kind=a:b", "model.kind=a:b: the predictions"), ("--train.init_from=none", "none/config.toml"),
-                       ("--model.lora_rank=4", "model.lora_rank=4: the predictions are only")]:
+                       ("--model.kind=a:b", "model.kind=a:b: the predictions"), ("--train.init_from=none", "none/config.toml")]:
         with pytest.raises(UsageError, match=why):
             ask("--config", "my.toml", "--ranks", "2", "--vocab", "256", words)
     (tmp_path / "hf/config.json").write_text("{")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mpidp.model.part import Part
+from mpidp.parallel.tied import tie_micro_batch
 from mpidp.parallel.tree_comm import tree_sum
 from mpidp.reducers.tree_order import fold_all
 
@@ -47,3 +48,29 @@ def test_what_every_rank_holds_has_no_slices() -> None:
     part = Part((range(1),))
     assert part.slices("blocks.0.attention_norm.weight", (20,), 4) is None
     assert part.slices("blocks.0.attention.o.bias", (20,), 4) is None
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_tied_weight_is_like_others_after_the_backward_pass_of_its_micro_batch(first: bool) -> None:
+    class Other:
+        """The other stage: takes every gradient, and its own gradient is 2."""
+
+        chunks = 1
+
+        def __init__(self) -> None:
+            self.first, self.messages = first, list[tuple[int, int]]()
+
+        def send(self, kind: int, v: int, x: torch.Tensor, chunk: int) -> None:
+            self.messages.append((v, chunk))
+
+        def receive(self, kind: int, v: int, shape: tuple[int, ...], chunk: int) -> torch.Tensor:
+            self.messages.append((v, chunk))
+            return torch.full(shape, 2.0)
+
+    weight, other = torch.nn.Parameter(torch.ones(3)), Other()
+    with tie_micro_batch(weight, other, 5):  # type: ignore[arg-type]
+        weight.sum().backward()
+    assert weight.grad is not None and (weight.grad == (3.0 if first else 0.0)).all()
+    weight.sum().backward()
+    assert (weight.grad == (4.0 if first else 1.0)).all()
+    assert other.messages == [(5, 1 if first else 0)]

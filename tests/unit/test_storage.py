@@ -293,6 +293,8 @@ def test_messages_of_libraries_show_no_secrets(monkeypatch: pytest.MonkeyPatch) 
         for end in ("", "; try again", ", try again", "'", "' (b)"):
             shown = without_secrets(f"cannot open https://host/p{mark}sig=HUSH{end}")
             assert shown == f"cannot open https://host/p?***{end}"
+    shortened = "URL scheme should be http or https [input_value='ftp://me:password...k.example.com:8080', input_type=str]"
+    assert without_secrets(shortened) == shortened.replace("me:password", "***")
     plain = "https://host/p; https://host/q, (s3://bucket/p), 'az://a/b'; why: a/b?"
     assert without_secrets(plain) == plain
 

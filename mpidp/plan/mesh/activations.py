@@ -79,14 +79,14 @@ def loss_bytes(model: ModelSizes, shape: Shape, work: Work) -> float:
     """Return the peak number of bytes that the loss of a micro-batch takes on each rank of the last stage.
 
     If the loss is computed at once, the bytes are those of the log-probabilities, their gradients and the gradients of the
-    logits. If the loss is computed in chunks, the gradients of the hidden states and of the head are computed together
-    with the loss. The bytes are then those of these gradients, plus the larger of two: the logits of one chunk, or the scaled
-    copies of these gradients that backward makes. Pure.
+    logits. If the loss is computed in chunks, the gradients of the hidden states and of the head are computed together with the
+    loss. With LoRA, the head has no gradient. The bytes are then those of these gradients, plus the larger of two: the logits of
+    one chunk, or the scaled copies of these gradients that backward makes. Pure.
     """
     tokens, capped = work.micro_batch * model.seq_len, model.options.logit_cap > 0
     rows = chunk_rows(work.loss, model.shape, tokens)
     if not rows:
         return (12 + work.number_bytes * capped) * tokens * model.vocab_size / shape.tp
     chunk = ((4 if work.number_bytes == 4 else 6) + 8 * capped) * min(rows, tokens) * model.vocab_size / shape.tp
-    gradients = 4 * tokens * model.model_dim + 4 * model.table / shape.tp
+    gradients = 4 * tokens * model.model_dim + (0 if model.lora_rank else 4 * model.table / shape.tp)
     return gradients + max(chunk, gradients)

@@ -125,11 +125,11 @@ def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> d
 
 def _reject_uncut(values: Mapping[str, Any]) -> None:
     """Raise UsageError for models whose time and memory the predictions do not describe. Pure."""
-    kind, rank = values["model.kind"], values["model.lora_rank"]
-    if kind != "transformer" or rank:
-        what = f"model.lora_rank={rank}" if kind == "transformer" else f"model.kind={kind}"
-        raise UsageError(f"{what}: the predictions are only for Transformers that train all parameters. Use "
-                         "`python -m mpidp.plan methods`")
+    kind, targets = values["model.kind"], values["model.lora_targets"]
+    if kind != "transformer":
+        raise UsageError(f"model.kind={kind}: the predictions are only for Transformers. Use `python -m mpidp.plan methods`")
+    if values["model.lora_rank"] and "head" in targets.replace(" ", "").split(","):
+        raise UsageError(f"model.lora_targets={targets}: the predictions do not include an adapter of the head. Use other layers")
 
 
 def _initial_model(path: str) -> dict[str, Any]:

@@ -1,15 +1,15 @@
 """Computes the memory that each rank of a mesh needs for each use, from the sizes of the model. Pure.
 
-p is the number of parameters of a rank. The rank has the parameters of its stage, and 1 / tp of each matrix. w is the number of
-bytes per number in matrix products. n = micro_batch x seq_len is the number of tokens of a micro-batch. M is the number of
-micro-batches per replica. f = min(M, pp - stage) is the largest number of micro-batches between their forward and backward passes
-(1F1B, Narayanan 2021, section 2.2.1).
+p is the number of parameters of a rank, and q is the number of its trained parameters. With LoRA, only the adapters are trained.
+The rank has the parameters of its stage, and 1 / tp of each matrix. w is the number of bytes per number in matrix products.
+n = micro_batch x seq_len is the number of tokens of a micro-batch. M is the number of micro-batches per replica. f = min(M, pp -
+stage) is the largest number of micro-batches between their forward and backward passes (1F1B, Narayanan 2021, section 2.2.1).
 
 | use | bytes | divided by dp with |
 |---|---|---|
 | parameters | 4 p, float32 master weights | mesh.shard=3 |
-| gradients | 4 p per slot | mesh.shard=2 or 3 |
-| optimizer | 8 p, the moments of AdamW | mesh.shard=1, 2 or 3 |
+| gradients | 4 q per slot | mesh.shard=2 or 3 |
+| optimizer | 8 q, the moments of AdamW | mesh.shard=1, 2 or 3 |
 | working | 16 bits: a copy of the weights, 2 p; shard 2 and 3: gathered gradients and weights of two blocks | |
 | activations | f n layers (W + S / tp), by default W = 24 D + 8 (16 bits: 26 D + 8), S = w (4 D + 4 F) + 4 H | |
 | with recompute | f n layers 4 D, and the activations of one block as above | |
@@ -20,9 +20,9 @@ D is model_dim, F is hidden_dim, H is the number of heads, and V is the vocabula
 residuals, which every tensor-parallel rank holds in full. S counts the activations that tensor parallelism divides. With
 mesh.sequence, W and the activations that recompute keeps are divided by tp. In 16 bits W is then 20 D + 8, because an input that
 several products share is saved once. activations.py computes W and S for all options of the Transformer. With train.loss=auto,
-the loss is computed in chunks of r tokens if the logits are large (model/loss_chunks.py). Embedding and head are divided by tp
-along the vocabulary. The last stage also computes the head. Layers are assigned to stages so that the slowest stage is as fast as
-possible.
+the loss is computed in chunks of r tokens if the logits are large (model/loss_chunks.py). With LoRA, g is 4 n D. W and S are
+those of training all parameters, which are upper bounds with LoRA. Embedding and head are divided by tp along the vocabulary. The
+last stage also computes the head. Layers are assigned to stages so that the slowest stage is as fast as possible.
 """
 
 from __future__ import annotations
@@ -80,12 +80,22 @@ def parameters_of(model: ModelSizes, shape: Shape, stage: int) -> float:
     tables = first + last - (model.tie_embeddings and shape.pp == 1)
     cut = layers_of(model, shape, stage) * model.matrices + tables * model.table
     in_full = layers_of(model, shape, stage) * (model.block - model.matrices)
-    return cut / shape.tp + in_full + last * model.norm + first * model.positions
+    return cut / shape.tp + in_full + last * model.norm + first * model.positions + _adapters_of(model, shape, stage)
+
+
+def trained_of(model: ModelSizes, shape: Shape, stage: int) -> float:
+    """Return the number of those parameters of each rank of stage `stage` that are trained. With LoRA, these are the adapters.
+    Pure."""
+    return _adapters_of(model, shape, stage) if model.lora_rank else parameters_of(model, shape, stage)
+
+
+def _adapters_of(model: ModelSizes, shape: Shape, stage: int) -> float:
+    return layers_of(model, shape, stage) * model.adapters_per_rank(shape.tp)
 
 
 def memory_of(model: ModelSizes, shape: Shape, work: Work, stage: int) -> Memory:
     """Return the memory of each rank of stage `stage`. Pure."""
-    p, small = parameters_of(model, shape, stage), work.number_bytes == 2
+    p, q, small = parameters_of(model, shape, stage), trained_of(model, shape, stage), work.number_bytes == 2
     tokens, last = work.micro_batch * model.seq_len, stage == shape.pp - 1
     working = 0.0
     largest = max(model.block, model.table) / shape.tp  # largest number of parameters that are gathered at a time
@@ -94,7 +104,7 @@ def memory_of(model: ModelSizes, shape: Shape, work: Work, stage: int) -> Memory
     elif small:
         working += 2 * p
     if shape.shard >= 2 and shape.dp > 1:
-        working += min(p, 2 * largest) * MASTER
+        working += min(q, 2 * largest) * MASTER
     in_flight = min(work.micro_batches(shape), shape.pp - stage)
     block, layers = kept_of_block(model, shape, work), layers_of(model, shape, stage)
     share = shape.tp if work.sequence else 1
@@ -102,7 +112,7 @@ def memory_of(model: ModelSizes, shape: Shape, work: Work, stage: int) -> Memory
     kept = in_flight * layers * (work.recompute * entry + (1 - work.recompute) * block) + (work.recompute > 0) * block
     final_norm = last * kept_of_last_norm(model, work.number_bytes) / share
     return Memory(
-        MASTER * p / shape.over_dp(3), MASTER * work.slots * p / shape.over_dp(2), MOMENTS * p / shape.over_dp(1), working,
+        MASTER * p / shape.over_dp(3), MASTER * work.slots * q / shape.over_dp(2), MOMENTS * q / shape.over_dp(1), working,
         tokens * (kept + final_norm), last * loss_bytes(model, shape, work),
     )
 

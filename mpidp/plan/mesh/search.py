@@ -98,7 +98,10 @@ def model_of_config(values: Mapping[str, Any], vocab_size: int) -> ModelSizes:
     heads = values["model.num_kv_heads"] or m["num_heads"]
     options = TransformerOptions(**{name: values.get(f"model.{name}", plain) for name, plain in OPTIONS.items()})
     head_size = int(values.get("model.head_dim", 0))
-    return ModelSizes(**m, hidden_dim=hidden, num_kv_heads=heads, vocab_size=vocab_size, head_size=head_size, options=options)
+    return ModelSizes(
+        **m, hidden_dim=hidden, num_kv_heads=heads, vocab_size=vocab_size, head_size=head_size, options=options,
+        lora_rank=values.get("model.lora_rank", 0), lora_targets=values.get("model.lora_targets", ""),
+    )
 
 
 @dataclass(frozen=True)
@@ -269,7 +272,8 @@ def plan_mesh(
     fits = [row for row in rows if row.memory.total <= ROOM * limit]
     return {
         "ranks": ranks, "memory_limit_bytes": limit, "model": model.plain(), "model_from": taken, "parameters": model.parameters,
-        "parameters_asked": parameters, "samples": samples, "global_batch": base.global_batch, "number_bytes": base.number_bytes,
-        "tokens_a_step": base.global_batch * model.seq_len, "machine": list(sources), "meshes": len(rows), "fitting": len(fits),
+        "trained": model.trained, "parameters_asked": parameters, "samples": samples, "global_batch": base.global_batch,
+        "number_bytes": base.number_bytes, "tokens_a_step": base.global_batch * model.seq_len, "machine": list(sources),
+        "meshes": len(rows), "fitting": len(fits),
         "three_ways": three_ways(rows, ranks, parameters, samples, limit), "rows": [row.plain() for row in (fits or rows)[:top]],
     }  # fmt: skip

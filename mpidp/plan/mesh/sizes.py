@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
+from mpidp.model.adapter_sizes import adapter_sizes
 from mpidp.model.options import TransformerOptions
 from mpidp.model.part import part_of
 from mpidp.model.shape import TransformerShape, block_sizes, num_parameters
@@ -26,10 +27,14 @@ class ModelSizes:
     tie_embeddings: bool = False
     head_size: int = 0  # 0: model_dim / num_heads
     options: TransformerOptions = TransformerOptions()
+    lora_rank: int = 0  # model.lora_rank; 0: all parameters are trained
+    lora_targets: str = ""  # model.lora_targets
 
     def plain(self) -> dict[str, Any]:
-        """Return the sizes as plain values for JSON. Options are included if they differ from LLaMA's."""
-        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("head_size", "options")}
+        """Return the sizes as plain values for JSON. Options and adapters are included if they differ from LLaMA's."""
+        own = {"lora_rank", "lora_targets"} if self.lora_rank else set()
+        others = {"head_size", "options", "lora_rank", "lora_targets"} - own
+        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in others}
         return found | ({"head_dim": self.head_size} if self.head_size else {}) | self.shape.changed()
 
     @cached_property
@@ -57,6 +62,24 @@ class ModelSizes:
         return sum(map(math.prod, block_sizes(self.shape).values()))
 
     @cached_property
+    def adapters(self) -> dict[str, int]:
+        """{name: number of elements} of the parameters of the adapters in a block."""
+        block = {f"blocks.0.{name}": size for name, size in block_sizes(self.shape).items()}
+        found = adapter_sizes(block, self.lora_rank, self.lora_targets) if self.lora_rank else {}
+        return {name: math.prod(size) for name, size in found.items()}
+
+    @cached_property
+    def whole_adapters(self) -> dict[str, int]:
+        """The parameters in `adapters` that every tensor-parallel rank holds in full."""
+        cut = part_of(self.shape, stage=0, stages=1, index=0, size=2)
+        return {name: n for name, n in self.adapters.items() if not cut.is_cut(name)}
+
+    def adapters_per_rank(self, tp: int) -> float:
+        """Return the number of elements of a block's adapters on each of `tp` ranks. Pure."""
+        whole = sum(self.whole_adapters.values())
+        return whole + (sum(self.adapters.values()) - whole) / tp
+
+    @cached_property
     def attended(self) -> float:
         """The mean over the layers of the number of positions that a position attends to. In a layer this number is seq_len, or
         the length of the attention window if that is shorter."""
@@ -81,6 +104,11 @@ class ModelSizes:
     def parameters(self) -> int:
         """The number of parameters of the model."""
         return num_parameters(self.shape)
+
+    @property
+    def trained(self) -> int:
+        """The number of trained parameters. With LoRA, these are the adapters."""
+        return self.num_layers * sum(self.adapters.values()) if self.lora_rank else self.parameters
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ def mesh_table(found: dict[str, Any]) -> str:
         f"model: {model['num_layers']} layers, width {model['model_dim']}, SwiGLU {model['hidden_dim']}, {model['num_heads']} "
         f"heads ({model['num_kv_heads']} key-value), vocabulary {model['vocab_size']:,}, {many(found['parameters'])} parameters "
         f"({found['model_from']})",
+        *([f"LoRA: {many(found['trained'])} parameters of adapters are trained"] if model.get("lora_rank") else []),
         f"step: {found['global_batch']:,} sequences of {model['seq_len']:,} tokens ({many(found['tokens_a_step'])} in total), "
         f"{'float32' if found['number_bytes'] == 4 else 'bfloat16'} products with float32 weights",
         "",

@@ -1,22 +1,25 @@
 """Computes the time of a step on a mesh and the bytes sent, from the compute speed of a rank and the speed of links. Pure.
 
 Ranks are numbered by replica, then by stage, then by tensor-parallel index, as in parallel/grid.py. In the table, g is the size
-of a group and n is a number of bytes. p is the number of parameters of a rank. w is the number of bytes per number in matrix
-products. M is the number of micro-batches per replica.
+of a group and n is a number of bytes. p is the number of parameters of a rank, and q is the number of its trained parameters.
+With LoRA, only the adapters are trained, so there are no products for the gradients of matrices. w is the number of bytes per
+number in matrix products. M is the number of micro-batches per replica.
 
 | what | seconds |
 |---|---|
 | compute | operations / flops + bytes read and written / memory bandwidth; c is this time for one micro-batch on one stage |
 | tp | float32 allreduces of (B, T, D): 4 per block (half of them in forward), 2 more with recompute, 2 for embedding and head |
 | tp, sequence | as many float32 reduce_scatters; 6 allgathers per block and 2 for the head, w bytes per number |
-| tp, sequence | also float32 allreduces of the gradients of the parameters that are not divided |
+| tp, sequence | also float32 allreduces of the gradients of the trained parameters that are not divided |
+| tp, LoRA | float32 allreduces of the gradients of the factors of adapters that are not divided |
 | pp | m is the time of a float32 message of (B, T, D); mesh.sequence divides the size of the message by tp |
 | micro-batch | max c over the stages + 2 m (pp - 1) / pp |
 | pipeline | M - 1 micro-batches + sum of c over stages + 2 m (pp - 1); equal stages have a bubble of (pp - 1) / (M + pp - 1) |
-| dp, shard 0 | an allreduce of 4 p, which overlaps with 2/3 of a micro-batch (its backward) |
-| dp, shard 1 | a reduce_scatter of 4 p and an allgather of 4 p, which overlap with a micro-batch |
-| dp, shard 2 | a reduce_scatter of 4 p per micro-batch and an allgather of 4 p, which overlap with all micro-batches |
-| dp, shard 3 | a reduce_scatter of 4 p and two allgathers of w p per micro-batch, which overlap with all of them (Zhao 2023) |
+| dp, shard 0 | an allreduce of 4 q, which overlaps with 2/3 of a micro-batch (its backward) |
+| dp, shard 1 | a reduce_scatter of 4 q and an allgather of 4 q, which overlap with a micro-batch |
+| dp, shard 2 | a reduce_scatter of 4 q per micro-batch and an allgather of 4 q, which overlap with all micro-batches |
+| dp, shard 3 | a reduce_scatter of 4 q and two allgathers of w p per micro-batch, which overlap with all of them (Zhao 2023) |
+| dp, shard 2 and 3, slices | also 4 q / dp, a gather of gradients for their norm |
 | dp, shard 2 and 3 | also `gather_seconds` for each of these exchanges of each block: host time that does not overlap |
 | update | 28 bytes per parameter that a rank updates / memory bandwidth |
 
@@ -33,7 +36,7 @@ import math
 from dataclasses import dataclass
 
 from mpidp.plan.mesh.activations import kept_of_block, logits_bytes
-from mpidp.plan.mesh.memory import MASTER, layers_of, parameters_of, stages_of
+from mpidp.plan.mesh.memory import MASTER, layers_of, parameters_of, stages_of, trained_of
 from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
 
 BACKWARD = 2 / 3  # fraction of the compute time that backward takes
@@ -128,13 +131,21 @@ class Flow:
         return Flow(self.flops + other.flops, self.num_bytes + other.num_bytes, self.tp + other.tp)
 
 
+def _forward_flops(model: ModelSizes, shape: Shape, work: Work) -> float:
+    """Return the operations of a block in the forward pass of one micro-batch on one rank."""
+    products = (model.matrices + 2 * model.attended * model.num_heads * model.shape.head_dim) / shape.tp
+    return 2 * work.micro_batch * model.seq_len * (products + model.adapters_per_rank(shape.tp))
+
+
 def _parts(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tuple[Flow, Flow, Flow]:
-    """Return the flows of (a block, the embedding, the final norm with the head) for forward and backward of one micro-batch."""
-    tokens, again = work.micro_batch * model.seq_len, work.recompute
-    weights = ACCUMULATE + (CAST if work.number_bytes == 2 else 0)
+    """Return the flows of (a block, the embedding, the final norm with the head) for forward and backward of one micro-batch.
+    Frozen matrices have no product for their gradient, and no gradient to accumulate."""
+    tokens, again, trains = work.micro_batch * model.seq_len, work.recompute, not model.lora_rank
+    cast = CAST if work.number_bytes == 2 else 0
+    weights, adapters = ACCUMULATE * trains + cast, (ACCUMULATE + cast) * model.adapters_per_rank(shape.tp)
     wire = half_allreduce(machine, shape.tp, 1, float(tokens * model.model_dim * work.wire_bytes)).times(2)
     numbers = half_allreduce(machine, shape.tp, 1, 4.0 * tokens).times(2 * 3)  # for the loss: maximum, sum, target's logit
-    forward = tokens * (2 * model.matrices + 4 * model.attended * model.num_heads * model.shape.head_dim) / shape.tp
+    flops = (3 + again) * _forward_flops(model, shape, work) - (not trains) * 2 * tokens * model.matrices / shape.tp
     kept = (PASSES + 2 * again) * tokens * kept_of_block(model, shape, work)
     block_wire, head_wire, embedding_wire = wire.times(4 + 2 * again), wire, wire
 
@@ -147,16 +158,18 @@ def _parts(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tup
         gather = half_allreduce(machine, shape.tp, 1, float(size * min(work.number_bytes, work.wire_bytes)))
         scatter = half_allreduce(machine, shape.tp, 1, float(size * work.wire_bytes))
         block_wire, head_wire = gather.times(6) + scatter.times(4 + 2 * again), gather.times(2) + scatter
-        head_wire += gradients(*[model.model_dim] * (model.norm // model.model_dim))
-        embedding_wire += gradients(model.positions)
-    block_wire += gradients(*(n for name, n in model.replicated.items() if work.sequence or name.endswith(HEAD_GAINS)))
+        head_wire += gradients(*[model.model_dim] * (trains * model.norm // model.model_dim))
+        embedding_wire += gradients(trains * model.positions)
+    summed = (n for name, n in model.replicated.items() if trains and (work.sequence or name.endswith(HEAD_GAINS)))
+    block_wire += gradients(*summed, *model.whole_adapters.values())
     if model.options.qk_norm == "layer":
         squares = half_allreduce(machine, shape.tp, 1, 4.0 * tokens).times(2)
         block_wire += squares.times(2 * (2 + again))
-    block = Flow((3 + again) * forward, kept + weights * model.block / shape.tp, block_wire)
+    block = Flow(flops, kept + weights * model.block / shape.tp + adapters, block_wire)
     embedding = Flow(0.0, 3 * 4.0 * tokens * model.model_dim + weights * model.table / shape.tp, embedding_wire)
     logits = PASSES / 2 * tokens * logits_bytes(model, shape, work.number_bytes)  # logits_bytes includes gradients
-    head = Flow(6.0 * tokens * model.table / shape.tp, logits + weights * model.table / shape.tp, head_wire + numbers)
+    products = (4 + 2 * trains) * tokens * model.table / shape.tp
+    head = Flow(products, logits + weights * model.table / shape.tp, head_wire + numbers)
     return block, embedding, head
 
 
@@ -186,15 +199,18 @@ def data_parallel(model: ModelSizes, shape: Shape, work: Work, machine: Machine)
     seconds of a rank for gathers and scatters). Pure."""
     p, stage = max((parameters_of(model, shape, stage), stage) for stage in stages_of(model, shape))
     m, units = work.micro_batches(shape), layers_of(model, shape, stage) + 1
+    gradients = MASTER * max(trained_of(model, shape, one) for one in stages_of(model, shape))
 
-    def half(bytes_each: float, count: int, pieces: int = units) -> Traffic:
-        return half_allreduce(machine, shape.dp, shape.tp * shape.pp, bytes_each * p / pieces).times(count * pieces)
+    def half(num_bytes: float, count: int, pieces: int = units) -> Traffic:
+        return half_allreduce(machine, shape.dp, shape.tp * shape.pp, num_bytes / pieces).times(count * pieces)
 
     if shape.shard < 2:
-        return half(MASTER, 2, 1), 0.0
+        return half(gradients, 2, 1), 0.0
     scatters, gathers = m, 2 * m if shape.shard == 3 else 1
     each = machine.gather_seconds * (shape.dp > 1)
-    traffic = half(MASTER, scatters) + half(work.number_bytes if shape.shard == 3 else MASTER, gathers)
+    traffic = half(gradients, scatters) + half(work.number_bytes * p if shape.shard == 3 else gradients, gathers)
+    if work.slices > 1:  # for the norm, each element is sent to one rank (strategies/sharded_norm.py)
+        traffic += half(gradients / shape.dp, 1)
     return traffic, each * units * (scatters + gathers)
 
 
@@ -220,15 +236,15 @@ def step_of(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> St
     path = max(path, shared)
     dp, hosts = data_parallel(model, shape, work, machine)
     behind = {0: BACKWARD, 1: 1.0}.get(shape.shard, float(m)) * slowest.seconds(machine)
-    p = max(parameters_of(model, shape, stage) for stage in stages_of(model, shape))
-    update = crowd * UPDATE * p / shape.over_dp(1) / machine.memory_bytes_per_second
+    q = max(trained_of(model, shape, stage) for stage in stages_of(model, shape))
+    update = crowd * UPDATE * q / shape.over_dp(1) / machine.memory_bytes_per_second
     tp_bytes, pp_bytes = m * slowest.tp.sent_bytes, m * between.sent_bytes * (2 if pp > 2 else 1)
     return Step(
         compute, m * slowest.tp.seconds, path - m * one, max(0.0, dp.seconds - machine.overlap * behind) + hosts, update,
         tp_bytes,
         pp_bytes, dp.sent_bytes,
         tp_bytes * slowest.tp.between + pp_bytes * between.between + dp.sent_bytes * dp.between,
-        m * (whole.flops - work.recompute / (3 + work.recompute) * block.flops * model.num_layers) / pp,
+        m * (whole.flops - work.recompute * _forward_flops(model, shape, work) * model.num_layers) / pp,
     )
 
 
@@ -239,7 +255,7 @@ def measured_machine(
     `update_seconds`, the time of the update. The time of matrix products is `compute_seconds`, the compute time of a step, minus
     the time of memory traffic. micro_batches: their number in a step. Pure."""
     alone, work = Shape(1, 1, 1), Work(micro_batches * micro_batch, micro_batch, number_bytes=number_bytes)
-    memory = UPDATE * model.parameters / update_seconds
+    memory = UPDATE * trained_of(model, alone, 0) / update_seconds
     nothing = LinkSpeed(0.0, math.inf)
     block, embedding, head = _parts(model, alone, work, Machine(1.0, memory, nothing, nothing, 1, 1))
     whole = block.times(model.num_layers) + embedding + head
