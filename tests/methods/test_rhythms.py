@@ -22,7 +22,7 @@ from mpidp.parallel.engine import Engine
 from mpidp.strategies.delayed import Delayed
 from mpidp.strategies.local import Local
 from mpidp.strategies.server import Server
-from tests.tiny import FailedElsewhere, Ran, at, corpus, masked_corpus, read_metrics, sizes, tiny, train_at
+from tests.tiny import FailedElsewhere, Ran, at, corpus, everywhere, masked_corpus, read_metrics, sizes, tiny, train_at
 
 pytestmark = pytest.mark.mpi
 SGD: dict[str, Any] = {"name": "sgd", "lr": 0.2, "beta1": 0.0, "clip": 0.0, "weight_decay": 0.0, "warmup_steps": 0}
@@ -146,7 +146,9 @@ def test_a_resumed_run_is_the_run(shared_folder: Path, shared_tmp: Path, name: s
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_it_goes_on_at_another_number_of_ranks(shared_folder: Path, shared_tmp: Path, name: str) -> None:
+def test_it_goes_on_at_another_number_of_ranks(
+    shared_folder: Path, shared_tmp: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     """The run is different, because these methods depend on the number of ranks, but it starts from the common model."""
     data = corpus(shared_folder)
     config = tiny(data, shared_tmp / "run", **with_train(METHODS[name], steps=24))
@@ -155,6 +157,8 @@ def test_it_goes_on_at_another_number_of_ranks(shared_folder: Path, shared_tmp: 
     before = [line["val_loss"] for line in read_metrics(config.run.dir) if "val_loss" in line]
     run = train_at(2, config)
     assert run.events("resume") and run.end["step"] == 24 and run.end["val_loss"] < before[0]
+    said = "the bits from here on may differ from an uninterrupted run: ranks 4 -> 2"
+    everywhere(MPI.COMM_WORLD.rank > 0 or said in capsys.readouterr().out, "the run says that the number of ranks changes it")
 
 
 def test_bytes_are_those_of_the_averages(shared_folder: Path, shared_tmp: Path) -> None:
@@ -171,6 +175,15 @@ def test_bytes_are_those_of_the_averages(shared_folder: Path, shared_tmp: Path) 
     assert sent("local", **PLAIN, sync_every=4) == [0, 0, 0, whole] * 3
     assert set(sent("pairs", name="local", group="pairs", meet_every=12)) == {whole}
     assert sum(sent("fragments", name="local", sync_every=4, meet_every=12, fragments=2)[:10]) < 3 * whole
+
+
+def test_the_speed_at_a_meeting_is_that_of_all_steps_since_the_last(shared_folder: Path, shared_tmp: Path) -> None:
+    config = tiny(corpus(shared_folder), shared_tmp / "run", strategy={"name": "local", "sync_every": 3})
+    lines = [line for line in _raw(config, 2) if "train_loss" in line]
+    for first in (0, 3):
+        seconds = sum(line["step_seconds"] for line in lines[first : first + 3])
+        tokens = lines[first + 2]["tokens"] - (lines[first - 1]["tokens"] if first else 0)
+        assert lines[first + 2]["tokens_per_second"] == pytest.approx(tokens / seconds)
 
 
 def _raw(config: Any, n: int) -> list[dict[str, Any]]:

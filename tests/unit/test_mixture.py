@@ -84,6 +84,14 @@ def test_validation_has_the_shares_too(sources: None, tmp_path: Path) -> None:
     assert (ids == ord("a")).sum() == pytest.approx((ids == ord("b")).sum(), abs=2 * 83)
 
 
+def test_no_document_is_in_both_splits_of_a_repeated_mixture(sources: None, tmp_path: Path) -> None:
+    write_lines(Path("u.jsonl"), [f"document {i} of u" for i in range(200)])
+    write_lines(Path("v.jsonl"), [f"document {i} of v" for i in range(50)])
+    prepare(["u.jsonl:1", "v.jsonl:1"], out="out", val_fraction=0.1, tokens=20000, repeat=True)
+    train, val = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "val")
+    assert len(train) > 2 * len(set(train)) and val and not set(train) & set(val)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.floats(0.01, 1)), min_size=1, max_size=4),
        st.integers(0, 3000), st.booleans())
