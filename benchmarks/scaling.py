@@ -39,7 +39,7 @@ def measure(ranks: int, launcher: str, settings: list[str], skip: int) -> dict:
         batch = tomllib.loads((run_dir / "config.toml").read_text())["train"]["global_batch"]
     steps = [line for line in lines if "train_loss" in line][skip:]
     row = {f"{phase}_seconds": statistics.median(line[f"{phase}_seconds"] for line in steps) for phase in PHASES}
-    tokens = steps[-1]["tokens"] - steps[-2]["tokens"]
+    tokens = steps[-1]["tokens"] / steps[-1]["step"]  # not a difference of two lines, because `tokens` may grow only at meetings
     mfu = [line["mfu"] for line in steps if line.get("mfu") is not None]
     return {
         "ranks": ranks, "batch": batch, **row, "tokens_per_second": tokens / row["step_seconds"],

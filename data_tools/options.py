@@ -31,7 +31,7 @@ class PrepareOptions:
     truncate: bool = False  # whether rows longer than seq_len are truncated instead of skipped
     tokens: int = 0  # total tokens of the mixture; 0: stop when a source is exhausted
     repeat: bool = False  # whether an exhausted source starts over
-    split: str = ""  # "text": the end of the stream is validation; "document": whole documents; "": see by_document
+    split: str = ""  # validation is "text": the end of the stream; "document": whole documents; "": see by_document
     seed: int = 0  # validation documents are chosen by a hash of seed, file name and index in the file
     bad_utf8: str = "replace"  # "replace", or "skip": skip documents with invalid UTF-8
     strict: bool = False  # whether a bad row raises DataError; otherwise it is skipped
@@ -46,8 +46,9 @@ class PrepareOptions:
 
     @property
     def by_document(self) -> bool:
-        """Whether whole documents are chosen for validation. Otherwise the end of the stream is used."""
-        return self.split == "document" or ((self.rows or self.repeat) and not self.split)
+        """Whether whole documents are chosen for validation. Otherwise the end of the stream is used. With --repeat, this end
+        would have documents of the training split."""
+        return self.split == "document" or (not self.split and (self.rows or self.repeat))
 
     @property
     def arranged(self) -> bool:
@@ -114,7 +115,7 @@ def check_options(options: PrepareOptions) -> None:
     if options.repeat and not options.tokens:
         raise UsageError("--repeat needs --tokens N, because a repeating mixture without a limit never ends")
     if options.repeat and options.split == "text" and options.val_fraction:
-        raise UsageError("--split text cannot be combined with --repeat, because the validation split would repeat documents of "
+        raise UsageError("--repeat cannot be combined with --split text, because the validation split would have documents of "
                          "the training split. Use --split document, or --val-fraction 0")
     check_tokenizer(options.tokenizer)
 
@@ -151,7 +152,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--val-fraction", type=float, metavar="F", default=0.05,
         help="share of the tokens or documents that is used for validation; 0: none (default: %(default)s)")
     add("--split", default="", help="what becomes the validation split. 'text': the end of the stream; 'document': whole "
-        "documents, chosen at random (default: 'document' for rows and with --repeat, else 'text')")
+        "documents, chosen at random (default: 'document' for rows and with --repeat, otherwise 'text')")
     add("--seed", type=int, metavar="N", default=0, help="random seed of --split document (default: %(default)s)")
     add("--bad-utf8", default="replace",
         help="'replace': replace bytes that are not valid UTF-8; 'skip': skip documents with such bytes (default: %(default)r)")

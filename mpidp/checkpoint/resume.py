@@ -12,6 +12,7 @@ from mpi4py import MPI
 
 from mpidp.checkpoint import manifest
 from mpidp.checkpoint.manifest import check_file, newest_valid, readable
+from mpidp.checkpoint.mirrored import RUN_FILES
 from mpidp.checkpoint.reader import Reader
 from mpidp.config.schema import Config, fields_of
 from mpidp.config.settings import FIXED
@@ -84,8 +85,8 @@ def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
 def set_aside(run_dir: Path) -> Path | None:
     """Move the files of an earlier run in RUN to RUN/previous_N. Return this folder, or None if there are no such files.
     Independent."""
-    names = ["checkpoints", "latest", "metrics.jsonl", "config.toml", "tries.json", "timeline.json", "tensorboard", "track"]
-    names = [n for n in names if (run_dir / n).exists()]
+    own = "checkpoints", "latest", "tries.json", "timeline.json", "tensorboard", "track"
+    names = [name for one in (*RUN_FILES, *own) if (run_dir / (name := one.removesuffix("/*"))).exists()]
     if not names:
         return None
     number = 1

@@ -14,8 +14,8 @@ from mpidp.runtime.log import log
 
 
 def lines_of(rows: list[dict[str, Any]]) -> str:
-    """Return the rows as JSON lines. Pure."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """Return the rows as JSON lines. Values that JSON lacks, such as the dates of a .parquet file, become strings. Pure."""
+    lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     return lines.encode(errors="backslashreplace").decode()  # an unpaired surrogate is escaped as in JSON
 
 

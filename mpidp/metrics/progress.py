@@ -31,7 +31,7 @@ class Progress:
 
     def __init__(self, total_steps: int, active: bool) -> None:
         self.total_steps, self.active = total_steps, active
-        self._last = 0.0
+        self._last, self._tokens = 0.0, 0  # time of the last output, tokens of the last record
         self._began = time.perf_counter()
         self._first_step: int | None = None
         self._status: Any = None
@@ -49,6 +49,8 @@ class Progress:
         """Print the record of a step. Do nothing if the last output is less than three seconds old, unless this is the last
         step."""
         step = int(record["step"])
+        # between two meetings, tokens do not grow
+        where, self._tokens = "" if record["tokens"] > self._tokens else " on rank 0", record["tokens"]
         now = time.perf_counter()
         if self._first_step is None:
             self._first_step, self._began = step, now
@@ -61,7 +63,7 @@ class Progress:
         mfu = f"  mfu {100 * record['mfu']:.1f}%" if record.get("mfu") is not None else ""
         text = (
             f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  loss {record['train_loss']:.4f}  "
-            f"lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tokens/s{mfu}  "
+            f"lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tokens/s{where}{mfu}  "
             f"eta {int(eta) // 60}:{int(eta) % 60:02d}"
         )
         if self._status is not None:

@@ -13,23 +13,13 @@ from mpidp.report.charts import Curve, curves, duration, short
 from mpidp.report.costs import Costs, machines
 from mpidp.report.page import charts, note, paragraph, section, table
 from mpidp.report.read import RecordedRun
-from mpidp.report.sections import usual_speed
+from mpidp.report.sections import of_steps, usual_speed
 from mpidp.report.waterfall import Waterfall
 
 # Scaling is computed only for runs that agree in these settings.
 SAME = (
-    "model.",
-    "mesh.",
-    "strategy.",
-    "comm.compress",
-    "comm.reducer",
-    "optim.name",
-    "train.device",
-    "train.dtype",
-    "train.compile",
-    "train.recompute",
-    "data.path",
-    "train.micro_batch",
+    "model.", "mesh.", "strategy.", "comm.compress", "comm.reducer", "optim.name", "train.device", "train.dtype",
+    "train.compile", "train.recompute", "data.path", "train.micro_batch",
 )
 FREE = ("strategy.servers",)  # settings of these sections that may differ
 HASH_DIGITS = 12  # digits of weights_sha256 in the table
@@ -150,12 +140,8 @@ def compare(runs: Sequence[RecordedRun], falls: Mapping[str, Waterfall], spent: 
         losses = [number(line, "val_loss") for line in run.evaluations]
         rows.append(
             (
-                run.name,
-                str(run.ranks),
-                str(machines(run.facts) or "?"),
-                str(run.config.get("train.global_batch", "?")),
-                str(run.steps[-1]["step"]),
-                short(run.tokens),
+                run.name, str(run.ranks), str(machines(run.facts) or "?"), str(run.config.get("train.global_batch", "?")),
+                str(run.steps[-1]["step"]), short(run.tokens),
                 "-" if not losses or losses[-1] is None else f"{losses[-1]:.4f}",
                 duration(fall.whole),
                 f"{usual_speed(run):,.0f}",
@@ -169,7 +155,7 @@ def compare(runs: Sequence[RecordedRun], falls: Mapping[str, Waterfall], spent: 
             "weights_sha256")
     changed = [(key, *(str(run.config.get(key, "-")) for run in runs)) for key in differences(runs)]
     losses_of = ["val_loss"] + ["train_loss"] * any(len(run.evaluations) < 2 for run in runs)
-    speeds = [Curve(run.name, [(line["step"], number(line, "tokens_per_second") or 0.0) for line in run.steps]) for run in runs]
+    speeds = [Curve(run.name, of_steps(run, "tokens_per_second")) for run in runs]
     return section(
         "Comparison", table(head, rows, numbers=range(1, 11)),
         paragraph("Settings that differ:") + table(("setting", *(run.name for run in runs)), changed) if changed else

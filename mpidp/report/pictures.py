@@ -102,32 +102,17 @@ def _waterfall(axes: Any, run: RecordedRun) -> None:
     for i, part in enumerate(kept):
         axes.barh(i, 100 * shares[part], left=so_far, color="#1f7a55" if i == 0 else "#c2560c")
         so_far += 100 * shares[part]
-        axes.annotate(
-            f"{100 * shares[part]:.1f}%, then {speeds[part]:,.0f} tokens/s",
-            (102, i),
-            va="center",
-            fontsize=8,
-            annotation_clip=False,
-        )
-    axes.set(
-        yticks=range(len(kept)),
-        yticklabels=kept,
-        xlim=(0, 100),
-        xlabel="% of the time",
-        title=f"{run.name}: from ideal to measured",
-    )
+        axes.annotate(f"{100 * shares[part]:.1f}%, then {speeds[part]:,.0f} tokens/s", (102, i), va="center",
+                      fontsize=8, annotation_clip=False)
+    axes.set(yticks=range(len(kept)), yticklabels=kept, xlim=(0, 100), xlabel="% of the time",
+             title=f"{run.name}: from ideal to measured")
     axes.invert_yaxis()
 
 
 def _ranks(axes: Any, run: RecordedRun) -> None:
     steps, rows = per_rank(run)
-    image = axes.imshow(
-        [[1e3 * value for value in compute] for _, compute, _ in rows],
-        aspect="auto",
-        interpolation="nearest",
-        cmap="cividis",
-        extent=(steps[0] - 0.5, steps[-1] + 0.5, len(rows) - 0.5, -0.5),
-    )
+    image = axes.imshow([[1e3 * value for value in compute] for _, compute, _ in rows], aspect="auto", interpolation="nearest",
+                        cmap="cividis", extent=(steps[0] - 0.5, steps[-1] + 0.5, len(rows) - 0.5, -0.5))
     axes.figure.colorbar(image, label="compute time (ms)")
     axes.set(xlabel="step", ylabel="rank", title=f"{run.name}: compute time by rank")
     axes.yaxis.get_major_locator().set_params(integer=True)

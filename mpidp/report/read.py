@@ -52,6 +52,13 @@ class RecordedRun:
         return [line for line in self.lines if "event" not in line and number(line, "train_loss") is not None]
 
     @property
+    def meetings(self) -> list[dict[str, Any]]:
+        """The lines of steps that describe all ranks. If ranks do not synchronize at every step, a line between two meetings
+        describes only rank 0, and its number of tokens is that of the last meeting. These lines are left out."""
+        tokens = [0.0, *(number(line, "tokens") or 0.0 for line in self.steps)]
+        return [line for line, before, now in zip(self.steps, tokens, tokens[1:], strict=False) if now > before]
+
+    @property
     def evaluations(self) -> list[dict[str, Any]]:
         """The lines of evaluations with a val_loss."""
         return [line for line in self.lines if "event" not in line and number(line, "val_loss") is not None]

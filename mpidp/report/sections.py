@@ -48,16 +48,21 @@ def state(run: RecordedRun, fall: Waterfall) -> str:
 
 
 def usual_speed(run: RecordedRun) -> float:
-    """Return the median of the steps' tokens per second, without the first few steps. Pure."""
-    steps = run.steps[3:] if len(run.steps) > 9 else run.steps
-    speeds = [speed for line in steps if (speed := number(line, "tokens_per_second"))]
-    return statistics.median(speeds) if speeds else 0.0
+    """Return the median of the tokens per second at meetings, without the first few. If the jobs of the run had different numbers
+    of ranks, only jobs with the last number count. Pure."""
+    meetings, ranks, found = {id(line) for line in run.meetings}, run.ranks, []
+    for line in run.lines:
+        if line.get("event") == "start":
+            ranks = int(number(line, "ranks") or 1)
+        elif id(line) in meetings and ranks == run.ranks and (speed := number(line, "tokens_per_second")):
+            found.append(speed)
+    return statistics.median(found[3:] if len(found) > 9 else found) if found else 0.0
 
 
 def figures(run: RecordedRun, fall: Waterfall, spent: Costs) -> str:
     """Return HTML cards with the most important figures of a run. Pure."""
     losses = [number(line, "val_loss") for line in run.evaluations]
-    mfu = [one for line in run.steps if (one := number(line, "mfu")) is not None]
+    mfu = [one for line in run.meetings if (one := number(line, "mfu")) is not None]
     rows = [
         (f"{run.steps[-1]['step']:,}", "steps"), (short(run.tokens), "training tokens"),
         ("-" if not losses or losses[-1] is None else f"{losses[-1]:.4f}", "validation loss (nats per token)"),
@@ -114,8 +119,10 @@ def tasks(run: RecordedRun) -> str:
 
 
 def of_steps(run: RecordedRun, name: str) -> list[tuple[float, float]]:
-    """Return a list of (step, value of the field `name`). Steps without this field are left out. Pure."""
-    return [(line["step"], value) for line in run.steps if (value := number(line, name)) is not None]
+    """Return a list of (step, value of the field `name`). Steps without this field are left out. Only comm_bytes, which describes
+    rank 0, is also taken from lines between two meetings. Pure."""
+    lines = run.steps if name == "comm_bytes" else run.meetings
+    return [(line["step"], value) for line in lines if (value := number(line, name)) is not None]
 
 
 def speed(run: RecordedRun) -> str:

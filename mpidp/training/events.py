@@ -39,7 +39,9 @@ def log_step(job: Job, learned: dict[str, Any], report: StepReport, epoch: int) 
     field slowest_cost_seconds is the mean time that ranks waited for the slowest rank. `learned`: the loss and other fields for
     the line. Independent."""
     at, seconds = job.position, spent(job)
-    speed = report.tokens / (report.steps * seconds["step_seconds"])
+    job.state.step_seconds += seconds["step_seconds"]
+    speed = report.tokens / (job.state.step_seconds if report.synchronized else seconds["step_seconds"])
+    job.state.step_seconds *= not report.synchronized
     slowest = int(report.seconds.argmax())
     line = {
         "step": at.step, **learned, "tokens": at.tokens, "tokens_per_second": speed, "mfu": job.record.mfu(speed), "epoch": epoch,

@@ -134,11 +134,9 @@ class Origin:
         """Write RUN/init.json, and copy the source's companion files (hf/companions.py) to the folder RUN/hf. `used`: the data's
         tokenizer. If it has added tokens, other files of the source's tokenizer are not copied. Independent."""
         if self.come_along:
-            shutil.rmtree(run_dir / "hf", ignore_errors=True)
-            (run_dir / "hf").mkdir()
             same = self.tokenizer is None or tokens.same(self.tokenizer, used)
             for name in [name for name in self.come_along if same or name not in OF_TOKENIZER]:
-                (run_dir / "hf" / name).parent.mkdir(exist_ok=True)
+                (run_dir / "hf" / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.come_along[name], run_dir / "hf" / name)
         about = {"init_from": self.path, "settings": self.settings, "weights_sha256": self.weights_sha256}
         write_file(run_dir / "init.json", json.dumps(about, indent=1).encode())
@@ -155,8 +153,8 @@ def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
         if world.rank == 0:
             kept = None if config.model.lora_rank else _kept(config)  # checkpoints of adapters do not contain the base weights
             is_run = any((path / name).exists() for name in ("checkpoints", "manifest.json", "metrics.jsonl"))
-            if path.exists() and path.resolve() == Path(config.run.dir).resolve():
-                raise UsageError(f"train.init_from={path} is run.dir itself. To resume a run, leave train.init_from out")
+            if path.exists() and path.resolve() in (home := Path(config.run.dir).resolve(), home / "checkpoints" / path.name):
+                raise UsageError(f"train.init_from={path} is in run.dir. Omit it to resume a run, or choose another run.dir")
             if kept is None and not is_run and not (path / "config.json").is_file():
                 raise UsageError(
                     f"train.init_from={path} is neither a run (no checkpoints) nor a Hugging Face folder (no config.json). "

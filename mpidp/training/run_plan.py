@@ -87,7 +87,7 @@ class RunPlan:
         if reader is not None:
             with raise_together(self.world), readable(reader.path):
                 settings = reader.meta["config"]
-                saved = {"micro_batch": settings["train.micro_batch"], **reader.meta["fingerprint"]}
+                saved = {**reader.meta, "micro_batch": settings["train.micro_batch"], **reader.meta["fingerprint"]}
                 plan = replace(self, config=self._kept(settings))
                 begun = reader.meta.get("init_from", {}).get("weights_sha256", "")
                 reads_base = self.origin is not None and self.origin.weights is not None
@@ -101,7 +101,8 @@ class RunPlan:
             # The source is read again, as the base of adapters, or because train.init_from is not the path in RUN/init.json.
             if self.origin is not None and self.origin.weights is not None:
                 plan = replace(plan, origin=replace(self.origin, wanted_sha256=begun))
-            now = fingerprint(plan.config, self.device)
+            ranks = {"ranks": self.world.size} if plan.config.comm.reducer != "tree" else {}  # then the bits depend on it
+            now = fingerprint(plan.config, self.device) | ranks
             changed = [f"{key} {saved.get(key)} -> {value}" for key, value in now.items() if saved.get(key) != value]
             notes = [*notes, f"resuming from {reader.path}", *filter(None, [scheduled])]
             if changed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -116,6 +117,9 @@ def _write_files(plan: RunPlan, origin: Origin | None) -> None:
     table = None if special is None else read_special_tokens(folder)
     write_file(plan.run_dir / "config.toml", to_toml(plan.config).encode())
     write_file(plan.run_dir / "tokenizer.json", plan.training.index.tokenizer_bytes(folder))
+    if origin is None or origin.weights is not None:  # RUN may have files of an earlier run that wrote no checkpoint
+        shutil.rmtree(plan.run_dir / "hf", ignore_errors=True)
+        (plan.run_dir / "init.json").unlink(missing_ok=True)
     if origin is not None and origin.weights is not None:
         origin.keep(plan.run_dir, plan.training.index.tokenizer_bytes(folder))
         log.info(f"weights from {origin.path}, weights_sha256 {origin.weights_sha256}")

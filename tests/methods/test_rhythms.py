@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from mpidp.parallel.engine import Engine
 from mpidp.strategies.delayed import Delayed
 from mpidp.strategies.local import Local
 from mpidp.strategies.server import Server
-from tests.tiny import FailedElsewhere, Ran, at, corpus, masked_corpus, read_metrics, sizes, tiny, train_at
+from tests.tiny import FailedElsewhere, Ran, at, corpus, everywhere, masked_corpus, read_metrics, sizes, tiny, train_at
 
 pytestmark = pytest.mark.mpi
 SGD: dict[str, Any] = {"name": "sgd", "lr": 0.2, "beta1": 0.0, "clip": 0.0, "weight_decay": 0.0, "warmup_steps": 0}
@@ -146,7 +146,9 @@ def test_a_resumed_run_is_the_run(shared_folder: Path, shared_tmp: Path, name: s
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_it_goes_on_at_another_number_of_ranks(shared_folder: Path, shared_tmp: Path, name: str) -> None:
+def test_it_goes_on_at_another_number_of_ranks(
+    shared_folder: Path, shared_tmp: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     """The run is different, because these methods depend on the number of ranks, but it starts from the common model."""
     data = corpus(shared_folder)
     config = tiny(data, shared_tmp / "run", **with_train(METHODS[name], steps=24))
@@ -155,6 +157,8 @@ def test_it_goes_on_at_another_number_of_ranks(shared_folder: Path, shared_tmp: 
     before = [line["val_loss"] for line in read_metrics(config.run.dir) if "val_loss" in line]
     run = train_at(2, config)
     assert run.events("resume") and run.end["step"] == 24 and run.end["val_loss"] < before[0]
+    said = "the bits from here on may differ from an uninterrupted run: ranks 4 -> 2"
+    everywhere(MPI.COMM_WORLD.rank > 0 or said in capsys.readouterr().out, "the run says that the number of ranks changes it")
 
 
 def test_bytes_are_those_of_the_averages(shared_folder: Path, shared_tmp: Path) -> None:
@@ -173,6 +177,15 @@ def test_bytes_are_those_of_the_averages(shared_folder: Path, shared_tmp: Path) 
     assert sum(sent("fragments", name="local", sync_every=4, meet_every=12, fragments=2)[:10]) < 3 * whole
 
 
+def test_the_speed_at_a_meeting_is_that_of_all_steps_since_the_last(shared_folder: Path, shared_tmp: Path) -> None:
+    config = tiny(corpus(shared_folder), shared_tmp / "run", strategy={"name": "local", "sync_every": 3})
+    lines = [line for line in _raw(config, 2) if "train_loss" in line]
+    for first in (0, 3):
+        seconds = sum(line["step_seconds"] for line in lines[first : first + 3])
+        tokens = lines[first + 2]["tokens"] - (lines[first - 1]["tokens"] if first else 0)
+        assert lines[first + 2]["tokens_per_second"] == pytest.approx(tokens / seconds)
+
+
 def _raw(config: Any, n: int) -> list[dict[str, Any]]:
     def run(comm: MPI.Intracomm) -> list[dict[str, Any]]:
         mpidp.train.run(config, comm)
@@ -183,7 +196,7 @@ def _raw(config: Any, n: int) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def spoiled(rank: int, batches: range) -> Iterator[None]:
+def spoiled(rank: int, batches: Container[int]) -> Iterator[None]:
     """Make this rank's losses in these batches non-finite."""
     real = Engine._forward
 
@@ -204,11 +217,34 @@ def spoiled(rank: int, batches: range) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_not_finite_reaches_nobody(shared_folder: Path, shared_tmp: Path, name: str) -> None:
-    config = tiny(corpus(shared_folder), shared_tmp / "run", **with_train(METHODS[name], steps=24, max_skipped=9))
-    with spoiled(1, range(3, 6)):
+    """The tokens of all updates are counted, also if a skipped batch (batch 11 of `delayed`) would have ended at a meeting."""
+    data = corpus(shared_folder, 12000)  # longer than the run, so that all batches have the same number of tokens
+    config = tiny(data, shared_tmp / "run", **with_train(METHODS[name], steps=24, max_skipped=9))
+    with spoiled(1, {3, 4, 5, 11}):
         run = train_at(3, config)
     assert math.isfinite(run.end["val_loss"])
-    assert run.end["skipped"] == (3 if name.startswith("delayed") else 0)
+    assert run.end["skipped"] == (4 if name.startswith("delayed") else 0)
+    assert run.end["tokens"] == 24 * 16 * 16
+
+
+DELAYED: dict[str, Any] = {"optim": {"schedule": "constant"}, "strategy": {"name": "delayed", "meet_every": 2, "staleness": 2}}
+
+
+def test_the_last_evaluation_follows_the_last_update(shared_folder: Path, shared_tmp: Path) -> None:
+    """Also if an evaluation is due at the last step."""
+    data = corpus(shared_folder)
+    ends = [train_at(2, tiny(data, shared_tmp / str(every), **DELAYED, train={"eval_every": every})).end for every in (0, 2)]
+    assert ends[0] == ends[1]
+
+
+def test_a_run_that_resumes_at_its_last_step_applies_what_is_in_flight(shared_folder: Path, shared_tmp: Path) -> None:
+    data, train = corpus(shared_folder), {"save_every": 4, "eval_every": 4}
+    short = train_at(2, tiny(data, shared_tmp / "short", **DELAYED, train=train | {"steps": 4}))
+    with crash_in(6), pytest.raises(FailedElsewhere, match="Crash"):
+        train_at(2, tiny(data, shared_tmp / "run", **DELAYED, train=train | {"steps": 8}))
+    run = train_at(2, tiny(data, shared_tmp / "run", **DELAYED, train=train | {"steps": 4}))
+    assert run.events("resume")[0]["step"] == 4
+    assert run.sha256 == short.sha256
 
 
 def test_when_nobody_learns_it_is_said(shared_folder: Path, shared_tmp: Path) -> None:

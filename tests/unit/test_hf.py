@@ -246,7 +246,7 @@ def test_a_run_begins_with_another(trained: dict[str, tuple[Path, Ran]], shards:
         train_at(1, config.with_values(train={"init_from": "", "steps": 9}))
     with pytest.raises(UsageError, match="neither a run .* hf download"):
         train_at(1, config.with_values(run={"resume": "never"}))
-    with pytest.raises(UsageError, match=r"is run\.dir itself"):
+    with pytest.raises(UsageError, match=r"is in run\.dir"):
         train_at(1, config.with_values(train={"init_from": str(tmp_path / "run")}))
 
 

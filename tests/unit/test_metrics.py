@@ -98,7 +98,7 @@ def test_phases_add_up_and_start_anew() -> None:
     assert clock.pop_seconds() == {}
 
 
-RECORD = {"train_loss": 1.0, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1e4, "mfu": None}
+RECORD = {"train_loss": 1.0, "lr": 1e-3, "grad_norm": 1.0, "tokens": 1, "tokens_per_second": 1e4, "mfu": None}
 
 
 def test_progress_is_a_line_a_second_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,6 +109,16 @@ def test_progress_is_a_line_a_second_and_the_last(capsys: pytest.CaptureFixture[
     progress.close()
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in said[:-1]] in (["1/50", "50/50"], ["50/50"]) and said[-1] == "words"
+
+
+def test_progress_says_whose_speed_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    """Between two meetings, the number of tokens does not grow, and the speed is that of rank 0."""
+    progress = Progress(total_steps=4, active=True)
+    for step in range(1, 5):
+        progress._last = 0.0  # long ago
+        progress.step({"step": step, **RECORD, "tokens": 100 * (step // 2)})
+    said = capsys.readouterr().out.splitlines()
+    assert ["tokens/s on rank 0  eta" in line for line in said] == [True, False, True, False]
 
 
 def test_progress_of_other_ranks_is_silent(capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,9 +84,10 @@ def test_validation_has_the_shares_too(sources: None, tmp_path: Path) -> None:
     assert (ids == ord("a")).sum() == pytest.approx((ids == ord("b")).sum(), abs=2 * 83)
 
 
-def test_repeated_documents_are_in_one_split_only(sources: None, tmp_path: Path) -> None:
-    write_lines(Path("d.jsonl"), [f"{i} " * 9 for i in range(60)])
-    prepare("d.jsonl", out="out", val_fraction=0.2, tokens=9000, repeat=True)
+def test_no_document_is_in_both_splits_of_a_repeated_mixture(sources: None, tmp_path: Path) -> None:
+    write_lines(Path("u.jsonl"), [f"document {i} of u" for i in range(200)])
+    write_lines(Path("v.jsonl"), [f"document {i} of v" for i in range(50)])
+    prepare(["u.jsonl:1", "v.jsonl:1"], out="out", val_fraction=0.1, tokens=20000, repeat=True)
     train, val = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "val")
     assert len(train) > 2 * len(set(train)) and val and not set(train) & set(val)
 

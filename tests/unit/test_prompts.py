@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import math
+import shutil
 from collections.abc import Callable
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,8 @@ from mpidp.generate import generate, read_options
 from mpidp.inference.chats import read_chats, rendered, template_of
 from mpidp.inference.generation import write_rows
 from mpidp.inference.loading import open_model
-from tests.tiny import WORLD, train_at
+from mpidp.inference.rows import read_prompts
+from tests.tiny import WORLD, tiny, train_at
 from tests.unit.small_tokenizers import byte_level, sentencepiece
 from tests.unit.test_hf import begun
 
@@ -237,6 +241,33 @@ def test_no_text_is_lost_if_it_cannot_be_written(
     with pytest.raises(UsageError, match=r"--out .*t.jsonl cannot be written \(No space left on device\). The texts are on"):
         write_rows(tmp_path / "t.jsonl", [{"prompt": "a", "text": "b"}], WORLD)
     assert capsys.readouterr().out == '{"prompt": "a", "text": "b"}\n'
+
+
+def test_a_run_has_no_files_of_an_earlier_run_in_its_folder(folder: Path, shards: Path, tmp_path: Path) -> None:
+    """Otherwise generate and export would use the special tokens and the config of the earlier run's model."""
+    run = tmp_path / "run"
+    train_at(1, begun(shards, folder, run, train={"steps": 1}))
+    before = evaluate(str(run), str(shards), WORLD)
+    assert (run / "hf").is_dir()
+    train_at(1, tiny(shards, run, run={"resume": "never"}))
+    assert not (run / "hf").exists() and not (run / "init.json").exists()
+    assert evaluate(str(run / "previous_1"), str(shards), WORLD) == before
+    for name, sections, kept in (("scratch", {}, False), ("other", {"train": {"init_from": str(run)}}, True)):
+        new = tmp_path / name  # as after an earlier run that ended before its first checkpoint
+        shutil.copytree(run / "previous_1/hf", new / "hf")
+        shutil.copy(run / "previous_1/init.json", new)
+        train_at(1, tiny(shards, new, **sections))
+        assert not (new / "hf").exists() and (new / "init.json").exists() == kept
+
+
+def test_values_that_json_lacks_are_written_as_text(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = {"prompt": ["a"], "at": [datetime(2026, 11, 30, 12)], "day": [date(2026, 11, 30)], "price": [Decimal("1.50")]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
+    write_rows(tmp_path / "t.jsonl", read_prompts(tmp_path / "p.parquet"), WORLD)
+    assert json.loads((tmp_path / "t.jsonl").read_text()) == {
+        "prompt": "a", "at": "2026-11-30 12:00:00", "day": "2026-11-30", "price": "1.50"}
 
 
 def test_what_a_folder_needs_is_said(folder: Path, shards: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from mpidp.report.compare import scaling, scaling_of
 from mpidp.report.costs import costs
 from mpidp.report.pictures import draw
 from mpidp.report.read import RecordedRun, read
+from mpidp.report.sections import of_steps, usual_speed
 from mpidp.report.waterfall import PARTS, of_step, waterfall
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,6 +127,20 @@ def test_a_straggler_is_told_apart_from_communication(tmp_path: Path) -> None:
     assert slow["straggler"] == pytest.approx(0.15) and slow["communication"] == pytest.approx(0.05)
     late_data = of_step(step(1, 0.0, (0.3, 0.3), rank_data_seconds=[0.1, 0.4]))
     assert late_data["straggler"] == pytest.approx(0.15) and late_data["data"] == pytest.approx(0.25)
+
+
+def test_the_speed_is_that_of_all_ranks(tmp_path: Path) -> None:
+    """The ranks meet every four steps. The lines between two meetings describe one rank of two, and count as no speed."""
+    meets = [{"tokens": 100 * (n // 4 * 4), "tokens_per_second": 100.0 if n % 4 == 0 else 50.0} for n in range(1, 13)]
+    run = read(write(tmp_path / "run", [start(), *(step(n, 1000.0 + n, **more) for n, more in enumerate(meets, 1))]))
+    assert usual_speed(run) == 100.0 and of_steps(run, "tokens_per_second") == [(4, 100.0), (8, 100.0), (12, 100.0)]
+    assert scaling([run, run]).rows[0].speed == 100.0
+    before = [start(ranks=1), *(step(n, 1000.0 + n, tokens_per_second=50.0) for n in range(1, 5))]
+    jobs = [*before, start(4, ranks=2, at=1005.0), step(5, 1006.0)]
+    assert usual_speed(read(write(tmp_path / "jobs", jobs))) == 100.0  # the last job has two ranks, like the figure `ranks`
+    assert len(of_steps(run, "comm_bytes")) == 12
+    every = read(write(tmp_path / "every", WHOLE))
+    assert every.meetings == every.steps
 
 
 def test_what_a_restart_costs(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def test_long_rows_may_be_cut(tmp_path: Path) -> None:
     ({"seq_len": 8}, UsageError, "--seq-len and --truncate"),
     ({"chat_template": "x"}, UsageError, "applies only to --format chat"),
     ({"repeat": True}, UsageError, "--repeat needs --tokens N"),
-    ({"repeat": True, "tokens": 9, "split": "text"}, UsageError, "--split text cannot be combined with --repeat"),
+    ({"repeat": True, "tokens": 9, "split": "text"}, UsageError, "--repeat cannot be combined with --split text"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], error: type, words: str

@@ -298,14 +298,15 @@ def test_resume_of_a_run_that_never_saved(tmp_path: Path) -> None:
 
 def test_never_sets_the_earlier_run_aside(tmp_path: Path) -> None:
     save(tmp_path, 2)
-    for name in ("metrics.jsonl", "config.toml", "tries.json"):
+    files = ("metrics.jsonl", "config.toml", "tries.json", "tokenizer.json", "special_tokens.json", "init.json", "hf")
+    for name in files:
         (tmp_path / name).write_text(name)
     (tmp_path / "lock").write_text("")
     spoil(tmp_path / "checkpoints/step_00000002")  # a damaged checkpoint is enough
     reader, notes = find_checkpoint(tmp_path, "never", ALONE)
     assert reader is None and "previous_1" in notes[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lock", "previous_1"]
-    moved = ["checkpoints", "config.toml", "latest", "metrics.jsonl", "tries.json"]
+    moved = sorted(["checkpoints", "latest", *files])
     assert sorted(p.name for p in (tmp_path / "previous_1").iterdir()) == moved
     assert find_checkpoint(tmp_path, "never", ALONE) == (None, [])
     (tmp_path / "metrics.jsonl").write_text("")
