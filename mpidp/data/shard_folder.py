@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -21,9 +21,11 @@ from mpidp.data.checksums import checksums, checksums_of
 from mpidp.data.index import Index, read_index
 from mpidp.errors import UsageError
 from mpidp.storage.address import address_problems, is_remote
-from mpidp.storage.ranges import RemoteArray, RemoteFile, RemoteReader
+from mpidp.storage.ranges import HeaderReader, RemoteArray, RemoteFile, RemoteReader
 from mpidp.storage.remote import DEFAULT_CACHE, CacheOptions, RemoteFolder
 from mpidp.storage.store import Version
+
+T = TypeVar("T")
 
 
 class Slices(Protocol):
@@ -38,8 +40,8 @@ class Shard(Protocol):
     size: int
     is_regular: bool
 
-    def source(self) -> Any:
-        """Return the object to pass to h5py.File. Independent."""
+    def read_header(self, work: Callable[[Any], T]) -> T:
+        """Return work(x), where x is the object to pass to h5py.File. `work` can be called several times. Independent."""
 
     def view(self, dtype: np.dtype[Any], offset: int, count: int) -> Slices:
         """Return a vector of `count` elements that begins at byte `offset` of the file. Independent."""
@@ -66,9 +68,9 @@ class LocalShard:
         self._path = path
         self._map: mmap.mmap | None = None
 
-    def source(self) -> Path:
-        """Return the path, which h5py.File opens. Independent."""
-        return self._path
+    def read_header(self, work: Callable[[Any], T]) -> T:
+        """Return work(path of the file). Independent."""
+        return work(self._path)
 
     def view(self, dtype: np.dtype[Any], offset: int, count: int) -> np.ndarray:
         """Return a vector of `count` elements that begins at byte `offset`, without copying it. Independent."""
@@ -105,9 +107,9 @@ class RemoteShard:
     def __init__(self, file: RemoteFile) -> None:
         self._file, self.size = file, file.size
 
-    def source(self) -> RemoteReader:
-        """Return a file object, which h5py.File opens. Independent."""
-        return RemoteReader(self._file)
+    def read_header(self, work: Callable[[Any], T]) -> T:
+        """Return work(file object). `work` is called again until all bytes that it reads have been fetched. Independent."""
+        return HeaderReader(self._file).run(work)
 
     def view(self, dtype: np.dtype[Any], offset: int, count: int) -> RemoteArray:
         """Return a vector of `count` elements that begins at byte `offset`. Slices of it are read when they are used.

@@ -26,6 +26,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,8 +224,17 @@ class TokenStream:
             raise self._error(i, "it is not a regular file")
         if shard.size != record.size:
             raise self._error(i, f"it has {shard.size} bytes, not {record.size}, so it is truncated or the wrong file")
-        spans: dict[str, tuple[int, int]] = {}
-        with h5py.File(shard.source(), "r", locking=False) as file:
+        lengths = {"tokens": (record.tokens, self.dtype), "doc_offsets": (record.documents, np.dtype("<u8"))}
+        if self.has_loss_mask:
+            lengths["loss_mask"] = (record.tokens, np.dtype("u1"))
+        spans = shard.read_header(partial(self._spans, i, lengths))
+        views = {name: shard.view(dtype, spans[name][0], length) for name, (length, dtype) in lengths.items()}
+        return _Mapped(shard, views["tokens"], views.get("loss_mask"), views["doc_offsets"], spans["tokens"][0])
+
+    def _spans(self, i: int, lengths: dict[str, tuple[int, np.dtype[Any]]], source: Any) -> dict[str, tuple[int, int]]:
+        """Validate file number i. Return {dataset: (its offset in the file, its size)}, both in bytes. `lengths`: {dataset:
+        (number of elements, dtype)}. `source`: the object to pass to h5py.File."""
+        with h5py.File(source, "r", locking=False) as file:
             if file.userblock_size:
                 raise self._error(i, "it has an HDF5 user block, which shards must not have")
             wanted = {"format": SHARD_FORMAT, "version": VERSION, "split": self.split, "vocab_size": self.vocab_size,
@@ -236,13 +246,7 @@ class TokenStream:
                     raise self._error(i, f"its attribute {name} is {found!r}, but index.json implies {value!r}")
             if not self.has_loss_mask and file.id.links.exists(b"loss_mask"):
                 raise self._error(i, "it has a loss mask, but index.json says that there is none")
-            lengths = {"tokens": (record.tokens, self.dtype), "doc_offsets": (record.documents, np.dtype("<u8"))}
-            if self.has_loss_mask:
-                lengths["loss_mask"] = (record.tokens, np.dtype("u1"))
-            for name, (length, dtype) in lengths.items():
-                spans[name] = self._span(i, file, name, length, dtype)
-        views = {name: shard.view(dtype, spans[name][0], length) for name, (length, dtype) in lengths.items()}
-        return _Mapped(shard, views["tokens"], views.get("loss_mask"), views["doc_offsets"], spans["tokens"][0])
+            return {name: self._span(i, file, name, length, dtype) for name, (length, dtype) in lengths.items()}
 
     def _span(self, i: int, file: h5py.File, name: str, length: int, dtype: np.dtype[Any]) -> tuple[int, int]:
         """Validate the dataset `name` of file number i. Return (offset of the dataset in the file, its size), both in bytes."""

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from functools import partial
 from itertools import count
 from queue import PriorityQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from mpidp.storage.cache import BLOCK, BlockCache
 from mpidp.storage.retry import Retries
 from mpidp.storage.store import Missing, Store, Version
 
+T = TypeVar("T")
 REQUEST_BLOCKS = 16  # blocks per request (4 MiB)
 FETCHERS = 4  # number of simultaneous requests for a folder
 URGENT, AHEAD = 0, 1  # priorities of requests: URGENT if a reader waits, else AHEAD
@@ -202,3 +203,39 @@ class RemoteReader(io.RawIOBase):
         buffer[:size] = self._file.read(self._at, size)
         self._at += size
         return size
+
+
+class HeaderReader(RemoteReader):
+    """A Python file object for h5py that never waits. A method of h5py holds h5py's global lock until it returns. If a thread
+    that fetches blocks needs this lock, for example to collect garbage that contains h5py objects, waiting for this thread
+    inside the method would be a deadlock."""
+
+    def __init__(self, file: RemoteFile) -> None:
+        super().__init__(file)
+        self._held: dict[tuple[int, int], bytes] = {}  # (position, size) -> the bytes
+        self._missing: tuple[int, int] | None = None
+
+    def run(self, work: Callable[[HeaderReader], T]) -> T:
+        """Return work(self). Fetch the bytes that `work` could not read, and then call it again. Independent."""
+        while True:
+            self._at, self._missing, error = 0, None, None
+            try:
+                found = work(self)
+            except Exception as raised:
+                error = raised
+            if self._missing is not None:
+                self._held[self._missing] = self._file.read(*self._missing)
+            elif error is not None:
+                raise error
+            else:
+                return found
+
+    def readinto(self, buffer: Any) -> int:
+        """Read bytes that have been fetched. Otherwise raise BlockingIOError. Independent."""
+        place = self._at, max(0, min(len(buffer), self._file.size - self._at))
+        if place not in self._held:
+            self._missing = self._missing or place
+            raise BlockingIOError(f"{self._file.address}: bytes {place} have not been fetched")
+        buffer[: place[1]] = self._held[place]
+        self._at += place[1]
+        return place[1]

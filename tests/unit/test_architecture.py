@@ -262,8 +262,8 @@ def test_what_training_runs_is_small() -> None:
             seen.add(module)
             rest += [part for what, _ in imports(names[module]) for part in (what, what.rpartition(".")[0])]
             assert not any(what.startswith(("mpidp.c10d", "torch.distributed")) for what, _ in imports(names[module])), module
-    assert sum(lines_of_code(names[module]) for module in seen) < 19200
-    assert sum(map(lines_of_code, MPIDP)) < 26450
+    assert sum(lines_of_code(names[module]) for module in seen) < 19300
+    assert sum(map(lines_of_code, MPIDP)) < 26600
 
 
 COLLECTIVES = {

@@ -3,6 +3,7 @@ cache stays within its bound and has no block that is not whole; no secret is sh
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -157,6 +159,29 @@ def test_a_file_that_is_replaced_during_the_run_is_an_error(root: Path, tmp_path
         other.storage.expect(far.storage.versions)
         with pytest.raises(DataError, match="it was replaced on the server during the run"):
             other.read(0, 10)
+
+
+def test_a_server_or_fetching_thread_may_collect_garbage(root: Path, tmp_path: Path) -> None:
+    """h5py objects in garbage need h5py's lock, which the thread that opens a shard must therefore not hold while it waits."""
+    path = root / "d" / "train_0.h5"
+
+    def collect(number: int, method: str, place: str) -> None:
+        if place.endswith(path.name):
+            leave_garbage(h5py.File(path))
+            gc.collect()
+
+    with serving(of_folder(root), collect) as server:
+        gc.disable()
+        try:
+            assert opened(server, tmp_path).read(0, 10).tolist() == TOKENS[:10].tolist()
+        finally:
+            gc.enable()
+
+
+def leave_garbage(held: h5py.File) -> None:
+    """Leave a reference cycle that only the garbage collector can free."""
+    cycle: list[Any] = [held]
+    cycle.append(cycle)
 
 
 def test_missing_files_are_named(server: FaultyServer, root: Path, tmp_path: Path) -> None:
