@@ -156,7 +156,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, metavar="N", default=0, help="random seed of --split document (default: %(default)s)")
     add("--bad-utf8", default="replace",
         help="'replace': replace bytes that are not valid UTF-8; 'skip': skip documents with such bytes (default: %(default)r)")
-    add("--strict", action="store_true", help="fail on malformed, empty or too long rows instead of skipping them")
+    add("--strict", action="store_true", help="fail on malformed rows instead of skipping them; with --format prompt_completion "
+        "or chat, also on empty or too long rows")
     add("--bos", default="auto", help="'auto': documents and rows begin with BOS if the tokenizer adds BOS to texts; 'none': no "
                                       "BOS (default: %(default)r)")
     add("--special", default="", help="how the name of a special token in a text, such as <|im_start|>, is encoded. 'text': "

@@ -31,7 +31,7 @@ class SourceReader:
     """Reads the documents of files, and counts problems. Independent."""
 
     bad_utf8: str = "replace"  # "replace", or "skip": skip documents with invalid UTF-8
-    strict: bool = False  # whether a malformed or empty row raises DataError
+    strict: bool = False  # whether a malformed row raises DataError
     alone: bool = False  # whether the source is a single file; if so, skipping it is an error
     counts: Counts = field(default_factory=Counts)
     text_key: str = "text"  # the field or column that holds a document
@@ -113,7 +113,7 @@ class SourceReader:
                 if self.bad_utf8 == "skip":
                     continue
             if not text:
-                self.skip("empty", record.place, f"`{self.text_key}` is empty")
+                self.counts.note("empty", record.place)
                 continue
             self.counts.documents += 1
             self.ticker.add(documents=1, size=len(text))
