@@ -59,11 +59,7 @@ def boxes_of_run(shape: tuple[int, ...], low: int, high: int) -> list[tuple[tupl
 
 def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
     """Return (number of rows along dimension 0, number of elements per row) of a tensor. A scalar has one row."""
-    rows = shape[0] if shape else 1
-    elements = 1
-    for length in shape[1:]:
-        elements *= length
-    return rows, elements
+    return shape[0] if shape else 1, math.prod(shape[1:])
 
 
 def share_out(shapes: Mapping[str, tuple[int, ...]], rank: int, size: int) -> dict[str, tuple[int, int]]:

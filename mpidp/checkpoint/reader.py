@@ -25,15 +25,10 @@ class Reader(Mapping[str, Tensor]):
         self._pieces: dict[str, list[tuple[str, str, Box]]] = {}  # for each tensor: (file, name in the file, box) of its pieces
         with readable(path):
             self._pieces |= {name: [] for name in self.meta["tensors"]}
-            self._bytes = sum(int(record["bytes"]) for record in self.meta["files"])
+            self.num_bytes = sum(int(record["bytes"]) for record in self.meta["files"])  # total size of the files
             for record in self.meta["files"]:
                 for key, box in record["pieces"].items():
                     self._pieces[tensor_of(key)].append((record["file"], key, box))
-
-    @property
-    def num_bytes(self) -> int:
-        """The total size of the checkpoint's files in bytes."""
-        return self._bytes
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._pieces)
@@ -66,8 +61,8 @@ class Reader(Mapping[str, Tensor]):
     def _assembled(self, name: str, pieces: Iterable[tuple[str, str, Box]], at: Sequence[int], shape: Sequence[int]) -> Tensor:
         about = self.meta["tensors"][name]
         dtype = getattr(torch, about["dtype"])
-        if not 0 <= math.prod(about["shape"]) * dtype.itemsize <= self._bytes:
-            raise ValueError(f"{name}: shape {about['shape']} does not fit in {self._bytes} bytes")
+        if not 0 <= math.prod(about["shape"]) * dtype.itemsize <= self.num_bytes:
+            raise ValueError(f"{name}: shape {about['shape']} does not fit in {self.num_bytes} bytes")
         found = torch.zeros(tuple(shape), dtype=dtype)
         filled = 0
         for file, key, box in pieces:

@@ -45,14 +45,13 @@ class Background:
 
     def submit(self, work: Callable[[], None]) -> Task:
         """Submit a task that calls work(), and return the task. The thread runs it after all earlier tasks."""
+        task = Task(work)
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
-            task = Task(work)
             task.run()
             return task
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="mpidp-background", daemon=True)
             self._thread.start()
-        task = Task(work)
         self._tasks.put(task)
         return task
 

@@ -78,6 +78,8 @@ RULES = [
          "ranks would skip different steps"),
     Rule("strategy.name=server", "comm.compress", _is("strategy.name", "server"), _is_not("comm.compress", "none"),
          "compression works on sums over ranks, and workers send their gradients to servers individually"),
+    Rule("comm.compress", "comm.gpu=nccl", _is_not("comm.compress", "none"), _is("comm.gpu", "nccl"),
+         "compressed gradients are sent in MPI messages; use comm.gpu=auto"),
     Rule("strategy.group=node|rotating|pairs|exponential", "strategy.overlap=true", _partial, _is("strategy.overlap", True),
          "these groups average parameters directly and have no outer step that could be delayed"),
     Rule("strategy.group=node|rotating|pairs|exponential", "comm.compress", _partial, _is_not("comm.compress", "none"),

@@ -207,7 +207,7 @@ class CommSettings:
         0.0, "share of values that topk and randomk send; 0: automatic (0.01 for topk, or 0.03 with local; 0.1 for randomk)",
         "of all values", low=0.0, high=1.0,
     )
-    ratio_warmup: int = setting(0, "number of steps in which the ratio decreases from 1 to comm.ratio", "steps", low=0)
+    ratio_warmup: int = setting(0, "steps (local: averages) in which the ratio decreases from 1 to comm.ratio", "steps", low=0)
     momentum: float = setting(
         0.0, "topk, randomk: momentum on each rank before compression, instead of the momentum of sgd; 0: off", "", low=0.0,
         high=0.9999999,

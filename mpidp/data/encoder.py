@@ -64,6 +64,12 @@ class Encoder:
         found: list[int] = self.begins(self.ids(text)).tolist()
         return found or [self.begin]
 
+    def chat(self, text: str) -> list[int]:
+        """Return the ids of a chat. `text`: the chat as the template has rendered it. No BOS is added, because the template
+        contains it if the model needs it. If the text is empty, return BOS or the end-of-document id. Independent."""
+        found: list[int] = self.ids(text).tolist()
+        return found or [self.begin]
+
     @property
     def begin(self) -> int:
         """The id that precedes a document. If the training data has BOS, this is BOS. Otherwise, it is the end-of-document id."""

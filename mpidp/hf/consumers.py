@@ -90,16 +90,26 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
             lambda facts: facts.windows and facts.model_type in ("mistral", "starcoder2"),
             "it ignores the sliding windows of this family. Results are right for texts of at most sliding_window tokens",
         ),
-        Restriction(lambda facts: facts.windows and facts.model_type in ("qwen2", "qwen3"),
-                    "it cannot load Qwen models with sliding windows"),
-        Restriction(lambda facts: facts.windows and facts.model_type == "gemma3_text" and not facts.full_every(6),
-                    "it always uses full attention in every sixth layer of Gemma 3, and ignores layer_types in config.json"),
-        Restriction(lambda facts: facts.model_type in ("gemma", "gemma2", "phi3") and "tokenizer.model" not in facts.files,
-                    "for this family, its converter needs the file tokenizer.model of the model that the run started from"),
-        Restriction(lambda facts: facts.model_type == "gpt2" and facts.options["hidden_dim"] != 4 * facts.options["model_dim"],
-                    "it needs n_inner = 4 * n_embd"),
-        Restriction(lambda facts: facts.model_type == "gpt_neox" and "rotary_pct" not in facts.config,
-                    "its converter needs the key rotary_pct, which transformers 5 does not write. Add it to config.json"),
+        Restriction(
+            lambda facts: facts.windows and facts.model_type in ("qwen2", "qwen3"),
+            "it cannot load Qwen models with sliding windows",
+        ),
+        Restriction(
+            lambda facts: facts.windows and facts.model_type == "gemma3_text" and not facts.full_every(6),
+            "it always uses full attention in every sixth layer of Gemma 3, and ignores layer_types in config.json",
+        ),
+        Restriction(
+            lambda facts: facts.model_type in ("gemma", "gemma2", "phi3") and "tokenizer.model" not in facts.files,
+            "for this family, its converter needs the file tokenizer.model of the model that the run started from",
+        ),
+        Restriction(
+            lambda facts: facts.model_type == "gpt2" and facts.options["hidden_dim"] != 4 * facts.options["model_dim"],
+            "it needs n_inner = 4 * n_embd",
+        ),
+        Restriction(
+            lambda facts: facts.model_type == "gpt_neox" and "rotary_pct" not in facts.config,
+            "its converter needs the key rotary_pct, which transformers 5 does not write. Add it to config.json",
+        ),
     ),
     "ctranslate2": (
         Restriction(
@@ -114,8 +124,10 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
         Restriction(lambda facts: "llama3" in facts.ropes, "its converter ignores llama3 rope scaling"),
         Restriction(lambda facts: "yarn" in facts.ropes, "its converter rejects yarn rope scaling"),
         Restriction(lambda facts: facts.windows and facts.model_type in ("qwen2", "qwen3"), "it ignores sliding windows"),
-        Restriction(lambda facts: facts.windows and facts.model_type in ("mistral", "gemma3_text"),
-                    "it fails for texts longer than the sliding window"),
+        Restriction(
+            lambda facts: facts.windows and facts.model_type in ("mistral", "gemma3_text"),
+            "it fails for texts longer than the sliding window",
+        ),
         Restriction(
             lambda facts: facts.model_type in NEED_UNK and not facts.tokenizer_config.get("unk_token"),
             "for this family, it needs unk_token in tokenizer_config.json. Add one, for example the end-of-document token",
@@ -139,16 +151,20 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
         ),
     ),
     "mlx-lm": (
-        Restriction(lambda facts: facts.model_type == "gpt2",
-                    "it reads GPT-2 only with names of tensors that do not begin with \"transformer.\""),
+        Restriction(
+            lambda facts: facts.model_type == "gpt2",
+            "it reads GPT-2 only with names of tensors that do not begin with \"transformer.\"",
+        ),
         Restriction(lambda facts: facts.model_type in ("arcee", "starcoder2"), "it computes wrong results for this family"),
         Restriction(
             lambda facts: facts.windows and facts.model_type not in MLX_WINDOWS,
             "it ignores the sliding windows of this family. Results are right for texts of at most sliding_window tokens",
         ),
         Restriction(lambda facts: facts.model_type == "gemma", "its activation for Gemma 1 is another GELU"),
-        Restriction(lambda facts: facts.model_type in ("qwen2", "qwen3") and bool(facts.config.get("attention_bias")),
-                    "it cannot load Qwen models with attention_bias"),
+        Restriction(
+            lambda facts: facts.model_type in ("qwen2", "qwen3") and bool(facts.config.get("attention_bias")),
+            "it cannot load Qwen models with attention_bias",
+        ),
         Restriction(
             lambda facts: facts.model_type == "gpt_neox" and facts.options["hidden_dim"] != 4 * facts.options["model_dim"],
             "for GPT-NeoX, it needs intermediate_size = 4 * hidden_size",

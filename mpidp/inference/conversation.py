@@ -45,7 +45,7 @@ class Conversation:
         turns = [*self._turns, {"role": "user", "content": text}]
         room = min(self._tokens, max(1, self._seq_len // ANSWER_SHARE))
         while True:
-            ids = self._encoder.prompt(rendered(self._template, {"messages": self._begin + turns}))
+            ids = self._encoder.chat(rendered(self._template, {"messages": self._begin + turns}))
             if len(ids) + room <= self._seq_len:
                 break
             if len(turns) == 1:

@@ -60,7 +60,8 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
         for first in firsts:
             places = range(first, min(first + options.batch, len(rows)))
             texts |= {i: _text(template, rows[i], i) for i in places}
-            groups.append({i: _encoded(encoder, texts[i], seq_len, i) for i in places})
+            encode = encoder.chat if options.chat else encoder.prompt
+            groups.append({i: _encoded(encode, texts[i], seq_len, i) for i in places})
     named = encoder.named(list(texts.values())) if firsts and grid.model.rank == 0 else ("", 0)
     warn_of_names(grid.world.gather(named) or (), "prompts")
     writes, done = write if grid.world.rank == 0 else None, []
@@ -107,16 +108,13 @@ def _text(template: Any, row: dict[str, Any], index: int) -> str:
         raise DataError(f"prompt {index + 1}: {error}") from None
 
 
-def _encoded(encoder: Any, prompt: str, seq_len: int, index: int) -> list[int]:
-    """Return the token ids of a prompt. If the training data has BOS, the ids begin with BOS. An empty prompt becomes BOS or the
-    end-of-document token.
-
-    index: the number of the prompt, from 0. Raises DataError if the prompt has more than `seq_len` tokens.
-    """
+def _encoded(encode: Callable[[str], list[int]], prompt: str, seq_len: int, index: int) -> list[int]:
+    """Return encode(prompt). encode: Encoder.prompt, or Encoder.chat for a chat. index: the number of the prompt, from 0. Raises
+    DataError if the prompt has more than `seq_len` tokens."""
     from mpidp.errors import DataError
 
     try:
-        ids: list[int] = encoder.prompt(prompt)
+        ids = encode(prompt)
     except DataError as error:
         raise DataError(f"prompt {index + 1}: {error}") from None
     if len(ids) > seq_len:

@@ -136,7 +136,8 @@ class Delayed(Synchronous):
         found = super().state_dict()
         for i, pending in enumerate(self._in_flight):
             parts = {"gradient": self.buffer.flat[pending.slot], "tokens": pending.tokens,
-                     "limit": torch.tensor([pending.limit], dtype=torch.float64)}
+                     "limit": torch.tensor([pending.limit], dtype=torch.float64),
+                     "lr": torch.tensor([self._lr], dtype=torch.float64)}
             parts |= {} if pending.then is None else {"then": pending.then}
             found |= {f"in_flight/{i}/{key}": Entry(tensor) for key, tensor in parts.items()}
         return found
@@ -152,6 +153,7 @@ class Delayed(Synchronous):
             then = of["then"].to(self.flat.device) if "then" in of else None
             self._in_flight.append(PendingUpdate(self._slot, of["tokens"].clone(), float(of["limit"]), then))
             self._slot = self._slot % (self.options.staleness + 1) + 1
+            self._lr = float(of.get("lr", torch.zeros(1)))  # earlier versions did not save it
 
     def release(self) -> None:
         """Release the parameters, and drop the sums in flight. Independent."""

@@ -199,8 +199,7 @@ class Local(Synchronous):
         found |= {f"reducer/{name}": entry for name, entry in self._flat_reducer.state_dict().items()}
         for name, flat in self.optimizer.moments().items():
             found[f"inner{name}"] = Entry(flat.view(1, -1), "sharded", (rank, 0), (size, flat.numel()))
-        updates = torch.tensor([self.optimizer.updates])
-        found["inner/updates"] = Entry(updates, "sharded", (rank,), (size,))
+        found["inner/updates"] = Entry(torch.tensor([self.optimizer.updates]), "sharded", (rank,), (size,))
         return found | ({"outer/momentum": Entry(self._momentum)} if self._outer else {})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

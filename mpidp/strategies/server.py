@@ -10,10 +10,10 @@ ranks are the servers, which compute no gradients. The other ranks are the worke
 | async | every push when it arrives | immediately |
 | ssp | every push when it arrives | when the worker is at most `staleness` batches ahead of the slowest worker (Ho 2013) |
 
-In modes async and ssp, every push makes an update. If the push has n of the B target tokens of its batch, the learning rate is lr
-n / B. So the rates of all pushes of a batch add up to lr. The rate is then divided by 1 + floor(u / N), where u is the number of
-updates since the worker received its parameters. See Zhang 2016, "Staleness-aware Async-SGD", eq. 6. Here the delay is in units
-of N updates.
+In modes async and ssp, every push makes an update. If the worker computes n of the B sequences of a batch, the learning rate is
+lr n / B. So the rates of all pushes of a batch add up to lr. The rate is then divided by 1 + floor(u / N), where u is the number
+of updates since the worker received its parameters. See Zhang 2016, "Staleness-aware Async-SGD", eq. 6. Here the delay is in
+units of N updates.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ class Server(Synchronous):
         self._workers, self._servers = size - self.options.servers, self.options.servers
         me = self.compute_comm.rank - self._workers
         self._mine = slice(self._bounds[me], self._bounds[me + 1]) if me >= 0 else None
-        among = self.compute_comm.Split(int(me >= 0), self.compute_comm.rank)
-        self._among = among  # communicator of the servers, or of the workers
+        self._among = self.compute_comm.Split(int(me >= 0), self.compute_comm.rank)  # the servers, or the workers
         self._versions = [0] * self._servers  # version of each slice on this worker
         self._version = 0  # number of updates of this server's slice
         self._pushed = 0  # number of batches that a worker has pushed, or a server has received from all workers
@@ -68,6 +67,8 @@ class Server(Synchronous):
         self._stats = StepStats(0.0, False)
         self._arrived: list[int] = []  # workers, in the order of their pushes since the last meeting
         self._expected: deque[int] = deque()  # the workers whose pushes come next in a replay
+        lanes, mine = self.reducer.lanes, self.reducer.shares.ranges[self.compute_comm.rank]
+        self._share = sum(len(lanes.sequences(v)) for lane in mine for v in lanes.micro_batches(lane)) / lanes.global_batch
 
     def optimizer_share(self) -> dict[str, Any] | None:
         """On a server, return keyword arguments for the class `Optimizer`. They state the slice that this server updates. On a
@@ -108,7 +109,7 @@ class Server(Synchronous):
             # Start the receives first. Otherwise a server could wait until a worker, which is still pushing to another server,
             # receives its answer.
             pulls = [self._begin_pull(server, parameters=not synchronizes) for server in range(self._servers)]
-            self._push(gradient, lr, tokens)
+            self._push(gradient, lr if sync else lr * self._share, tokens)
             for server, (answer, parts) in enumerate(pulls):
                 self._end_pull(parts)
                 self._versions[server] = int(answer[ANSWERED])
@@ -190,7 +191,7 @@ class Server(Synchronous):
         self.buffer.total[self._mine] = arrived
         rounds = (self._version - int(header[VERSION])) // self._workers
         assert self.optimizer is not None
-        self.optimizer.step(float(header[LR]) * min(1.0, header[TOKENS] / self.nominal_tokens) / (1 + max(0, rounds)))
+        self.optimizer.step(float(header[LR]) / (1 + max(0, rounds)))
         self._version += 1
         self._stats = StepStats(norm, False)
 

@@ -23,13 +23,13 @@ def log_update(job: Job, lr: float, stats: StepStats, report: StepReport, epoch:
     log_step(job, learned | noise(job, noise_of(job, report, stats.grad_norm)), report, epoch)
 
 
-def skip(job: Job, batch: int, tokens: int, grad_norm: float) -> None:
-    """Log a batch that made no update. `tokens`: the number of target tokens in the batch. After train.max_skipped such batches
-    in a row, raise Damaged, so that the run returns to the last checkpoint and skips all batches up to this one. Raise MpidpError
-    instead if no checkpoint was written since the last such return. All ranks make the same decision. Independent."""
+def skip(job: Job, batch: int, grad_norm: float) -> None:
+    """Log a batch that made no update. After train.max_skipped such batches in a row, raise Damaged, so that the run returns to
+    the last checkpoint and skips all batches up to this one. Raise MpidpError instead if no checkpoint was written since the last
+    such return. All ranks make the same decision. Independent."""
     at, progress, train = job.position, job.services.progress, job.config.train
-    why = "it has no target token" if tokens == 0 else "its gradient is not finite"
-    if tokens and math.isfinite(grad_norm):
+    why = "its gradient is not finite" if grad_norm else "it has no target token"
+    if grad_norm and math.isfinite(grad_norm):
         why = f"its gradient norm {grad_norm:.3g} is more than {train.spike:g} times the usual (train.spike)"
     log_skipped(job, batch, grad_norm)
     progress.print(f"step {at.step}  batch {batch} skipped: {why}")
@@ -39,9 +39,8 @@ def skip(job: Job, batch: int, tokens: int, grad_norm: float) -> None:
     if job.saver.step > job.state.skipped_from:
         progress.print(f"{what}: returning to the last checkpoint, to continue with batch {batch + 1}")
         raise Damaged.at_batch(what, batch + 1)
-    returned = job.state.skipped_from >= 0
     reason = "The run has no checkpoint to return to"
-    if returned:
+    if returned := job.state.skipped_from >= 0:
         reason = "The run already returned to its last checkpoint, and has made no new checkpoint since"
     raise MpidpError.on_every_rank(
         f"{what}. {reason}. Lower optim.lr, lengthen optim.warmup_steps, or check the data of these batches"
@@ -62,10 +61,11 @@ def rebalance(job: Job, report: StepReport, loader: Loader) -> None:
 
 def follow_up(job: Job, stop: StopRequest, saving: np.ndarray, must_stop: bool) -> None:
     """Evaluate, write a checkpoint, or stop, if this is due after the last step. `saving`: see StepReport. `must_stop`: whether
-    any rank received a request to stop. Work that was done before a failure is not repeated. Collective over job.comm."""
-    at, every = job.position, job.config.train.eval_every
+    any rank received a request to stop. Work that was done before a failure is not repeated. After the last step of the run,
+    fit() evaluates, because the strategy first applies the gradients in flight. Collective over job.comm."""
+    at, every, last = job.position, job.config.train.eval_every, job.config.train.steps
     job.services.timeline.write_if_complete(job.comm, at.step)
-    if every and at.step % every == 0 and at.evaluated_step != at.step:
+    if every and at.step % every == 0 and at.step < last and at.evaluated_step != at.step:
         evaluate(job)
     if must_stop and not ended(job):
         raise stop_run(job, stop)

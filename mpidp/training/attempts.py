@@ -25,7 +25,6 @@ from mpidp.faults.stop import StopRequest, job_end, stop_time
 from mpidp.parallel.replicas import Replicas
 from mpidp.runtime.ulfm import RankFailure, commit
 from mpidp.runtime.world import raise_together
-from mpidp.strategies.muon import MATRIX_STATE
 from mpidp.training import loop, recovery, spares
 from mpidp.training.build import build
 from mpidp.training.checkpoints import restore
@@ -56,7 +55,7 @@ class RunAttempts:
         self.mirror: Mirror | None = None  # on rank 0, if run.mirror is set
         self.job: Job | None = None  # the job whose state this rank holds; None on spare ranks
         self.survives = True  # whether the last job can continue from memory after a failure
-        self.stop: StopRequest | None = None  # the requests to stop this job
+        self.stop: StopRequest | None = None  # the requests to stop the last job
         self._next_batch = 0  # the batch to resume with after a return to a checkpoint; 0: not set
         self._events: list[dict[str, Any]] = []  # events before this job, which are not recorded yet
         self._failed_at = 0.0  # time.monotonic() of the failure that is being recovered; 0: none
@@ -151,14 +150,14 @@ class RunAttempts:
             self.job.record.finish()
             self.job = None
 
-    def _drop_state(self, why: str) -> None:
-        """Drop the state of the failed job. The next attempt then starts from the last checkpoint. `why`: the reason, for
-        metrics.jsonl. Independent."""
+    def _drop_state(self, why: str, **event: Any) -> None:
+        """Drop the state of the last job, and end its watchdog. The next attempt then starts from the last checkpoint. `why`: the
+        reason, for metrics.jsonl. `event`: further fields of the line. Independent."""
         if self.job is not None:
             recovery.abandon(self.job, self.stop)
-            self.job, self.stop = None, None
+            self.job = None
         self._failed_at = 0.0
-        self.crew.events.append({"event": "went_back", "why": why})
+        self.crew.events.append({"event": "went_back"} | event | {"why": why})
 
     def _take_state(self, plan: RunPlan) -> dict[str, Any] | None:
         """Make the job of all ranks, with the state in the memory of surviving ranks, or with that of a checkpoint. Return the
@@ -170,10 +169,12 @@ class RunAttempts:
             if world.rank == 0 and self.mirror is None and plan.config.run.mirror:
                 run, failed = plan.config.run, bool(self.crew.events) or self.job is not None
                 self.mirror = open_mirror(plan.run_dir, run.mirror, "auto" if failed else run.resume, run.keep)
-        held = world.allgather(self.job is not None)
+        held = world.allgather(self.job is not None and self.survives)
         if self.job is not None and self.job.comm is world:
             return None  # no rank joined
         if not any(held):
+            if self.job is not None:
+                self._drop_state("ranks failed and new ranks joined. The state of this method cannot be sent to new ranks")
             return self._from_disk(plan)
         if self.job is not None and all(held) and self.replicas.as_before:
             self.job, event = recovery.rebuild(self._build, plan, self.job, self.replicas, self._failed_at)
@@ -202,10 +203,10 @@ class RunAttempts:
             job = self._build(plan)
             if reader is not None:
                 restore(job, reader)
-        if reader is not None and self._next_batch:
+        if self._next_batch:
             job.position.skip_to(self._next_batch)
             job.state.skipped_from = job.position.step
-        self.survives = job.strategy.survives_failures
+        self.survives, job.state.full = job.strategy.survives_failures, self.crew.full
         self._next_batch = 0
         self.job, self._events = job, [*([{"event": "resume"}] if reader is not None else []), *events[-1:]]
         return None
@@ -216,12 +217,12 @@ class RunAttempts:
     def go_back(self, damage: Damaged) -> None:
         """Drop the damaged state, so that the next attempt starts from the last checkpoint. After MAX_RETURNS such returns, raise
         `damage` instead. A return because of skipped batches is not counted. Independent."""
-        self._next_batch, self.job, self.stop = damage.next_batch, None, None
         if not self._can_return(damage):
             raise damage
+        self._next_batch = damage.next_batch
         self.crew.returns += not self._next_batch
-        past = {"event": "rolled_back", "batch": damage.next_batch - 1} if damage.next_batch else {"event": "went_back"}
-        self.crew.events.append(past | {"why": str(damage)})
+        skips = {"event": "rolled_back", "batch": damage.next_batch - 1} if damage.next_batch else {}
+        self._drop_state(str(damage), **skips)
 
     def drop_failed_ranks(self, failure: RankFailure) -> None:
         """Continue with the surviving ranks only. If the strategy cannot resume from memory, the next attempt starts from the
@@ -231,7 +232,7 @@ class RunAttempts:
         if not self.survives:
             config, self.survives = self.config, True
             method = method_setting(config.strategy.name, config.strategy.quorum)
-            if config.optim.name in MATRIX_STATE and config.strategy.name == "synchronous":
+            if method == "strategy.name=synchronous":
                 method = f"optim.name={config.optim.name} with mesh.tp"
             self._drop_state(f"ranks failed, and {method} cannot continue in the middle of a step")
 
@@ -248,8 +249,8 @@ class RunAttempts:
 
 def listen(job: Job, before: StopRequest | None) -> StopRequest:
     """Return an object that detects requests to stop: signals and the job's time limit, and on rank 0 also the file STOP and a
-    lost lock. Rank 0 prints when the time limit will stop the run. `before`: the `StopRequest` object of the job that this job
-    continues, or None. Collective over job.comm."""
+    lost lock. Rank 0 prints when the time limit will stop the run. `before`: the `StopRequest` object of the last job, or None. A
+    request to stop the last job also stops this job. Collective over job.comm."""
     first, state, config = job.comm.rank == 0, job.state, job.config
     if not state.recovered:  # asking the scheduler takes time
         end = job_end() if first else None
@@ -260,6 +261,6 @@ def listen(job: Job, before: StopRequest | None) -> StopRequest:
                 f"the job's time ends at {ends}. At {stops} the run writes a checkpoint and stops (exit code 75)"
             )
     lock, reason = job.services.lock, before.reason if before is not None else ""
-    if state.recovered and job.comm.size < config.faults.min_ranks:
+    if job.comm.size < min(config.faults.min_ranks, state.full):
         reason = f"{job.comm.size} ranks are left, and faults.min_ranks is {config.faults.min_ranks}"
     return StopRequest(job.run_dir / "STOP" if first else None, state.stop_at, lambda: lock is not None and lock.lost, reason)

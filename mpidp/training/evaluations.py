@@ -70,5 +70,4 @@ def warn_unusable(job: Job, kind: str) -> None:
 
 
 def _loss_on(job: Job, stream: TokenStream, tokens: int) -> tuple[float, int]:
-    config = job.config
-    return job.engine.evaluate(stream, job.comm, config.model.seq_len, job.lanes.micro_batch, tokens, job.mesh.dp)
+    return job.engine.evaluate(stream, job.comm, job.config.model.seq_len, job.lanes.micro_batch, tokens, job.mesh.dp)

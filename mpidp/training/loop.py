@@ -19,16 +19,17 @@ from mpidp.training.evaluations import evaluate
 from mpidp.training.events import record_end, record_start
 from mpidp.training.job import Job, ended
 from mpidp.training.step import compute
-from mpidp.training.step_report import exchange_reports
+from mpidp.training.step_report import exchange_reports, take_back
 
 
 def fit(job: Job, loader: Loader, stop: StopRequest) -> dict[str, Any]:
     """Train until all steps are done or a stopping rule holds. Return the content of the `end` line of metrics.jsonl. If a stop
     is requested, write a checkpoint and raise Stopped. Collective over job.comm."""
     at, clock = job.position, job.services.clock
-    if job.state.recovered:
+    too_few = job.comm.size < min(job.config.faults.min_ranks, job.state.full)
+    if job.state.recovered or too_few:
         audit_weights(job)
-        follow_up(job, stop, np.zeros(4), job.comm.size < job.config.faults.min_ranks)
+        follow_up(job, stop, np.zeros(4), too_few)
     while not (reason := ended(job)):
         with clock.timed("step"):
             with job.phase("data"):
@@ -36,13 +37,15 @@ def fit(job: Job, loader: Loader, stop: StopRequest) -> dict[str, Any]:
             with job.phase("compute") as seconds:
                 done = compute(job, batch)
             with job.phase("comm_wait"):
+                earlier = job.state.unreported
                 report = exchange_reports(job, done, seconds(), stop.requested())
             with job.phase("update"):
                 lr = job.schedule.lr_at(at.step + 1)
                 stats = job.strategy.step(lr, report.divisor, at.norm_limit(job.config.train.spike))
         at.count(stats, report.tokens if report.synchronized else 0)
         if stats.skipped:
-            skip(job, batch.batch, report.tokens, stats.grad_norm)
+            take_back(job, report, earlier)
+            skip(job, batch.batch, stats.grad_norm)
         else:
             log_update(job, lr, stats, report, batch.epoch)
             audit_weights(job)

@@ -209,8 +209,7 @@ def _event(job: Job, old: list[tuple[int, str]], found: Replicas, failed_at: flo
     """Print which ranks failed or joined, and return a line for metrics.jsonl. `old`: (number, host) of each rank of the previous
     job."""
     lost = [{"rank": number, "host": host.rstrip("#")} for number, host in old if number not in found.numbers]
-    known = {number for number, _ in old}
-    came = [number for number in job.grid.everyone.numbers if number not in known]
+    came = [number for number in job.grid.everyone.numbers if number not in dict(old)]
     spares, size, seconds = found.spares(), job.comm.size, time.monotonic() - failed_at
     names = ", ".join(f"{one['rank']} ({one['host']})" for one in lost)
     words = [f"lost ranks {names}"] if lost else []

@@ -78,6 +78,7 @@ class RunState:
     skipped_from: int = -1  # step of the checkpoint to which the run last returned to skip batches
     stop_at: float = math.inf  # time at which to stop, in seconds since 1970, shortly before the job's time limit
     recovered: bool = False  # whether this job continues the state of a job in which ranks failed
+    full: int = 0  # number of ranks when the command started; if there are fewer now, ranks have failed
     unreported: np.ndarray | None = None  # this rank's reports since the last exchange (step_report.py)
     step_seconds: float = 0.0  # duration of the steps since the last exchange of reports
 

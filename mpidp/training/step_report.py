@@ -18,6 +18,7 @@ class StepReport:
     """The reports of all ranks since the last exchange, which usually cover one step. They are the same on every rank. If the
     step is not a meeting, the object contains only this rank's report of the step."""
 
+    numbers: np.ndarray  # all numbers of the report; the arrays below are views of it
     losses: np.ndarray  # (V,) sums of token losses
     num_tokens: np.ndarray  # (V,) target tokens
     seconds: np.ndarray  # (P,) seconds of computing on each rank
@@ -69,7 +70,7 @@ def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> St
         state.unreported = (0.0 if state.unreported is None else state.unreported) + flat
         state.unreported[: 2 * count * (not reports_losses)] = 0.0
         spent[:] = seconds  # the seconds of other ranks are not known without an exchange
-        return StepReport(losses, num_tokens, spent, data, counts, squares, saving, False, False, own_tokens, 1)
+        return StepReport(flat, losses, num_tokens, spent, data, counts, squares, saving, False, False, own_tokens, 1)
     if state.unreported is not None:
         flat += state.unreported
         state.unreported = None
@@ -77,7 +78,16 @@ def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> St
     job.memory.group.wait(job.comm.Iallreduce(MPI.IN_PLACE, flat))
     divisor = int(num_tokens.sum()) if job.strategy.synchronizes_always else own_tokens
     any_stop, rest = bool(stops[0]), (int(steps[0]), float(joules[0]))
-    return StepReport(losses, num_tokens, spent, data, counts, squares, saving, any_stop, True, divisor, *rest)
+    return StepReport(flat, losses, num_tokens, spent, data, counts, squares, saving, any_stop, True, divisor, *rest)
+
+
+def take_back(job: Job, report: StepReport, earlier: np.ndarray | None) -> None:
+    """Remove a skipped batch from the reports. The next exchange then reports the earlier steps since the last update, and the
+    energy of the batch. `report`: the result of exchange_reports(). `earlier`: the value of state.unreported before this call.
+    Independent."""
+    state, kept = job.state, np.zeros_like(report.numbers) if earlier is None else earlier.copy()
+    kept[-1] = report.joules * (job.comm.rank == 0) if state.unreported is None else state.unreported[-1]
+    state.unreported = kept
 
 
 def noise_of(job: Job, report: StepReport, grad_norm: float) -> Noise | None:

@@ -7,6 +7,7 @@
 | another rank during a recovery, at any of its communications | same | same |
 | with background reductions, messages, one copy per rank, measured balance, audits | same | same |
 | strategy local or delayed, a quorum | 0, return to the last checkpoint in the same processes | end, a `went_back` event |
+| rank 0, with comm.reducer=root | same | same |
 | with compression | 0, each step once | lines, and losses that are close |
 | in the first build, before a job exists | 0, start with fewer ranks | final hash |
 | the same exception on all ranks | 1: mpirun's code is not that of a success | code |
@@ -285,3 +286,22 @@ def test_methods_that_go_back(shell: Shell, word: str) -> None:
     assert sorted({line["step"] for line in lines if "train_loss" in line}) == [1, 2, 3, 4, 5, 6], lines
     (back,) = [line for line in lines if line.get("event") == "went_back"]
     assert f"strategy.{word} cannot continue in the middle of a step" in back["why"] and lines[-1]["step"] == 6
+
+
+def test_fewer_than_min_ranks_after_a_return(shell: Shell) -> None:
+    """Methods that return to the last checkpoint respect the limit, too."""
+    words = ("--strategy.name=delayed", "--strategy.meet_every=2", "--train.save_every=2", "--faults.min_ranks=3")
+    ended = start(shell, 3, "kill:2:5:reduce", *words).wait()
+    assert ended.code == 75, ended
+    assert ended.err.count("2 ranks are left, and faults.min_ranks is 3) at step ") == 1, ended
+    assert max(line["step"] for line in lines_of(shell.folder / "run")) <= 4, ended
+
+
+def test_the_only_optimizer_state_is_lost(shell: Shell) -> None:
+    """After the return, steps are slow. The watchdog of the failed job must not count this as a hang."""
+    slow = ("--comm.reducer=root", "--run.hang_seconds=2", "--train.save_every=1")
+    ended = start(shell, 3, "kill:0:3:compute delay:1:3,seconds=0.5", *slow).wait()
+    assert ended.code == 0, ended
+    lines = lines_of(shell.folder / "run")
+    (back,) = [line["why"] for line in lines if line.get("event") == "went_back"]
+    assert "optimizer state" in back and [line["step"] for line in lines if "train_loss" in line] == [1, 2, 3, 4, 5, 6], lines

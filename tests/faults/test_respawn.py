@@ -7,6 +7,7 @@
 | any rank fails while new processes are started, connected, or given the state | 0, full size or the remaining ranks | same |
 | no process can be started | 0, the others continue, one message | same |
 | fewer than faults.min_ranks remain for a moment | 0: the limit is for the ranks that continue | same |
+| any rank, with strategy local or delayed | 0, full size from the last checkpoint | losses as without failures on as many ranks |
 | a STOP file while new processes are present | 75; the same command resumes on one rank | code, hash |
 | an unsuitable launcher | 2 before anything is written | code, output |
 
@@ -89,6 +90,20 @@ def test_back_to_full_size(shell: Shell, undisturbed: Learned, name: str, time: 
 def test_min_ranks_counts_who_goes_on(shell: Shell, undisturbed: Learned) -> None:  # noqa: F811
     lines = check(shell, undisturbed, "kill:0:3:apply", "--faults.min_ranks=3", ranks=3)
     assert came(lines) == [([3], 3)], lines
+
+
+@pytest.mark.parametrize("words", [("name=local", "sync_every=2"), ("name=delayed",)])
+def test_methods_that_go_back(shell: Shell, words: tuple[str, ...]) -> None:
+    """All ranks start from the checkpoint, because new ranks cannot get the state of these methods from other ranks."""
+    method = (*(f"--strategy.{word}" for word in (*words, "meet_every=2")), "--train.save_every=2", "--train.steps=8")
+    found = []
+    for faults, folder in (("", "plain"), ("kill:2:5:reduce", "failed")):
+        ended = start(shell, 3, faults, *method, f"--run.dir={folder}").wait()
+        assert ended.code == 0, ended
+        found.append(lines_of(shell.folder / folder))
+    assert [line["event"] for line in found[1] if line.get("event") in ("went_back", "end")] == ["went_back", "end"], found[1]
+    assert [line["ranks"] for line in found[1] if line.get("event") == "start"][-1] == 3, found[1]
+    assert found[1][-1]["val_loss"] == pytest.approx(found[0][-1]["val_loss"], rel=1e-6)
 
 
 MEANWHILE = {  # the faults, and the ranks that were respawned when

@@ -3,6 +3,7 @@ batches in a row, the run equals a run in which all batches since the last check
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from mpi4py import MPI
 import mpidp.train
 from mpidp.checkpoint.manifest import committed
 from mpidp.data.loader import Batch, MicroBatch
-from mpidp.errors import MpidpError
+from mpidp.errors import MpidpError, Stopped
 from mpidp.parallel.engine import Computed, Engine
 from mpidp.strategies.synchronous import Synchronous
 from tests.tiny import WORLD, FailedElsewhere, Ran, at, corpus, masked_corpus, sizes, tiny, train_at
@@ -77,6 +78,24 @@ def test_the_next_batch_is_learned_from_as_if_the_bad_one_had_not_been(shared_fo
         with spoilt(lambda batch, u, v=v: (batch, u) == (1, v), math.nan):
             hashes.add(train_at(sizes(1, 2, 3)[-1], tiny(data, shared_tmp / str(v), train={"steps": 3})).sha256)
     assert len(hashes) == 1
+
+
+class FixedMeter:
+    """Measures 1 J in every reading."""
+
+    def pop_joules(self, now: bool = False) -> float:
+        return 1.0
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_energy_of_skipped_batches_is_recorded(shared_folder: Path, shared_tmp: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, spoilt(lambda batch, v: (batch, v) in BAD, math.nan):
+        patch.setattr("mpidp.training.services.open_meter", lambda *_: (FixedMeter(), {"cpu": "RAPL"}))
+        train_at(1, tiny(corpus(shared_folder), shared_tmp / "run", **SECTIONS))
+    lines = [json.loads(line) for line in (shared_tmp / "run/metrics.jsonl").read_text().splitlines()]
+    assert sum(line.get("energy_joules", 0.0) for line in lines) == 8 + 3 + 1, "8 updates, 3 skipped batches, and the end"
 
 
 @pytest.mark.parametrize(
@@ -147,6 +166,39 @@ def test_a_crash_before_or_after_the_run_went_back(shared_folder: Path, shared_t
         patch.undo()
         run = train_at(sizes(1, 2, 4)[-1], tiny(data, shared_tmp / "run", **LONG))
     assert run.sha256 == whole.sha256 and run.learned == whole.learned and rolled_back(run) == rolled_back(whole)
+
+
+def test_a_request_to_stop_is_kept_after_a_return(shared_folder: Path, shared_tmp: Path) -> None:
+    """The run gets the request in the batch after which it returns to its checkpoint."""
+    data, n = corpus(shared_folder), sizes(1, 2, 3)[-1]
+    config = tiny(data, shared_tmp / "run", **LONG)
+
+    def stops(batch: int, v: int) -> bool:
+        if (batch, v) == (7, 0):
+            (Path(config.run.dir) / "STOP").touch()
+        return in_rows(batch, v)
+
+    with spoilt(stops, math.nan), pytest.raises(Stopped, match="STOP.*at step 3"):
+        train_at(n, config)
+    with spoilt(in_rows, math.nan):
+        run, whole = train_at(n, config), train_at(n, tiny(data, shared_tmp / "whole", **LONG))
+    assert run.sha256 == whole.sha256
+
+
+def test_a_return_if_no_checkpoint_could_be_written(shared_folder: Path, shared_tmp: Path) -> None:
+    """The run returns to its initial weights once, and skips the same batches. It does not begin again and again."""
+    begun = 0
+
+    def again(batch: int, v: int) -> bool:
+        nonlocal begun
+        begun += (batch, v) == (0, 0)
+        assert begun < 2, "the run has begun again with batch 0"
+        return in_rows(batch, v)
+
+    with pytest.MonkeyPatch.context() as patch, spoilt(again, math.nan):
+        patch.setattr("mpidp.checkpoint.writer.write_pieces", lambda path, *_: (_ for _ in ()).throw(OSError(28, "full")))
+        with pytest.raises(MpidpError, match="a checkpoint could not be written"):
+            train_at(1, tiny(corpus(shared_folder), shared_tmp / "run", **LONG))
 
 
 # Finite norms that are far from the usual ---------------------------------------------------------------------------------

@@ -186,6 +186,7 @@ def test_what_is_not_finite_is_skipped_by_all(shared_folder: Path, shared_tmp: P
         ends = at(n, lambda comm: mpidp.train.run(config, comm))
     assert len({end["weights_sha256"] for end in ends}) == 1
     assert ends[0]["skipped"] == len(batches) and ends[0]["step"] == 12 and math.isfinite(ends[0]["val_loss"])
+    assert ends[0]["tokens"] == 12 * 16 * 16, "the tokens of all updates"
     again = quorum(data, shared_tmp / "again").with_values(strategy={"replay": str(shared_tmp / "first/metrics.jsonl")})
     with spoiled(1, batches):
         assert train_at(n, again).sha256 == ends[0]["weights_sha256"]

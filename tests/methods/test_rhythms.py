@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -196,7 +196,7 @@ def _raw(config: Any, n: int) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def spoiled(rank: int, batches: range) -> Iterator[None]:
+def spoiled(rank: int, batches: Container[int]) -> Iterator[None]:
     """Make this rank's losses in these batches non-finite."""
     real = Engine._forward
 
@@ -217,11 +217,34 @@ def spoiled(rank: int, batches: range) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_not_finite_reaches_nobody(shared_folder: Path, shared_tmp: Path, name: str) -> None:
-    config = tiny(corpus(shared_folder), shared_tmp / "run", **with_train(METHODS[name], steps=24, max_skipped=9))
-    with spoiled(1, range(3, 6)):
+    """The tokens of all updates are counted, also if a skipped batch (batch 11 of `delayed`) would have ended at a meeting."""
+    data = corpus(shared_folder, 12000)  # longer than the run, so that all batches have the same number of tokens
+    config = tiny(data, shared_tmp / "run", **with_train(METHODS[name], steps=24, max_skipped=9))
+    with spoiled(1, {3, 4, 5, 11}):
         run = train_at(3, config)
     assert math.isfinite(run.end["val_loss"])
-    assert run.end["skipped"] == (3 if name.startswith("delayed") else 0)
+    assert run.end["skipped"] == (4 if name.startswith("delayed") else 0)
+    assert run.end["tokens"] == 24 * 16 * 16
+
+
+DELAYED: dict[str, Any] = {"optim": {"schedule": "constant"}, "strategy": {"name": "delayed", "meet_every": 2, "staleness": 2}}
+
+
+def test_the_last_evaluation_follows_the_last_update(shared_folder: Path, shared_tmp: Path) -> None:
+    """Also if an evaluation is due at the last step."""
+    data = corpus(shared_folder)
+    ends = [train_at(2, tiny(data, shared_tmp / str(every), **DELAYED, train={"eval_every": every})).end for every in (0, 2)]
+    assert ends[0] == ends[1]
+
+
+def test_a_run_that_resumes_at_its_last_step_applies_what_is_in_flight(shared_folder: Path, shared_tmp: Path) -> None:
+    data, train = corpus(shared_folder), {"save_every": 4, "eval_every": 4}
+    short = train_at(2, tiny(data, shared_tmp / "short", **DELAYED, train=train | {"steps": 4}))
+    with crash_in(6), pytest.raises(FailedElsewhere, match="Crash"):
+        train_at(2, tiny(data, shared_tmp / "run", **DELAYED, train=train | {"steps": 8}))
+    run = train_at(2, tiny(data, shared_tmp / "run", **DELAYED, train=train | {"steps": 4}))
+    assert run.events("resume")[0]["step"] == 4
+    assert run.sha256 == short.sha256
 
 
 def test_when_nobody_learns_it_is_said(shared_folder: Path, shared_tmp: Path) -> None:

@@ -37,9 +37,11 @@ def test_in_step_it_is_root(shared_folder: Path, shared_tmp: Path, workers: int,
                 assert run.end["tokens"] == root.end["tokens"]
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("mode", ["async", "ssp"])
-def test_one_worker_and_one_server_are_one_process(shared_folder: Path, shared_tmp: Path, mode: str) -> None:
-    data = corpus(shared_folder)
+def test_one_worker_and_one_server_are_one_process(shared_folder: Path, shared_tmp: Path, mode: str, masked: bool) -> None:
+    """A loss mask does not lower the learning rate."""
+    data = (masked_corpus if masked else corpus)(shared_folder)
     alone = train_at(1, tiny(data, shared_tmp / "alone", comm={"reducer": "allreduce"}))
     assert train_at(2, serving(data, shared_tmp / "two", mode)).sha256 == alone.sha256
 

@@ -184,6 +184,7 @@ def test_numbers_may_be_written_in_several_ways(words: list[str], found: int) ->
         (["--train.balance=steal", "--comm.overlap=thread"], ["comm.overlap", "train.balance=steal"]),
         (["--comm.gpu=nccl", "--train.device=cpu", "--comm.reducer=root"], ["=nccl", "train.device=cpu, comm.reducer=root"]),
         (["--comm.gpu=nccl", "--comm.overlap=poll"], ["comm.gpu=nccl", "comm.overlap=poll"]),
+        (["--comm.gpu=nccl", "--comm.compress=int8"], ["comm.compress cannot be combined with comm.gpu=nccl"]),
     ],
 )
 def test_contradictions_are_refused_by_name(words: list[str], named: list[str]) -> None:
@@ -294,7 +295,8 @@ def configs(draw: st.DrawFn) -> Config:
         chosen |= {"comm.ratio": 0.0, "comm.ratio_warmup": 0, "comm.momentum": 0.0}
     if chosen["train.balance"] == "steal":
         chosen |= {"comm.transport": "window", "comm.overlap": "none"}
-    if {chosen["train.device"], chosen["comm.reducer"], chosen["comm.overlap"]} & {"cpu", "root", "thread", "poll"} or strategy:
+    plain = chosen["comm.compress"] == "none" and not strategy
+    if not plain or {chosen["train.device"], chosen["comm.reducer"], chosen["comm.overlap"]} & {"cpu", "root", "thread", "poll"}:
         chosen["comm.gpu"] = "auto" if chosen["comm.gpu"] == "nccl" else chosen["comm.gpu"]
     settings = Config().flat() | chosen | {f"strategy.{key}": v for key, v in strategy.items()}
     of_meshes = [rule for rule in rules.RULES if rule.one.startswith(("mesh.", "train.eval_tasks"))]

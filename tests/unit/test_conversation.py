@@ -26,8 +26,10 @@ from tests.unit.test_prompts import answers, folder  # noqa: F401 - a fixture
 LETTERS = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 
 
-def conversation(seq_len: int, tokens: int = 8, system: str | None = None, template: str = LETTERS) -> Conversation:
-    encoder = Encoder(ByteTokenizer(), SpecialTokens(None, (256,)), "tokens")
+def conversation(
+    seq_len: int, tokens: int = 8, system: str | None = None, template: str = LETTERS, bos: int | None = None
+) -> Conversation:
+    encoder = Encoder(ByteTokenizer(), SpecialTokens(bos, (256,)), "tokens")
     return Conversation(Template(template, {}, 0.0), encoder, seq_len, tokens, system)
 
 
@@ -42,6 +44,11 @@ def test_a_prompt_has_all_turns_and_the_system_message() -> None:
     assert said(chat.ask("two")) == "s:S;u:one;a:1;u:two;a:"
     chat.reset()
     assert said(chat.ask("three")) == "s:S;u:three;a:"
+
+
+def test_only_the_template_writes_bos() -> None:
+    """As apply_chat_template in transformers."""
+    assert 255 not in conversation(100, bos=255).ask("one").ids
 
 
 def test_a_chat_that_outgrows_the_context_loses_its_oldest_turns() -> None:

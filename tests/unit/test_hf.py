@@ -191,9 +191,9 @@ def test_a_text_begins_as_in_transformers(
     _, _, encoder = open_model(evaluate_options([str(run), "--threads=1"]), WORLD)
     model = AutoTokenizer.from_pretrained(_with_config(source / "tokenizer.json", tmp_path / "it"))
     for words in (text(60)[:9], "Ü", " a"):
-        ids = _encoded(encoder, words, T, 0)
+        ids = _encoded(encoder.prompt, words, T, 0)
         assert ids == model(words).input_ids and ids[0] == 7
-    assert _encoded(encoder, "", T, 0) == [7] == model("").input_ids
+    assert _encoded(encoder.prompt, "", T, 0) == [7] == model("").input_ids
     item = Question(1, "the ", ["rank", "tree"], 0)
     assert [one.ids for one in encode(encoder, item, T)] == [model(item.context + choice).input_ids for choice in item.choices]
     alone = load_tokenizer(run)

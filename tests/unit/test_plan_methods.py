@@ -30,7 +30,7 @@ from mpidp.plan.methods.predict import (
     with_speeds,
 )
 from mpidp.plan.methods.traffic import Cluster, cluster_of, link_of, one_sum, sizes_of
-from mpidp.plan.methods.trials import TrialOptions, compare_methods, find_cluster
+from mpidp.plan.methods.trials import TrialOptions, _read, compare_methods, find_cluster
 from mpidp.plan.ranks.table import methods_table
 
 CONFIG = Config().with_values(train={"global_batch": 32, "micro_batch": 2}, comm={"overlap": "none"})
@@ -215,3 +215,11 @@ def test_the_table_says_all_of_it() -> None:
     found |= {"tried_seconds": 5.0, "loss_name": "val_loss", "rows": tried, "took_seconds": dict.fromkeys(METHODS, 5.1)}
     assert "Measured, 5 s each" in (said := methods_table(found)) and "3.2500" in said and "5.1 s" in said
     assert math.isclose(rows[0]["speed"], 1.0)
+
+
+def test_a_trial_with_a_skipped_batch(tmp_path: Path) -> None:
+    """The time and the bytes of the batch count."""
+    plain = {"step": 1, "step_seconds": 2.0, "comm_bytes": 8}
+    lines = [plain | {"train_loss": 5.0}, plain | {"event": "skipped", "batch": 1}, plain | {"step": 2, "train_loss": 4.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert _read(tmp_path / "metrics.jsonl", 4.5).curve == [(2.0, 8, 5.0), (6.0, 24, 4.0)]

@@ -190,7 +190,8 @@ def test_a_text_begins_as_the_training_data_did(bos: int | None) -> None:
     plain, begin = tokenizer.encode("hello").tolist(), tokenizer.eod if bos is None else bos
     assert encoder.document("hello").tolist() == [begin, *plain]
     assert encoder.prompt("hello") == ([] if bos is None else [bos]) + plain
-    assert encoder.prompt("") == [begin] == encoder.document("").tolist()
+    assert encoder.prompt("") == [begin] == encoder.document("").tolist() == encoder.chat("")
+    assert encoder.chat("hello") == plain  # the template writes BOS
     if bos is not None:  # a text that begins with BOS gets no second one
         assert encoder.prompt("<s>hello")[:2].count(bos) == 1 and encoder.document("<s>hello").tolist().count(bos) == 1
 

@@ -261,7 +261,8 @@ def _read(metrics: Path, val_loss: float | None) -> TrialResult:
     seconds, sent, curve = 0.0, 0, list[tuple[float, int, float]]()
     for line in lines:
         seconds, sent = seconds + line["step_seconds"], sent + line["comm_bytes"]
-        curve.append((seconds, sent, line["train_loss"]))
+        if "train_loss" in line:  # otherwise the batch was skipped
+            curve.append((seconds, sent, line["train_loss"]))
     if not curve or any(loss is None for _, _, loss in curve) or not math.isfinite(val_loss or 0.0):
         return TrialResult(problem="the loss was not finite, or no step updated the model")
     if val_loss is not None:
