@@ -49,7 +49,7 @@ def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
 
 
 CODE = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from data_tools.new_folder import new_folder
 from mpidp.runtime.command import run_entry
@@ -60,6 +60,7 @@ def main():
         print("ready", flush=True)
         time.sleep(100)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background starts its commands with SIGINT ignored
 run_entry(main)
 """
 

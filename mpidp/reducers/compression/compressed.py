@@ -136,7 +136,10 @@ class Compressed(FlatReducer):
         self._round.clear()
         self.rounds = int(state["rounds"]) if state else 0
         for name, tensor in self.held.items():
-            tensor.copy_(state[name]) if name in state else tensor.zero_()
+            if name in state:
+                tensor.copy_(state[name])
+            else:
+                tensor.zero_()
         mine = {name.removeprefix("method/"): value for name, value in state.items() if name.startswith("method/")}
         self.method.end_round(False)
         self.method.load_state_dict(mine)
