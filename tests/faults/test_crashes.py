@@ -23,6 +23,7 @@ import pytest
 
 from tests.faults.commands import (
     ENTER,
+    SAVED,
     SLOWLY,
     Ended,
     Forks,
@@ -133,7 +134,7 @@ def test_a_rank_of_a_mesh_with_slices_is_killed(either: Shell, forks: Forks) -> 
 def test_a_crash_loop(place: Path, forks: Forks, whole_hash: str) -> None:
     """After three starts from the checkpoint of step 2 the next is rejected, so that a user looks at the cause."""
     words = "3 starts in a row from the checkpoint of step 2 ended without another checkpoint. "
-    fault = faulty("raise RuntimeError('the fault of this test')")
+    fault = faulty(SAVED + "raise RuntimeError('the fault of this test')")
     for number in (1, 2, 3, 4):
         ended = forks.run(place, "mpidp.train", "tiny.toml", inject=fault)
         assert ended.code == 1 and "the fault of this test" in ended.err, f"{number}\n{ended}"  # the first began at step 0
