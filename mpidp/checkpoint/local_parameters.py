@@ -25,19 +25,23 @@ class Shards(Protocol):
         """Return the whole parameter. Collective over the ranks that hold shards of it."""
 
 
+def _shards_of(p: Tensor) -> Shards | None:
+    return getattr(p, "shards", None)
+
+
 def parameters_of(model: torch.nn.Module) -> dict[str, Entry]:
     """Return {name: entry} of the parameters to save. With LoRA these are only the adapters, because the base model does not
     change. Independent."""
     found, saved = dict(model.named_parameters()), dict[str, Entry]()
     for name in saved_names(list(found)):
-        shards: Shards | None = getattr(found[name], "shards", None)
+        shards = _shards_of(found[name])
         saved |= {name: Entry(found[name].detach())} if shards is None else shards.entries(name)
     return saved
 
 
 def whole(p: Tensor) -> Tensor:
     """Return the whole parameter `p`. Collective over the ranks that hold shards of it, if any. Otherwise Independent."""
-    shards: Shards | None = getattr(p, "shards", None)
+    shards = _shards_of(p)
     return p.detach() if shards is None else shards.whole()
 
 

@@ -49,8 +49,8 @@ class Progress:
         """Print the record of a step. Do nothing if the last output is less than three seconds old, unless this is the last
         step."""
         step = int(record["step"])
-        # between two meetings, tokens do not grow
-        where, self._tokens = "" if record["tokens"] > self._tokens else " on rank 0", record["tokens"]
+        where = "" if record["tokens"] > self._tokens else " on rank 0"  # between two meetings, tokens do not grow
+        self._tokens = record["tokens"]
         now = time.perf_counter()
         if self._first_step is None:
             self._first_step, self._began = step, now

@@ -92,8 +92,10 @@ class RemoteFolder:
         self._retries.report_waits(on_wait)
 
     def _version(self, name: str) -> Version:
-        if not (version := self._retries.call(self.path / name, lambda: self._store.version(name))).tag:
-            raise DataError(f"{self.path / name}: the server states no version or time of modification. Copy the shards to disk")
+        version = self._retries.call(self.path / name, lambda: self._store.version(name))
+        if not version.tag:
+            raise DataError(f"{self.path / name}: the server states no version or time of modification, so a replaced file could "
+                            "not be detected. Copy the shards to disk")
         return version
 
     def _fetch_small_files(self) -> Path:

@@ -39,8 +39,9 @@ def skip(job: Job, batch: int, grad_norm: float) -> None:
     if job.saver.step > job.state.skipped_from:
         progress.print(f"{what}: returning to the last checkpoint, to continue with batch {batch + 1}")
         raise Damaged.at_batch(what, batch + 1)
+    returned = job.state.skipped_from >= 0
     reason = "The run has no checkpoint to return to"
-    if returned := job.state.skipped_from >= 0:
+    if returned:
         reason = "The run already returned to its last checkpoint, and has made no new checkpoint since"
     raise MpidpError.on_every_rank(
         f"{what}. {reason}. Lower optim.lr, lengthen optim.warmup_steps, or check the data of these batches"

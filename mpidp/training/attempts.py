@@ -28,7 +28,7 @@ from mpidp.runtime.world import raise_together
 from mpidp.training import loop, recovery, spares
 from mpidp.training.build import build
 from mpidp.training.checkpoints import restore
-from mpidp.training.job import Job
+from mpidp.training.job import Job, lacks_ranks
 from mpidp.training.recovery import Crew
 from mpidp.training.run_plan import RunPlan
 
@@ -66,8 +66,8 @@ class RunAttempts:
                 most = math.inf if config.faults.respawn else world.size  # replacement ranks get higher numbers
                 self.faults: InjectedFaults = faults_from_environment(self.number, size=most)
                 self.lock = RunLock(plan.run_dir) if world.rank == 0 else None
-            self.crew = Crew(plan.config, plan.automatic, world.size, world.size, config.faults.respawn)
-            self.crew.data = plan.training.index_sha256
+            size, data = world.size, plan.training.index_sha256
+            self.crew = Crew(plan.config, plan.automatic, size, size, config.faults.respawn, data)
         else:
             self.crew, self.number, crew.number = crew, crew.number, crew.number + 1
             # the event is recorded only if all ranks with the state have failed
@@ -262,6 +262,6 @@ def listen(job: Job, before: StopRequest | None) -> StopRequest:
                 f"the job's time ends at {ends}. At {stops} the run writes a checkpoint and stops (exit code 75)"
             )
     lock, reason = job.services.lock, before.reason if before is not None else ""
-    if job.comm.size < min(config.faults.min_ranks, state.full):
+    if lacks_ranks(job):
         reason = f"{job.comm.size} ranks are left, and faults.min_ranks is {config.faults.min_ranks}"
     return StopRequest(job.run_dir / "STOP" if first else None, state.stop_at, lambda: lock is not None and lock.lost, reason)

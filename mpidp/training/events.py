@@ -41,7 +41,8 @@ def log_step(job: Job, learned: dict[str, Any], report: StepReport, epoch: int) 
     at, seconds = job.position, spent(job)
     job.state.step_seconds += seconds["step_seconds"]
     speed = report.tokens / (job.state.step_seconds if report.synchronized else seconds["step_seconds"])
-    job.state.step_seconds *= not report.synchronized
+    if report.synchronized:
+        job.state.step_seconds = 0.0
     slowest = int(report.seconds.argmax())
     line = {
         "step": at.step, **learned, "tokens": at.tokens, "tokens_per_second": speed, "mfu": job.record.mfu(speed), "epoch": epoch,

@@ -153,7 +153,8 @@ def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
         if world.rank == 0:
             kept = None if config.model.lora_rank else _kept(config)  # checkpoints of adapters do not contain the base weights
             is_run = any((path / name).exists() for name in ("checkpoints", "manifest.json", "metrics.jsonl"))
-            if path.exists() and path.resolve() in (home := Path(config.run.dir).resolve(), home / "checkpoints" / path.name):
+            home = Path(config.run.dir).resolve()
+            if path.exists() and path.resolve() in (home, home / "checkpoints" / path.name):
                 raise UsageError(f"train.init_from={path} is in run.dir. Omit it to resume a run, or choose another run.dir")
             if kept is None and not is_run and not (path / "config.json").is_file():
                 raise UsageError(

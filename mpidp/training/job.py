@@ -112,3 +112,9 @@ def ended(job: Job) -> str:
     if train.target_loss and at.val_loss is not None and at.val_loss <= train.target_loss:
         return "target_loss"
     return "patience" if train.patience and at.evaluations_since_best >= train.patience else ""
+
+
+def lacks_ranks(job: Job) -> bool:
+    """Return whether ranks have failed and fewer than faults.min_ranks are left. The result is the same on every rank.
+    Independent."""
+    return job.comm.size < min(job.config.faults.min_ranks, job.state.full)

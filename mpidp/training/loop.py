@@ -17,7 +17,7 @@ from mpidp.training.audits import audit_weights
 from mpidp.training.checkpoints import report_saves, save
 from mpidp.training.evaluations import evaluate
 from mpidp.training.events import record_end, record_start
-from mpidp.training.job import Job, ended
+from mpidp.training.job import Job, ended, lacks_ranks
 from mpidp.training.step import compute
 from mpidp.training.step_report import exchange_reports, take_back
 
@@ -26,7 +26,7 @@ def fit(job: Job, loader: Loader, stop: StopRequest) -> dict[str, Any]:
     """Train until all steps are done or a stopping rule holds. Return the content of the `end` line of metrics.jsonl. If a stop
     is requested, write a checkpoint and raise Stopped. Collective over job.comm."""
     at, clock = job.position, job.services.clock
-    too_few = job.comm.size < min(job.config.faults.min_ranks, job.state.full)
+    too_few = lacks_ranks(job)
     if job.state.recovered or too_few:
         audit_weights(job)
         follow_up(job, stop, np.zeros(4), too_few)

@@ -48,7 +48,7 @@ class Crew:
     full: int  # number of ranks at the start
     number: int  # number of the next new rank: a number is never used again
     respawn: bool  # whether failed ranks may still be replaced
-    data: str = ""  # the sha256 of the data's index.json
+    data: str  # the sha256 of the data's index.json
     step: int = -1  # the last step at which new ranks were started
     attempts: int = 0  # number of attempts to start new ranks at this step
     returns: int = 0  # number of returns to the last checkpoint
@@ -214,7 +214,8 @@ def _event(job: Job, old: list[tuple[int, str]], found: Replicas, failed_at: flo
     """Print which ranks failed or joined, and return a line for metrics.jsonl. `old`: (number, host) of each rank of the previous
     job."""
     lost = [{"rank": number, "host": host.rstrip("#")} for number, host in old if number not in found.numbers]
-    came = [number for number in job.grid.everyone.numbers if number not in dict(old)]
+    known = {number for number, _ in old}
+    came = [number for number in job.grid.everyone.numbers if number not in known]
     spares, size, seconds = found.spares(), job.comm.size, time.monotonic() - failed_at
     names = ", ".join(f"{one['rank']} ({one['host']})" for one in lost)
     words = [f"lost ranks {names}"] if lost else []

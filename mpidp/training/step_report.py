@@ -86,6 +86,7 @@ def take_back(job: Job, report: StepReport, earlier: np.ndarray | None) -> None:
     energy of the batch. `report`: the result of exchange_reports(). `earlier`: the value of state.unreported before this call.
     Independent."""
     state, kept = job.state, np.zeros_like(report.numbers) if earlier is None else earlier.copy()
+    # the last number is the energy
     kept[-1] = report.joules * (job.comm.rank == 0) if state.unreported is None else state.unreported[-1]
     state.unreported = kept
 

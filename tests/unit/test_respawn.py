@@ -49,18 +49,18 @@ def job(size: int, step: int, said: list[str]) -> Any:
 
 def test_three_attempts_at_a_step() -> None:
     said: list[str] = []
-    crew = recovery.Crew(None, frozenset(), full=4, number=4, respawn=True)
+    crew = recovery.Crew(None, frozenset(), full=4, number=4, respawn=True, data="")
     assert not recovery.must_grow(crew, 4, job(4, 1, said))
     for step in (1, 1, 1, 2, 2, 2):
         assert recovery.must_grow(crew, 3, job(3, step, said)), step
     assert not said
     assert not recovery.must_grow(crew, 3, job(3, 2, said)) and not recovery.must_grow(crew, 3, job(3, 3, said))
     assert said == ["new ranks failed 3 times at step 2: continuing with 3 ranks"]
-    assert not recovery.must_grow(recovery.Crew(None, frozenset(), full=4, number=4, respawn=False), 3, job(3, 1, said))
+    assert not recovery.must_grow(recovery.Crew(None, frozenset(), full=4, number=4, respawn=False, data=""), 3, job(3, 1, said))
 
 
 def test_three_attempts_without_a_state() -> None:
-    crew = recovery.Crew(None, frozenset(), full=4, number=4, respawn=True)
+    crew = recovery.Crew(None, frozenset(), full=4, number=4, respawn=True, data="")
     assert [recovery.must_grow(crew, 1, None) for _ in range(4)] == [True, True, True, False]
 
 
