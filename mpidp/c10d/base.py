@@ -51,7 +51,7 @@ class Base(_ProcessGroup):
 
     def __init__(self, comm: MPI.Intracomm, timeout: timedelta, name: str, store: Any, blocking: bool) -> None:
         """Make a group that owns `comm`. `timeout`: the timeout of calls that specify none. `name`: the name of the group.
-        `store`: a torch store that only this group uses, or None. `blocking`: see Calls."""
+        `store`: a torch store that only this group uses, or None. `blocking`: the parameter of the same name of Calls."""
         super().__init__(comm.rank, comm.size)
         self.comm = comm
         self.store = store
@@ -129,8 +129,8 @@ class Base(_ProcessGroup):
             self.comm.Free()
 
     def abort(self) -> None:
-        """End the running and queued calls with an error on this rank. If the MPI library supports fault tolerance (ULFM), end
-        them on all ranks of the group."""
+        """End the running and queued calls of this rank with an error. If the MPI library supports fault tolerance (ULFM), end
+        the calls of all ranks of the group."""
         self._turns.abort(DistBackendError(f"mpi4py: group {self._name} was aborted"))
         with suppress(MPI.Exception, NotImplementedError):
             self.comm.Revoke()

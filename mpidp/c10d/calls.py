@@ -20,7 +20,7 @@ from mpidp.comm.buffers import memory
 from mpidp.comm.transport import pieces
 
 SMALL_BYTES = 1 << 16  # smaller collectives always poll, even with blocking=True
-NEAR_BYTES = 1 << 20  # collectives from this size on use shared memory; half-precision reductions do so from SMALL_BYTES on
+NEAR_BYTES = 1 << 20  # least size of collectives in shared memory; half-precision reductions use it from SMALL_BYTES on
 LARGEST_BYTES = 1 << 30  # largest total size of all ranks' data in one MPI call
 
 
@@ -65,7 +65,7 @@ class Calls:
     """The collectives of one communicator. Only one thread at a time may use the object. Methods are Collective over comm unless
     their docstrings say Independent.
 
-    Tensors must be contiguous and on the host. The parameter `kind` names the reduction by a key of sums.OPS.
+    Tensors must be contiguous and on the host. The parameter `kind` is the name of the reduction, a key of sums.OPS.
     """
 
     def __init__(self, comm: MPI.Intracomm, blocking: bool) -> None:
@@ -142,8 +142,8 @@ class Calls:
             average(flat, self.comm.size)
 
     def _allreduce_by_hand(self, piece: torch.Tensor, kind: str) -> None:
-        """Reduce a tensor whose dtype MPI cannot reduce, in place. Each rank reduces one range in float32, then all ranges are
-        gathered."""
+        """Reduce a tensor whose dtype MPI cannot reduce, in place. Each rank reduces one range in float32. Then all ranks
+        gather the ranges."""
         ranks, length = self.comm.size, piece.numel()
         share = -(-length // ranks)
         padded = self.scratch("padded", piece, share * ranks)

@@ -1,8 +1,8 @@
 """Registration with torch.distributed: the `mpi://` rendezvous, the creation of groups, and the end of the process.
 
-Ranks and sizes come from MPI. Each group gets its own communicator, which is made from world(). torch calls the group's methods
-for functional collectives. The exception is all_gather_into_tensor_out, which calls the C++ base class instead. For it, this file
-registers a kernel that calls the group's method.
+Ranks and sizes come from MPI. Each group gets its own communicator, which is made from world(). torch's functional collectives
+call the group's methods, except for all_gather_into_tensor_out, which calls the C++ base class instead. For this collective,
+this file registers a kernel that calls the group's method.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _failed = False
 
 
 def use(comm: MPI.Intracomm) -> None:
-    """Make later groups from `comm` instead of COMM_WORLD. For example, `comm` may have the remaining ranks after a failure.
-    Independent."""
+    """Make later groups from `comm` instead of COMM_WORLD. For example, `comm` may contain the ranks that remain after a
+    failure. Independent."""
     global _world
     _world = comm
 
@@ -76,7 +76,7 @@ def make_group(opts: Any, backend_options: Any = None) -> MpiGroup:
     """Create a process group when torch needs one. Collective over the ranks of the new group. `opts`: torch's description of the
     group.
 
-    Raises RuntimeError if the rank that torch was given is not the rank in MPI.
+    Raises RuntimeError if torch was initialized with another rank than MPI reports.
     """
     comm, ranks = world(), list(opts.global_ranks_in_group)
     ranks = ranks or list(range(opts.group_size))

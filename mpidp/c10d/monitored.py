@@ -44,8 +44,8 @@ def monitored_barrier(comm: MPI.Intracomm, number: int, seconds: float, wait_all
 
 
 def _reported(comm: MPI.Intracomm, rank: int, number: int, end: float, tag: int) -> bool:
-    """Return True if `rank` reports that it has reached barrier `number`. Return False if it does not before the time `end` (of
-    time.monotonic). Collective over `rank` and this rank."""
+    """Return True if `rank` reports that it has reached barrier `number`. Return False if no such report arrives before
+    time.monotonic() reaches `end`. Collective over `rank` and this rank."""
     received = np.zeros(1, dtype=int)
     while received[0] < number:
         report = comm.Irecv(received, rank, tag)
@@ -57,7 +57,8 @@ def _reported(comm: MPI.Intracomm, rank: int, number: int, end: float, tag: int)
 
 
 def _wait_for(request: MPI.Request, end: float) -> bool:
-    """Return True when the request completes, or False if it does not before the time `end` (of time.monotonic). Independent."""
+    """Return True when the request completes, or False if it is not complete when time.monotonic() reaches `end`.
+    Independent."""
     pause = 2e-5
     while not request.Test():
         if time.monotonic() > end:

@@ -1,5 +1,5 @@
-"""Records calls in torch's profiler. A record begins when the call starts. It ends when the call completes, even if this happens
-in another thread. The record shows the shapes of the call's tensors."""
+"""Records calls in torch's profiler. A record begins when the call starts. It ends when the call completes, even if the call
+completes in another thread. The record shows the shapes of the call's tensors."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from mpidp.c10d.sums import ADDERS, HALVES, average
 BUFFER_BYTES = 1 << 26  # largest total size of all ranks' buffers for one piece
 PIECE_BYTES = 1 << 22  # largest piece of one rank
 ALIGN = 64  # each rank's range starts at a multiple of this many elements
-NEAR = "MPIDP_C10D_NEAR"  # if this variable is "messages" on any rank, large collectives also use messages within a node
+NEAR = "MPIDP_C10D_NEAR"  # if this variable is "messages" on any rank, no collective uses shared memory
 TOKEN = 2  # number of random integers that identify a buffer
 Exchange = Callable[[list[int]], list[list[int]]]  # gathers every rank's list of numbers on all ranks
 Phase = Callable[[int], None]  # a function that processes the piece with the given index
@@ -45,9 +45,9 @@ def _made(size: int) -> tuple[int, list[int]]:
 class SharedMemory:
     """Collectives of a group whose ranks all run on one node. Public methods are Collective over the group.
 
-    Tensors must be contiguous and on the host. For reductions, their dtype must be in sums.ADDED. The parameter `kind` names the
-    reduction by a key of sums.OPS. Methods raise RuntimeError on all ranks if the ranks call different methods, or pass different
-    sizes or dtypes.
+    Tensors must be contiguous and on the host. For reductions, their dtype must be in sums.ADDED. The parameter `kind` is the
+    name of the reduction, a key of sums.OPS. Methods raise RuntimeError on all ranks if the ranks call different methods, or
+    pass different sizes or dtypes.
     """
 
     def __init__(self, exchange: Exchange, synchronize: Callable[[], None], rank: int, ranks: int) -> None:
@@ -60,7 +60,8 @@ class SharedMemory:
         self._halves: torch.Tensor = torch.empty(0)  # (2, ranks + 1, bytes): each rank's buffer, and the common buffer
 
     def open(self) -> bool:
-        """Map the buffers. Return False on all ranks if the ranks do not share a node, or if the system cannot share memory."""
+        """Map the buffers, and return True. Return False on all ranks if the ranks do not share a node, or if the system
+        cannot share memory."""
         size, handle, token = 2 * (self.ranks + 1) * self._piece, -1, [0] * TOKEN
         if self.rank == 0 and os.environ.get(NEAR) != "messages":
             handle, token = _made(size)
@@ -89,8 +90,8 @@ class SharedMemory:
             os.close(handle)
 
     def _begin(self, tensor: torch.Tensor, call: str) -> None:
-        """Wait until all ranks have begun a call and the buffers are free. Raises RuntimeError if the ranks make different
-        calls."""
+        """Wait until all ranks have begun this call, so that the previous call no longer uses the buffers. Raises RuntimeError
+        if the ranks make different calls."""
         table = self._exchange([tensor.nbytes, zlib.crc32(f"{call} {tensor.dtype}".encode())])
         for rank, found in enumerate(table):
             if found != table[0]:
@@ -112,7 +113,7 @@ class SharedMemory:
                 self._synchronize()
 
     def _buffers(self, k: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return the buffers for piece k: those of all ranks and, last, the common buffer, (ranks + 1, elements)."""
+        """Return the buffers for piece `k`, as a tensor (ranks + 1, elements). The last row is the common buffer."""
         return self._halves[k % 2].view(dtype)
 
     def _reduce(self, sources: list[torch.Tensor], kind: str, out: torch.Tensor) -> None:

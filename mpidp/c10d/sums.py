@@ -1,4 +1,4 @@
-"""The MPI datatypes and operations for torch's dtypes and reductions. MPI has no bfloat16 and no float16, so torch reduces
+"""The MPI datatypes and operations for torch's dtypes and reductions. MPI cannot reduce bfloat16 and float16, so torch reduces
 tensors of these dtypes."""
 
 from __future__ import annotations

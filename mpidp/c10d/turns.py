@@ -27,7 +27,7 @@ from mpidp.c10d.works import Queued
 CHECK_SECONDS = 0.1  # time between two checks by the watch thread
 REPORT_SECONDS = 1.0  # a rank writes to the store after waiting this long, or for a third of the timeout if that is shorter
 STORE_TIMEOUT = timedelta(seconds=10)  # timeout of the store, so that the store cannot block the watch thread
-NAMED = 8  # most ranks listed in one message
+NAMED = 8  # the largest number of ranks that one message lists
 
 
 class Turns:
@@ -95,7 +95,7 @@ class Turns:
     def close(self) -> bool:
         """Finish the queued calls, stop the thread, and return True.
 
-        If the group is broken, do not wait and return False, because its thread may never return from MPI.
+        If the group is broken, return False without waiting, because the group's thread may never return from MPI.
         """
         _watch.remove(self)
         if self.broken is not None:
@@ -107,7 +107,8 @@ class Turns:
         return True
 
     def abort(self, error: BaseException) -> None:
-        """Mark the group as broken. The running call, the queued calls and all later calls end with `error`."""
+        """Mark the group as broken. The running call, the queued calls and all later calls end with `error`, or with the error
+        of an earlier abort()."""
         self.broken = self.broken or error
         work = self.running
         if work is not None:
@@ -121,8 +122,8 @@ class Turns:
                 waiting.drop(self.broken)
 
     def check_timeout(self) -> None:
-        """Abort the group if the timeout of the running call has passed. Before that, once the call has waited for some time,
-        write this rank and the call to the store. The watch thread calls this method."""
+        """If the running call has waited for some time, write this rank and the call to the store, once per call. If the
+        call's timeout has passed, abort the group. The watch thread calls this method."""
         work = self.running
         if work is None or work.ended or work.began == 0.0 or self.broken is not None:
             return

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from mpi4py import MPI
 
-YIELDS, FIRST_SECONDS, LONGEST_SECONDS = 1000, 2e-5, 5e-4  # polls without a pause, then the shortest and the longest pause
+YIELDS, FIRST_SECONDS, LONGEST_SECONDS = 1000, 2e-5, 5e-4  # number of polls without a pause; the shortest and the longest pause
 
 
 class Aborted(Exception):

@@ -41,7 +41,7 @@ class Promise(Work):
         self._lock = threading.Lock()
         self._trigger: Any = None
         self._future: Any = None
-        self.record: Callable[[], None] | None = None  # ends the profiler's record
+        self.record: Callable[[], None] | None = None  # a function that ends the call's record in the profiler
 
     def end(self, error: BaseException | None = None) -> None:
         """Complete the work, with `error` if it is given. Only the first call has an effect."""
@@ -118,7 +118,7 @@ class Queued(Promise):
         self.seconds = seconds
         self.number = 0  # number of the collective in its group, counted from 1
         self.began = 0.0
-        self.reported = False  # whether this rank's wait was written to the store
+        self.reported = False  # whether the store contains an entry that this rank waits in this call
         self._work: Callable[[], None] | None = work
 
     def run(self) -> None:

@@ -4,9 +4,9 @@ A *group* is a set of consecutive ranks that share memory. Each group stores one
 ranks of a group owns one slice of this sum. The owners of the same slice, one in each group, form a *rail* and exchange MPI
 messages. Without shared memory every rank is its own group, and one rail contains all ranks.
 
-With MPI fault tolerance (ULFM), shared memory must survive failed ranks. MPI windows do not, because they are freed with their
-communicator. A group therefore maps an anonymous file (memfd) instead. After a failure, the remaining ranks keep the memory of
-their previous group.
+With MPI fault tolerance (ULFM), shared memory must survive failed ranks. MPI's shared-memory windows do not survive, because
+they are freed with their communicator. A group therefore maps an anonymous file (memfd) instead. After a failure, the
+remaining ranks keep the memory of their previous group.
 """
 
 from __future__ import annotations
@@ -116,15 +116,15 @@ class Group:
         return list(flat.split(counts))
 
     def common(self, elements: int, device: torch.device) -> torch.Tensor:
-        """Return one float32 tensor (elements,) that all ranks of the group share. Its elements are 0. Only after reuse_memory(),
-        this can be a tensor of the previous group, with its contents. Collective over node."""
+        """Return one float32 tensor (elements,) that all ranks of the group share. Its elements are 0. After reuse_memory(),
+        the result can instead be a tensor of the previous group, with its contents. Collective over node."""
         held = self.memory(elements if self.node.rank == 0 else 0, device)[0]
         self._given[-1] = [held]
         return held
 
     def own(self, elements: int, device: torch.device) -> torch.Tensor:
-        """Return a float32 tensor (elements,) that is private to this rank. Its elements are 0. Only after reuse_memory(), this
-        can be a tensor of the previous group, with its contents. Independent."""
+        """Return a float32 tensor (elements,) that is private to this rank. Its elements are 0. After reuse_memory(), the
+        result can instead be a tensor of the previous group, with its contents. Independent."""
         if not self._found(elements):
             self._given.append([torch.zeros(elements, device=device)])
         return self._given[-1][0]
@@ -199,7 +199,7 @@ def make_group(mesh: Topology, transport: str, needed_bytes: int, device: torch.
     description of the transport for the user). All nodes use the same transport. Collective over mesh.dp.
 
     `needed_bytes`: the size of the shared memory that this rank will allocate. If /dev/shm has too little free space, messages
-    are used. A window that does not fit would end the rank with a bus error.
+    are used. A rank whose window does not fit would end with a bus error.
     """
     if transport == "messages":
         return alone(mesh), "messages"
@@ -228,8 +228,8 @@ def make_group(mesh: Topology, transport: str, needed_bytes: int, device: torch.
 
 
 def _mpi_agrees(mesh: Topology) -> bool:
-    """Return True if MPI can share memory among all ranks of each host. Under srun, Intel MPI cannot if the nodes have different
-    numbers of ranks. Collective over mesh.dp."""
+    """Return True if MPI can share memory among all ranks of each host. Under srun, Intel MPI cannot share memory in this way
+    if the nodes have different numbers of ranks. Collective over mesh.dp."""
     shared = _sharing(mesh.dp)
     here = MPI.Group.Translate_ranks(shared.group, None, mesh.dp.group)
     first = sum(mesh.node_sizes[: mesh.node_index])

@@ -56,7 +56,8 @@ class Nccl(Messages):
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """Return a context. If its body fails on any rank, every rank raises MpidpError at its end. Collective over comm."""
+        """Return a context manager. If its body fails on any rank, every rank raises MpidpError when it leaves the body.
+        Collective over comm."""
         with raise_together(self._comm):
             try:
                 yield

@@ -1,5 +1,5 @@
-"""Tests whether the MPI library accepts CUDA pointers. The libraries' own answers are unreliable. The test runs in a child
-process, because a library that does not accept CUDA pointers causes a segmentation fault."""
+"""Tests whether the MPI library accepts CUDA pointers. MPI libraries' own statements about this are unreliable. The test runs
+in a child process, because a library that does not accept CUDA pointers causes a segmentation fault."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ print("device buffers work")
 
 
 def device_buffers_work(timeout_seconds: float = 60.0) -> bool:
-    """Return whether MPI can send, receive and reduce small and large device buffers correctly. A child process tests it.
-    Independent."""
+    """Return whether MPI can send, receive and reduce small and large device buffers correctly. The test runs in a child
+    process. Independent."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_PREFIXES)}
     try:
         child = subprocess.Popen(

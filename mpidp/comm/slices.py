@@ -41,8 +41,8 @@ def sum_in_order(values: Iterable[float]) -> float:
 
 
 def norm_of_squares(squares: Tensor) -> float:
-    """Return the square root of the sum of `squares`, or 0 if the sum is negative. `squares`: (blocks,), float64. They are added
-    in order. Independent.
+    """Return the square root of the sum of `squares`, or 0 if the sum is negative. `squares`: (blocks,), float64. The elements
+    are added in order. Independent.
 
     The root is computed with math.sqrt, which is rounded correctly. The last bit of torch.sqrt can differ.
     """

@@ -20,9 +20,9 @@ LOOPBACK, EVERY_INTERFACE, EVERY_IPV4 = "127.0.0.1", "::", "0.0.0.0"
 
 
 def open_store(comm: MPI.Intracomm, timeout: timedelta, name: str = "") -> Any:
-    """Return a connection to a TCPStore that runs on rank 0 at a free port. `name`: another name or address of rank 0's host, for
-    hosts that cannot connect to its host name ("": none). Raises RuntimeError on every rank if any rank cannot connect.
-    Collective over comm."""
+    """Return a connection to a TCPStore that runs on rank 0 at a free port. `name`: another name or address of rank 0's host,
+    for hosts that cannot connect to its host name, or "" for none. Raises RuntimeError on every rank if any rank cannot
+    connect. Collective over comm."""
     from torch import distributed
 
     here = socket.gethostname()

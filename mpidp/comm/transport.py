@@ -1,9 +1,10 @@
 """Passes tensors to MPI, directly or through pinned host memory.
 
-For a piece of a tensor, `Messages.load` returns a *wire* tensor that MPI may read and write. On the CPU the wire tensor is the
-piece itself. On CUDA the wire tensor depends on the mode. In mode "staged", it is a copy in pinned host memory. In mode "device",
-it is the piece itself, and load() first synchronizes the current stream. Mode "device" is used only if a test has shown that the
-MPI library is CUDA-aware (probe.py). The class Nccl (nccl.py) has the same methods, but sends gradients with NCCL.
+For a piece (range of elements) of a tensor, `Messages.load` returns a *wire* tensor, which MPI may read and write. On the CPU
+the wire tensor is the piece itself. On CUDA the wire tensor depends on the mode. In mode "staged", it is a copy in pinned host
+memory. In mode "device", it is the piece itself, and load() first synchronizes the current stream. Mode "device" needs a
+CUDA-aware MPI library. With comm.gpu=auto, it is used only if a test has shown that MPI accepts CUDA pointers (probe.py). The
+class Nccl (nccl.py) has the same methods, but sends gradients with NCCL.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class Messages:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Return a context. The time spent in it is added to the seconds that pop_counts() returns."""
+        """Return a context manager. The time spent in its body is added to the seconds that pop_counts() returns."""
         begin = time.perf_counter()
         yield
         self.synchronize()

@@ -1,5 +1,5 @@
-"""Work stealing within a node. A rank that has finished its own lanes takes lanes of other ranks. Counters in shared memory
-ensure that no two ranks take the same lane.
+"""Work stealing within a node. A lane is a fixed sequence of micro-batches. A rank that has finished its own lanes takes lanes
+of other ranks. Counters in shared memory ensure that no two ranks take the same lane.
 
 Each rank owns a range of lanes. A rank takes lanes of its own range from the left. Other ranks take lanes of this range from the
 right. Two counters per range make work stealing safe without a lock. Every rank that wants a lane of a range first increments the
@@ -29,7 +29,7 @@ SLEEP_SECONDS = 1.0  # the longest time for which steals_freely() makes no MPI c
 
 
 class Tickets:
-    """Assigns the lanes of this node to its ranks. Independent, except for the constructor and close().
+    """Assigns the lanes of this node to the ranks of the node. Independent, except for the constructor and close().
 
     All ranks of the node must synchronize between two steps: after their last call of next_own() or steal() in a step, and before
     their first call in the next step. The allreduce in every training step synchronizes them.

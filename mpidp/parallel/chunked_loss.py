@@ -24,7 +24,8 @@ from mpidp.parallel.tree_comm import tree_sum
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The sum of -log softmax(logits)[target], where logits = cap(scale * hidden W^T). weights: the slices of the rows of W."""
+    """The sum of -log softmax(logits)[target]. The logits are the soft-capped values of scale * hidden W^T. weights: slices of
+    W, each with consecutive rows."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, loss: ChunkedLoss, trains: bool, *weights: Tensor) -> Tensor:
@@ -62,18 +63,19 @@ class _ChunkedLoss(torch.autograd.Function):
 class ChunkedLoss:
     """A function (hidden, targets) -> sum of losses, for a model that returns hidden states (Transformer.defer_head).
 
-    hidden: hidden states (N, D). targets: (N,). A target of -100 is ignored. Both have all positions, also with sequence
-    parallelism.
+    hidden: hidden states (N, D). targets: (N,). A target of -100 is ignored. On every rank, both tensors have all positions,
+    also with sequence parallelism.
     """
 
     def __init__(
         self, shape: TransformerShape, weights: Callable[[], Sequence[Tensor]], rows: int, dtype: torch.dtype, first: int = 0,
         tp: TensorComm | None = None, add: Callable[[Sequence[Tensor]], Tensor] = tree_sum,
     ) -> None:
-        """weights: a function that returns the slices of this rank's rows of the head, each (vocabulary rows, D). Without
-        model.slices, there is one slice. rows: positions per chunk. dtype: the dtype of matrix products. first: the token id of
-        the first row of the first slice. tp: communicates with the ranks that have the other rows, or None if this rank has all
-        rows. add: a function that adds the contributions of the slices to the gradient of the hidden states."""
+        """weights: a function that returns this rank's rows of the head's weight matrix, as one tensor (vocabulary rows, D)
+        per slice (model.slices). Without model.slices, there is one slice. rows: positions per chunk. dtype: the dtype of
+        matrix products. first: the token id of the first row of the first slice. tp: communicates with the ranks that have the
+        other rows, or None if this rank has all rows. add: a function that adds the contributions of the slices to the
+        gradient of the hidden states."""
         self.scale, self.cap, self.rows, self.dtype, self.add = shape.logit_scale, shape.logit_cap, rows, dtype, add
         self._weights, self._first, self._tp = weights, first, tp
 
@@ -96,8 +98,8 @@ class ChunkedLoss:
         return slope
 
     def into_gradient(self, slices: list[Tensor], targets: Tensor, trains: bool) -> Tensor:
-        """Return the sum of the losses. slices: the logits of each slice, which are overwritten. If `trains` is True, they
-        become the gradient of this sum with respect to the logits."""
+        """Return the sum of the losses. slices: the logits of each slice. This method overwrites them. If `trains` is True, it
+        replaces them by the gradient of the returned sum with respect to the logits."""
         largest = functools.reduce(torch.maximum, [logits.max(dim=-1, keepdim=True).values for logits in slices])
         if self._tp is not None:
             largest = self._tp.sum(largest, MPI.MAX)
@@ -122,8 +124,9 @@ def defer_head(
     model: Any, shape: Shape, rows: int, dtype: torch.dtype, first: int, tp: TensorComm | None,
     weights: Callable[[], Sequence[Tensor]] | None = None, add: Callable[[Sequence[Tensor]], Tensor] = tree_sum,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Make a Transformer, or a part of one, return hidden states. Return a `ChunkedLoss` object, which computes the loss from
-    them. The arguments are those of ChunkedLoss. If `weights` is None, the head is one matrix. Independent."""
+    """Change `model`, a Transformer or a part of one, so that it returns hidden states instead of logits. Return a
+    `ChunkedLoss` object, which computes the loss from these hidden states. The other arguments are those of ChunkedLoss. If
+    `weights` is None, the head is one matrix. Independent."""
     assert isinstance(shape, TransformerShape)
     model.defer_head()
     return ChunkedLoss(shape, weights or (lambda: [weight_of(model.head)]), rows, dtype, first, tp, add)

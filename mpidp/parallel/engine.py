@@ -50,7 +50,7 @@ class Computed:
     micro_batches: list[int]
     losses: list[float]  # sum of token losses in nats, per micro-batch
     num_tokens: list[int]  # number of target tokens per micro-batch
-    lane_squares: dict[int, float] = field(default_factory=dict)  # squared gradient norm of each lane, if it is measured
+    lane_squares: dict[int, float] = field(default_factory=dict)  # {lane (sequence of micro-batches): squared gradient norm}
 
 
 class Engine:
@@ -62,12 +62,13 @@ class Engine:
         stages: Stages | None = None, token_losses: Callable[[Tensor, Tensor], Tensor] | None = None, reports_loss: bool = True,
         observers: StepObservers = NO_OBSERVERS, fill: Fill = lambda forwards, chunk: None, tie: Tie = nullcontext,
     ) -> None:
-        """dtype: dtype of matrix products under autocast. The weights stay float32. nominal_tokens: every loss is divided by this
-        number before backward, so that gradients do not overflow 16-bit formats. stages: this rank's pipeline stage, or None
-        without a pipeline. token_losses: a function (logits, targets) that returns the sum of the token losses. By default, it is
-        plain_losses(). reports_loss: False if another rank reports the same losses. observers: notified of every micro-batch and
-        phase. fill: Strategy.fill, which takes part in forward passes of other ranks. tie: a function that returns the context
-        manager in which the backward pass of a micro-batch runs (tied.py)."""
+        """dtype: dtype of matrix products under autocast. The weights stay float32. nominal_tokens: every loss is divided by
+        this number before backward, so that gradients do not overflow 16-bit formats. stages: this rank's pipeline stage, or
+        None without a pipeline. token_losses: a function (logits, targets) that returns the sum of the token losses. By
+        default, it is plain_losses(). reports_loss: False if another rank reports the same losses. observers: notified of
+        every micro-batch and phase. fill: Strategy.fill, with which this rank takes part in the communication of other ranks'
+        forward passes. tie: a function that returns the context manager in which the backward pass of a micro-batch runs
+        (tied.py)."""
         self.model, self.device, self.dtype = model, device, dtype
         self.seed, self.dropout, self.nominal_tokens = seed, dropout, nominal_tokens
         self.stages, self.token_losses, self.reports_loss = stages, token_losses or plain_losses, reports_loss
@@ -82,9 +83,9 @@ class Engine:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def hidden(self, mb: MicroBatch, key: Tensor | None, received: Tensor | None = None, chunk: int = 0) -> Tensor:
-        """Run chunk `chunk` of this rank's part of the model. The input is `received`, the hidden states from the previous stage.
-        If `received` is None, the input is the tokens of `mb`. key: the dropout key, or None for no dropout. Return hidden
-        states, or logits if this is the model's last chunk."""
+        """Run chunk `chunk` (a group of consecutive layers) of this rank's part of the model. The input is `received`, the
+        hidden states from the previous stage. If `received` is None, the input is the tokens of `mb`. key: the dropout key, or
+        None for no dropout. Return hidden states, or logits if this is the model's last chunk."""
         with self._autocast():
             x = mb.tokens if received is None else received
             place = () if self.stages is None else (mb.tokens.shape[1], chunk)
@@ -134,7 +135,7 @@ class Engine:
 
     def _forward_stage(self, mb: MicroBatch, key: Tensor | None, chunk: int = 0) -> PendingBackward:
         """Receive hidden states from the previous stage, run chunk `chunk` on them, and send the result to the next stage. The
-        model's first chunk starts from tokens. Its last chunk computes the loss."""
+        model's first chunk starts from tokens, and the model's last chunk computes the loss."""
         received = None
         if self.stages is not None and not self.stages.is_first(chunk):
             b, t = mb.tokens.shape
@@ -148,8 +149,8 @@ class Engine:
         return PendingBackward(mb, received, output, chunk)
 
     def _backward(self, pending: PendingBackward) -> Tensor:
-        """Run the backward pass of a micro-batch. Return its sum of losses as a tensor on the device, without waiting for the
-        device. Return 0 on stages that do not compute the loss."""
+        """Run the backward pass of a micro-batch. Return the sum of its token losses as a tensor on the device, without
+        waiting for the device. Return 0 on stages that do not compute the loss."""
         nothing = torch.zeros((), device=self.device)
         if pending.output is None:
             return nothing
@@ -173,12 +174,12 @@ class Engine:
         """Return (mean loss in nats per target, number of targets). Every token of `stream` except the first is a target once,
         unless the loss mask excludes it.
 
-        seq_len: number of inputs per window. Windows are computed independently, and the last window may be shorter. max_tokens:
-        if above 0, evaluate only the first max_tokens // seq_len windows, but at least one. sequences: number of windows per
-        batch. The losses of batches are added in order, so the bits do not depend on the number of ranks. replicas: the batches
-        are distributed over the ranks of this communicator. By default, it is `comm`. It differs from `comm` if several ranks
-        compute a batch together. Raises DataError if a token id is outside the vocabulary, or if the loss mask excludes all
-        targets. Collective over comm.
+        seq_len: number of inputs per window. Windows are computed independently, and the last window may be shorter.
+        max_tokens: if above 0, evaluate only the first max_tokens // seq_len windows, but at least one. sequences: number of
+        windows per batch. The losses of batches are added in order, so the bits do not depend on the number of ranks.
+        replicas: the communicator over whose ranks the batches are distributed (default: `comm`). If several ranks compute a
+        batch together, this communicator has one rank of each replica. Raises DataError if a token id is outside the
+        vocabulary, or if the loss mask excludes all targets. Collective over comm.
         """
         self.model.eval()
         targets = stream.num_tokens - 1

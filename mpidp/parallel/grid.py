@@ -49,8 +49,9 @@ class Grid:
 
     def norm(self, squares: list[Tensor], twice: float = 0.0) -> float:
         """Return the L2 norm over the whole model. squares: one float64 tensor (blocks,) for each chunk of this rank's part, with
-        the sum of squares of each norm block. twice: the sum of squares of those parameters that another rank of the replica
-        counts. It is subtracted. The bits of the norm do not depend on pp. Collective over model."""
+        the sum of squares of each norm block. twice: the sum of squares of this rank's parameters that another rank of the
+        replica counts, too. It is subtracted from the total. If tp is 1 and no embeddings are tied, the bits of the norm do
+        not depend on pp. Collective over model."""
         if self.model.size == 1:
             return norm_of_squares(torch.cat(squares[::-1]))
         row = torch.cat([torch.tensor([-twice], dtype=torch.float64), *squares])

@@ -1,8 +1,9 @@
 """Saves, loads and hashes this rank's part of the model. Every parameter is saved and hashed once, even if several ranks hold it.
 
 A checkpoint stores tensors under their names in the whole model, so a run can resume on any mesh. The flat tensors of some
-strategies are an exception. Each part of the model stores its own flat tensors, under names that contain the part's label. They
-can be loaded only if the model is divided in the same way.
+strategies, each of which has elements of many parameters, are an exception. Each part of the model stores its own flat
+tensors, under names that contain the part's label (Grid.label). Flat tensors can be loaded only if the model is divided in the
+same way.
 """
 
 from __future__ import annotations
@@ -50,22 +51,21 @@ class ModelPartition:
 
     @property
     def plain_norm(self) -> bool:
-        """Whether norm() only adds the squares of the norm blocks of this rank's flat gradient. It then needs no
-        communication."""
+        """Whether norm() needs no communication, because it only adds the squares of this rank's flat gradient."""
         return self.grid.parts == 1 and self.norm_by_slices is None
 
     def counts(self, name: str) -> bool:
-        """Return whether this rank saves its section of parameter `name`, and counts it in the gradient norm. If several ranks of
-        a replica hold the same values, only one of them does. Pure."""
+        """Return whether this rank saves its section of parameter `name`, and counts it in the gradient norm. If several ranks
+        of a replica hold the same values, only one of these ranks saves and counts the values. Pure."""
         part = self.part
         elsewhere = part.tied and name == "head.weight" and not part.has_embedding
         return not elsewhere and (part.index == 0 or part.is_cut(name))
 
     def _placed(self, name: str, entry: Entry) -> tuple[str, Entry]:
         """Return the name and the entry that a tensor of this part has in a checkpoint. name: PARAMETER, or PARAMETER/KEY for
-        state of the parameter. If a tensor consists of several boxes, #NUMBER follows. The returned entry has the tensor's box in
-        the whole model. If `name` belongs to no parameter, the entry is unchanged and the returned name begins with this part's
-        label."""
+        optimizer state of the parameter. If a tensor is stored as several boxes (rectangular blocks), #NUMBER follows. The
+        returned entry contains the position of the tensor in the whole model. If `name` belongs to no parameter, the entry is
+        unchanged and the returned name begins with this part's label."""
         number = name.removeprefix(tensor_of(name))
         what, slash, key = tensor_of(name).partition("/")
         whole = self.part.global_name(what)
@@ -145,9 +145,9 @@ class ModelPartition:
 
     def _refuse(self, reader: Reader) -> None:
         raise UsageError(
-            f"{reader.path} was written with other values of mesh.tp and mesh.pp, but has state that cannot be divided again (of "
-            "comm.compress, or of a strategy.name other than 'synchronous'). Resume with the mesh.tp and mesh.pp with which the "
-            "checkpoint was written"
+            f"{reader.path} was written with other values of mesh.tp and mesh.pp, but contains state of comm.compress, or of a "
+            "strategy.name other than 'synchronous', that cannot be divided in another way. Resume with the mesh.tp and mesh.pp "
+            "with which the checkpoint was written"
         )
 
     def norm(self, buffer: GradientBuffer, squares: Tensor, flat: Tensor) -> float:

@@ -19,8 +19,8 @@ class Stages:
     """This rank's stage in the pipeline of its replica. A pipeline of one stage sends nothing."""
 
     def __init__(self, grid: Grid, transport: Messages, device: torch.device, chunks: int = 1) -> None:
-        """chunks: number of chunks per stage. The last stage sends the output of its chunk c to chunk c + 1 of the first
-        stage."""
+        """chunks: number of chunks (groups of consecutive layers) per stage. The last stage sends the output of its chunk c to
+        chunk c + 1 of the first stage."""
         self.comm, self.wait, self._transport, self._device = grid.pp, grid.wait, transport, device
         self.index, self.count = self.comm.rank, self.comm.size
         self.first, self.last = self.index == 0, self.index == self.count - 1
@@ -36,9 +36,9 @@ class Stages:
         return self.last and chunk == self.chunks - 1
 
     def receive(self, kind: int, v: int, shape: tuple[int, ...], chunk: int = 0) -> Tensor:
-        """Receive a message of micro-batch `v` for chunk `chunk` of this stage. With kind FORWARD, it has the hidden states that
-        the chunk takes as input. With kind BACKWARD, it has the gradient of the chunk's output. The result has the shape `shape`,
-        and is float32 in any training precision. This call waits for the message. Independent."""
+        """Receive a message of micro-batch `v` for chunk `chunk` of this stage. kind: FORWARD for the hidden states that the
+        chunk takes as input, or BACKWARD for the gradient of the chunk's output. The result has the shape `shape`, and is
+        float32 in any training precision. This call waits for the message. Independent."""
         source = (self.index - 1 if kind == FORWARD else self.index + 1) % self.count
         wire = torch.empty(shape, pin_memory=self._transport.mode == "staged")
         self.wait(self.comm.Irecv([memory(wire), MPI.BYTE], source=source, tag=self._tag(kind, v, chunk)))

@@ -12,13 +12,13 @@ Seat = tuple[int, int]  # (replica, part): the part of the model that a rank hol
 class Replicas:
     """The ranks that train together. A rank is given by its index in the communicator of all living ranks."""
 
-    order: list[int]  # the ranks that train: replica by replica, and within a replica part by part; empty: too few ranks
+    order: list[int]  # the ranks that train: replica by replica, and within a replica part by part; empty if there are too few
     numbers: list[int]  # permanent number of each living rank
-    as_before: bool = True  # whether each replica consists of the ranks of one replica before, in the same order
-    lost: bool = False  # whether no living rank holds some part, so that the state must come from a checkpoint
+    as_before: bool = True  # whether each replica has the same ranks, in the same order, as a replica before the change
+    lost: bool = False  # whether living ranks lack some part, so that the state must come from a checkpoint
 
     def spares(self) -> list[int]:
-        """Return the permanent numbers of the spare ranks. Independent."""
+        """Return the permanent numbers of the spare ranks, which belong to no replica. Independent."""
         return [number for rank, number in enumerate(self.numbers) if rank not in self.order]
 
 
@@ -26,8 +26,9 @@ def form_replicas(seats: Sequence[Seat | None], numbers: Sequence[int], parts: i
     """Form as many replicas as possible. seats: the seat of each living rank, or None if it holds no state. numbers: the
     permanent number of each living rank. parts: number of parts of the model.
 
-    Replicas whose ranks are all alive come first, in ascending order. Ranks of other replicas keep their parts where possible. If
-    living ranks hold every part, all ranks of the first replica therefore hold their parts. Pure."""
+    Replicas whose ranks are all alive come first, in ascending order. Ranks of other replicas keep their parts where possible.
+    If living ranks hold every part, all ranks of the first replica therefore already hold the parts that they are assigned.
+    Pure."""
     held = {seat: rank for rank, seat in enumerate(seats) if seat is not None}
     lost = bool(held) and len({part for _, part in held}) < parts
     if lost:

@@ -51,9 +51,9 @@ def one_f_one_b(micro_batches: Sequence[int], stage: int = 0, stages: int = 1) -
 
 def interleaved(micro_batches: Sequence[int], stage: int, stages: int, chunks: int) -> Iterator[Instruction]:
     """Yield the interleaved 1F1B schedule of stage `stage`. Micro-batches are computed in groups. A group passes through one
-    chunk before it enters the next chunk. Groups have about the same size, at least `stages`. Fewer than `stages` micro-batches
-    form one group. The number of micro-batches need not be a multiple of `stages`. Each chunk computes the micro-batches in
-    order. Pure."""
+    chunk before it enters the next chunk. All groups have about the same number of micro-batches, which is at least `stages`.
+    If there are fewer than `stages` micro-batches, they form one group. The number of micro-batches need not be a multiple of
+    `stages`. Each chunk computes the micro-batches in order. Pure."""
     count = len(micro_batches)
     parts = max(1, count // stages)
     groups = [micro_batches[i * count // parts : (i + 1) * count // parts] for i in range(parts)]

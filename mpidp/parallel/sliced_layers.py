@@ -3,9 +3,10 @@
 A model of S slices divides each layer as S tensor-parallel ranks would (tensor.py). A slice of a layer has some of its heads,
 hidden channels or rows of the vocabulary. With T ranks, each rank computes S / T slices, one after the other. Each matrix
 product, attention and activation has the shape of one slice, and its operands are contiguous and aligned. A library therefore
-computes the same bits on every mesh. Sums over slices are added in the order of a fixed tree (tree_comm.py). These sums are the
-outputs of o (attention) and down (feed-forward), the gradients of the inputs of q, k, v, gate, up and the head, the gradients of
-norms of single heads and of the factors of adapters that are not divided (lora.py), and the sums of exponentials in the loss.
+computes the same bits on every mesh. Sums over slices are added in the order of a fixed tree (tree_comm.py). These sums are
+the outputs of `o` (attention) and `down` (feed-forward), the gradients of the inputs of `q`, `k`, `v`, `gate`, `up` and the
+head, the gradients of the norms of single heads, the gradients of those factors of adapters that are not divided (lora.py),
+and the sums of exponentials in the loss.
 
 Between these layers, every rank of a stage computes the same values. With sequence parallelism, each rank computes only the
 values of its own positions (sliced_positions.py)."""
@@ -54,8 +55,8 @@ class _Joined(torch.autograd.Function):
 
 
 class _Gathered(torch.autograd.Function):
-    """Returns x with the positions of all ranks. Backward returns the gradient of this rank's positions. It does not add
-    gradients over ranks, because sliced_loss() has already done so."""
+    """Gathers `x`, and returns the positions of all ranks. Backward returns the gradient of this rank's positions. Backward
+    does not add gradients over ranks, because sliced_loss() has already done so."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, own: range, tp: TreeComm) -> Tensor:
@@ -68,8 +69,9 @@ class _Gathered(torch.autograd.Function):
 
 
 def _sum(parts: Sequence[Tensor], tp: TreeComm, scatters: bool = False) -> Tensor:
-    """Return the sum of `parts` over the slices of all ranks. If `scatters`, return only this rank's positions of the sum. The
-    sum is computed in float32 and then rounded to the dtype of the parts. Collective over tp.comm."""
+    """Return the sum of one tensor per slice over the slices of all ranks. parts: the tensors of this rank's slices. If
+    `scatters`, return only this rank's positions of the sum. The sum is computed in float32 and then rounded to the dtype of
+    the parts. Collective over tp.comm."""
     total = tree_sum([part.float() for part in parts])
     if tp.comm.size > 1:
         total = tp.scatter(total) if scatters else tp.sum(total)
@@ -149,8 +151,8 @@ class SlicedNormAttention(SlicedBranch):
     def _projected(
         self, name: str, slices: Mapping[str, Sequence[Tensor]], inputs: Sequence[Tensor]
     ) -> tuple[list[Tensor], Sequence[Tensor]]:
-        """Return (queries or keys, sums of squares). Both have one element per slice of this rank. name: "q" for queries, "k" for
-        keys. Each sum of squares is a copy of the sum over the slices of all ranks."""
+        """Return (queries or keys, sums of squares). Both are sequences with one tensor per slice of this rank. name: "q" for
+        queries, "k" for keys. Each sum of squares is a copy of the sum over the slices of all ranks."""
         held = {key.partition(".")[2]: of for key, of in slices.items() if key.partition(".")[0] == name}
         found: list[Tensor] = [
             _functional_call(self._layers[name], {key: of[s] for key, of in held.items()}, (x,)) for s, x in enumerate(inputs)
@@ -170,8 +172,8 @@ class _Given(nn.Module):
 
 
 def _normalized(norm: Any, total: Tensor, width: int, x: Tensor) -> Tensor:
-    """Return x * gain / rms, where rms is the root mean square over the heads of all slices. total: the sum of squares over these
-    heads. width: their number of channels."""
+    """Return x * gain / rms, where rms is the root mean square over the heads of all slices. total: the sum of squares over
+    these heads. width: the number of channels of these heads."""
     return x.to(norm.weight.dtype) * torch.rsqrt(total / width + norm.eps) * norm.gain(norm.weight)  # type: ignore[no-any-return]
 
 

@@ -17,9 +17,9 @@ from mpidp.reducers.buckets import FlatLayout
 
 
 class NormBySlices:
-    """Computes the L2 norm over the whole model. The elements of each slice of a parameter are cut into norm blocks. The last
-    block of a slice is padded with zeros. The sums of squares of the blocks are added in a fixed order: by parameter, by slice,
-    and by block."""
+    """Computes the L2 norm over the whole model. The elements of each slice of a parameter are cut into norm blocks of 4,096
+    elements. The last block of a slice is padded with zeros. The sums of squares of the blocks are added in a fixed order: by
+    parameter, by slice, and by block."""
 
     def __init__(
         self, grid: Grid, part: Part, sizes: Mapping[str, tuple[int, ...]], slices: int, counts: Callable[[str], bool]
@@ -27,7 +27,7 @@ class NormBySlices:
         """sizes: the shapes of the whole model's parameters. slices: model.slices. counts: returns whether this rank counts the
         parameter with a given name (ModelPartition.counts). Independent."""
         self._grid, self._part, self._sizes, self._slices, self._counts = grid, part, sizes, slices, counts
-        self._order = torch.empty(0, dtype=torch.int64)  # of the blocks of all ranks
+        self._order = torch.empty(0, dtype=torch.int64)  # indices of the blocks of all ranks, in the order of addition
         self._lengths: list[int] = []  # number of blocks of each rank; empty before the first call
 
     def __call__(self, layout: FlatLayout, flat: Tensor) -> float:
@@ -38,26 +38,28 @@ class NormBySlices:
         return self.of_squares(layout, squares)
 
     def mark(self, squares: Tensor, uncounted: Sequence[Tensor]) -> None:
-        """Set the first square to NaN, and so the norm, if a value of `uncounted` is not finite. `uncounted` contains gradients
-        of parameters that another rank counts. The values of this rank can be wrong if its hardware fails. Independent."""
+        """If a value of `uncounted` is not finite, set the first element of `squares` to NaN, so that the norm is NaN.
+        uncounted: this rank's gradients of the parameters that another rank counts. They differ from that rank's gradients if
+        hardware fails. Independent."""
         if uncounted and not torch.stack([one.isfinite().all() for one in uncounted]).all():
             squares[0] = torch.nan
 
     def cut(self, name: str) -> tuple[int, list[int]] | None:
-        """Return (the dimension along which a parameter of this part is cut into slices, the lengths of this rank's slices), or
-        None if the parameter is one piece. Independent."""
+        """Return (the dimension along which a parameter of this part is cut into slices, the lengths of this rank's slices),
+        or None if the parameter is not cut. Independent."""
         whole = self._part.global_name(name)
         return self._part.slices(whole, self._sizes[whole], self._slices)
 
     def pieces(self, name: str, tensor: Tensor) -> Sequence[Tensor]:
-        """Cut a tensor of a parameter's shape into slices. Return no pieces if another rank counts the parameter. Independent."""
+        """Cut a tensor of a parameter's shape into slices, and return the slices. Return an empty list if another rank counts
+        the parameter. Independent."""
         if not self._counts(name):
             return []
         cut = self.cut(name)
         return [tensor] if cut is None else tensor.split(cut[1], cut[0])
 
     def of_squares(self, layout: FlatLayout, squares: Tensor) -> float:
-        """Return the norm. squares: the sums of squares of the norm blocks of this rank's part, by piece in flat order.
+        """Return the norm. squares: the sums of squares of the norm blocks of this rank's part, slice by slice in flat order.
         Collective over grid.model."""
         mine, comm = squares.cpu(), self._grid.model
         if not self._lengths:

@@ -1,5 +1,5 @@
 """Sums the gradients of parameters that act on every position, in a model of slices (model.slices). These parameters are the
-gains and biases of norms, the biases of o and down, the learned positions, and the factors of InputMix.
+gains and biases of norms, the biases of `o` and `down`, the learned positions, and the factors of InputMix.
 
 The gradients of these parameters are sums over positions. The positions of a sequence are cut into as many ranges as the model
 has slices. A gradient is summed within each range. Then the sums of the ranges are added in the order of the tree (tree_comm.py).
@@ -27,15 +27,15 @@ class PositionRanges:
         self.count = slices // tp.comm.size if tp.sequence else slices  # number of ranges of this rank
 
     def cut(self, x: Tensor, dim: int = 1) -> Sequence[Tensor]:
-        """Return the pieces of `x` in this rank's ranges, in order. x: has all positions of this rank, in dimension `dim`.
-        Independent."""
+        """Split `x` along dimension `dim` into this rank's ranges, and return the pieces in order. x: a tensor with all
+        positions of this rank in dimension `dim`. Independent."""
         length, first = (self._tp.length, self._tp.comm.rank * self.count) if self._tp.sequence else (x.shape[dim], 0)
         bounds = [i * length // self._slices for i in range(first, first + self.count + 1)]
         return x.split([b - a for a, b in zip(bounds, bounds[1:], strict=False)], dim)
 
     def add(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the sum of one tensor per range over the ranges of all ranks. parts: the tensors of this rank's ranges.
-        Collective over tp.comm with sequence parallelism, else independent."""
+        """Return the sum of one tensor per range over the ranges of all ranks. parts: the tensors of this rank's ranges, one
+        for each. Collective over tp.comm with sequence parallelism, else independent."""
         total = tree_sum(parts)
         return self._tp.sum(total) if self._tp.sequence else total
 

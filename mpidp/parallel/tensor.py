@@ -79,9 +79,9 @@ class _Loss(torch.autograd.Function):
 
 
 def loss_over(tp: TensorComm, first: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function loss(logits, targets) that returns the sum of the token losses, the same on every rank of a stage. It is
-    collective over tp.comm. logits: (N, n), for this rank's n token ids. first: the first of these ids. targets: (N,). Targets of
-    -100 are ignored. Independent."""
+    """Return a function loss(logits, targets) that returns the sum of the token losses, the same on every rank of a stage. The
+    function loss() is collective over tp.comm. logits: (N, n), for this rank's n token ids. first: the first of these ids.
+    targets: (N,). Targets of -100 are ignored. Independent."""
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         found: Tensor = _Loss.apply(logits, targets, first, tp)  # type: ignore[no-untyped-call]
@@ -91,7 +91,7 @@ def loss_over(tp: TensorComm, first: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 class Regather:
-    """Autograd's saved-tensor hooks for the input of a branch. They save only this rank's positions. Backward gathers all
+    """Autograd's saved-tensor hooks for the input of a branch. The hooks save only this rank's positions. Backward gathers all
     positions once, even if several operations use them."""
 
     def __init__(self, part: Tensor, whole: Tensor, tp: TensorComm) -> None:
@@ -110,8 +110,8 @@ class Regather:
         return x.shape
 
     def unpack(self, packed: Any) -> Tensor:
-        """Return the tensor for which pack() returned `packed`. If it is the branch's input, its positions are gathered again.
-        Backward must call this in the same order on all ranks. Collective over tp.comm."""
+        """Return the tensor for which pack() returned `packed`. If pack() saved only a shape, gather the positions of the
+        branch's input again. Backward must call this in the same order on all ranks. Collective over tp.comm."""
         if isinstance(packed, Tensor):
             return packed
         if self._whole is None:
@@ -124,8 +124,8 @@ class Regather:
 
 def _between(module: Any, tp: TensorComm, keep: bool, ends: bool = True) -> None:
     """Make `module` apply f (enter_branch) to its input. If `ends`, also make it apply g (leave_branch) to its output. keep:
-    whether to save the whole input for backward. If False, only this rank's positions are saved, and backward gathers the others
-    again."""
+    whether to save the whole input for backward. If False, only this rank's positions are saved, and backward gathers the
+    other positions again."""
     inner = module.forward
 
     def forward(x: Tensor, *args: Any) -> Tensor:
@@ -178,7 +178,8 @@ def _normalize_all_heads(norm: Any, width: int, tp: TensorComm) -> None:
 
 
 def _share_attention(attention: Any, shape: TransformerShape, tp: TensorComm) -> None:
-    """Change the normalization layers of queries and keys, so that their results are those without tensor parallelism."""
+    """Change the normalization layers of queries and keys so that they compute the same results as without tensor
+    parallelism."""
     for norm, heads in ((attention.q_norm, shape.num_heads), (attention.k_norm, shape.num_kv_heads)):
         if norm is not None and attention.norm_heads:
             _sum_norm(norm, tp)
@@ -187,8 +188,8 @@ def _share_attention(attention: Any, shape: TransformerShape, tp: TensorComm) ->
 
 
 def _sum_factors(name: str, layer: Any, part: Part, tp: TensorComm) -> None:
-    """Sum the gradient of the factor of an adapter that is not divided among the ranks. A layer without adapter is not
-    changed."""
+    """If `layer` has an adapter, sum the gradients of those factors of the adapter that are not divided among the ranks. name:
+    the name of the layer in the model."""
     if hasattr(layer, "adapter"):
         held = [(p, part.is_cut(name + key)) for p, key in ((layer.lora_a, A), (layer.lora_b, B))]
         layer.adapter.factors = lambda layer: [p if cut else _summed(p, tp) for p, cut in held]

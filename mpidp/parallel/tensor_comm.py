@@ -32,8 +32,8 @@ class TensorComm:
         self.comm, self._wait, self._transport = grid.tp, grid.wait, transport
 
     def sum(self, x: Tensor, op: MPI.Op = MPI.SUM) -> Tensor:
-        """Return the sum of x over the ranks, as a new tensor with the shape and dtype of x. op: the MPI reduction to use instead
-        of the sum. Collective over comm."""
+        """Return the sum of `x` over the ranks, as a new tensor with the shape and dtype of `x`. op: the MPI reduction to use
+        instead of the sum. Collective over comm."""
         with torch.no_grad():
             total = x.detach().to(torch.float32, copy=True).contiguous()
             flat = total.view(-1)
@@ -44,13 +44,14 @@ class TensorComm:
             return total.to(x.dtype)
 
     def _cut(self, length: int, each: int) -> tuple[list[int], list[int]]:
-        """Return (counts, starts): the number of elements of each rank's positions, and the index of the first of them. length:
-        number of positions. each: elements per position. Positions are divided as in Part.own_range."""
+        """Return (counts, starts): the number of elements of each rank's positions, and the index of the first of these
+        elements. length: number of positions. each: elements per position. Positions are divided as in Part.own_range."""
         bounds = [i * length // self.comm.size * each for i in range(self.comm.size + 1)]
         return [b - a for a, b in zip(bounds, bounds[1:], strict=False)], bounds[:-1]
 
     def gather(self, x: Tensor, length: int) -> Tensor:
-        """Return (B, length, D), the positions of all ranks. x: (B, t, D), the t positions of this rank. Collective over comm."""
+        """Gather the positions of all ranks, and return them as one tensor (B, length, D). x: (B, t, D), the t positions of
+        this rank. Collective over comm."""
         with torch.no_grad():
             b, _, d = x.shape
             whole = torch.empty(length, b, d, dtype=x.dtype, device=x.device)
@@ -64,7 +65,8 @@ class TensorComm:
             return whole.transpose(0, 1).contiguous()
 
     def scatter(self, x: Tensor) -> Tensor:
-        """Return this rank's positions of the sum of x over the ranks, (B, t, D). x: (B, length, D). Collective over comm."""
+        """Sum `x` over the ranks, and return this rank's positions of the sum, (B, t, D). x: (B, length, D). Collective over
+        comm."""
         with torch.no_grad():
             b, length, d = x.shape
             counts, _ = self._cut(length, b * d)
@@ -129,14 +131,16 @@ class _Scatter(torch.autograd.Function):
 
 
 def enter_branch(x: Tensor, tp: TensorComm) -> Tensor:
-    """Apply f to `x`, and return (B, T, D). x: (B, T, D). With sequence parallelism, `x` is (B, t, D) and has only this rank's
-    positions. Backward is collective over tp.comm. With sequence parallelism this call is also collective over tp.comm."""
+    """Apply the function f to `x`, and return the result, (B, T, D). x: (B, T, D). With sequence parallelism, `x` is (B, t, D)
+    and has only this rank's positions. Backward is collective over tp.comm. With sequence parallelism this call is also
+    collective over tp.comm."""
     return (_Gather if tp.sequence else SumInBackward).apply(x, tp)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def leave_branch(x: Tensor, tp: TensorComm) -> Tensor:
-    """Apply g: return the sum of `x` over the ranks, (B, T, D). With sequence parallelism, return only this rank's positions of
-    the sum, (B, t, D). Collective over tp.comm. With sequence parallelism, backward is also collective over tp.comm."""
+    """Apply the function g: return the sum of `x` over the ranks, (B, T, D). With sequence parallelism, return only this
+    rank's positions of the sum, (B, t, D). Collective over tp.comm. With sequence parallelism, backward is also collective
+    over tp.comm."""
     return (_Scatter if tp.sequence else SumInForward).apply(x, tp)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -50,8 +50,8 @@ class TreeComm(TensorComm):
             return total.to(x.dtype)
 
     def scatter(self, x: Tensor) -> Tensor:
-        """Return this rank's positions of the sum of `x` over the ranks, (B, t, D). The sum is added in tree order. x: (B,
-        length, D). Collective over comm."""
+        """Sum `x` over the ranks in tree order, and return this rank's positions of the sum, (B, t, D). x: (B, length, D).
+        Collective over comm."""
         with torch.no_grad():
             b, length, d = x.shape
             counts, starts = self._cut(length, b * d)

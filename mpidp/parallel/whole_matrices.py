@@ -1,10 +1,10 @@
 """Gathers each matrix on one rank, for optimizers that compute the update of a whole matrix at once (Muon).
 
-A rank updates boxes of matrices. A box is a whole matrix. With tensor parallelism or mesh.shard=2|3, it can be a part of a
-matrix. Every matrix has one owner among the ranks that hold a box of the matrix. The owner receives the other boxes, computes the
-update, and sends each rank the update of its box. If several replicas hold a box, one of them sends it, and all of them receive
-the update. Owners are chosen so that all ranks have about the same amount of computation. The result of a matrix does not depend
-on its owner.
+A rank updates boxes of matrices. A box is a rectangular block of a matrix. It is smaller than the matrix only with tensor
+parallelism or mesh.shard=2|3. Every matrix has one owner among the ranks that hold a box of the matrix. The owner receives the
+other boxes, computes the update, and sends each rank the update of its box. If several replicas hold a box, one of them sends
+it, and all of them receive the update. Owners are chosen so that all ranks have about the same amount of computation. The
+update of a matrix does not depend on its owner.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ ROUND = 1 << 24  # elements per rank that are gathered at a time
 
 @dataclass(frozen=True, order=True)
 class Box:
-    """A box of a matrix. name, shape: the name and the shape of the matrix in the whole model."""
+    """A rectangular block of a matrix, given by ranges of rows and columns. name, shape: the name and the shape of the matrix
+    in the whole model."""
 
     name: str
     shape: tuple[int, int]
@@ -51,7 +52,7 @@ class Box:
 class Hidden:
     """The matrices whose updates are functions of the whole matrix, and the ranks that compute these updates together."""
 
-    names: frozenset[str] = frozenset()  # the names in this rank's part of the model
+    names: frozenset[str] = frozenset()  # the names of these matrices in this rank's part of the model
     comm: MPI.Intracomm = field(default_factory=lambda: MPI.COMM_SELF)  # the ranks that compute updates at the same time
     transport: Messages = field(default_factory=lambda: Messages(torch.device("cpu")))
     wait: Wait = spin
@@ -78,8 +79,8 @@ Move = tuple[int, int, Box]  # (sender, receiver, box)
 
 @dataclass
 class MatrixRound:
-    """This rank's part of a round. The matrices of a round are gathered and updated at the same time. Every rank has a
-    MatrixRound for each round, and the order of the rounds is the same on all ranks."""
+    """What this rank holds, sends and receives in one round. A round is a set of matrices that are gathered and updated at the
+    same time. Every rank has a MatrixRound for each round, and the order of the rounds is the same on all ranks."""
 
     held: list[Box] = field(default_factory=list)  # this rank's boxes
     owned: list[tuple[str, tuple[int, int]]] = field(default_factory=list)  # name and shape of this rank's matrices
@@ -104,8 +105,8 @@ class WholeMatrices:
         for (name, shape), boxes in sorted(holders.items(), key=lambda one: (-_cost(one[0][1]), one[0])):
             if sum(box.size[0] * box.size[1] for box in boxes) != shape[0] * shape[1]:
                 raise UsageError(
-                    f"matrix {name}: the ranks of the tensor-parallel group are on several nodes, so they do not update the same "
-                    "matrices. Use comm.copies=rank"
+                    f"the update of {name} needs the whole matrix, but its tensor-parallel ranks are on several nodes, and ranks "
+                    "on different nodes do not update a matrix together. Use comm.copies=rank"
                 )
             if filled + shape[0] * shape[1] > ROUND * self._comm.size and filled:
                 self.rounds.append(MatrixRound())
@@ -131,9 +132,9 @@ class WholeMatrices:
     def compute(
         self, now: MatrixRound, pieces: Mapping[Box, Matrix], work: Callable[[list[tuple[str, Matrix]]], list[Matrix]]
     ) -> dict[Box, Matrix]:
-        """Apply `work` to the whole matrices of the round `now`. Return this rank's boxes of the results. pieces: this rank's
-        boxes of the matrices. work: takes [(name, matrix), ...] and returns one result per matrix, in order. Collective over
-        hidden.comm."""
+        """Apply `work` to the whole matrices of a round. Return this rank's boxes of the results. now: the round. pieces: the
+        tensors of this rank's boxes. work: takes [(name, matrix), ...] and returns one result per matrix, in order. Collective
+        over hidden.comm."""
         wholes = {name: self._assembled(now.local[name], shape, pieces) for name, shape in now.owned}
 
         def put(box: Box, found: Matrix) -> None:
@@ -151,8 +152,8 @@ class WholeMatrices:
         return mine
 
     def _assembled(self, boxes: list[Box], shape: tuple[int, int], pieces: Mapping[Box, Matrix]) -> Matrix:
-        """Return the tensors of a matrix of this shape. Elements in `boxes` are copied from `pieces`, and all others are 0. If
-        one box is the whole matrix, return its tensors without a copy."""
+        """Return the tensors of a whole matrix with shape `shape`. Elements in `boxes` are copied from `pieces`, and all
+        others are 0. If one box is the whole matrix, return its tensors without a copy."""
         own = pieces[boxes[0]]
         if boxes[0].size == shape:
             return own

@@ -1,4 +1,6 @@
-"""Reducers sum the gradients over the ranks. This module has the base class of reducers and the simplest reducers.
+"""Reducers sum the gradients over the ranks. This module has the base class of reducers and the simplest reducers. A lane is a
+fixed sequence of micro-batches whose gradients one rank accumulates in order. A slice is a contiguous range of the flat
+gradient. Its owner is the rank that adds the slice.
 
 | name | sum | bits depend on | use |
 |---|---|---|---|
@@ -44,7 +46,7 @@ class LaneShares(Protocol):
 
 
 class BucketWorker(Protocol):
-    """A thread that reduces buckets in a fixed order (overlap.py)."""
+    """A thread that reduces buckets (consecutive parameters) in a fixed order (overlap.py)."""
 
     def submit(self, bucket: Bucket) -> None:
         """Queue a bucket whose gradients on this rank are complete. Independent."""
@@ -59,21 +61,22 @@ class BucketWorker(Protocol):
         """Stop the thread. Independent."""
 
 
-NormOverParts = Callable[[GradientBuffer, torch.Tensor, torch.Tensor], float]  # (buffer, squares of blocks, flat) -> norm
-LaneObserver = Callable[[int, torch.Tensor], None]  # called with (lane, its flat gradient), before lanes are added
+NormOverParts = Callable[[GradientBuffer, torch.Tensor, torch.Tensor], float]  # (buffer, squares of blocks, gradient) -> norm
+LaneObserver = Callable[[int, torch.Tensor], None]  # called with (lane, flat gradient of the lane) before lanes are added
 
 
 class Reducer:
     """Base class of reducers. A reducer of this class accumulates all micro-batches of the rank in one gradient buffer."""
 
     everyone_updates = True  # whether all ranks update the parameters, or only rank 0
-    own_order = True  # whether the order of addition is always the same; MPI's may differ with non-blocking calls
+    own_order = True  # whether the order of addition never changes; MPI may add in another order in non-blocking calls
 
     def __init__(
         self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1, *,
         observers: StepObservers = NO_OBSERVERS, norm_over_parts: NormOverParts | None = None,
     ) -> None:
-        """norm_over_parts: computes the norm over the whole model. It is None if this rank has the whole model. Independent."""
+        """num_slots: number of gradient buffers (slots) of the rank. norm_over_parts: computes the norm over the whole model.
+        It is None if this rank has the whole model. Independent."""
         self.group, self.lanes, self.transport, self.shares, self.num_slots = group, lanes, transport, shares, num_slots
         self.observers, self._norm_over_parts = observers, norm_over_parts
         self.comm = group.rail
@@ -106,8 +109,9 @@ class Reducer:
             self.worker.close()
 
     def open(self, v: int, last: bool = False, chunk: int = 0) -> None:
-        """Begin micro-batch `v` for chunk `chunk`: make every .grad of the chunk a view of the slot in which `v` accumulates.
-        last: whether `v` is the rank's last micro-batch of the step. Independent."""
+        """Begin micro-batch `v` for chunk `chunk`: make the .grad of each parameter of the chunk a view of the slot (gradient
+        buffer) in which the gradient of `v` accumulates. last: whether `v` is the rank's last micro-batch of the step.
+        Independent."""
         self.buffer.point(0)
         if self._fresh:
             self.buffer.flat[0].zero_()
@@ -120,7 +124,9 @@ class Reducer:
         """During the next step, call each observer with the gradient of every lane. Raises ValueError if the reducer does not
         store the gradients of single lanes. Independent."""
         if observers:
-            raise ValueError(f"{type(self).__name__} adds lanes immediately, so single lanes cannot be observed")
+            raise ValueError(
+                f"{type(self).__name__} adds all micro-batches in one buffer, so the gradients of single lanes cannot be observed"
+            )
 
     def discard(self) -> None:
         """Discard the gradients of the current step. Independent."""
@@ -167,8 +173,8 @@ class Reducer:
         raise NotImplementedError
 
     def norm(self) -> float:
-        """Return the L2 norm of the sum. The sums of squares of norm blocks are added in a fixed order, so the bits of the norm
-        do not depend on the number of ranks. Collective over all ranks."""
+        """Return the L2 norm of the sum. The sums of squares of norm blocks (4,096 consecutive elements) are added in a fixed
+        order, so the bits of the norm do not depend on the number of ranks. Collective over all ranks."""
         total, mine = self.buffer.total, self.group.slice_of(self.buffer.num_elements)
         squares = torch.zeros(total.numel() // NORM_BLOCK, dtype=torch.float64)
         if mine.start < mine.stop:
@@ -217,7 +223,7 @@ class Reducer:
 
     def resume_from(self, before: Reducer | None) -> None:
         """Take over the state of `before`, the reducer that this rank had before ranks failed. `before` is None on ranks that
-        joined after the failure. Rank 0 never is such a rank. Collective over all ranks."""
+        joined after the failure, and never None on rank 0. Collective over all ranks."""
 
 
 class FlatReducer(Reducer):

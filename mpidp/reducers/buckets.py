@@ -1,9 +1,9 @@
-"""Flat memory: parameters and gradients are views of flat tensors. The flat tensors are cut into buckets. Autograd hooks report
-complete buckets.
+"""Flat memory: parameters and gradients are views of flat tensors. The flat tensors are cut into buckets. Autograd hooks
+report each bucket whose gradients are complete.
 
-The layout depends only on the model. Parameters are in reverse order of definition, which is roughly the order in which backward
-computes their gradients. The bucket size and the number of ranks do not change the layout. They only change the places at which
-it is cut into buckets and slices.
+The layout depends only on the model. Parameters are in reverse order of definition, which is roughly the order in which
+backward computes their gradients. The bucket size and the number of ranks do not change the layout. They only determine where
+the flat tensors are cut into buckets and slices.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Bucket:
 
 
 def unit_of(name: str) -> str:
-    """Return the name of the unit to which parameter `name` belongs. For example, the unit of blocks.3.attention.q.weight is
-    `blocks.3`. If a name has no number, the unit is the part before the first dot. A unit is never divided between two pipeline
-    stages. Pure."""
+    """Return the name of the unit (group of parameters, such as those of a Transformer block) to which parameter `name`
+    belongs. For example, the unit of blocks.3.attention.q.weight is `blocks.3`. If a name has no number, the unit is the part
+    before the first dot. A unit is never divided between two pipeline stages. Pure."""
     words = name.split(".")
     numbers = [i for i, word in enumerate(words) if word.isdigit()]
     return ".".join(words[: numbers[0] + 1]) if numbers else words[0]
@@ -41,8 +41,8 @@ def unit_of(name: str) -> str:
 
 class FlatLayout:
     """The place of each parameter in a flat tensor of num_elements elements. num_elements is a multiple of NORM_BLOCK. Units
-    begin at multiples of NORM_BLOCK. Therefore each norm block of a pipeline stage is also a norm block of the whole model.
-    Independent."""
+    (unit_of()) begin at multiples of NORM_BLOCK. Therefore each norm block of a pipeline stage is also a norm block of the
+    whole model. Independent."""
 
     def __init__(self, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
         self.parameters = list(reversed(named_parameters))
@@ -114,8 +114,8 @@ class GradientBuffer:
         self._hooks: list[RemovableHandle] = []
 
     def cut_chunks(self, chunk_of: Callable[[str], int], count: int) -> None:
-        """Divide the parameters into `count` chunks for point(). chunk_of: returns the index of a parameter's chunk, given its
-        name. The flat order must have the chunks in descending order of index."""
+        """Divide the parameters into `count` chunks (groups of layers) for point(). chunk_of: returns the index of a
+        parameter's chunk, given the parameter's name. In the flat order, chunks must be in descending order of index."""
         chunks = [chunk_of(name) for name, _ in self.layout.parameters]
         starts = [next((o for o, mine in zip(self.layout.offsets, chunks, strict=True) if mine <= chunk), self.num_elements)
                   for chunk in range(count)]
@@ -124,8 +124,8 @@ class GradientBuffer:
         self._pointing_at: list[int | None] = [None] * count
 
     def point(self, slot: int, chunk: int | None = None) -> None:
-        """Make every .grad of a chunk a view of slot `slot`, so that backward accumulates into the slot. If `chunk` is None, do
-        this for all chunks."""
+        """Make the .grad of each parameter of a chunk a view of slot `slot`, so that backward accumulates into the slot. If
+        `chunk` is None, do this for all chunks."""
         for one in range(len(self.spans)) if chunk is None else [chunk]:
             if slot != self._pointing_at[one]:
                 for i in self._members[one]:

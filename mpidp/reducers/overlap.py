@@ -96,7 +96,7 @@ def use(reducer: Reducer, mode: str) -> None:
 def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, static: bool) -> str:
     """Use the overlap mode `wanted`. If `wanted` is "auto", measure the time of computation and reduction in each mode, and use
     the fastest mode. On one node, and where overlap is not possible, "auto" means no overlap. Return a description of the choice.
-    static: whether lanes are fixed before each step. Collective over comm."""
+    static: whether the lanes (sequences of micro-batches) of each rank are fixed before each step. Collective over comm."""
     if wanted != "auto":
         use(reducer, wanted)
         return wanted

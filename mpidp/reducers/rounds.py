@@ -1,9 +1,10 @@
-"""The additions of one step if micro-batches are assigned to the ranks in turn (mesh.shard=2|3). Pure.
+"""Plans the additions of one step in which micro-batches are assigned to the ranks in turn (mesh.shard=2|3). Pure.
 
-In round t, rank q computes micro-batch t P + q, where P is the number of ranks. So the owner of a slice receives the gradients of
-consecutive micro-batches. It accumulates each lane in order, and adds two siblings of the tree (tree_order.py) as soon as both
-are complete. Therefore it stores only the tree nodes that remain after a round. If P is a power of two, these are at most max(1,
-log2(number of rounds)). The sum has the same bits as with any other distribution of the lanes.
+In round t, rank q computes micro-batch t P + q, where P is the number of ranks. So the owner of a slice (the rank that adds
+this range of the gradient) receives the gradients of consecutive micro-batches. The owner accumulates each lane (a fixed
+sequence of micro-batches) in order, and adds two siblings of the tree (tree_order.py) as soon as both are complete. Therefore
+the owner stores only the tree nodes that remain after a round. If P is a power of two, these are at most max(1, log2(number of
+rounds)). The sum has the same bits as with any other distribution of the lanes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Literal
 from mpidp.data.lanes import Lanes
 from mpidp.reducers.tree_order import Node, promoted
 
-Place = tuple[Literal["row", "slot"], int]  # the gradient that a rank sent in this round, or a gradient that the owner stores
+# ("row", rank): the gradient that this rank sent in the round. ("slot", number): a gradient that the owner stores.
+Place = tuple[Literal["row", "slot"], int]
 
 
 @dataclass(frozen=True)
@@ -23,14 +25,14 @@ class RoundPlan:
 
     rows: int  # number of micro-batches: the first `rows` ranks have one each
     additions: list[tuple[Place, Place]]  # (into, from), in order
-    kept: list[tuple[int, int]]  # (slot, row) to copy after the additions
+    kept: list[tuple[int, int]]  # (slot, row): after the additions, copy the row to the slot
 
 
 def plan_rounds(lanes: Lanes, size: int) -> list[RoundPlan]:
     """Return the plan of each round of a step on `size` ranks. After the last round, slot 0 holds the sum. Pure."""
     count, found = lanes.num_micro_batches, []
     nodes: dict[Node, Place] = {}
-    lane_at: Place | None = None  # where the lane accumulates that is not complete
+    lane_at: Place | None = None  # where the incomplete lane accumulates
     for start in range(0, count, size):
         additions: list[tuple[Place, Place]] = []
         for row, v in enumerate(range(start, min(count, start + size))):

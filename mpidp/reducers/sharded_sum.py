@@ -1,7 +1,9 @@
-"""Sums the gradients of units over the ranks (mesh.shard=2|3). Each rank stores the sum of its slices only.
+"""Sums the gradients of units over the ranks (mesh.shard=2|3). A unit is a group of parameters, such as those of a Transformer
+block. Each rank owns one slice of every unit, and stores the sum of its slices only.
 
-In each round, a rank sends the gradient of its micro-batch to the owners of the slices, one unit at a time. Then it frees the
-gradient of this unit. The owners add the gradients of a round in the order of the tree (rounds.py).
+In each round, every rank computes at most one micro-batch. A rank sends this micro-batch's gradient to the owners of the
+slices, one unit at a time. After each unit, the rank frees the gradient of this unit. The owners add the gradients of a round
+in the order of the tree (rounds.py).
 """
 
 from __future__ import annotations
@@ -81,8 +83,8 @@ class ShardedSum:
 
 
 def pack(out: Tensor, part: range, gradients: Sequence[tuple[range, Tensor]]) -> None:
-    """Write the elements of a unit's gradient in the range `part` to `out`. gradients: (range, values of the range). Elements
-    outside these ranges become 0. Values of -0.0 become 0.0, as with mesh.shard=0. Independent."""
+    """Write the elements of a unit's gradient in the range `part` to `out`. gradients: a list of (range of elements, values of
+    these elements). Elements outside these ranges become 0. Values of -0.0 become 0.0, as with mesh.shard=0. Independent."""
     out.zero_()
     for where, values in gradients:
         both = overlap_of(where, part)

@@ -1,4 +1,5 @@
-"""The reducer `tree`: owners of slices add the ranks' gradients in the order of the tree over lanes (tree_order.py).
+"""The reducer `tree` adds the ranks' gradients in the order of the tree over lanes (tree_order.py). A lane is a fixed sequence
+of micro-batches. The flat gradient is cut into slices, and each slice is added by its owners.
 
 A group is the ranks of a node that share memory. A rank without shared memory is a group of its own. In a group, the owner of a
 slice reads the buffers of all ranks and adds them in place. The sum is stored in slot 0 of the group's first rank. Between
@@ -36,7 +37,7 @@ class FoldPlan:
     """The additions of one step, in the order in which they are made."""
 
     additions: list[tuple[Slot, Slot]]  # (into, from) in this group
-    left_over: list[Slot]  # slots of the tree nodes that remain in this group, from left to right
+    left_over: list[Slot]  # slots of the tree nodes that then remain in this group, from left to right
     num_nodes: list[int]  # number of remaining nodes of each group
     program: list[tuple[tuple[int, int], tuple[int, int]]]  # (into, from) between groups, each (group, index of the node)
     sum_at: tuple[int, int]  # (group, index of the node) of the sum
@@ -149,8 +150,8 @@ class Tree(Reducer):
                 self._add_between_groups(plan, *piece)
 
     def _gather_held(self) -> Held:
-        """Return the tree nodes that the ranks of the group hold, with their slots. It is needed if ranks may take lanes of other
-        ranks. Collective over the group."""
+        """Return the tree nodes that the ranks of the group hold, with their slots. This information is needed if ranks may
+        take lanes of other ranks. Collective over the group."""
         table = np.full((self.group.node.size, 2 * self.lanes.num_lanes.bit_length() + 3, 2), -1, dtype=np.int64)
         for node, slot in self._tree_sums[0].nodes.items():
             table[self.group.node.rank, slot] = node
@@ -195,8 +196,8 @@ class Tree(Reducer):
                 total[block] = self.buffer.parts[r][j, block]
 
     def _add_between_groups(self, plan: FoldPlan, start: int, stop: int) -> None:
-        """Exchange the remaining tree nodes of all groups for the elements [start, stop). Sum this owner's range, and gather the
-        sums. Collective over the rail."""
+        """Exchange the remaining tree nodes of all groups for the elements [start, stop). Sum this owner's range, and gather
+        the sums. Collective over the rail (the owners of this slice)."""
         comm, wire, wait = self.group.rail, self.transport, self.wait
         bounds = slice_bounds(stop - start, comm.size)
         lengths = [high - low for low, high in zip(bounds, bounds[1:], strict=False)]

@@ -1,4 +1,5 @@
-"""Defines the order in which lanes are added, by a fixed binary tree. Pure.
+"""Defines the order in which the gradients of lanes (fixed sequences of micro-batches) are added, by a fixed binary tree.
+Pure.
 
 Node (k, i) is the sum of the existing lanes in [i 2^k, (i+1) 2^k). It is the sum of its children (k-1, 2i) and (k-1, 2i+1). If
 the right child has no lanes, the node equals its left child. Float32 addition is commutative but not associative. The shape of

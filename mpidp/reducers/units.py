@@ -54,7 +54,7 @@ class Unit:
     start: int  # first element in the flat layout
     length: int  # number of elements, with padding
     members: tuple[Member, ...]
-    parts: tuple[range, ...]  # the slice of each rank
+    parts: tuple[range, ...]  # the slice (range of elements) of each rank
     chunk: int  # the chunk of layers to which the unit belongs (mesh.interleave)
 
     def owned(self, member: Member, slice_: Tensor, rank: int) -> Tensor:
@@ -81,8 +81,8 @@ class Unit:
         }
 
     def whole(self, member: Member, slice_: Tensor, channel: Channel) -> Tensor:
-        """Return a whole tensor of the shape of `member`, gathered from all ranks. slice_: this rank's slice of the unit, with
-        its part of the tensor. Collective over channel.comm."""
+        """Gather a whole tensor of the shape of `member` from all ranks, and return it. slice_: this rank's slice of the unit,
+        which contains this rank's elements of the tensor. Collective over channel.comm."""
         rank, found = channel.comm.rank, torch.empty(member.parameter.numel(), device=slice_.device)
         runs = [overlap_of(member.range, part) for part in self.parts]
         parts = [range(run.start - member.offset, run.stop - member.offset) for run in runs]

@@ -3,20 +3,20 @@
 | code | bytes per value | encoded value |
 |---|---|---|
 | plain | 4 | the value |
-| bf16 | 2 | 8 bits of significand |
+| bf16 | 2 | the value, rounded to 8 bits of significand |
 | fp16 | 2 | a float16 multiple of a power of two, which the block stores once (11 bits of significand) |
-| int8, int4 | 1, 1/2 | a multiple of 1/127 (1/7) of the block's largest value, stochastically rounded (QSGD, Alistarh 2017) |
+| int8, int4 | 1, 1/2 | a multiple of 1/127 (1/7) of the block's largest size, stochastically rounded (QSGD, Alistarh 2017) |
 | int2 | 1/4 | 0, or the sign times the mean absolute value of the block's large values (ternary weight networks, Li 2016) |
 | onebit | 1/8 | the sign times the block's mean absolute value (Seide 2014; Karimireddy 2019, section 5) |
 
-A block is BLOCK consecutive values. All codes except plain and bf16 also store a scale per block, in 4 bytes. The error of a code
-is the sum of squares of x - decoded, divided by the sum of squares of x. The expected error must be below 1. Otherwise error
-feedback would make residuals grow without bound (Karimireddy 2019, assumption A). If n values are rounded stochastically to k
-levels up to the largest value, the expected error is at most (1 + sqrt(n)) / (2 k) - 1. This bound is 0.21 for int4. It would be
-7.5 for int2, which therefore does not round stochastically. The error of int2 is 1 - m s^2 / sum(x^2), where s is the mean
-absolute value of the m large values. For normally distributed values, the error of int2 is 0.19 and the error of onebit is 0.36.
-These statements hold for all absolute values from the smallest normal float32 to the largest float32. Every decoded value is
-finite.
+A block is BLOCK consecutive values. Its largest size is its largest absolute value. All codes except plain and bf16 also store
+a scale per block, in 4 bytes. The error of a code is the sum of squares of x - decoded, divided by the sum of squares of x.
+The expected error must be below 1. Otherwise error feedback would make residuals grow without bound (Karimireddy 2019,
+assumption A). If n values are rounded stochastically to multiples of 1/k of their largest size, the expected error is at most
+(sqrt(1 + (n - 1) / k^2) - 1) / 2. For a block of 256 values, this bound is 0.75 with int4 (k = 7). With int2 (k = 1), it would
+be 7.5. Therefore int2 does not round stochastically. The error of int2 is 1 - m s^2 / sum(x^2), where s is the mean absolute
+value of the m large values. For normally distributed values, the error of int2 is 0.19 and the error of onebit is 0.36. These
+statements hold for all absolute values from the smallest normal float32 to the largest float32. Every decoded value is finite.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@ g_i and the residual r_i:
 
     x_i = g_i + r_i;  total = compressed sum of all x_i;  r_i <- compression error on rank i
 
-The new residual r_i contains the error of encoding x_i. In the slice that rank i owns, it also contains the error of encoding the
-sum. Therefore this equation holds after every round, up to float32 rounding: (sum over rounds of total) + (sum over ranks of r_i)
-= (sum over rounds and ranks of g_i).
+The new residual r_i contains the error of encoding x_i. In the slice that rank i adds (exchange.py), r_i also contains the
+error of encoding the sum. Therefore this equation holds after every round, up to float32 rounding: (sum over rounds of total)
++ (sum over ranks of r_i) = (sum over rounds and ranks of g_i).
 
-A round sums every bucket once. end_round() can undo the round, so a skipped step does not change the residuals. If any rank has a
-value of a bucket that is not finite, the bucket's sum is nan on all ranks, and the bucket's residuals do not change.
+A round sums every bucket once. end_round() can undo the round, so a skipped step does not change the residuals. If a value of
+a bucket is not finite on any rank, the bucket's sum is nan on all ranks, and the bucket's residuals do not change.
 
 With momentum m (Deep Gradient Compression, Lin 2018, sections 3.1 and 3.2), the velocity u_i <- m u_i + g_i takes the place of
 g_i. After the sum, u_i is reset to 0 at the places whose values were sent.

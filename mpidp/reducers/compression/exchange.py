@@ -1,9 +1,9 @@
 """Sums encoded values over ranks, with the same bits on all ranks. This module also has the base class of compression methods.
 
-Every rank encodes its vector slice by slice and sends each slice to its owner. The owner decodes the slices, adds them in rank
-order in float32, encodes the sum and sends it to all ranks. Each rank keeps the errors of its own encodings, so no part of the
-sum is lost (DoubleSqueeze, Tang 2019). Between the vectors and the fields of Summed, this equation holds: (sum over ranks of the
-vectors) = total + (sum over ranks of `unsent` and `late`).
+Every rank encodes its vector slice by slice and sends each slice to the slice's owner. The owner decodes the slices that it
+received, adds them in rank order in float32, encodes the sum and sends it to all ranks. Each rank keeps the errors of its own
+encodings, so no part of the sum is lost (DoubleSqueeze, Tang 2019). Between the vectors and the fields of Summed, this
+equation holds: (sum over ranks of the vectors) = total + (sum over ranks of `unsent` and `late`).
 
 The wire format of a slice begins with a 4-byte integer, which is 1 if all values are finite, else 0. The encoded values follow.
 They are padded to a multiple of 4 bytes.
@@ -149,7 +149,7 @@ class CompressionMethod:
         self.keeps_zeros = code.keeps_zeros
 
     def code(self, number: int) -> Code:
-        """Return the code for round `number`, counted from 0. Pure."""
+        """Return the code (encoding) for round `number`, counted from 0. Pure."""
         return self._code
 
     def sum(self, x: Tensor, bucket: Bucket, number: int, exchange: Exchange) -> Summed:

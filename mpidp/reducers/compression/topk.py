@@ -1,9 +1,10 @@
 """Sends a small fraction of the values: those with the largest absolute values (topk), or those at random places (randomk). The
 random places are the same on all ranks.
 
-Sources: Aji & Heafield 2017; Stich 2018, who proves convergence with error feedback. The warm-up of the ratio, and the momentum
-in compressed.py, are from Deep Gradient Compression (Lin 2018). With topk, also the sum of a slice is reduced to its k largest
-values before the owner sends it (gTop-k, Shi 2019). The owner keeps the rest as a residual.
+Sources: Aji & Heafield 2017; Stich 2018, who proves convergence with error feedback. The warm-up of the ratio, and the
+momentum in compressed.py, are from Deep Gradient Compression (Lin 2018). With topk, the owner of a slice (the rank that adds
+it) also sends only k values of the slice's sum, those with the largest absolute values (gTop-k, Shi 2019). The owner keeps the
+other values as a residual.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from mpidp.reducers.buckets import Bucket
 from mpidp.reducers.compression.codes import PLAIN, Code, seed_of, uniform
 from mpidp.reducers.compression.exchange import CompressionMethod, Exchange, Summed, all_finite, bytes_sent
 
-CHUNK, LARGE_CHUNK = 1 << 12, 1 << 16  # values per chunk, from which the largest are chosen; LARGE_CHUNK is for small ratios
+CHUNK, LARGE_CHUNK = 1 << 12, 1 << 16  # values per group, of which the largest are sent; LARGE_CHUNK: for small ratios
 
 
 def ratio_at(ratio: float, warmup: int, number: int) -> float:
@@ -86,8 +87,9 @@ class TopKMethod(CompressionMethod):
 
 
 class RandomKMethod(CompressionMethod):
-    """Implements comm.compress=randomk. Of each range of 1 / ratio values, one value is sent. Each round draws new places, with
-    the same seed on all ranks. Therefore places need not be sent. The sent values are summed in float32, without encoding."""
+    """Implements comm.compress=randomk. The values are cut into ranges of about 1 / ratio values, and one value of each range
+    is sent. In each round, all ranks draw the places of these values with the same seed. Therefore places need not be sent.
+    The sent values are summed in float32, without encoding."""
 
     def __init__(self, ratio: float, warmup: int) -> None:
         super().__init__(PLAIN)
