@@ -2,8 +2,8 @@
 
     mpirun -np 2 python -m mpi4py examples/accelerate_ddp.py
 
-Accelerate uses the existing process group. Accelerator(cpu=True) detects several ranks from the environment variables that mpirun
-sets. accelerator.state.backend is always gloo, but no gloo group is created.
+Accelerate uses the existing process group. Accelerator(cpu=True) detects several ranks from the environment variables that
+mpirun sets. The attribute accelerator.state.backend is always "gloo", but no gloo group is created.
 """
 
 from __future__ import annotations

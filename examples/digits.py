@@ -2,8 +2,8 @@
 
     mpirun -np 2 python -m mpi4py examples/digits.py [strategy.name=local comm.compress=int8 ...]
 
-The weights are the same, bit for bit, on any number of ranks. With compression, or with strategies other than synchronous, they
-depend on the number of ranks.
+The weights are the same, bit for bit, on any number of ranks. With compression, or with strategies other than synchronous, the
+weights depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(comm: Any = None, epochs: int = 10, settings: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Train. Return {right: number of correct held-out digits, loss, sha256, rank}. Collective over comm."""
+    """Train the classifier. Return {right: number of correct held-out digits, loss, sha256, rank}. Collective over comm."""
     images, labels = digits()
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -2,8 +2,9 @@
 
     mpirun -np 2 python -m mpi4py examples/masked.py shards/stdlib
 
-15% of the tokens are predicted. Of these, 80% are masked, 10% are replaced by a random token, and 10% stay the same. The random
-choice depends on epoch and micro-batch, not on the rank. The loss is the mean over the predicted tokens of the whole batch.
+15% of the tokens are predicted. Of these, 80% are masked, 10% are replaced by a random token, and 10% stay the same. The
+random choices depend on the epoch and the micro-batch, not on the rank. The loss is the mean over the predicted tokens of the
+whole batch.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Windows:
 
 
 class Encoder(nn.Module):
-    """Map partly masked tokens (B, LENGTH) to logits (B, LENGTH, V). The mask is token V."""
+    """Map partly masked tokens (B, LENGTH) to logits (B, LENGTH, V). The token id of the mask is V."""
 
     def __init__(self, vocab_size: int, dim: int, layers: int) -> None:
         super().__init__()
@@ -49,14 +50,15 @@ class Encoder(nn.Module):
 
 
 def masked(tokens: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Return (masked tokens, targets). Targets are -100 where nothing is predicted."""
+    """Mask some of the tokens at random. Return (masked tokens, targets). Targets are -100 for tokens that are not
+    predicted."""
     predicted, how, other = torch.rand(tokens.shape) < 0.15, torch.rand(tokens.shape), torch.randint(vocab_size, tokens.shape)
     seen = torch.where(how < 0.8, vocab_size, torch.where(how < 0.9, other, tokens))
     return torch.where(predicted, seen, tokens), torch.where(predicted, tokens, -100)
 
 
 def train(path: str, comm: Any = None, steps: int = 300, batch: int = 16, dim: int = 64, layers: int = 2) -> dict[str, Any]:
-    """Train. Return {losses, sha256, rank}. Collective over comm."""
+    """Train the model. Return {losses, sha256, rank}. Collective over comm."""
     torch.manual_seed(0)
     vocab_size = (windows := Windows(path)).stream.vocab_size
     model, losses, items = Encoder(vocab_size, dim, layers), [], mpidp.from_dataset(windows, batch=batch, seed=0)

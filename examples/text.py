@@ -1,4 +1,4 @@
-"""Train a text classifier that predicts from which package of Python's standard library a line of source code is.
+"""Train a text classifier that predicts from which package of Python's standard library a line of source code comes.
 
     mpirun -np 2 python -m mpi4py examples/text.py
 
@@ -24,7 +24,8 @@ EACH, BUCKETS, LENGTH = 600, 4096, 64
 
 
 def lines() -> list[tuple[Tensor, int]]:
-    """Return [(trigrams (LENGTH,), package index)] for EACH distinct lines per package, spread over its files."""
+    """Return [(trigrams (LENGTH,), package index)] for at most `EACH` distinct lines of each package, taken evenly from its
+    files."""
     found = []
     for number, package in enumerate(PACKAGES):
         files = sorted((Path(sysconfig.get_path("stdlib")) / package).rglob("*.py"))
@@ -35,7 +36,8 @@ def lines() -> list[tuple[Tensor, int]]:
 
 
 def trigrams(line: str) -> Tensor:
-    """Return the ids (at least 1) of the first LENGTH trigrams, padded with 0. Python's hash() would differ between processes."""
+    """Return the ids (at least 1) of the first LENGTH trigrams, padded with 0. The ids are computed with crc32, because
+    Python's hash() differs between processes."""
     ids = [1 + zlib.crc32(line[i : i + 3].encode()) % BUCKETS for i in range(len(line) - 2)][:LENGTH]
     return torch.tensor(ids + [0] * (LENGTH - len(ids)))
 
@@ -54,7 +56,7 @@ class Bag(nn.Module):
 
 
 def train(comm: Any = None, epochs: int = 6) -> dict[str, Any]:
-    """Train. Return {right: share of correct held-out lines, loss, sha256, rank}. Collective over comm."""
+    """Train the classifier. Return {right: share of correct held-out lines, loss, sha256, rank}. Collective over comm."""
     texts = lines()
     held_out, training = texts[::10], [one for i, one in enumerate(texts) if i % 10]
     torch.manual_seed(0)

@@ -42,7 +42,7 @@ class Translator(nn.Module):
         self.head = nn.Linear(dim, 3 + len(LETTERS))
 
     def forward(self, jamo: Tensor, letters: Tensor) -> Tensor:
-        """Each letter attends to the whole syllable and to the letters before it."""
+        """Compute the logits. The prediction of a letter depends on the whole syllable and on the letters before it."""
         t = letters.shape[1]
         source, target = self.source(jamo) + self.places[:3], self.target(letters) + self.places[:t]
         return self.head(self.transformer(source, target, tgt_mask=nn.Transformer.generate_square_subsequent_mask(t)))
@@ -57,7 +57,8 @@ class Translator(nn.Module):
 
 
 def train(comm: Any = None, epochs: int = 4, every: int = 1) -> dict[str, Any]:
-    """Train on every `every`-th syllable. Return {right: held-out accuracy, loss, sha256, rank}. Collective over comm."""
+    """Train on every n-th syllable, with n = `every`. Return {right: held-out accuracy, loss, sha256, rank}. Collective over
+    comm."""
     held_out, training = (texts := pairs()[::every])[::10], [one for i, one in enumerate(texts) if i % 10]
     torch.manual_seed(0)
     model = Translator()

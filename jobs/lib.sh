@@ -3,7 +3,7 @@
 #
 #   launch COMMAND...         run COMMAND, and forward USR1 (the time limit is near) to it. Its exit code is in $code
 #   bound_mpirun -n N ...     the same with mpirun (for Intel MPI, mpiexec.hydra). Every rank is bound to cores of its own
-#   energy                    print the energy that the steps of the job used, if Slurm's accounting records it
+#   energy                    print the energy that the Slurm steps of the job used, if Slurm's accounting records it
 #   finish SCRIPT [ARGS]      exit with 0 if the run has ended. Otherwise requeue the job, or submit SCRIPT (NEXT=chain), or fail
 #
 # RUN is the run's folder. NEXT sets how to continue a run that was stopped. requeue: requeue the job. chain: submit a new job, for
@@ -76,7 +76,7 @@ continue_later() { # requeue the job or submit a new one, unless this is an old 
         exit 75
     fi
     if [ "${SLURM_RESTART_COUNT:-0}" -ge 10 ] && [ "$(cat "$RUN/latest" 2>/dev/null)" = "$latest" ]; then
-        echo "jobs: start $((SLURM_RESTART_COUNT + 1)) of this job made no progress: not requeued"
+        echo "jobs: start $((SLURM_RESTART_COUNT + 1)) of this job made no progress: the job is not requeued"
         exit $((code ? code : 1))
     fi
     case ${NEXT:-requeue} in
@@ -89,11 +89,11 @@ continue_later() { # requeue the job or submit a new one, unless this is an old 
     exit 75
 }
 
-energy() { # print the energy of finished steps. After the job has ended, `sacct -j JOB -o JobID,ConsumedEnergy` prints the total
+energy() { # print the energy of finished Slurm steps. After the job, `sacct -j JOB -o JobID,ConsumedEnergy` prints the total
     local joules
     joules=$(timeout 15 sacct -n -P -j "${SLURM_JOB_ID:-0}" -o JobID,ConsumedEnergy 2>/dev/null | awk -F'|' '$2 != "" && $2 != "0"')
     if [ "$joules" ]; then
-        echo "jobs: energy from Slurm's accounting (step|J): $(echo $joules)"
+        echo "jobs: energy from Slurm's accounting (Slurm step|J): $(echo $joules)"
     else
         echo "jobs: energy: not available from Slurm's accounting"
     fi

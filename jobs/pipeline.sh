@@ -4,7 +4,7 @@
 #
 #   jobs/pipeline.sh [--section.key=value ...]   # from the project's folder; EDIT first
 #
-# The arguments are passed to the training job. A requeued job keeps its job number, so the following jobs wait until it has ended.
+# The arguments are passed to the training job. A requeued job keeps its job number, so the following jobs wait until that job ends.
 # Do not use NEXT=chain, because a new job would have another number. If a job fails, the following jobs are cancelled.
 set -euo pipefail
 

@@ -4,7 +4,7 @@
 #   . jobs/stage_env.sh .venv /tmp        # EDIT: the environment, and a folder on the local disk of each node
 #
 # The environment is packed once, and again after pip has changed it. The archive is sent with sbcast and unpacked on every node. Then
-# `python -m ...` and mpirun are those of the copies. Other scripts in bin/ still use the path of the original environment. The copies
+# `python -m ...` and mpirun run from the copies. Other scripts in bin/ still use the path of the original environment. The copies
 # are removed when the job ends.
 venv=$(realpath "$1")
 archive=$venv.tar

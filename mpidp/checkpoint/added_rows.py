@@ -1,7 +1,7 @@
 """Adds rows to the embedding and the head if the vocabulary of the model is larger than that of its initial weights.
 
 Each added row is the mean of the stored rows, as in resize_token_embeddings of transformers. A new token is therefore about as
-likely as an average token at first (Hewitt 2021). The added rows do not depend on which boxes each rank reads.
+likely as an average token at first (Hewitt 2021). The added rows do not depend on how the matrices are divided among ranks.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ class BoxReader(Protocol):
     """A source of parameters, such as a checkpoint or a model folder."""
 
     def box(self, name: str, entry: Entry) -> Tensor:
-        """Read the box of a parameter that `entry` describes. `name`: "model/" and the parameter's name. Independent."""
+        """Return the box that `entry` describes: a range of indices in each dimension of a parameter. `name`: "model/"
+        followed by the parameter's name. Independent."""
 
 
 class AddedRows:
-    """Parameters that are read from `weights`, with rows added to the embedding and the head for new token ids. `stored`: the
-    number of rows in `weights`. Independent."""
+    """Reads parameters from `weights`, and adds rows to the embedding and the head for new token ids. `stored`: the number of
+    rows that these two matrices have in `weights`. Independent."""
 
     def __init__(self, weights: BoxReader, stored: int) -> None:
         self._weights, self._stored = weights, stored
         self._means: dict[str, Tensor] = {}
 
     def box(self, name: str, entry: Entry) -> Tensor:
-        """Read the box of a parameter that `entry` describes, like Reader.box(). `name`: "model/" and the parameter's name."""
+        """Return the box that `entry` describes, as Reader.box() does. The box may contain added rows. `name`: "model/"
+        followed by the parameter's name."""
         if name.removeprefix("model/") not in MATRICES:
             return self._weights.box(name, entry)
         columns = (entry.tensor.shape if entry.shape is None else entry.shape)[1]
@@ -61,8 +63,8 @@ class AddedRows:
 
 
 def fits(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> bool:
-    """Return whether all stored parameters have the wanted shapes. The embedding and the head may have fewer rows than wanted.
-    `stored`, `wanted`: {parameter's name: shape}. Pure."""
+    """Return whether the parameters in `stored` have the names and the shapes of those in `wanted`. The embedding and the head
+    may have fewer rows in `stored`. `stored`, `wanted`: {parameter's name: shape}. Pure."""
     return stored.keys() == wanted.keys() and all(
         size == wanted[name] or name in MATRICES and size[1:] == wanted[name][1:] and size[0] < wanted[name][0]
         for name, size in stored.items()

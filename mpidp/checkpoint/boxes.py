@@ -1,5 +1,5 @@
-"""Divides the global tensors of a checkpoint into boxes. If several ranks hold the same tensors, each rank writes only some of
-the boxes. A rank writes all its boxes to one safetensors file."""
+"""Divides the global tensors of a checkpoint into boxes. A box is a range of indices in each dimension of a tensor. If several
+ranks hold the same tensors, each rank writes only some of the boxes. A rank writes all its boxes to one safetensors file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry
 
-SYNC_BYTES = 64 << 20  # call fdatasync after every SYNC_BYTES that are written, so that the disk writes a large file steadily
+SYNC_BYTES = 64 << 20  # call fdatasync whenever this many bytes have been written, so that the disk writes a large file steadily
 DTYPES = {  # the names of dtypes in safetensors files
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -29,8 +29,8 @@ Box = list[list[int]]  # [start, stop) along each dimension; empty for a scalar
 
 
 def tensor_of(key: str) -> str:
-    """Return the name of the tensor that contains the box `key`. If a tensor has one box, the box has the name of the tensor. If
-    it has several, they are named NAME#0, NAME#1 and so on. Pure."""
+    """Return the name of the tensor to which the box named `key` belongs. If a tensor NAME has one box, the box is also named
+    NAME. If the tensor has several boxes, they are named NAME#0, NAME#1 and so on. Pure."""
     return key.partition("#")[0]
 
 
@@ -63,9 +63,9 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def share_out(shapes: Mapping[str, tuple[int, ...]], rank: int, size: int) -> dict[str, tuple[int, int]]:
-    """Divide the rows of tensors among `size` writers, each of which holds all tensors. Return {tensor's name: (start, stop)}:
-    writer number `rank` writes the rows [start, stop). Each writer gets about 1/size of all elements. Each row belongs to exactly
-    one writer. Pure."""
+    """Divide the rows of tensors among `size` ranks, each of which holds all tensors. Return {tensor's name: (start, stop)}:
+    the rank with index `rank` writes the rows [start, stop) of the tensor. Each rank writes about 1/size of all elements. Each
+    row is written by exactly one rank. `shapes`: {tensor's name: shape}. Pure."""
     total = sum(rows * elements for rows, elements in map(_rows, shapes.values()))
     low, high = rank * total // size, (rank + 1) * total // size
     share, offset = {}, 0
@@ -80,8 +80,8 @@ def share_out(shapes: Mapping[str, tuple[int, ...]], rank: int, size: int) -> di
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a global tensor that this rank writes. `at`: the indices of the box's first element in the global tensor.
-    `tensor`: the values of the box."""
+    """A box of a global tensor, which this rank writes to its file. `at`: the indices of the box's first element in the global
+    tensor. `tensor`: the values of the box."""
 
     name: str  # name in the file: the tensor's name, or NAME#0, NAME#1, ... for several boxes of a tensor
     tensor: Tensor
@@ -89,15 +89,15 @@ class Piece:
 
     @property
     def box(self) -> Box:
-        """The box as manifests store it: one pair [start, stop] per dimension. stop is excluded."""
+        """The box in the form that manifests store: one pair [start, stop] per dimension. The index `stop` is excluded."""
         return [[start, start + length] for start, length in zip(self.at, self.tensor.shape, strict=True)]
 
 
 def pieces_of(entries: Mapping[str, Entry], share: tuple[int, int] | None) -> list[Piece]:
-    """Return the pieces that this rank writes, in the order of its file.
+    """Return the pieces (boxes with their values) that this rank writes, in the order of its file.
 
-    `share`: which part of the replicated tensors this rank writes: (index of this rank among their writers, number of writers).
-    None means no part. This rank also writes all boxes that no other rank holds. Independent.
+    `share`: (index of this rank, number of ranks) among the ranks that write the replicated tensors, or None if this rank
+    writes no replicated tensors. A rank always writes all its sharded and additive entries. Independent.
     """
     found = []
     replicated = {name: tuple(e.tensor.shape) for name, e in entries.items() if e.layout == "replicated"}
@@ -112,7 +112,8 @@ def pieces_of(entries: Mapping[str, Entry], share: tuple[int, int] | None) -> li
 
 
 def describe(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """Return {tensor's name: its shape, dtype and layout}, as manifests store it. Independent."""
+    """Return the shape, dtype and layout of each tensor, in the form that manifests store: {tensor's name: {shape, dtype,
+    layout}}. Independent."""
     return {
         tensor_of(name): {
             "shape": list(e.shape if e.shape is not None else e.tensor.shape),

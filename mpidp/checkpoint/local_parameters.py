@@ -1,4 +1,5 @@
-"""The parameters that a rank holds. A rank holds either whole parameters, or boxes of them (strategies/gathered.py)."""
+"""The parameters that a rank holds. A rank holds either whole parameters, or only boxes of parameters
+(strategies/gathered.py). A box is a range of indices in each dimension."""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ from mpidp.model.lora import saved_names
 
 
 class Shards(Protocol):
-    """The type of the attribute `shards`. A parameter has it if each rank stores only a part of the parameter. The parameter's
-    own memory may then be empty."""
+    """The type of a parameter's attribute `shards`. A parameter has this attribute if each rank stores only a part of the
+    parameter. The tensor of the parameter itself may then be empty."""
 
     def entries(self, name: str) -> dict[str, Entry]:
-        """Return this rank's boxes of the parameter, named NAME#0, NAME#1 and so on. Independent."""
+        """Return this rank's boxes of the parameter `name`. The boxes are named NAME#0, NAME#1 and so on. Independent."""
 
     def whole(self) -> Tensor:
-        """Return the whole parameter. Collective over the ranks that hold shards of it."""
+        """Return the whole parameter. Collective over the ranks that hold shards of the parameter."""
 
 
 def _shards_of(p: Tensor) -> Shards | None:
@@ -30,7 +31,7 @@ def _shards_of(p: Tensor) -> Shards | None:
 
 
 def parameters_of(model: torch.nn.Module) -> dict[str, Entry]:
-    """Return {name: entry} of the parameters to save. With LoRA these are only the adapters, because the base model does not
+    """Return {name: entry} of the parameters to save. With LoRA, only the adapters are saved, because the base model does not
     change. Independent."""
     found, saved = dict(model.named_parameters()), dict[str, Entry]()
     for name in saved_names(list(found)):
@@ -40,14 +41,15 @@ def parameters_of(model: torch.nn.Module) -> dict[str, Entry]:
 
 
 def whole(p: Tensor) -> Tensor:
-    """Return the whole parameter `p`. Collective over the ranks that hold shards of it, if any. Otherwise Independent."""
+    """Return the whole parameter `p`. Collective over the ranks that hold shards of `p`, if there are any. Otherwise
+    Independent."""
     shards = _shards_of(p)
     return p.detach() if shards is None else shards.whole()
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
-    """Return the sha256 of all parameters: as float32 in name order, little-endian. Shards are gathered one parameter at a time.
-    Collective over the ranks that hold shards, if any."""
+    """Return the sha256 of the values of all parameters, as little-endian float32 in the order of names. Shards are gathered
+    one parameter at a time. Collective over the ranks that hold shards, if any."""
     digest = hashlib.sha256()
     for _, p in sorted(model.named_parameters()):
         digest.update(whole(p).float().cpu().contiguous().numpy().tobytes())
@@ -64,8 +66,9 @@ def boxes_held(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
 
 
 def load_boxes(state: Mapping[str, Tensor], held: Mapping[str, Entry], optimizer: Any) -> None:
-    """Copy loaded boxes of optimizer state into the optimizer's tensors. `state`: {name: loaded box}. `held`: {name: entry with
-    the tensor to fill}. Raises ValueError if a name in `state` belongs to no parameter. Independent."""
+    """Copy loaded optimizer state into the optimizer: the boxes into the tensors of `held`, and the step counter into
+    `optimizer`. `state`: {name: loaded value}. `held`: {name: entry with the tensor to fill}. Raises ValueError if a name in
+    `state` belongs to no parameter. Independent."""
     for name, value in state.items():
         if name.endswith("/step"):
             optimizer.set_updates(int(value))

@@ -2,11 +2,12 @@
 is written last. Then the folder gets its final name, which commits the checkpoint.
 
     RUN/checkpoints/step_00000100/rank_00000.safetensors ...   named boxes of global tensors, one file per rank
-                                 /manifest.json                 sizes and crc32 of files, the place of each box
+                                 /manifest.json                 sizes and crc32 of files, the position of each box
     RUN/latest                                                  the name of the newest committed checkpoint
 
-Pieces are boxes of *global* tensors, so a checkpoint can be loaded on any number of ranks. A checkpoint is valid if its folder
-has its final name and the crc32 of the manifest is correct. The sizes and crc32 of the files must also be those in the manifest.
+A box is a range of indices in each dimension of a *global* tensor, so a checkpoint can be loaded on any number of ranks. A
+checkpoint is valid if its folder has its final name, the crc32 of the manifest is correct, and the files have the sizes and
+the crc32 that the manifest lists.
 """
 
 from __future__ import annotations
@@ -66,11 +67,11 @@ def commit(temporary: Path, body: Mapping[str, Any], keep: int) -> Path:
     """Write the manifest into the folder `temporary`, rename the folder to step_XXXXXXXX, and return the new path. Then delete
     all but the newest `keep` checkpoints.
 
-    `body`: the content of the manifest. Raises OSError if a file that it lists is missing or incomplete, or if the rename fails.
-    Errors after the rename are ignored. Independent.
+    `body`: the content of the manifest. Raises OSError if a file that the manifest lists is missing or incomplete, or if the
+    rename fails. Errors after the rename are ignored. Independent.
     """
     for record in body["files"]:
-        with open(temporary / record["file"], "rb") as file:  # open the file, because a file server then reports its current size
+        with open(temporary / record["file"], "rb") as file:  # when a file is opened, a file server reports its current size
             if os.fstat(file.fileno()).st_size != record["bytes"]:
                 raise OSError(f"{temporary / record['file']}: size differs from the {record['bytes']} bytes that were written")
     write_file(temporary / "manifest.json", _seal({"format": FORMAT, **body}))
@@ -146,8 +147,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Return a context that converts errors from reading a checkpoint to CheckpointError. Even with correct checksums such errors
-    can occur, because another program may have written the file. Independent."""
+    """Return a context that converts errors from reading a checkpoint to CheckpointError. Reading can fail even if all
+    checksums are correct, because another program may have written the file. Independent."""
     try:
         yield
     except (OSError, TypeError, ValueError, LookupError, AttributeError, RuntimeError, safetensors.SafetensorError) as error:
@@ -157,8 +158,8 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def check_file(path: Path, record: Mapping[str, Any]) -> None:
-    """Check the file of the checkpoint folder `path` that `record`, an entry of the manifest, describes. Raises CheckpointError
-    if the file's size or crc32 is wrong. Independent."""
+    """Check the size and the crc32 of one file in the checkpoint folder `path`. `record`: the manifest's entry for this file.
+    Raises CheckpointError if one of them is wrong. Independent."""
     file = path / record["file"]
     if file.parent != path:
         raise CheckpointError(f"{path / 'manifest.json'} lists {record['file']}, which is not in the same folder")

@@ -24,7 +24,7 @@ from mpidp.runtime.files import open_regular
 from mpidp.runtime.log import log
 from mpidp.storage.address import without_secrets
 
-AGAIN_SECONDS = 5.0  # pause before copying of the last checkpoint is tried again at the end of the run
+AGAIN_SECONDS = 5.0  # at the end of the run: pause after an error, before the last checkpoint is copied again
 
 
 class Mirror:
@@ -34,7 +34,7 @@ class Mirror:
     def __init__(self, run_dir: Path, folder: MirrorFolder, keep: int) -> None:
         """`run_dir`: RUN. `folder`: the mirror. `keep`: the number of checkpoints to keep on the mirror."""
         self._run_dir, self._folder, self._keep = run_dir, folder, keep
-        self._waiting: Path | None = None  # the newest checkpoint that was committed and is not being copied
+        self._waiting: Path | None = None  # the newest committed checkpoint, if its copying has not begun
         self._failed: Path | None = None  # the newest checkpoint, if it could not be copied
         self._changed = threading.Condition()
         self._busy = self._ending = False
@@ -42,14 +42,15 @@ class Mirror:
         self._thread.start()
 
     def add(self, checkpoint: Path) -> None:
-        """Let the thread copy this checkpoint next. If an earlier checkpoint is still waiting, it is not copied."""
+        """Tell the thread to copy `checkpoint` next. If an earlier checkpoint is still waiting, the earlier one is not
+        copied."""
         with self._changed:
             self._waiting = checkpoint
             self._changed.notify_all()
 
     def finish(self, seconds: float) -> bool:
-        """Wait at most `seconds` until the newest checkpoint is copied. Copying is repeated after errors. Return whether the
-        mirror has the newest checkpoint. Do not call add() after this method."""
+        """Wait until the newest checkpoint is copied, but at most `seconds`. If copying fails, it is repeated. Return whether
+        the mirror has the newest checkpoint. Do not call add() after this method."""
         until, told = time.monotonic() + seconds, False
         with self._changed:
             self._ending = True
@@ -114,7 +115,7 @@ class Mirror:
             parts = [path for path in sorted(checkpoint.iterdir()) if path.name != "manifest.json"]
             files = [(f"{name}/{path.name}", stack.enter_context(open_regular(path))) for path in parts]
             files += [(str(path.relative_to(self._run_dir)), stack.enter_context(open_regular(path))) for path in self._of_run()]
-            self._folder.delete([f"{name}/manifest.json"])  # without its manifest, an earlier copy is incomplete
+            self._folder.delete([f"{name}/manifest.json"])  # this marks an earlier copy as incomplete
             for target, file in [*files, (f"{name}/manifest.json", manifest)]:
                 length = os.fstat(file.fileno()).st_size
                 self._folder.write(target, file, length)

@@ -32,8 +32,8 @@ MARK = "mirror.json"
 
 
 class MirrorFolder:
-    """The mirror of a run: a folder with copies of the run's checkpoints (run.mirror). `address`: the address of this folder. If
-    a request fails, the methods repeat it for RETRY_SECONDS. Then they raise DataError. Independent."""
+    """The mirror of a run: a folder with copies of the run's checkpoints (run.mirror). `address`: the address of this folder.
+    A method repeats a failed request for RETRY_SECONDS, and then raises DataError. Independent."""
 
     def __init__(self, address: str) -> None:
         self._store = open_store(address, "run.mirror")
@@ -168,8 +168,8 @@ def _id_of(folder: MirrorFolder) -> str | None:
     content = folder.read(MARK)
     if content is None:
         if folder.names():
-            raise UsageError(f"run.mirror={folder.address} has checkpoints but no file {MARK}, which names their run. Choose "
-                             "another address")
+            raise UsageError(f"run.mirror={folder.address} has checkpoints but no file {MARK}, which would name their run. "
+                             "Choose another address")
         return None
     try:
         return str(parse_json(content, dict[str, str])["run"])

@@ -1,4 +1,4 @@
-"""Reads the tensors of a checkpoint."""
+"""Reads the tensors of a checkpoint. A box is a range of indices in each dimension of a tensor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Reader(Mapping[str, Tensor]):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.meta = read_manifest(path)
-        self._pieces: dict[str, list[tuple[str, str, Box]]] = {}  # for each tensor: (file, name in the file, box) of its pieces
+        self._pieces: dict[str, list[tuple[str, str, Box]]] = {}  # for each tensor: (file, name in the file, box) of its boxes
         with readable(path):
             self._pieces |= {name: [] for name in self.meta["tensors"]}
             self.num_bytes = sum(int(record["bytes"]) for record in self.meta["files"])  # total size of the files
@@ -37,20 +37,20 @@ class Reader(Mapping[str, Tensor]):
         return len(self._pieces)
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the whole tensor. If its layout is additive, each rank stored one summand of the tensor. Then return the sum,
-        added in order of ranks. Raises CheckpointError if a piece is missing."""
+        """Return the whole tensor. If its layout is additive, each rank stored one summand of the tensor. In this case, add
+        the summands in the order of ranks, and return the sum. Raises CheckpointError if a piece is missing."""
         return self.part(name)
 
     def part(self, name: str, at: Sequence[int] = (), shape: Sequence[int] | None = None) -> Tensor:
-        """Return the box of the tensor that begins at the indices `at` and has this shape. By default, return the whole tensor.
-        Only the box is read. Raises CheckpointError if elements of the box are missing."""
+        """Return the box of the tensor `name` that begins at the indices `at` and has the shape `shape`. By default, return
+        the whole tensor. Only the box is read. Raises CheckpointError if elements of the box are missing."""
         with readable(self.path):
             whole = tuple(self.meta["tensors"][name]["shape"])
             return self._assembled(name, self._pieces[name], tuple(at) or (0,) * len(whole), whole if shape is None else shape)
 
     def box(self, name: str, entry: Entry) -> Tensor:
-        """Return the box of the tensor that `entry` describes. Raises CheckpointError if the tensor does not have the global
-        shape of `entry`, or if elements of the box are missing."""
+        """Return the box that `entry` describes, from the tensor `name`. Raises CheckpointError if the tensor does not have
+        the global shape of `entry`, or if elements of the box are missing."""
         with readable(self.path):
             there, shape = tuple(self.meta["tensors"][name]["shape"]), entry.tensor.shape if entry.shape is None else entry.shape
             if there != tuple(shape):
@@ -67,7 +67,7 @@ class Reader(Mapping[str, Tensor]):
         filled = 0
         for file, key, box in pieces:
             if any(not 0 <= start <= stop <= length for (start, stop), length in zip(box, about["shape"], strict=True)):
-                raise ValueError(f"{name}: box {box} is outside shape {about['shape']}")
+                raise ValueError(f"{name}: the index ranges {box} are outside the shape {about['shape']}")
             ranges = [(max(start, a), min(stop, a + length)) for (start, stop), a, length in zip(box, at, shape, strict=True)]
             if any(low >= high for low, high in ranges) and found.numel():
                 continue
@@ -90,11 +90,11 @@ class Reader(Mapping[str, Tensor]):
     def under(
         self, prefix: str, rank: int = 0, size: int = 1, boxes: Mapping[str, Mapping[str, Entry]] | None = None
     ) -> dict[str, Tensor]:
-        """Return {name without prefix: tensor} for all tensors whose names begin with `prefix`. Additive tensors are returned by
-        own().
+        """Return {name without prefix: tensor} for all tensors whose names begin with `prefix`. Tensors are read as own()
+        reads them for `rank` and `size`.
 
-        `boxes`: the tensors of which this rank holds only some boxes, as {tensor's name: {box's name: entry}}, without prefix. Of
-        such a tensor, only these boxes are read. The result has each box under the box's name.
+        `boxes`: the tensors of which this rank holds only some boxes, as {tensor's name: {box's name: entry}}, without prefix.
+        For each of these tensors, only the boxes are read, and the result contains {box's name: box}.
         """
         found = {}
         for name in (name for name in self if name.startswith(prefix)):
@@ -106,9 +106,10 @@ class Reader(Mapping[str, Tensor]):
         return found
 
     def own(self, name: str, rank: int, size: int) -> Tensor:
-        """Return the whole tensor, unless its layout is additive. In an additive layout, each rank stored one summand of the
-        tensor. Then the result depends on `rank`, a rank of a run with `size` ranks. If `size` ranks wrote the checkpoint, return
-        the summand of this rank. Otherwise return the sum to rank 0, and zeros to other ranks."""
+        """Return the tensor `name` for the rank `rank` of a run with `size` ranks. If the layout of the tensor is not
+        additive, return the whole tensor. If the layout is additive, each rank stored one summand. In this case, if `size`
+        ranks wrote the checkpoint, return the summand of rank `rank`. Otherwise return the sum for rank 0, and zeros for other
+        ranks."""
         pieces, about = self._pieces[name], self.meta["tensors"][name]
         if about["layout"] == "additive":  # own summand if as many ranks wrote the tensor; else rank 0 gets the sum
             pieces = pieces[rank : rank + 1] if len(pieces) == size else pieces if rank == 0 else []

@@ -23,8 +23,8 @@ from mpidp.runtime.world import raise_together
 
 
 def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
-    """Open a checkpoint. `path`: a checkpoint, or the folder of a run, whose newest valid checkpoint is opened. Raises
-    CheckpointError if there is no valid checkpoint. Collective over comm."""
+    """Open a checkpoint. `path`: the folder of a checkpoint or of a run. In the folder of a run, the newest valid checkpoint
+    is opened. Raises CheckpointError if there is no valid checkpoint. Collective over comm."""
     with raise_together(comm):
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such folder")
@@ -61,8 +61,8 @@ def same_path(one: str, other: str) -> bool:
 
 
 def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
-    """Return the numerics fingerprint of this run (docs/vocabulary.md). Each checkpoint stores the fingerprint. If it differs
-    when a run resumes, the differences are logged. Independent."""
+    """Return the numerics fingerprint of this run: the settings, versions and hardware that affect the bits of its results.
+    Each checkpoint stores the fingerprint. If it differs when a run resumes, the differences are logged. Independent."""
     return {
         "threads": config.train.threads,
         "micro_batch": config.train.micro_batch,
@@ -83,8 +83,8 @@ def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
 
 
 def set_aside(run_dir: Path) -> Path | None:
-    """Move the files of an earlier run in RUN to RUN/previous_N. Return this folder, or None if there are no such files.
-    Independent."""
+    """Move the files of an earlier run in RUN to RUN/previous_N. Return the path of this folder, or None if RUN has no files
+    of an earlier run. Independent."""
     own = "checkpoints", "latest", "tries.json", "timeline.json", "tensorboard", "track"
     names = [name for one in (*RUN_FILES, *own) if (run_dir / (name := one.removesuffix("/*"))).exists()]
     if not names:

@@ -5,9 +5,9 @@ begin() starts a save. A thread (writer.py) copies the state while the next step
 wait_for_copy() waits for the copy, because the update changes the state. The thread then writes the copy during training. One
 rank per node writes, and the files have about equal sizes.
 
-A save can be due before the previous save has finished. The step report (training/step_report.py) then contains the sum of all
-ranks' flags, from which all ranks decide alike. If the previous save has failed, it is dropped and the new save begins. If it is
-still being written, the new save is skipped.
+A save can be due before the previous save has finished. Then all ranks make the same decision, because the step report
+(training/step_report.py) gives them the sum of all ranks' flags. If the previous save has failed, it is dropped and the new
+save begins. If it is still being written, the new save is skipped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mpidp.errors import MpidpError
 from mpidp.runtime.log import log
 from mpidp.runtime.world import raise_together
 
-YOUNG_SECONDS = 2.0  # if a save is due, wait for the previous save, but only until this time after its start (for short steps)
+YOUNG_SECONDS = 2.0  # a save that is due waits for the previous save, until this time after the previous save's start
 FIRST_SECONDS = 60.0  # time until the first save with train.save_every=-1; the cost of this save is measured
 NODE_SECONDS = 30 * 86400.0  # assumed mean time between failures of a node
 
@@ -37,9 +37,9 @@ def best_interval(cost: float, seconds: float, num_nodes: int, failures: int, tr
     """Return the interval between saves that minimizes lost time, in seconds. It is sqrt(2 x cost x mean time between failures)
     (Young 1974; Daly 2006), but at least twice the duration of a save.
 
-    `cost`: the core seconds that a save takes from training. `seconds`: the duration of a save. `failures`, `trained`: the number
-    of failures and the seconds of training so far. The mean time between failures is estimated from these two, and from an
-    assumed rate of one failure per node in 30 days. Pure.
+    `cost`: the core seconds that a save takes from training. `seconds`: the duration of a save. `failures`, `trained`: the
+    number of failures and the seconds of training so far. The mean time between failures is estimated from `failures`,
+    `trained`, and an assumed rate of one failure per node in 30 days. Pure.
     """
     return max(2 * seconds, math.sqrt(2 * cost * (NODE_SECONDS / num_nodes + trained) / (1 + failures)))
 
@@ -79,8 +79,9 @@ class Saver:
         self.failures, self.trained = failures, trained
 
     def flags(self) -> np.ndarray:
-        """Return this rank's flags for the step report, (4,), each 0 or 1. Flag 0: the thread waits for files of other ranks.
-        Flag 1: the thread writes. Flag 2: the thread's last attempt has failed. Flag 3: a save is due by the clock."""
+        """Return this rank's flags for the step report, of shape (4,). Each flag is 0 or 1. Flag 0: the thread of the save
+        waits for files of other ranks. Flag 1: the thread writes. Flag 2: the thread's last attempt to write has failed. Flag
+        3: a save is due by the clock."""
         state = self._save.state if self._save else None
         late = self.every < 0 and self.comm.rank == 0 and time.monotonic() >= self._next
         return np.array([*(state == one for one in (WAITS, WRITES, FAILS)), late], dtype=float)
@@ -136,8 +137,9 @@ class Saver:
             self._stalled += time.monotonic() - began
 
     def wait_for_save(self, must: bool = False, enter: Callable[[str], None] = lambda phase: None) -> None:
-        """Wait until the current save has finished. If it fails, drop it, and if `must` is true raise MpidpError on all ranks.
-        `enter`: a function that is called with the name of the phase whenever a rank has made progress. Collective over comm."""
+        """Wait until the current save has finished. If the save fails, drop it, and raise MpidpError on all ranks if `must` is
+        true. `enter`: a function that is called with the name of the phase whenever a rank has made progress. Collective over
+        comm."""
         before, pause = -1, 1e-3
         while True:
             own_flags = self.flags()[:3]
@@ -170,8 +172,8 @@ class Saver:
         return events if self.comm.rank == 0 else []
 
     def _note(self) -> None:
-        """Record an event if the newest save has been committed since the last call of this method. Only rank 0 ever records
-        one."""
+        """Record an event if the newest save has been committed since the last call of this method. Ranks other than 0 record
+        no events."""
         if self._save and self._save.saved:
             cost, self._save.saved = self._save.saved | {"stall_seconds": self._stalled}, None
             self._events.append({"event": "saved", "step": self._save.step, **cost})

@@ -53,7 +53,7 @@ class HostMemory:
         self._bytes: Tensor | None = None
 
     def allocate(self, size: int, pinned: bool) -> Tensor:
-        """Return a uint8 tensor (size,). It is the tensor of the previous call if that had the same size. `pinned`: whether to
+        """Return a uint8 tensor (size,). This is the tensor of the previous call if the sizes are equal. `pinned`: whether to
         pin the memory, for copies from a GPU. Independent."""
         if self._bytes is None or self._bytes.numel() != size:
             self._bytes = None
@@ -132,8 +132,9 @@ class Save:
             raise Dropped
 
     def _copy(self) -> list[memoryview]:
-        """Return the bytes of the pieces, in order, as a copy of the state. Do not copy the state if the main thread waits for
-        the save and the state is on the CPU."""
+        """Copy the state to host memory. Return the bytes of the pieces (the boxes that this rank writes), in order. If the
+        main thread waits for the save and the state is on the CPU, return the bytes of the state itself, without copying it
+        first."""
         try:
             self._pieces = pieces_of(self.entries, self.share)
             if self.wait and self._ready is None:
@@ -184,8 +185,8 @@ class Save:
             write_file(self.folder / f"{name}.json", json.dumps(self._records[self.rank]).encode(), sync_folder=False)
 
     def _collect(self) -> None:
-        """Wait until the records of all writers have been read. Raises PeerFilesError if some are still missing after a long
-        time. The folder is listed each time, because a file server may show new files late."""
+        """Wait for the records of all ranks that write, and read the records. Raises PeerFilesError if some are still missing
+        after a long time (see LOST_SECONDS). The folder is listed each time, because a file server may show new files late."""
         self.state, began, pause = WAITS, time.monotonic(), 0.002
         until = began + max(LOST_SECONDS, 20 * (began - self.began))
         while missing := [rank for rank in self.writers if rank not in self._records]:

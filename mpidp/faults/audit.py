@@ -1,15 +1,15 @@
 """Audits detect silent hardware errors in memory and in processor cores.
 
-An audit takes place every train.audit_every steps. It checks two things. *Weights*: replicas compare checksums of parameters and
-optimizer state, tensor by tensor. A replica that differs from the majority is overwritten with the majority's state. Without a
-majority, the run returns to its last checkpoint. This checkpoint is reliable, because weights are also compared before they are
-saved. *Computation*: before gradients are reduced, one lane of each rank is computed a second time by another rank. Where
-possible, the lanes and the pairs of ranks change from one audit to the next. If the two results are not bit-identical, the step
-is repeated.
+An audit takes place every train.audit_every steps. It checks two things. *Weights*: replicas compare checksums of parameters
+and optimizer state, tensor by tensor. A replica that differs from the majority is overwritten with the majority's state.
+Without a majority, the run returns to its last checkpoint. This checkpoint is reliable, because weights are also compared
+before they are saved. *Computation*: before gradients are reduced, one lane (a fixed sequence of micro-batches) of each rank
+is computed a second time by another rank. Where possible, the lanes and the pairs of ranks change from one audit to the next.
+If the two results of a lane are not bit-identical, the step is repeated.
 
 On a mesh, each part of the model is compared with the same part of the other replicas. Some parameters, such as the gains of
-norms, are held by each rank of a stage. They are also compared within the stage. If they differ only within the stage, the run
-returns to its last checkpoint.
+norms, are held by each rank of a pipeline stage. These parameters are also compared between the ranks of the stage. If they
+differ only within a stage, the run returns to its last checkpoint.
 """
 
 from __future__ import annotations
@@ -46,14 +46,16 @@ def vote(rows: Sequence[tuple[int, ...]]) -> tuple[int | None, list[int]]:
 
 
 def suspects(disagreements: Sequence[tuple[int, int]]) -> list[int]:
-    """Return the ranks that occur in the most pairs of `disagreements`. With three or more ranks, each rank is in two of the
-    compared pairs. A rank that computes wrong results therefore occurs more often than other ranks. Pure."""
+    """Return the ranks that occur in the most pairs of `disagreements`, the pairs of ranks whose results for the same lane
+    differ. With three or more ranks, each rank is in two of the compared pairs. A rank that computes wrong results therefore
+    occurs more often than other ranks. Pure."""
     seen = Counter(rank for pair in disagreements for rank in set(pair))
     return sorted(rank for rank, count in seen.items() if count == max(seen.values()))
 
 
 class SpareSlot:
-    """Replaces the strategy while a lane is computed only for comparison. Gradients are written to a spare slot."""
+    """Takes the place of the strategy while a rank computes a lane only for comparison. Gradients are written to a spare slot,
+    which is a flat gradient buffer."""
 
     def __init__(self, buffer: GradientBuffer, slot: int) -> None:
         self._buffer, self._slot = buffer, slot
@@ -78,7 +80,8 @@ class AuditFinding:
 
 
 class Audit:
-    """Chooses the lanes to audit, and compares the results. training/step.py runs the computations."""
+    """Chooses the lanes (sequences of micro-batches) to audit, and compares the results. training/step.py runs the
+    computations."""
 
     def __init__(
         self, grid: Grid, every: int, replicas: list[range], buffer: GradientBuffer, flats: dict[str, Tensor],
@@ -90,7 +93,7 @@ class Audit:
         ranks of a stage."""
         self.comm, self.every, self.replicas, self.buffer = grid.replicas.dp, every, replicas, buffer
         self._flats, self._grid, self._is_cut = flats, grid, is_cut
-        self._lanes: dict[int, int] = {}  # each lane audited in this step -> the rank that owns it
+        self._lanes: dict[int, int] = {}  # {lane audited in this step: the rank to which the lane is assigned}
         self._table = np.zeros((3, self.comm.size), dtype=np.int64)
 
     def _rank(self, replica: int) -> int:
@@ -122,8 +125,8 @@ class Audit:
         """Begin the audit of a step. Return (the lane that this rank computes a second time, all audited lanes). `ranges`: the
         lanes of each rank. Independent."""
         size, round_ = self.comm.size, step // self.every
-        # The offset size / 2 is skipped. With this offset, pairs of ranks would only check each other. A difference would not
-        # show which rank of the pair is wrong.
+        # Each rank checks the rank that is `offset` ranks before it. The offset size / 2 is skipped, because the two ranks of
+        # a pair would then check only each other. A difference would not show which of the two is wrong.
         offsets = [offset for offset in range(1, size) if 2 * offset != size] or [1]
         offset = offsets[round_ % len(offsets)]
         of_rank = [lanes[round_ % len(lanes)] for lanes in ranges]
@@ -132,8 +135,8 @@ class Audit:
         return of_rank[(self.comm.rank - offset) % size], of_rank
 
     def record(self, lane: int, gradient: Tensor) -> None:
-        """Record the checksum of a lane's gradient that this rank computed in the step. If the lane is not audited, do nothing.
-        Independent."""
+        """Record the checksum of `gradient`, the gradient of a lane that this rank computed in the step. If the lane is not
+        audited, do nothing. Independent."""
         if lane in self._lanes:
             self._table[0, self._lanes[lane]] = checksum(gradient)
             self._table[2, self._lanes[lane]] += self.comm.rank
@@ -154,7 +157,9 @@ class Audit:
             return self._combine()
         ranks = [self._rank(r) for r in suspects([(by[r], int(again[r])) for r in wrong])]
         pairs = ", ".join(f"lane {lane_of[r]} (rank {self._rank(by[r])} and rank {self._rank(int(again[r]))})" for r in wrong)
-        return self._combine(AuditFinding(ranks, f"two computations of one lane differ: {pairs}", repaired=False))
+        return self._combine(AuditFinding(
+            ranks, f"two computations of one lane (a sequence of micro-batches) differ: {pairs}", repaired=False,
+        ))
 
     # Weights -------------------------------------------------------------------------------------------------------------
 
@@ -185,7 +190,7 @@ class Audit:
             for start, stop in pieces(0, wire.numel()):
                 self.comm.Bcast(buf(wire[start:stop]), root=first_ranks[good])
             flat.copy_(wire)
-        return AuditFinding(ranks, f"{what} from the majority's", repaired=True)
+        return AuditFinding(ranks, f"{what} from the majority of the replicas", repaired=True)
 
     def _within_stage(self) -> AuditFinding | None:
         tp = self._grid.tp
@@ -198,9 +203,9 @@ class Audit:
 
 
 def _compare(comm: MPI.Intracomm, views: Mapping[str, Tensor], ranks: Sequence[int]) -> tuple[int | None, list[int], str]:
-    """Compare the checksums of the views between `ranks`. Return (good, bad, what). `good`: the index in `ranks` of a rank of the
-    majority, or None without a majority. `bad`: the indices in `ranks` of the ranks that differ from the majority. `what`: a
-    description of the difference, or "". Collective over comm."""
+    """Compare the checksums of `views`, {name: tensor}, between `ranks`. Return (good, bad, what). `good`: the index in
+    `ranks` of a rank of the majority, or None without a majority. `bad`: the indices in `ranks` of the ranks that differ from
+    the majority. `what`: a description of the difference, or "". Collective over comm."""
     row = np.array([checksum(view) for view in views.values()], dtype=np.int64)
     table = np.empty((comm.size, len(row)), dtype=np.int64)
     comm.Allgather(row, table)
@@ -208,5 +213,5 @@ def _compare(comm: MPI.Intracomm, views: Mapping[str, Tensor], ranks: Sequence[i
     good, bad = vote(rows)
     base = rows[good if good is not None else 0]
     different = [name for i, name in enumerate(views) if any(rows[b][i] != base[i] for b in bad)]
-    more = f" and {len(different) - 1} more tensors" if len(different) > 1 else ""
+    more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
     return good, bad, f"{different[0]}{more} differs" if different else ""

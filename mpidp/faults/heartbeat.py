@@ -43,7 +43,7 @@ NAMED = 4  # maximum number of ranks listed in a message
 
 @dataclass(frozen=True)
 class HeartbeatRow:
-    """The board's record of one rank. Times are in seconds before now."""
+    """The board's record of one rank. Times are given as seconds before now."""
 
     rank: int
     host: str
@@ -70,23 +70,23 @@ class HeartbeatRow:
 
     @property
     def works(self) -> bool:
-        """Whether the rank should make progress without other ranks."""
+        """Whether the rank can make progress without waiting for other ranks."""
         return self.phase not in WAITS and not self.waits
 
     @property
     def doing(self) -> str:
-        """A description of what the rank is doing. Messages contain it."""
+        """A description of what the rank is doing, for messages."""
         waits = " (waiting for other ranks)" if self.waits and self.phase not in WAITS else ""
-        return f"in {self.phase}{f' (bucket {self.bucket})' if self.bucket >= 0 else ''} of step {self.step}{waits}"
+        return f"in phase {self.phase}{f' (bucket {self.bucket})' if self.bucket >= 0 else ''} of step {self.step}{waits}"
 
 
 def blame(rows: list[HeartbeatRow]) -> tuple[str, list[HeartbeatRow]]:
     """Find the ranks that block the other ranks. Return (message that names them, rows of the blocking ranks).
 
-    There are four groups of ranks. The first group that is not empty contains the blocking ranks. Group 1: ranks whose processes
-    are stopped or have exited. Group 2: the ranks with the least progress, unless they are in a phase in which ranks wait for
-    each other. Ranks that wait for a message during their computation are not in this group. Group 3: ranks without a heartbeat.
-    Group 4: the ranks with the least progress, in any phase. Pure."""
+    There are four groups of ranks. The first group that is not empty contains the blocking ranks. Group 1: ranks whose
+    processes are stopped or have exited. Group 2: the ranks with the least progress, not counting ranks that wait for a
+    message during their computation. If these ranks are in a phase in which ranks wait for each other, the group is empty.
+    Group 3: ranks without a heartbeat. Group 4: of all ranks with a heartbeat, those with the least progress. Pure."""
     heard = [row for row in rows if row.state != SILENT]
     behind = _least([row for row in heard if row.works or row.phase in WAITS])
     works = bool(behind) and behind[0].works
@@ -98,7 +98,7 @@ def blame(rows: list[HeartbeatRow]) -> tuple[str, list[HeartbeatRow]]:
     if not others:
         alike = len({row.place for row in rows}) == 1 and len(rows) > 1
         network = "" if works else " (waiting for messages that did not arrive; check the network)"
-        return (f"all ranks are at the same place{network}: " if alike else "") + named, blamed
+        return (f"all ranks are in the same phase{network}: " if alike else "") + named, blamed
     waiting = ", ".join(f"{count} {'is' if count == 1 else 'are'} {doing}" for doing, count in others.most_common(NAMED))
     return f"the other ranks wait for {named}; of the others {waiting}", blamed
 
@@ -147,7 +147,7 @@ class HeartbeatBoard:
         return time.monotonic() - max(here + [NODE.unpack_from(self._memory, at)[2] for at in self._nodes.values()])
 
     def exchange(self, every_seconds: float) -> None:
-        """Write the file of this node, and read the files of other nodes. If a rank of this node has called this method in the
+        """Write the file of this node, and read the files of other nodes. If a rank of this node has already done this in the
         last `every_seconds` seconds, do nothing."""
         now = time.monotonic()
         if not self._nodes or now - CLOCK.unpack_from(self._memory)[0] < every_seconds:
@@ -186,7 +186,7 @@ class HeartbeatBoard:
         return True
 
     def close(self) -> None:
-        """Remove the files of all nodes. Only rank 0 removes them."""
+        """On rank 0, remove the files of all nodes. On other ranks, do nothing."""
         if self.rank == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -12,17 +12,17 @@ run returns to a checkpoint or continues without failed ranks. This module impor
 | kill, segv, stop, term, usr1 | the rank sends itself this signal |
 | exit, sysexit, raise | the rank calls os._exit(3), calls sys.exit(3), or raises a RuntimeError |
 | hang, gil | the rank sleeps forever; with gil it also holds the GIL, so that no other thread runs |
-| delay | up to step until= (default: no limit), the rank sleeps seconds= + (factor= - 1) x t s after a micro-batch of t s |
+| delay | after a micro-batch of t s, the rank sleeps seconds= + (factor= - 1) x t s, up to step until= (default: no limit) |
 | nan | the gradient of one batch is not finite; with times=, the gradients of this many successive batches |
-| wrong | the gradient is wrong once, and correct when the step is repeated; with until=, it is always wrong up to step until= |
-| flip | after the update, bit number bit= (0..31) of the first element of parameter number tensor= flips |
+| wrong | the gradient is wrong once, and correct when the step is repeated; with until=, it is wrong each time, up to that step |
+| flip | after the update, one bit flips in the first element of the parameter with index tensor=; bit= is 0 to 31 |
 
-The kinds nan and wrong need comm.reducer=tree, which keeps the gradients of lanes separate. During training, only audits find
-the faults wrong and flip. These two kinds are rejected with settings that audits do not support (docs/methods.md). Faults of the
-first three rows occur when the phase begins. The default phase is compute. With `after=SECONDS`, they occur this many seconds
-later, even if another phase has begun. The kinds sysexit, raise and hang do not support `after`. A step has the phases data,
-compute, comm_wait and update. An update has the phases reduce, apply and publish. After the update, the phases evaluate and
-checkpoint may follow. In the phase respawn, failed ranks are replaced.
+The kinds nan and wrong need comm.reducer=tree, which keeps the gradients of lanes (sequences of micro-batches) separate.
+During training, only audits find the faults wrong and flip. The kinds wrong and flip are rejected with settings that audits do
+not support (docs/methods.md). Faults of the first three rows occur when the phase begins. The default phase is compute. With
+`after=SECONDS`, they occur this many seconds later, even if another phase has begun. The kinds sysexit, raise and hang do not
+support `after`. A step has the phases data, compute, comm_wait and update. An update has the phases reduce, apply and publish.
+After the update, the phases evaluate and checkpoint may follow. In the phase respawn, failed ranks are replaced.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ def _raise() -> NoReturn:
 
 
 def make_nan(lane: int, gradient: Any) -> None:
-    """Set the first element of the lane's gradient to NaN."""
+    """Set the first element of `gradient`, the gradient of one lane, to NaN."""
     gradient[0] = math.nan
 
 
 def make_wrong(lane: int, gradient: Any) -> None:
-    """Add 1 to the first element of the lane's gradient."""
+    """Add 1 to the first element of `gradient`, the gradient of one lane."""
     gradient[0] += 1.0
 
 
@@ -120,8 +120,8 @@ class Fault:
 
 
 class InjectedFaults(StepObserver):
-    """The injected faults of a job, and a count of those that have occurred on this rank. bool() returns False if there are no
-    faults. Independent."""
+    """The injected faults of a job, and a count of those that have occurred on this rank. The truth value of the object is
+    False if there are no faults. Independent."""
 
     def __init__(self, faults: Sequence[Fault] = (), rank: int = 0) -> None:
         self.of_all_ranks = tuple(faults)
@@ -138,8 +138,9 @@ class InjectedFaults(StepObserver):
         return any(fault.kind in ("nan", "wrong") for fault in self.of_all_ranks)
 
     def check(self, keeps_lanes: bool, unaudited: str = "") -> None:
-        """Raise UsageError if a fault on any rank is not possible in this job. keeps_lanes: whether gradients of single lanes or
-        micro-batches can be changed. unaudited: a setting that audits do not support, and the reason, or "" for none."""
+        """Raise UsageError if a fault on any rank is not possible in this job. `keeps_lanes`: whether the job keeps the
+        gradients of single lanes or micro-batches, so that a fault can change them. `unaudited`: a setting of the job that
+        audits do not support, with the reason, or "" if there is no such setting."""
         for fault in self.of_all_ranks:
             if unaudited and fault.kind in ("wrong", "flip"):
                 raise UsageError.on_every_rank(
@@ -148,12 +149,13 @@ class InjectedFaults(StepObserver):
                 )
             if fault.kind in ("wrong", "nan") and not keeps_lanes:
                 raise UsageError.on_every_rank(
-                    f"{VARIABLE}: {fault.word!r} changes the gradient of a lane, and only comm.reducer=tree keeps such "
-                    "gradients. Use comm.reducer=tree with strategy.name=synchronous and comm.compress=none"
+                    f"{VARIABLE}: {fault.word!r} changes the gradient of one lane (a sequence of micro-batches), but only "
+                    "comm.reducer=tree keeps the gradients of lanes separate. Use comm.reducer=tree with "
+                    "strategy.name=synchronous and comm.compress=none"
                 )
 
     def enter(self, step: int, phase: str) -> None:
-        """Cause the faults of this rank that belong to this phase of this step, and that end or stop the rank. Faults with
+        """Cause this rank's faults for this phase of this step, except the kinds delay, nan, wrong and flip. Faults with
         after=SECONDS occur later."""
         place = (step, phase)
         for fault in self.of_this_rank:
@@ -166,9 +168,9 @@ class InjectedFaults(StepObserver):
                     ACTIONS[fault.kind]()
 
     def gradient_faults(self, step: int, attempt: int = 0) -> list[Callable[[int, Any], None]]:
-        """Return functions that change gradients in this step. Call each of them with (lane, gradient) for every lane. `attempt`:
-        0 when the step is first computed, and more when it is repeated. nan, and wrong without until=, occur only in attempt 0.
-        wrong with until= occurs in every attempt."""
+        """Return functions that change gradients in this step. Call each of them with (lane, gradient) for every lane.
+        `attempt`: 0 when the step is first computed, and more when it is repeated. The kind nan, and the kind wrong without
+        until=, occur only in attempt 0. The kind wrong with until= occurs in every attempt."""
         return [
             make_nan if fault.kind == "nan" else make_wrong for fault in self.of_this_rank
             if (fault.kind == "wrong" and fault.until > fault.step and fault.step <= step <= fault.until)
@@ -177,7 +179,7 @@ class InjectedFaults(StepObserver):
         ]
 
     def flip(self, step: int, parameters: Sequence[Any]) -> None:
-        """Flip the bits that the faults of this rank name for this step. Call this method after the update of the step.
+        """Cause this rank's faults of the kind flip for this step. Call this method after the update of the step.
         `parameters`: all parameters, in order."""
         for fault in self.of_this_rank:
             if fault.kind == "flip" and fault.step == step and self._once(fault):
@@ -211,15 +213,15 @@ class InjectedFaults(StepObserver):
 
 
 def parse(text: str, rank: int = 0) -> InjectedFaults:
-    """Return the faults in a text of the form of MPIDP_FAULT. `rank`: this rank. Raises UsageError if the text is not valid.
-    Independent."""
+    """Return the faults in `text`, which has the form of MPIDP_FAULT. `rank`: this rank. Raises UsageError if the text is not
+    valid. Independent."""
     return InjectedFaults([_fault(word) for word in text.split()], rank)
 
 
 def faults_from_environment(rank: int, environment: Mapping[str, str] = os.environ, size: float = math.inf) -> InjectedFaults:
-    """Return the faults in the variable MPIDP_FAULT. If it is not set, there are no faults. Rank 0 prints a warning if there are
-    faults. `size`: the largest number of ranks of the job. Raises UsageError if the variable is not valid, or names a rank that
-    the job cannot have. Independent."""
+    """Return the faults in the variable MPIDP_FAULT. If it is not set, there are no faults. Rank 0 prints a warning if there
+    are faults. `size`: the largest number of ranks that the job can have. Raises UsageError if the variable is not valid, or
+    names a rank that the job cannot have. Independent."""
     text = environment.get(VARIABLE, "").strip()
     faults = parse(text, rank)
     for fault in faults.of_all_ranks:
@@ -235,7 +237,7 @@ def _fault(word: str) -> Fault:
         where, *pairs = word.split(",")
         kind, *places = where.split(":")
         _require(kind in OPTIONS, f"{kind!r} is not one of {', '.join(OPTIONS)}")
-        _require(2 <= len(places) <= 2 + ("phase" in OPTIONS[kind]), f"{kind} is written {kind}:rank:step"
+        _require(2 <= len(places) <= 2 + ("phase" in OPTIONS[kind]), f"{kind} must be written as {kind}:rank:step"
               + "[:phase]" * ("phase" in OPTIONS[kind]))
         values: dict[str, Any] = {"rank": _number("rank", places[0]), "step": _number("step", places[1])}
         values |= dict(zip(["phase"], places[2:], strict=False))

@@ -36,9 +36,9 @@ def obstacle_to_respawn(machines: int) -> str:
     if not launched_with_ulfm():
         return "without ULFM, a failed rank ends the job"
     if machines > 1:
-        return f"on {machines} machines, a second new rank cannot connect to the first (Open MPI 5.0)"
+        return f"on {machines} machines, Open MPI 5.0 cannot connect a second replacement rank to the first replacement rank"
     if not any(OPTION.encode() in text for text in _ancestor_texts()):
-        return "mpirun would exit with an error code"
+        return f"mpirun was started without {OPTION}, and would exit with an error code after a rank has failed"
     return ""
 
 
@@ -122,9 +122,9 @@ def _broadcast(world: MPI.Intracomm, message: Any) -> Any:
 
 
 def _with_timeout(call: Callable[[threading.Event], Any], seconds: float, alive: Callable[[], None]) -> Any:
-    """Run `call` in a thread and return its result. Return None if it fails, or if it takes longer than `seconds`. The thread
-    then keeps running. `call` gets an event, which is set when the time limit has passed or `call` has ended. `alive`: a function
-    that is called repeatedly during the wait."""
+    """Run `call` in a thread and return its result. Return None if `call` fails or takes longer than `seconds`. In the second
+    case, the thread keeps running. `call` gets an event, which is set when the time limit has passed or `call` has ended.
+    `alive`: a function that is called repeatedly during the wait."""
     found: list[Any] = []
     late = threading.Event()
 
@@ -132,7 +132,7 @@ def _with_timeout(call: Callable[[threading.Event], Any], seconds: float, alive:
         try:
             found.append(call(late))
         except MPI.Exception as failure:
-            log.warning("warning: %s", failure)
+            log.warning("warning: an attempt to replace a failed rank has failed: %s", failure)
             found.append(None)
 
     threading.Thread(target=run, name="respawn", daemon=True).start()

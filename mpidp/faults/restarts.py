@@ -1,5 +1,5 @@
-"""Limits the number of starts without progress. The file RUN/tries.json contains the number of starts from one checkpoint, and
-the last error."""
+"""Limits the number of successive starts of a run from the same checkpoint. The file RUN/tries.json contains the number of
+these starts, and the last error."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class RestartLog:
         self.path, self._begun = run_dir / "tries.json", begun
 
     def begin(self, step: int, most: int, rank: int) -> None:
-        """Count a start from the checkpoint of `step`, or from the beginning if `step` is -1. Raises UsageError on rank 0 if at
-        least `most` starts from this checkpoint were counted before."""
+        """On rank 0, count a start from the checkpoint of `step`, or from the beginning if `step` is -1. Raises UsageError on
+        rank 0 if at least `most` starts from this checkpoint were counted before."""
         self._begun = True
         if rank:
             return
@@ -38,9 +38,10 @@ class RestartLog:
             self._begun = False
             where = f"the checkpoint of step {step}" if step >= 0 else "the beginning"
             raise UsageError(
-                f"{tries} starts in a row from {where} ended without another checkpoint. "
+                f"the run was started {tries} times in a row from {where}, and never wrote another checkpoint. "
                 + (f"The last error was: {record['words']}. " if record["words"] else
-                   "The last start left no error message: it was killed (out of memory, node failure or time limit?). ")
+                   "The last start left no error message: it was killed, perhaps for lack of memory, by a node failure, or at a "
+                   "time limit. ")
                 + f"When the cause is fixed, remove {self.path}, or allow more starts with --run.tries={tries + 1}"
             )
         self._write({"step": step, "tries": tries + 1, "words": ""})

@@ -18,15 +18,15 @@ from mpidp.faults.heartbeat import LOST, HeartbeatBoard, blame
 from mpidp.runtime.log import log
 from mpidp.runtime.observers import StepObserver
 
-STEPS = 20  # without progress for the time of this many usual steps, a job counts as hung
-REMEMBERED = 50  # number of recent steps whose median time is the time of a usual step
+STEPS = 20  # a job without progress counts as hung, at the earliest after the time of this many usual steps
+REMEMBERED = 50  # the time of a usual step is the median over this many recent steps
 STACKS = 8  # maximum number of ranks per node that print their stacks
 
 
 class Watchdog(StepObserver):
     """Records this rank's step and phase on the heartbeat board. The job counts as hung if no rank has a heartbeat for
-    hang_seconds, and for the time of 20 usual steps. One rank of each node then prints a report, and all processes exit with code
-    6.
+    `hang_seconds`, and for the time of 20 usual steps if that is longer. One rank of each node then prints a report, and all
+    processes exit with code 6.
 
     A Python thread checks the heartbeats, also during blocking MPI calls. If the GIL is never released, faulthandler's timer ends
     the process. The first occurrence of a phase may take `first_times` times as long, for example to compile code, to open

@@ -34,7 +34,7 @@ PATHS = {"DIR", "FILE", "PATH", "RUN", "RUN2", "SHARDS", "PREFIX"}  # metavars o
 
 
 def _expanded(value: Any, name: str) -> Any:
-    """Expand ~ in a str, in a Path, or in each item of a list. `name`: the option. Errors name it."""
+    """Expand ~ in a str, in a Path, or in each item of a list. `name`: the name of the option, for error messages."""
     if isinstance(value, list):
         return [_expanded(one, name) for one in value]
     return type(value)(expand_home(str(value), name)) if isinstance(value, (str, Path)) else value
@@ -108,9 +108,9 @@ def _started_world() -> Any:
 
 
 def _end(code: int, everywhere: bool, others_continue: bool = False) -> NoReturn:
-    """Exit with `code`. `everywhere`: whether all ranks exit with this code. If so, they synchronize first. If not, MPI_Abort
-    ends the other ranks, unless they can continue. `others_continue`: whether the other ranks can continue if the job was started
-    with ULFM. They then detect that this rank has failed."""
+    """Exit with `code`. `everywhere`: whether all ranks exit with this code. If so, the ranks synchronize first. If not,
+    MPI_Abort ends the other ranks, unless they can continue. `others_continue`: whether the other ranks can continue if the
+    job was started with ULFM. They then detect that this rank has failed."""
     sys.stdout.flush()
     sys.stderr.flush()
     world = _started_world()
@@ -176,7 +176,7 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
     Collective over COMM_WORLD."""
     try:
         set_level()
-        if launched_size() < 2:  # main removes its temporary files before the exit
+        if launched_size() < 2:  # with sys.exit, main removes its temporary files before the exit
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         with _mpi_needed():
             main()

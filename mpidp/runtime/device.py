@@ -12,8 +12,8 @@ from mpidp.runtime.topology import Topology
 
 
 def resolve_threads(wanted: int, mesh: Topology) -> int:
-    """Return the number of CPU threads of a rank. It is `wanted`. If `wanted` is 0, it is the number of cores of this node
-    divided by the number of ranks on this node. Independent."""
+    """Return the number of CPU threads of a rank: `wanted`, or, if `wanted` is 0, the number of cores of this node divided by
+    the number of ranks on this node. Independent."""
     return wanted or max(1, mesh.cores // mesh.local_size)
 
 

@@ -1,5 +1,5 @@
-"""Reads only regular files, and writes files atomically. After a crash, a file has its old content or its new content as a
-whole."""
+"""Reads only regular files, and writes files atomically. After a crash, a file has either its complete old content or its
+complete new content."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ MANY_FILES = 1 << 16  # the limit of open files is not raised above this number,
 
 
 def expand_home(path: str, what: str) -> str:
-    """Return the path with a leading ~ or ~USER replaced by the home folder. A shell does not replace the ~ in `--run.dir=~/x`.
-    `what`: the setting or option that contains the path. Errors name it. Raises UsageError if the home folder is unknown. Also
-    raises UsageError if the path contains the name of a set environment variable, such as $HOME. Independent."""
+    """Return the path with a leading ~ or ~USER replaced by the home folder. A shell does not replace the ~ in
+    `--run.dir=~/x`. `what`: the name of the setting or option that contains the path, for error messages. Raises UsageError if
+    the home folder is unknown, or if the path contains the name of a set environment variable, such as $HOME. Independent."""
     full = os.path.expanduser(path)
     if full.startswith("~") and full == path:
         user = path.partition("/")[0]

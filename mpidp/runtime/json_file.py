@@ -73,7 +73,7 @@ def parse_json_lines(lines: Iterable[bytes | str], schema: Any = dict) -> Iterat
 
 
 def check_type(value: Any, schema: Any, place: str = "") -> None:
-    """Raise ValueError if `value` does not fit the schema. `place`: where the value is in the file. Errors name this place.
+    """Raise ValueError if `value` does not fit the schema. `place`: the position of the value in the file, for error messages.
     Pure."""
     if schema is Any:
         return None

@@ -1,7 +1,7 @@
-"""The logger "mpidp". Each message is one line without prefix. Messages of the levels debug and info go to standard output, those
-of higher levels to standard error. The environment variable MPIDP_LOG sets the lowest level that is shown: debug, info (default),
-warning or error. The caller decides which rank logs a message, usually rank 0. Results, tables and progress are printed, not
-logged."""
+"""The logger "mpidp". Each message is one line without prefix. Messages of the levels debug and info go to standard output,
+and messages of higher levels go to standard error. The environment variable MPIDP_LOG sets the lowest level that is shown:
+debug, info (default), warning or error. The caller decides which rank logs a message, usually rank 0. Results, tables and
+progress are printed, not logged."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNI
 
 
 def printable(text: str) -> str:
-    """Return the text with escapes such as \\x1b in place of control characters, unpaired surrogates and bidirectional controls.
-    So a name in an untrusted file cannot change what the terminal shows. Newlines and tabs stay. Pure."""
+    """Return the text with escapes such as \\x1b in place of control characters, unpaired surrogates and bidirectional
+    controls. This prevents a name in an untrusted file from changing what the terminal shows. Newlines and tabs are kept.
+    Pure."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 

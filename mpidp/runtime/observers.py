@@ -24,11 +24,11 @@ class StepObserver:
         """Called when the rank begins to reduce bucket number `bucket`. The caller may be another thread."""
 
     def summed(self, total: Any) -> None:
-        """Called before the sum of all gradients is scaled. `total`: the sum over all lanes, of shape (num_elements,)."""
+        """Called before the sum of all gradients is scaled. `total`: this sum, of shape (num_elements,)."""
 
     def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[Any] | None:
-        """Return a context manager, or None. The rank does a piece of work inside the context manager. `name`: the type of work.
-        `about`: details of the work."""
+        """Return a context manager that surrounds some work of the rank, or None. `name`: the type of work. `about`: details
+        of the work."""
         return None
 
 
@@ -56,12 +56,12 @@ class StepObservers:
             observer.reducing(bucket)
 
     def summed(self, total: Any) -> None:
-        """Report `total`, the sum of the gradients over all lanes, before the sum is scaled."""
+        """Report `total`, the sum of all gradients, before this sum is scaled."""
         for observer in self._observers:
             observer.summed(total)
 
     def span(self, name: str, **about: Any) -> AbstractContextManager[Any]:
-        """Return a context manager, in which the rank must do a piece of work. `name`: the type of work, such as a phase, a
+        """Return a context manager, inside which the rank must do its work. `name`: the type of work, such as a phase, a
         micro-batch, a forward pass or a bucket. `about`: details of the work."""
         spans = [span for one in self._observers if (span := one.span(self._step(name), name, about)) is not None]
         return _all(spans) if spans else nullcontext()

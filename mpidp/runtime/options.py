@@ -35,8 +35,8 @@ def note_old_spelling(old: str, new: str) -> None:
 
 
 def rank_counts(text: str) -> list[int]:
-    """Return the numbers of ranks in a text such as "1,2,4" or "16k" (16,000). Raises ArgumentTypeError if one is not a whole
-    number of at least 1. Pure."""
+    """Return the numbers of ranks in `text`, such as "1,2,4" or "16k" (16,000). Raises ArgumentTypeError if one of them is not
+    a whole number of at least 1. Pure."""
     counts = []
     for word in text.lower().split(","):
         try:
@@ -50,7 +50,7 @@ def rank_counts(text: str) -> list[int]:
 
 
 def rank_count(text: str) -> int:
-    """Return the number of ranks in a text. Raises ArgumentTypeError if the text is not one whole number of at least 1. Pure."""
+    """Return the number of ranks in `text`. Raises ArgumentTypeError if `text` is not one whole number of at least 1. Pure."""
     try:
         (count,) = rank_counts(text)
     except (ValueError, argparse.ArgumentTypeError):
@@ -70,8 +70,8 @@ def add_out(parser: argparse.ArgumentParser, about: str, metavar: str = "DIR", d
 
 
 def add_new_out(parser: argparse.ArgumentParser, about: str, metavar: str = "DIR") -> None:
-    """Add --out. `about`: as in add_out(). Also accept the old spelling, a second positional argument. After parsing, call
-    take_out(), which requires one of the two. Pure."""
+    """Add --out. `about`: as in add_out(). Also accept the old spelling, in which the output is the second positional
+    argument. After parsing, call take_out(), which requires one of the two spellings. Pure."""
     parser.add_argument("old_out", nargs="?", help=argparse.SUPPRESS)
     add_out(parser, about, metavar)
 
@@ -116,7 +116,8 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
     model of a LoRA run. Pure."""
     parser.add_argument("--base", metavar="DIR", default="", help="path of the base model of a LoRA run, if the model was moved")
     parser.add_argument("--model.kind", dest="model_kind", metavar="KIND", default="",
-                        help="MODULE:FACTORY of a run with a custom model. Without this option, code named in RUN is not run")
+                        help="MODULE:FACTORY of a run with a custom model. Without this option, mpidp does not run code that RUN "
+                        "names")
 
 
 def add_texts(parser: argparse.ArgumentParser, default: str) -> None:

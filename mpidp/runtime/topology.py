@@ -14,7 +14,7 @@ from mpidp.runtime.ulfm import revocable
 
 @dataclass(frozen=True)
 class Topology:
-    """The nodes of the ranks that hold the same part of the model. Each replica has one of these ranks."""
+    """The ranks that hold the same part of the model, one in each replica, and the nodes of these ranks."""
 
     dp: MPI.Intracomm  # communicator of these ranks, ordered by node
     hosts: list[str]  # host name of each node
@@ -47,10 +47,10 @@ def make_topology(
 ) -> Topology:
     """Return the topology of the ranks of `world`. Ranks with the same host name are on one node.
 
-    The communicator `dp` of the result numbers the ranks node by node, even if the launcher distributed them round-robin. Rank 0
-    is the same rank as in `world`. `before`: after a failure, the topology before the failure. `number`: if this rank replaces a
-    failed rank, its permanent number. `keep_order`: number the ranks as in `world`. A node whose ranks do not follow each other
-    then counts as several nodes. Collective over world.
+    The communicator `dp` of the result numbers the ranks node by node, even if the launcher distributed them round-robin. Rank
+    0 is the same rank as in `world`. `before`: after a failure, this rank's topology before the failure. `number`: the
+    permanent number of this rank if it replaces a failed rank. `keep_order`: number the ranks as in `world`. A node whose
+    ranks do not follow each other then counts as several nodes. Collective over world.
 
     MPIDP_PRETEND_NODES=k divides the ranks of one machine into k virtual nodes, for tests and benchmarks."""
     pretended = int(os.environ.get("MPIDP_PRETEND_NODES", "1"))

@@ -1,7 +1,8 @@
-"""Prevents MPI from starting in processes that multiprocessing starts, such as the workers of a DataLoader. They are not ranks.
+"""Prevents MPI from starting in processes that multiprocessing starts, such as the workers of a DataLoader. These processes
+are not ranks.
 
-A worker process inherits the launcher's environment variables. If such a process called MPI_Init, it would pretend to be a rank
-that is already running, and crash or hang. `from mpi4py import MPI` calls MPI_Init.
+A worker process inherits the launcher's environment variables. If a worker process called MPI_Init, it would pretend to be a
+rank that is already running, and crash or hang. `from mpi4py import MPI` calls MPI_Init.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ def is_worker_process() -> bool:
     """Return whether multiprocessing started this process, with fork, spawn or forkserver. Independent."""
     if multiprocessing.parent_process() is not None:
         return True
-    # With spawn or forkserver, a process imports the program before parent_process() is set. In forkserver's server it is never
-    # set.
+    # With spawn or forkserver, a process imports the program before parent_process() is set. In the server
+    # process of forkserver, parent_process() is never set.
     inheriting = getattr(multiprocessing.current_process(), "_inheriting", False)
     return inheriting or any(word.startswith("from multiprocessing.") for word in sys.orig_argv)
 

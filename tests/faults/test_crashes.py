@@ -133,7 +133,7 @@ def test_a_rank_of_a_mesh_with_slices_is_killed(either: Shell, forks: Forks) -> 
 
 def test_a_crash_loop(place: Path, forks: Forks, whole_hash: str) -> None:
     """After three starts from the checkpoint of step 2 the next is rejected, so that a user looks at the cause."""
-    words = "3 starts in a row from the checkpoint of step 2 ended without another checkpoint. "
+    words = "the run was started 3 times in a row from the checkpoint of step 2, and never wrote another checkpoint. "
     fault = faulty(SAVED + "raise RuntimeError('the fault of this test')")
     for number in (1, 2, 3, 4):
         ended = forks.run(place, "mpidp.train", "tiny.toml", inject=fault)
@@ -143,7 +143,7 @@ def test_a_crash_loop(place: Path, forks: Forks, whole_hash: str) -> None:
         expect(ended, 2, words + "The last error was: rank 0: RuntimeError: the fault of this test. ",
                "remove run/tries.json", "--run.tries=4")
     assert forks.run(place, "mpidp.train", "tiny.toml", "--run.tries=4", inject=faulty("os._exit(9)")).code == 9
-    expect(forks.run(place, "mpidp.train", "tiny.toml"), 2, "4 starts in a row", "left no error message: it was killed")
+    expect(forks.run(place, "mpidp.train", "tiny.toml"), 2, "started 4 times in a row", "left no error message: it was killed")
     (place / "run" / "tries.json").unlink()
     check_goes_on(Shell(place), forks, whole_hash)
     assert not (place / "run" / "tries.json").exists()

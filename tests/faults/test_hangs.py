@@ -29,7 +29,7 @@ from tests.faults.commands import ENTER, Ended, Shell, end_record, family, fault
 STOP = "os.kill(os.getpid(), signal.SIGSTOP)"
 SLEEP = "time.sleep(10000)"
 HOLD = "lock = ctypes.PyDLL(None).pthread_mutex_lock; mutex = ctypes.create_string_buffer(64); lock(mutex); lock(mutex)"
-WHERE = "in compute of step 4 for"
+WHERE = "in phase compute of step 4 for"
 
 
 def hang(shell: Shell, fault: str, ranks: int = 3, settings: tuple[str, ...] = (), **extra: str) -> Ended:
@@ -58,7 +58,7 @@ def test_a_rank_that_gets_no_further(either: Shell, fault: str) -> None:
     ended = hang(either, fault)
     (said,) = words(ended)  # once per node
     assert said.startswith("the other ranks wait for rank 1 (") and WHERE in said, ended
-    assert "; of the others 2 are in comm_wait" in said, ended
+    assert "; of the others 2 are in phase comm_wait" in said, ended
     assert ("stopped (state T)" in said) == (fault == STOP), ended
     if fault == STOP:  # it cannot print: the stacks are those of a waiting rank
         assert "in exchange_reports" in ended.err, ended
@@ -77,7 +77,7 @@ def test_a_rank_for_which_others_wait_while_they_compute(place: Path, ranks: int
     ended = hang(Shell(place, "mpich"), SLEEP, ranks, words_)
     said = next(line for line in ended.err.splitlines() if "no rank has made progress for" in line)
     assert re.search(rf": the other ranks wait for rank 1 \(\w+, pid \d+\), {WHERE} \d+ s; of the others", said), ended
-    assert "in compute of step 4 (waiting for other ranks)" in said, ended
+    assert "in phase compute of step 4 (waiting for other ranks)" in said, ended
 
 
 def test_a_rank_alone_on_its_node(place: Path) -> None:

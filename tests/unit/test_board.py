@@ -29,31 +29,36 @@ def row(
 
 
 COMPUTES, WAITS, REDUCES = row(3, "compute"), row(1), row(2, "reduce")
-FOUR = "rank 3 (node1, pid 403), in apply of step 12 for 63 s; and 5 more; of the others 1 is in publish"
+FOUR = "rank 3 (node1, pid 403), in phase apply of step 12 for 63 s; and 5 more; of the others 1 is in phase publish"
 BLAMED = [  # rows, the ranks waited for, a part of the message
     ([row(0), row(1), COMPUTES], [3],
-     "the other ranks wait for rank 3 (node1, pid 403), in compute of step 12 for 63 s; of the others 2 are in comm_wait"),
-    ([row(0), row(1, state="T"), row(2)], [1], "in comm_wait of step 12 for 63 s, stopped (state T); of the others 2 are"),
-    ([row(0, "compute", 11), row(1, "data"), row(2)], [0], "rank 0 (node1, pid 400), in compute of step 11"),  # earliest step
-    ([row(0, "compute"), row(1, "compute"), row(2)], [0, 1], "rank 0 (node1, pid 400), in compute of step 12 for 63 s; rank 1"),
+     "the other ranks wait for rank 3 (node1, pid 403), in phase compute of step 12 for 63 s; of the others 2 are in phase "
+     "comm_wait"),
+    ([row(0), row(1, state="T"), row(2)], [1], "in phase comm_wait of step 12 for 63 s, stopped (state T); of the others 2 are"),
+    ([row(0, "compute", 11), row(1, "data"), row(2)], [0], "rank 0 (node1, pid 400), in phase compute of step 11"),  # earliest
+    ([row(0, "compute"), row(1, "compute"), row(2)], [0, 1],
+     "rank 0 (node1, pid 400), in phase compute of step 12 for 63 s; rank 1"),
     ([row(0), row(1, "compute"), row(2, state="Z")], [2], "exited (state Z)"),  # this is why the other makes no progress
-    ([row(0), row(1, "reduce", bucket=4), row(2, "reduce")], [0], "1 is in reduce (bucket 4) of step 12"),
-    ([row(0, "evaluate"), row(1, "evaluate_wait"), row(2, "evaluate_wait")], [0], "2 are in evaluate_wait"),
-    ([row(0, "publish"), row(1, "checkpoint"), row(2, "data", 13)], [0], "1 is in data of step 13"),
+    ([row(0), row(1, "reduce", bucket=4), row(2, "reduce")], [0], "1 is in phase reduce (bucket 4) of step 12"),
+    ([row(0, "evaluate"), row(1, "evaluate_wait"), row(2, "evaluate_wait")], [0], "2 are in phase evaluate_wait"),
+    ([row(0, "publish"), row(1, "checkpoint"), row(2, "data", 13)], [0], "1 is in phase data of step 13"),
     ([row(0), row(1), row(2, state=SILENT, host="node2")], [2], "rank 2 (node2, pid 402), no heartbeat received; of the others"),
-    ([row(0), row(1, "compute"), row(2, state=SILENT)], [1], "rank 1 (node1, pid 401), in compute"),  # the folder is gone
+    ([row(0), row(1, "compute"), row(2, state=SILENT)], [1], "rank 1 (node1, pid 401), in phase compute"),  # the folder is gone
     ([row(0), row(1), row(2)], [0, 1, 2],
-     "all ranks are at the same place (waiting for messages that did not arrive; check the network)"),
-    ([row(0, "compute"), row(1, "compute")], [0, 1], "all ranks are at the same place: rank 0 (node1, pid 400), in compute"),
-    ([row(0, "data", state="D")], [0], "rank 0 (node1, pid 400), in data of step 12 for 63 s, waiting for a disk or a file"),
+     "all ranks are in the same phase (waiting for messages that did not arrive; check the network)"),
+    ([row(0, "compute"), row(1, "compute")], [0, 1],
+     "all ranks are in the same phase: rank 0 (node1, pid 400), in phase compute"),
+    ([row(0, "data", state="D")], [0],
+     "rank 0 (node1, pid 400), in phase data of step 12 for 63 s, waiting for a disk or a file"),
     ([row(0, "compute", waits=True), row(1, "compute"), row(2, "compute", waits=True)], [1],  # for a message within the model
-     "the other ranks wait for rank 1 (node1, pid 401), in compute of step 12 for 63 s; of the others 2 are in compute of "
-     "step 12 (waiting for other ranks)"),
-    ([row(0, "compute", waits=True), row(1, waits=True), row(2, "reduce")], [0], "of the others 1 is in comm_wait of step 12, 1"),
+     "the other ranks wait for rank 1 (node1, pid 401), in phase compute of step 12 for 63 s; of the others 2 are in phase "
+     "compute of step 12 (waiting for other ranks)"),
+    ([row(0, "compute", waits=True), row(1, waits=True), row(2, "reduce")], [0],
+     "of the others 1 is in phase comm_wait of step 12, 1"),
     ([row(0, "compute", waits=True), row(1, "compute", waits=True), row(2, state=SILENT)], [2], "no heartbeat received"),
     ([row(0, "compute", waits=True), row(1, "compute", waits=True)], [0, 1],
-     "all ranks are at the same place (waiting for messages that did not arrive; check the network)"),
-    ([row(r, "apply") for r in range(9)] + [row(9)], [9], "rank 9 (node1, pid 409), in comm_wait"),
+     "all ranks are in the same phase (waiting for messages that did not arrive; check the network)"),
+    ([row(r, "apply") for r in range(9)] + [row(9)], [9], "rank 9 (node1, pid 409), in phase comm_wait"),
     ([row(r, "apply") for r in range(9)] + [row(9, "publish")], list(range(9)), FOUR),
 ]
 
@@ -71,7 +76,7 @@ def test_the_order_of_rows_blames_nobody_else() -> None:
 
 def test_a_rank_that_beats_says_when_it_last_did() -> None:
     words, _ = blame([HeartbeatRow(0, "a", 1, 3, "evaluate", -1, 200.0, 63.0, "S"), row(1, "evaluate_wait", 3)])
-    assert "in evaluate of step 3 for 200 s, last heartbeat 63 s ago" in words
+    assert "in phase evaluate of step 3 for 200 s, last heartbeat 63 s ago" in words
 
 
 def boards(folder: Path, hosts: list[str], pids: list[int] | None = None) -> list[HeartbeatBoard]:

@@ -22,7 +22,7 @@ def test_the_fourth_start_from_one_checkpoint_is_refused(tmp_path: Path, step: i
     for _ in range(3):
         start(tmp_path, step, error=DataError("train.h5 is damaged"), rank=1)
     where = "the checkpoint of step 40" if step == 40 else "the beginning"
-    words = f"3 starts in a row from {where} ended .*error was: rank 1: train.h5 is damaged.*--run.tries=4"
+    words = f"started 3 times in a row from {where}, .*error was: rank 1: train.h5 is damaged.*--run.tries=4"
     for _ in range(2):  # and again
         with pytest.raises(UsageError, match=words):
             start(tmp_path, step)
@@ -44,14 +44,14 @@ def test_a_refusal_is_no_reason_of_its_own(tmp_path: Path) -> None:
 def test_who_was_killed_left_no_word(tmp_path: Path) -> None:
     start(tmp_path, 4, error=ValueError("an older word"))
     start(tmp_path, 4, killed=True)
-    with pytest.raises(UsageError, match="2 starts .* left no error message: it was killed"):
+    with pytest.raises(UsageError, match="started 2 times .* left no error message: it was killed"):
         start(tmp_path, 4, most=2)
 
 
 def test_progress_counts_anew(tmp_path: Path) -> None:
     for step in (0, 0, 2, 2, 4, 4, 4):
         start(tmp_path, step, killed=True)
-    with pytest.raises(UsageError, match="3 starts in a row from the checkpoint of step 4"):
+    with pytest.raises(UsageError, match="started 3 times in a row from the checkpoint of step 4"):
         start(tmp_path, 4)
 
 
