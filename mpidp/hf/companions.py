@@ -1,4 +1,5 @@
-"""Finds the files that accompany the weights in a Hugging Face folder. They are copied to RUN/hf and to an exported folder."""
+"""Finds the files that accompany the weights in a Hugging Face folder. These files are copied to RUN/hf (RUN: the run's
+folder) and to an exported folder."""
 
 from __future__ import annotations
 
@@ -35,4 +36,4 @@ def _check(folder: Path, path: Path) -> None:
     if not any(real.is_relative_to(one) for one in homes):
         raise DataError(f"{path} is a link to {real}, which is outside the folder. If you trust it, replace the link by a copy")
     if path.stat().st_size > MAX_BYTES:
-        raise DataError(f"{path} has more than {MAX_BYTES} bytes, too many for such a file. Restore the file")
+        raise DataError(f"{path} has more than {MAX_BYTES} bytes, which is too large for such a file. Restore the file")

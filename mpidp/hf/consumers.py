@@ -39,7 +39,7 @@ class Facts:
 
     @property
     def ropes(self) -> set[str]:
-        """The kinds of rope scaling, such as linear or llama3. The set is empty without rope scaling."""
+        """The kinds of rope scaling that the model uses, such as linear or llama3. The set is empty without rope scaling."""
         texts = (self.options["rope_scaling"], self.options["window_rope_scaling"])
         return {text.partition(":")[0] for text in texts if text}
 
@@ -160,7 +160,7 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
             lambda facts: facts.windows and facts.model_type not in MLX_WINDOWS,
             "it ignores the sliding windows of this family. Results are right for texts of at most sliding_window tokens",
         ),
-        Restriction(lambda facts: facts.model_type == "gemma", "its activation for Gemma 1 is another GELU"),
+        Restriction(lambda facts: facts.model_type == "gemma", "for Gemma 1, it uses another GELU than transformers"),
         Restriction(
             lambda facts: facts.model_type in ("qwen2", "qwen3") and bool(facts.config.get("attention_bias")),
             "it cannot load Qwen models with attention_bias",
@@ -172,7 +172,7 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
     ),
     "openvino": (
         Restriction(
-            lambda facts: True, "on CPUs with bfloat16 arithmetic it does not compute in float32 unless "
+            lambda facts: True, "on CPUs with bfloat16 arithmetic it computes in float32 only if "
             "INFERENCE_PRECISION_HINT=f32", refused=False,
         ),
     ),

@@ -1,7 +1,8 @@
 """The table FAMILIES of the model families that can be imported and exported. Pure, without torch.
 
-A row describes one family. It states how fields of config.json are converted to options of the model (fields.py, layers.py,
-rope_fields.py). It also states the names of the tensors (tensors.py), and the options that all models of the family have.
+A row describes one family. The row states how fields of config.json are converted to options of the model (fields.py,
+layers.py, rope_fields.py). It also states the names of the tensors (tensors.py), and the options that all models of the family
+have.
 """
 
 from __future__ import annotations
@@ -103,8 +104,8 @@ class Family:
     """A model family of the transformers library.
 
     title: public models of the family. options: the options that all models of the family have. only: the supported values of
-    some fields. free: the fields that do not change the logits. longest: the name of the field with the maximum context length.
-    copies: maps the old name of a field to its new name. config.json then gets the field under both names.
+    some fields. free: the fields that do not change the logits. longest: the name of the field with the maximum context
+    length. copies: maps the old name of a field to its new name. An exported config.json gets the field under both names.
     """
 
     architecture: str
@@ -172,7 +173,7 @@ ROOT = implied("embedding_scale", lambda found: math.sqrt(found["model_dim"]))
 GEMMA = {"norm_plus_one": True}
 LAYER_NORM = {"norm": "layer", "gated": False}
 QWEN_WINDOW = layered_window(4096, above("max_window_layers", 28), True, ("max_window_layers",), first_window)
-GEMMA_ACT = without(ACTIVATIONS, "gelu") | {"gelu": "gelu_tanh"}  # Gemma 1's files say gelu, but mean gelu_tanh
+GEMMA_ACT = without(ACTIVATIONS, "gelu") | {"gelu": "gelu_tanh"}  # Gemma 1's files contain gelu, but mean gelu_tanh
 
 FAMILIES: tuple[Family, ...] = (
     Family("LlamaForCausalLM", "llama", "Llama 2, Llama 3, TinyLlama, SmolLM2", (*usual(), bias(), mlp_bias(), rope())),

@@ -1,4 +1,5 @@
-"""Converts fields of config.json to options of the model, and back. families.py uses these Fields. Pure, without torch."""
+"""Converts fields of config.json to options of the model, and back. families.py lists the `Field` objects of each model
+family. Pure, without torch."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any, NoReturn
 
 from mpidp.errors import DataError
 
-Options = dict[str, Any]  # settings of section model, without the prefix
+Options = dict[str, Any]  # settings model.*, by name without this prefix
 MOST = 2**31 - 1
 ACTIVATIONS = {  # name in transformers -> option; if an option has several names, the first is written
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
@@ -56,9 +57,10 @@ class Given:
 class Field:
     """One or several fields of config.json, and the options of the model that they determine.
 
-    keys: the names of the fields. options: the names of the options. read(given, found): returns the options that a config.json
-    describes. `found` has the options that earlier Fields returned. write(options): returns the fields that describe a model
-    with these options. If no value of a field can express an option, config_of() raises UsageError.
+    keys: the names of the fields. options: the names of the options. read(given, found): returns the options that the
+    config.json `given` describes. `found` has the options that earlier Fields in Family.fields returned. write(options):
+    returns the fields that describe a model with these options. If no value of a field can express an option, config_of()
+    raises UsageError.
     """
 
     keys: tuple[str, ...]
@@ -68,8 +70,9 @@ class Field:
 
 
 def size(key: str, option: str, default: Callable[[Options], int] | None = None, most: int = MOST) -> Field:
-    """Return the `Field` object of a positive integer. default: a function that computes the value of a missing field from the
-    options of earlier Fields. If `default` is None, a missing field is an error. most: the largest value that is accepted."""
+    """Return the `Field` object of the field `key`, a positive integer, and of the option with the same value. default: a
+    function that computes the value of a missing field from the options of earlier Fields. If `default` is None, a missing
+    field is an error. most: the largest value that is accepted."""
 
     def read(given: Given, found: Options) -> Options:
         return {option: given.number(key, int, None if default is None else default(found), most)}
@@ -81,8 +84,9 @@ def number(
     key: str, option: str, default: float, into: Callable[[float, Options], float] = lambda value, _: value,
     back: Callable[[float, Options], float] = lambda value, _: value, most: float = 2.0**62,
 ) -> Field:
-    """Return the `Field` object of a positive number. into: a function that converts the number to the option. back: a function
-    that converts the option to the number. The second argument of both functions has the other options."""
+    """Return the `Field` object of the field `key`, a positive number. default: the number if the field is missing. into: a
+    function that converts the number to the option. back: a function that converts the option to the number. The second
+    argument of both functions has the other options."""
 
     def read(given: Given, found: Options) -> Options:
         return {option: float(into(given.number(key, float, default, most), found))}
@@ -91,7 +95,7 @@ def number(
 
 
 def cap(key: str, option: str, default: float | None) -> Field:
-    """Return the `Field` object of a soft-cap. A field that is null means no soft-cap, and the option is then 0. default: the
+    """Return the `Field` object of a soft-cap. If the field is null, there is no soft-cap, and the option is 0. default: the
     value if the field is missing."""
 
     def read(given: Given, found: Options) -> Options:

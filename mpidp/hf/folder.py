@@ -39,7 +39,8 @@ def _opened(path: Path) -> Iterator[Any]:
 class ModelFolder:
     """A model in a Hugging Face folder. The constructor raises DataError if the folder is invalid. Independent.
 
-    settings: the settings of section model. sizes: the shape of each parameter. notes: messages for the user.
+    settings: the settings `model.*`, by name without this prefix. sizes: the shape of each parameter. notes: messages for the
+    user.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,8 +62,9 @@ class ModelFolder:
         self._check(tensors)
 
     def box(self, name: str, entry: Entry) -> Tensor:
-        """Return the part of a parameter that lies inside a box, and read only this part. name: "model/" followed by the name of
-        the parameter. entry: `entry.place` is the beginning of the box, and `entry.tensor` has the shape of the box."""
+        """Return one rectangular block of a parameter, and read only this block from the file. name: "model/" followed by the
+        name of the parameter. entry: `entry.place` is the index of the block's first element, and `entry.tensor` has the shape
+        of the block."""
         place = self._places[name.removeprefix("model/")]
         shape = entry.tensor.shape
         first, rest = entry.place[:1], tuple(slice(at, at + n) for at, n in zip(entry.place[1:], shape[1:], strict=True))
@@ -100,7 +102,8 @@ class ModelFolder:
             raise DataError(f"{index}: its weight_map must name files in the same folder")
         files = [self.path / name for name in sorted(set(names.values()))]
         if missing := [file.name for file in files if not file.is_file()]:
-            raise DataError(f"{self.path}: {len(missing)} of {len(files)} weight files are missing ({', '.join(missing)})")
+            raise DataError(f"{self.path}: {len(missing)} of {len(files)} weight files are missing ({', '.join(missing)}). "
+                            "Download them")
         return files
 
     def _headers(self, files: list[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -114,8 +117,8 @@ class ModelFolder:
         return found
 
     def _with_prefix(self, tensors: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Return the tensors under the names that the family uses. If a model was saved without its head, the names in its files
-        lack the family's prefix. This function then adds the prefix."""
+        """Return the tensors under the names that the family uses. If a model was saved without its head, the names in its
+        files lack the family's prefix, and this function adds it."""
         prefix = self._layout.prefix
         if any(name.startswith(prefix) for name in tensors):
             return tensors

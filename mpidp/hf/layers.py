@@ -14,8 +14,8 @@ LETTER = {WINDOW: "w", FULL: "f"}
 
 
 def per_layer(pattern: str, layers: int, otherwise: str) -> str:
-    """Return a string with one letter for each of the `layers` layers. The letters are those of `pattern`, repeated. If
-    `pattern` is empty, those of `otherwise` are used. Pure."""
+    """Return a string with one letter for each of the `layers` layers. It repeats the letters of `pattern`, or those of
+    `otherwise` if `pattern` is empty. Pure."""
     pattern = pattern or otherwise
     return (pattern * (layers // len(pattern) + 1))[:layers]
 
@@ -26,8 +26,8 @@ def shortest(letters: str) -> str:
 
 
 def window(default: int | None) -> Field:
-    """Return the `Field` object of sliding_window of a family in which all layers have the same window. default: the value if the
-    field is missing."""
+    """Return the `Field` object of `sliding_window`, for a family in which all layers have the same window. default: the value
+    if the field is missing."""
 
     def read(given: Given, found: Options) -> Options:
         return {"window": _window(given, default) or 0, "window_layers": ""}
@@ -47,12 +47,13 @@ def layered_window(
     default: int | None, usual: Callable[[Given, Options, bool], str], switch: bool = False, more: tuple[str, ...] = (),
     back: Callable[[Options], dict[str, Any]] = lambda options: {},
 ) -> Field:
-    """Return the `Field` object of sliding_window and layer_types.
+    """Return the `Field` object of the fields `sliding_window` and `layer_types`.
 
-    A layer has the letter "w" if it has a window, and "f" if it has full attention. default: the value of sliding_window if this
-    field is missing. usual(given, found, has_window): returns the letters of all layers if layer_types is missing. `has_window`
-    says whether the model has a window. switch: True if the window counts only when use_sliding_window is true. more: the names
-    of other fields that `usual` reads. back(options): returns these other fields for a model with these options.
+    A layer has the letter "w" if it has a window, and "f" if it has full attention. default: the value of sliding_window if
+    this field is missing. usual(given, found, has_window): a function that returns the letters of all layers if layer_types is
+    missing. given, found: as in Field.read. has_window: whether the model has a window. switch: True if models of the family
+    have the window only when use_sliding_window is true. more: the names of other fields that `usual` reads. back(options): a
+    function that returns these other fields for a model with these options.
     """
 
     def read(given: Given, found: Options) -> Options:
@@ -64,7 +65,8 @@ def layered_window(
         if "w" not in letters:
             return {"window": 0, "window_layers": ""}
         if size is None:
-            given.refuse("layer_types has sliding_attention, but no sliding_window" + " with use_sliding_window=true" * switch)
+            given.refuse("layer_types has sliding_attention, so the file needs sliding_window"
+                         + " and use_sliding_window=true" * switch)
         return {"window": size, "window_layers": letters if "f" in letters else ""}
 
     def write(options: Options) -> dict[str, Any]:
@@ -122,8 +124,9 @@ def first_window(options: Options) -> dict[str, Any]:
 
 
 def without_rotary(interval: int) -> Field:
-    """Return the `Field` object of SmolLM3's no_rope_layers and no_rope_layer_interval. In no_rope_layers, a layer has the entry
-    1 if it has rotary positions, and otherwise 0. interval: the value of no_rope_layer_interval if this field is missing."""
+    """Return the `Field` object of SmolLM3's fields `no_rope_layers` and `no_rope_layer_interval`. In no_rope_layers, a layer
+    has the entry 1 if it has rotary positions, and otherwise 0. interval: the value of no_rope_layer_interval if this field is
+    missing."""
 
     def read(given: Given, found: Options) -> Options:
         listed, layers = given.config.get("no_rope_layers"), found["num_layers"]
@@ -144,7 +147,7 @@ def without_rotary(interval: int) -> Field:
 
 
 def without_rotary_are_windows(given: Given, found: Options, has_window: bool) -> str:
-    """Return the letters of SmolLM3's layers. If the model has a window, the layers without rotary positions have it. Use this
-    function as the argument `usual` of layered_window()."""
+    """Return the letters of SmolLM3's layers, as layered_window() defines them. If the model has a window, only the layers
+    without rotary positions use it. Use this function as the argument `usual` of layered_window()."""
     letters = per_layer(found["rotary_layers"], found["num_layers"], "y")
     return "".join("w" if has_window and letter == "n" else "f" for letter in letters)

@@ -41,7 +41,7 @@ def family_of(config: Mapping[str, Any], where: object) -> Family:
 
 
 def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """Return the settings of section model that a config.json describes. Pure.
+    """Return the settings `model.*` that a config.json describes, by name without this prefix. Pure.
 
     Raises DataError if a field is missing, is not known, or has a value that is not supported. where: the file's path.
     """
@@ -58,13 +58,13 @@ def _check_known(family: Family, config: Mapping[str, Any], where: object) -> No
         fits = any(config.get(key) == one and type(config.get(key)) is type(one) for one in values)
         if key in config and key not in known and not fits:
             raise DataError(
-                f"{where}: {key}={short(config[key])} is not supported. mpidp's {family.architecture} has only "
+                f"{where}: {key}={short(config[key])} is not supported. For {family.architecture}, mpidp supports only "
                 f"{key}={' or '.join(map(repr, values))}"
             )
     if unknown := [key for key in config if key not in known and key not in only]:
         raise DataError(
             f"{where}: mpidp does not know {', '.join(f'{key}={short(config[key])}' for key in unknown[:5])} of "
-            f"{family.architecture}, so it may compute other logits. If transformers gives the same logits without "
+            f"{family.architecture}, so the logits may be wrong. If transformers gives the same logits without "
             f"{'it' if len(unknown) == 1 else 'them'}, remove {'it' if len(unknown) == 1 else 'them'} in a copy of the folder"
         )
 
@@ -92,8 +92,9 @@ def _keys_of(family: Family, *options: str) -> list[str]:
 
 
 def canonical(options: Options) -> Options:
-    """Return equivalent options in a canonical form. In some options, 0 stands for a value that is computed from other options.
-    An option that equals this computed value becomes 0. Patterns of layers become as short as possible. Pure."""
+    """Return equivalent options in a canonical form. In some options, 0 stands for a value that is computed from other
+    options. If such an option equals this computed value, it becomes 0. Patterns with one letter per layer become as short as
+    possible. Pure."""
     found = dict(options)
     size, layers = head_size(options), options["num_layers"]
     found["head_dim"] = 0 if size * options["num_heads"] == options["model_dim"] else size
@@ -127,8 +128,9 @@ def options_of(shape: TransformerShape) -> Options:
 
 
 def longest_of(config: Mapping[str, Any], where: object) -> int | None:
-    """Return the maximum context length that config.json states, or None if it states none. where: the file's path. Errors name
-    it. Raises DataError if this length is not a positive integer, or if the family is not supported. Pure."""
+    """Return the maximum context length that config.json states. If config.json states none, return None. where: the file's
+    path. Errors name it. Raises DataError if this length is not a positive integer, or if the family is not supported.
+    Pure."""
     key = family_of(config, where).longest
     return None if config.get(key) is None else Given(config, where).number(key)
 
@@ -140,8 +142,9 @@ def config_of(
     UsageError if no supported family has the options of the model. Pure.
 
     before: the contents of config.json of the model that this model was fine-tuned from, or an empty dict. If `before` is not
-    empty, its family is used. Its fields are kept, except those that contradict the model. Otherwise, the first family that has
-    all options is used. ids: values of bos_token_id, eos_token_id and pad_token_id, each used only if `before` lacks the field.
+    empty, the result has the same family, and keeps the fields of `before` that do not contradict the model. If `before` is
+    empty, the first family that has all options of the model is used. ids: values of bos_token_id, eos_token_id and
+    pad_token_id, each used only if `before` lacks the field.
     """
     wanted = options_of(shape)
     if before:
@@ -174,7 +177,7 @@ def _written(
     family: Family, shape: TransformerShape, options: Options, dtype: str, ids: Mapping[str, int | None], kept: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the contents of config.json for a model of this family. kept: the fields of an earlier config.json, or an empty
-    dict. They are kept, except those that contradict the options."""
+    dict. The result keeps those of these fields that do not contradict the options."""
     usual: dict[str, Any] = {
         "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **ids, "initializer_range": 0.02, "use_cache": True,
         "attention_dropout": 0.0,

@@ -1,5 +1,5 @@
-"""Lists model families that cannot be imported. For each, it has the reason, and the nearest family that can be imported. Pure,
-without torch."""
+"""Lists model families that cannot be imported. For each family, the table REFUSED has the reason, and the nearest family that
+can be imported. Pure, without torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from reprlib import repr as short
 
 from mpidp.hf.families import BY_MODEL_TYPE, FAMILIES
 
-MOE, VISION, CONV, STATE = "a mixture of experts", "images or sound besides text", "convolutions as layers", "a state space"
+MOE, VISION, CONV, STATE = "a mixture of experts", "inputs of images or sound", "layers of convolutions", "state-space layers"
 REFUSED = {  # model_type -> (what mpidp's Transformer does not have, the nearest family)
     **dict.fromkeys(("mixtral", "minimax", "dbrx"), (MOE, "MistralForCausalLM")),
     **dict.fromkeys(("llama4", "llama4_text"), (MOE, "LlamaForCausalLM")),
@@ -31,7 +31,7 @@ REFUSED = {  # model_type -> (what mpidp's Transformer does not have, the neares
     **dict.fromkeys(("gpt_neo", "gptj", "opt", "codegen", "gpt_bigcode", "xglm"), ("", "GPT2LMHeadModel")),
     **dict.fromkeys(("falcon", "phi", "persimmon", "gpt_neox_japanese"), ("", "GPTNeoXForCausalLM")),
     **dict.fromkeys(("cohere", "cohere2", "helium", "glm", "glm4"),
-                    ("rotary positions of neighbouring dimensions", "LlamaForCausalLM")),
+                    ("rotary positions that pair neighbouring dimensions", "LlamaForCausalLM")),
     **dict.fromkeys(("olmo",), ("norms without gains", "LlamaForCausalLM")),
     **dict.fromkeys(("stablelm", "nemotron", "apertus"), ("", "LlamaForCausalLM")),
     **dict.fromkeys(("t5", "bart", "mt5", "t5gemma"), ("an encoder", "GPT2LMHeadModel")),
@@ -40,8 +40,8 @@ REFUSED = {  # model_type -> (what mpidp's Transformer does not have, the neares
 
 
 def refusal(architectures: object, model_type: object) -> str:
-    """Return the error message for a model whose family is not supported. The arguments are two fields of its config.json.
-    Pure."""
+    """Return the error message for a model whose family is not supported. The arguments are two fields of the model's
+    config.json. Pure."""
     if isinstance(model_type, str) and (near := BY_MODEL_TYPE.get(model_type)):
         return (
             f"architectures={short(architectures)} is not supported. For model_type={short(model_type)}, mpidp supports only "

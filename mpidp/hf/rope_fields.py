@@ -26,14 +26,15 @@ def rope(
     theta: float = 10000.0, theta_keys: tuple[str, ...] = ("rope_theta",), partial: float | None = None,
     partial_keys: tuple[str, ...] = ("partial_rotary_factor",), kinds: Mapping[str, str] | None = None, original: int = 0,
 ) -> Field:
-    """Return the `Field` object of rotary positions, for a family in which they are the same in all layers.
+    """Return the `Field` object of rotary positions, for a family in which all layers have the same rotary positions.
 
-    theta: used if config.json does not state theta. theta_keys: the names of the fields outside rope_parameters that may contain
-    theta. If several of these are present, they must be equal. partial: the fraction of a head's dimensions that is rotated, used
-    if config.json does not state it. If `partial` is None, the family always rotates all dimensions. partial_keys: the names of
-    the fields outside rope_parameters that may contain this fraction. kinds: {the family's name: mpidp's name} of each supported
-    scaling. If `kinds` is None, all of mpidp's scalings are supported, under mpidp's names. original: used if
-    original_max_position_embeddings is missing. If `original` is 0, max_position_embeddings is used.
+    theta: the base of the rotary frequencies, used if config.json does not state it. theta_keys: the names of the fields
+    outside rope_parameters that may contain theta. If several of these fields are present, their values must be equal.
+    partial: the fraction of a head's dimensions that is rotated, used if config.json does not state it. If `partial` is None,
+    the family always rotates all dimensions. partial_keys: the names of the fields outside rope_parameters that may contain
+    this fraction. kinds: {the family's name: mpidp's name} of each supported scaling. If `kinds` is None, all of mpidp's
+    scalings are supported, under mpidp's names. original: the value of original_max_position_embeddings if this field is
+    missing. If `original` is 0, the value is that of max_position_embeddings.
     """
     known = dict.fromkeys(KINDS) if kinds is None else kinds
     keys = tuple(dict.fromkeys((*theta_keys, *partial_keys, *OLD)))
@@ -72,17 +73,18 @@ def two_ropes(theta: float, window_theta: float, window_key: str | None = None) 
     """Return the `Field` object of rotary positions, for a family in which layers with a window have a theta and a scaling of
     their own.
 
-    theta: used for layers with full attention if config.json does not state their theta. window_theta: used for layers with a
-    window if config.json does not state their theta. window_key: the name of the field outside rope_parameters that may contain
-    the theta of layers with a window, or None. In Family.fields, this Field must come after the Field of the windows.
+    theta: theta of layers with full attention if config.json does not state it. window_theta: theta of layers with a window if
+    config.json does not state it. window_key: the name of the field outside rope_parameters that may contain the theta of
+    layers with a window, or None. In Family.fields, this Field must come after the Field of the windows.
     """
 
     def read(given: Given, found: Options) -> Options:
         both = _object(given, "rope_parameters")
         old = _object(given, "rope_scaling")
         if not both and old.get("type", "default") != "default" and not old.get("rope_type"):
-            given.refuse(f"transformers ignores rope_scaling={short(old)} in this family, and uses no scaling, because it has no "
-                         "rope_type. If the scaling is right, write rope_type instead of type, else remove it")
+            given.refuse(f"transformers ignores rope_scaling={short(old)} in this family, and uses no scaling, because this "
+                         "object has no rope_type. If the scaling is right, write rope_type instead of type. Otherwise, "
+                         "remove rope_scaling")
         if other := set(both) - {FULL, WINDOW}:
             given.refuse(f"rope_parameters has {short(min(other))}, but must have only {FULL} and {WINDOW}, one object each")
         parts = {}
@@ -134,7 +136,8 @@ def _object(given: Given, key: str) -> dict[str, Any]:
 
 def _check_keys(given: Given, scaling: Mapping[str, Any], where: str) -> None:
     if any(isinstance(value, dict) for value in scaling.values()):
-        given.refuse(f"{where}={short(dict(scaling))} is not supported, because all layers must have the same parameters")
+        given.refuse(f"{where}={short(dict(scaling))} is not supported, because all layers must have the same rotary "
+                     "parameters")
     if unknown := sorted(set(scaling) - KNOWN):
         given.refuse(f"{where} has {', '.join(map(short, unknown))}, which mpidp does not know")
 
@@ -142,9 +145,9 @@ def _check_keys(given: Given, scaling: Mapping[str, Any], where: str) -> None:
 def _first(
     given: Given, scaling: Mapping[str, Any], key: str, outside: tuple[str, ...], default: float, most: float = MOST
 ) -> float:
-    """Return the value of `key` in `scaling`. If it is missing, return the value of the fields in `outside`. If these are
-    missing too, return `default`. scaling: the content of rope_parameters. most: the largest value that is accepted. Raises
-    DataError if the fields in `outside` differ, or if the value is not accepted."""
+    """Return the value of `key` in `scaling`. If this key is missing, return the value of the fields in `outside`. If these
+    fields are missing too, return `default`. scaling: the content of rope_parameters. most: the largest value that is
+    accepted. Raises DataError if the fields in `outside` differ, or if the value is not accepted."""
     values = {name: given.config[name] for name in outside if given.config.get(name) is not None}
     if len(set(map(repr, values.values()))) > 1 and len({float(v) for v in values.values() if isinstance(v, (int, float))}) > 1:
         given.refuse(f"{' and '.join(f'{name}={short(value)}' for name, value in values.items())} contradict each other")
@@ -160,14 +163,14 @@ def _check_ignored(given: Given, key: str, names: tuple[str, ...], used: float) 
         where = "this family" if names else "layers with a window of this family"
         given.refuse(
             f"transformers ignores {key}={short(given.config[key])} in {where}, and uses {used}. If {key} is right, write it "
-            "into rope_parameters, else remove it"
+            "into rope_parameters. Otherwise, remove it"
         )
 
 
 def scaling_text(given: Given, scaling: Mapping[str, Any], kinds: Mapping[str, str | None]) -> str:
-    """Return the option rope_scaling. scaling: the content of rope_parameters. kinds: {the family's name: mpidp's name, or None
-    if both are equal} of each supported scaling. Raises DataError if the scaling is not supported, or if one of its values is
-    missing or invalid. Pure."""
+    """Return the option `rope_scaling`. scaling: the content of rope_parameters. kinds: {the family's name: mpidp's name, or
+    None if both are equal} of each supported scaling. Raises DataError if the scaling is not supported, or if one of its
+    values is missing or invalid. Pure."""
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return ""
@@ -235,7 +238,7 @@ _NUMBERS: dict[str, Any] = {
 
 
 def scaling_object(text: str) -> dict[str, Any]:
-    """Return the content of rope_parameters without theta. text: the option rope_scaling. Pure."""
+    """Return the content of rope_parameters without theta. text: the option `rope_scaling`. Pure."""
     found = rope_scaling(text)
     if found is None:
         return {"rope_type": "default"}

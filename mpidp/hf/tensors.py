@@ -1,5 +1,5 @@
-"""Describes the tensors in which a family stores the parameters of the model. A tensor can hold several parameters, or a
-transposed parameter. Pure, without torch."""
+"""Describes the tensors in which the files of a model family store the parameters of the model. A tensor can hold several
+parameters, or a transposed parameter. Pure, without torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Place:
-    """Describes which rows of a tensor contain a parameter. name: the name of the tensor. If run is 0, row r of the parameter is
-    row start + r of the tensor. Otherwise it is row start + (r // run) * stride + r % run of the tensor.
+    """Describes which rows of a tensor contain a parameter. If `run` is 0, row r of the parameter is row start + r of the
+    tensor. Otherwise, row r of the parameter is row start + (r // run) * stride + r % run of the tensor.
 
-    transposed: True if the rows of the parameter are columns of the tensor. run: the number of rows in a group of consecutive
-    rows. stride: the number of rows of the tensor from the start of one group to the start of the next.
+    name: the name of the tensor. transposed: True if the rows of the parameter are columns of the tensor. The formulas then
+    apply to the transposed tensor. start: the row that contains row 0 of the parameter. run: the number of rows in a group of
+    consecutive rows. stride: the number of rows of the tensor from the start of one group to the start of the next.
     """
 
     name: str
@@ -23,7 +24,7 @@ class Place:
     stride: int = 0
 
     def slices(self, first: int, count: int) -> list[slice]:
-        """Return slices of the tensor's rows. Together they contain the rows first, ..., first + count - 1 of the parameter.
+        """Return the slices of the tensor's rows that contain `count` rows of the parameter, from row `first` on, in order.
         Pure."""
         if not self.run:
             return [slice(self.start + first, self.start + first + count)]
@@ -40,12 +41,12 @@ class Place:
 class Layout:
     """The names of the tensors of a family, without .weight and .bias.
 
-    prefix: the beginning of the names. It is missing if a model was saved without its head. layer: the beginning of the names in
-    a layer, with {} in place of the layer's number. outside: maps the name of a parameter outside the layers to the name of its
-    tensor. inside: the same for a parameter inside a layer. fused: maps the name of a tensor that contains several parameters to
-    the names of these parameters, in order. by_head: True if a fused tensor is ordered by head. First come the rows of all its
-    parameters for head 0, then those for head 1. transposed: the parameters that are stored transposed. ignored: name endings of
-    tensors that are not parameters.
+    prefix: the beginning of the names. If a model was saved without its head, the names lack the prefix. layer: the beginning
+    of the names in a layer, with {} in place of the layer's number. outside: maps the name of a parameter outside the layers
+    to the name of its tensor. inside: the same for a parameter inside a layer. fused: maps the name of a tensor that contains
+    several parameters to the names of these parameters, in order. by_head: True if a fused tensor is ordered by head. It then
+    starts with the rows of all its parameters for head 0, followed by the rows for head 1, and so on. transposed: the
+    parameters that are stored transposed. ignored: name endings of tensors that are not parameters.
     """
 
     prefix: str
@@ -73,7 +74,8 @@ class Layout:
         return stem in self.outside or inner in self.inside or any(inner in members for members in self.fused.values())
 
     def places(self, sizes: Mapping[str, tuple[int, ...]], head_dim: int) -> dict[str, Place]:
-        """Return {name: Place} for all parameters. sizes: the shapes of all parameters. head_dim: the size of a head. Pure."""
+        """Return {name: `Place` of the parameter in the family's tensors} for all parameters. sizes: the shapes of all
+        parameters. head_dim: the size of a head. Pure."""
         found = {}
         for name in sizes:
             stem, _, kind = name.rpartition(".")

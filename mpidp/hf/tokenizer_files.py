@@ -1,4 +1,5 @@
-"""Makes the text files of an exported folder, such as tokenizer_config.json. They name the special tokens of the training data.
+"""Makes the text files of an exported folder, such as tokenizer_config.json. These files name the special tokens of the
+training data.
 
 If the run was fine-tuned from a model, the files of that model are kept, except for entries that contradict the training data.
 """

@@ -16,7 +16,8 @@ EOD = USUAL_EOD[0]
 
 
 def huggingface_json(tokenizer: Tokenizer) -> str:
-    """Return the contents of a Hugging Face tokenizer.json for `tokenizer`. A Hugging Face tokenizer does not change.
+    """Return the contents of a Hugging Face tokenizer.json for `tokenizer`. For a Hugging Face tokenizer, these are its own
+    contents.
 
     Byte and char tokenizers become BPE tokenizers without merges. For a character outside the vocabulary, such a BPE tokenizer
     gives no id, while mpidp's char tokenizer raises DataError.
@@ -51,8 +52,8 @@ def same(file: Path, used: bytes) -> bool:
 
 
 def extends(file: Path, used: bytes) -> bool:
-    """Return whether the tokenizer `used` is the tokenizer in `file`, or differs from it only by more added tokens with new ids.
-    file: the path of a tokenizer.json. used: the contents of another tokenizer.json.
+    """Return whether the tokenizer `used` is the tokenizer in `file`, or has the same contents and more added tokens with new
+    ids. file: the path of a tokenizer.json. used: the contents of another tokenizer.json.
 
     Raises DataError if one of them is not a readable tokenizer.json.
     """
@@ -73,14 +74,16 @@ def _both(file: Path, used: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def names_of(tokenizer_json: str) -> dict[int, str]:
-    """Return {id: text} for all tokens of a Hugging Face tokenizer.json. tokenizer_json: its contents. Independent."""
+    """Return {id: text} for all tokens of a Hugging Face tokenizer.json. tokenizer_json: the contents of the file.
+    Independent."""
     from tokenizers import Tokenizer as HFTokenizers
 
     return {i: name for name, i in HFTokenizers.from_str(tokenizer_json).get_vocab(with_added_tokens=True).items()}
 
 
 def _plain(content: bytes) -> dict[str, Any]:
-    """Return the parts of a tokenizer.json that determine ids, in Hugging Face's format. content: the contents of the file."""
+    """Return the entries of a tokenizer.json that determine ids, in Hugging Face's format. content: the contents of the
+    file."""
     text = content.decode()
     try:
         is_mpidp = json.loads(text).get("format") == FORMAT

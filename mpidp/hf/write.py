@@ -42,7 +42,8 @@ def write_folder(
 
     weight: a function that returns the parameter with this name in mpidp. tokenizer: the contents of a Hugging Face
     tokenizer.json. special: the special tokens of the run. before: a folder with the companion files (companions.py) of the
-    model that this model was fine-tuned from. The new folder gets copies of them. If `before` is None, there is no such model.
+    model that this model was fine-tuned from. The new folder gets copies of these files. If `before` is None, there is no such
+    model.
     """
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out} exists and is not overwritten. Choose another folder, or remove it")
@@ -63,8 +64,8 @@ def write_folder(
 
 
 def files_of(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Return the names of the tensors of each weight file, in order. sizes: the bytes of each tensor. A file has at most
-    `max_bytes` bytes, or only one tensor. Pure."""
+    """Return the names of the tensors of each weight file, in order. sizes: the number of bytes of each tensor. A file has at
+    most `max_bytes` bytes, or only one tensor. Pure."""
     files: list[list[str]] = []
     room = 0
     for name, size in sizes.items():

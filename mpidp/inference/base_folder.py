@@ -21,7 +21,7 @@ class BaseFolder(ModelFolder):
     """A Hugging Face folder that can be used like the Reader of a checkpoint. It has the attributes `path` and `meta` and the
     method box(). Independent.
 
-    seq_len: the length of the context. If `seq_len` is 0, this length is the model's maximum, but at most USUAL_SEQ_LEN. Raises
+    seq_len: the length of the context. If `seq_len` is 0, the length is the model's maximum, but at most USUAL_SEQ_LEN. Raises
     DataError if the folder is invalid, and UsageError if seq_len exceeds the model's maximum.
     """
 

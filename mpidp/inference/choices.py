@@ -1,9 +1,9 @@
 """Reads and encodes multiple-choice questions, and computes accuracies. Pure.
 
-The model's answer is the choice with the highest score. If several choices have this score, it is the first of them. For
-`accuracy`, the score is the log-likelihood of the choice after the context (acc in lm-evaluation-harness). For `accuracy_norm`,
-it is the log-likelihood divided by the number of characters of the choice, without one leading space (acc_norm in the harness).
-For `accuracy_token`, it is the log-likelihood divided by the number of tokens of the choice.
+The model's answer is the choice with the highest score. If several choices have this score, the answer is the first of them.
+For `accuracy`, the score is the log-likelihood of the choice after the context (acc in lm-evaluation-harness). For
+`accuracy_norm`, it is the log-likelihood divided by the number of characters of the choice, without one leading space
+(acc_norm in the harness). For `accuracy_token`, it is the log-likelihood divided by the number of tokens of the choice.
 """
 
 from __future__ import annotations
@@ -105,9 +105,10 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def accuracies(items: Sequence[Question], encoded: Sequence[Sequence[EncodedChoice]], scores: np.ndarray) -> dict[str, Any]:
-    """Return a dict with five values. accuracy, accuracy_norm, accuracy_token: see the beginning of this file. items: the number
-    of questions. chance: the accuracy of random answers. cut_items: the number of questions with a truncated context. scores:
-    the log-likelihoods in nats, (questions, largest number of choices). Pure."""
+    """Return a dict with the values accuracy, accuracy_norm and accuracy_token (see the beginning of this file), items (number
+    of questions), chance (expected accuracy of random answers) and cut_items (number of questions with a truncated context).
+    items: the questions. encoded: the encoded choices of each question. scores: the log-likelihoods in nats, (questions,
+    largest number of choices). Pure."""
     right = dict.fromkeys(("accuracy", "accuracy_norm", "accuracy_token"), 0)
     for item, rows, row in zip(items, encoded, scores, strict=True):
         plain = row[: len(item.choices)]

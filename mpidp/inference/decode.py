@@ -18,8 +18,8 @@ from mpidp.model.joint_cache import is_exact, join
 
 
 class DecodedText:
-    """The ids of a prompt and of the text that is generated after it. The model gets the last part of these ids, which is called
-    the window."""
+    """The ids of a prompt and of the text that is generated after it. The input of the model is the last part of these ids,
+    which is called the window."""
 
     def __init__(self, model: Any, ids: list[int], tokens: int, seed: int, on_token: Callable[[int], bool]) -> None:
         """ids: the token ids of the prompt. tokens: maximum number of new tokens. seed: the seed of the random generator.
@@ -62,10 +62,10 @@ def decode(
 ) -> None:
     """Generate tokens until all sequences in `rows` have ended. Collective over loaded.grid.model.
 
-    ends: the ids that end a sequence. vocab_size: number of tokens of the tokenizer. The model's further ids are never drawn.
-    exact: if True, only sequences with one new position form a batch, and longer inputs run alone. After by_rows() (rowwise.py),
-    a sequence on the CPU then gets the same bits in every batch. If False, all inputs of equal length form a batch. Raises
-    DataError if a logit is nan or +inf, or if all logits are -inf.
+    ends: the ids that end a sequence. vocab_size: number of tokens of the tokenizer. Ids from `vocab_size` on are never drawn.
+    exact: if True, only sequences with one new position form a batch, and longer inputs run alone. After by_rows()
+    (rowwise.py), a sequence on the CPU then gets the same bits in every batch. If False, all inputs of equal length form a
+    batch. Raises DataError if a logit is nan or +inf, or if all logits are -inf.
     """
     while live := [row for row in rows if not row.ended]:
         unseen = {row: row.unseen() for row in live}

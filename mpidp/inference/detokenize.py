@@ -12,7 +12,7 @@ from typing import Protocol
 from mpidp.data.token_bytes import TokenBytes, bytes_of_tokens
 from mpidp.data.tokenizer import Tokenizer
 
-CONTEXT = 8  # tokens that are decoded again with each new token, if the bytes of tokens are unknown
+CONTEXT = 8  # number of earlier tokens that are decoded again with each new token, if the bytes of tokens are unknown
 
 
 class Detokenizer(Protocol):
@@ -22,7 +22,8 @@ class Detokenizer(Protocol):
         """Return the text that this token completes, which may be empty."""
 
     def end(self) -> str:
-        """Return U+FFFD if the last character is incomplete, else an empty string."""
+        """Return the text that add() has held back, which may be empty. If the last character is incomplete, it becomes
+        U+FFFD."""
 
 
 def detokenizer_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> Detokenizer:
@@ -32,7 +33,7 @@ def detokenizer_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> Detokenizer:
 
 
 class _Bytewise:
-    """Decodes the tokens by joining their bytes. begins: whether the text begins with these tokens. If True, the space that the
+    """Decodes the tokens by joining their bytes. begins: whether no text precedes these tokens. If True, the space that the
     tokenizer puts before each text is removed."""
 
     def __init__(self, of: TokenBytes, begins: bool) -> None:

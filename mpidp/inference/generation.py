@@ -25,9 +25,9 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
 
     A row has the fields of the prompt's input row, and three more. text: the generated text. tokens: the number of generated
     tokens. ended: why generation ended (tokens, eod or stop). If options.exact is "true", a text depends neither on the number
-    of replicas nor on the other prompts. write: a function that first gets the first prompt (with --chat: ""), and then each new
-    piece of its text. Raises UsageError if --out cannot be written, DataError if a prompt or the tokenizer is invalid, and
-    CheckpointError if the run has no valid checkpoint. Collective over world.
+    of replicas nor on the other prompts. write: a function that first gets the first prompt (with --chat: ""), and then each
+    new piece of the text that is generated for this prompt. Raises UsageError if --out cannot be written, DataError if a
+    prompt or the tokenizer is invalid, and CheckpointError if the run has no valid checkpoint. Collective over world.
     """
     from mpidp.inference.chats import template_of
     from mpidp.inference.decode import continue_prompts
@@ -43,7 +43,7 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
     with raise_together(world):
         if world.rank == 0:
             rows = _read(options)
-    rows, moment = world.bcast((rows, time.time()))  # the time that a chat template may write into a prompt
+    rows, moment = world.bcast((rows, time.time()))  # the current time, which a chat template may write into a prompt
     grid = make_grid(world, options.tp, options.pp)
     reader = open_source(Path(options.run), world, options.seq_len)
     seq_len, replica = reader.meta["config"]["model.seq_len"], grid.world.rank // grid.parts
@@ -76,8 +76,8 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
     found = sorted((pair for part in gathered for pair in part), key=lambda pair: pair[0])
     cut = sum(continuation.cut for _, continuation in found)
     if cut:
-        log.warning("warning: %d of %d outputs are longer than the context of %d tokens. They were continued with a sliding "
-                    "window of %d to %d tokens", cut, len(rows), seq_len, seq_len // 2, seq_len)
+        log.warning("warning: %d of %d outputs, together with their prompts, are longer than the context of %d tokens. They "
+                    "were continued with a sliding window of %d to %d tokens", cut, len(rows), seq_len, seq_len // 2, seq_len)
     return [
         rows[i] | {"text": continuation.text, "tokens": continuation.tokens, "ended": continuation.ended}
         for i, continuation in found

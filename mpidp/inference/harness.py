@@ -65,9 +65,9 @@ def run_tasks(
 
 
 def prefix_of(encoder: Encoder, has_base: bool) -> int:
-    """Return the token id that precedes a text without context. The harness uses the same id for the exported model: BOS, or the
-    end-of-text token if there is no BOS. has_base: whether the model is a Hugging Face folder, or was fine-tuned from one. If
-    True, these two tokens are those of the base model. Pure."""
+    """Return the token id that precedes a text without context. The harness uses the same id for the exported model: BOS, or
+    the end-of-text token if there is no BOS. has_base: whether the model is a Hugging Face folder, or was fine-tuned from one.
+    If True, BOS and the end-of-text token are those of the base model. Pure."""
     table, ids = encoder.table, special_names(encoder.tokenizer)
     named = [ids[name] for key in ("bos_token", "eos_token") if (name := table.names.get(key, "")) in ids]
     if has_base:
@@ -109,8 +109,8 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _own_seeds() -> Iterator[None]:
-    """Return a context in which the global random generators have the harness's seeds. At its end, the generators get their
-    earlier states back."""
+    """Return a context manager that sets the global random generators to the harness's seeds. At its end, it restores the
+    earlier states of the generators."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(SEEDS[0])
     np.random.seed(SEEDS[1])
@@ -125,8 +125,8 @@ def _own_seeds() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _errors_named() -> Iterator[None]:
-    """Return a context in which an exception of the harness or of a task becomes a DataError. Exceptions of mpidp and of MPI do
-    not change."""
+    """Return a context manager that converts an exception of the harness or of a task to a DataError. It does not change
+    exceptions of mpidp and of MPI."""
     try:
         yield
     except (MpidpError, MPI.Exception):
@@ -144,7 +144,7 @@ def _model_class() -> Any:
     base: Any = library.api.model.TemplateLM
 
     class HarnessModel(base):
-        """The model as the harness sees it. Requests of the harness are passed on to SharedRequests."""
+        """The model as the harness sees it. It passes the requests of the harness on to SharedRequests."""
 
         def __init__(self, requests: SharedRequests, name: str, prefix: int, seq_len: int) -> None:
             super().__init__()

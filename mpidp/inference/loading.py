@@ -43,7 +43,8 @@ Source: TypeAlias = Reader | BaseFolder  # where a model comes from
 
 
 def home_of(reader: Source) -> Path:
-    """Return the folder of the run, or the Hugging Face folder. It contains the tokenizer and other files of the model. Pure."""
+    """Return the folder of the run, or the Hugging Face folder. This folder contains the tokenizer and other files of the
+    model. Pure."""
     return reader.path if isinstance(reader, BaseFolder) else reader.path.parent.parent
 
 
@@ -71,7 +72,7 @@ class Loaded:
     @torch.no_grad()
     def forward(self, tokens: Tensor, caches: list[Any] | None = None) -> Tensor | None:
         """Run the model on tokens (B, T). caches: one cache per sequence, with the keys and values of the positions before
-        `tokens`, or None if there are no such positions.
+        `tokens`, or None to compute without caches.
 
         Returns logits (B, T, this rank's part of V) on the last pipeline stage, and None on other stages. Collective over
         grid.model.
@@ -135,8 +136,8 @@ def check_same_tokenizer(reader: Source, stream: TokenStream) -> None:
 
 
 def table_of_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
-    """Return the table of special tokens of a run. If the run was fine-tuned from a model, its `ends` also have the tokens that
-    end a text of that model. Raises DataError if a file is invalid. Independent."""
+    """Return the table of special tokens of a run. If the run was fine-tuned from a model, the `ends` of the table also
+    contain the tokens that end a text of that model. Raises DataError if a file is invalid. Independent."""
     table, base = for_run(run_dir, tokenizer), run_dir / "hf"
     if not base.is_dir():
         return table
@@ -155,7 +156,8 @@ def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str 
         tokenizer = load_tokenizer(path or own_tokenizer(reader), reader.meta["eod"])
         rows, padded = loaded.model.shape.vocab_size, reader.meta["config"].get("model.vocab_size", 0) > 0
         if tokenizer.vocab_size > rows or (tokenizer.vocab_size < rows and not padded):
-            raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {rows}. Give another --tokenizer")
+            raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model has {rows}. "
+                            "Give another --tokenizer")
         if isinstance(reader, BaseFolder):
             table = special_tokens_of(reader.path, tokenizer)
         else:
@@ -175,7 +177,8 @@ def open_source(path: Path, world: MPI.Intracomm, seq_len: int = 0) -> Source:
     """
     if not is_base_folder(path):
         if seq_len:
-            raise UsageError.on_every_rank(f"--seq-len applies to Hugging Face folders only; {path} has its own model.seq_len")
+            raise UsageError.on_every_rank(f"--seq-len applies to Hugging Face folders only. Omit it, because {path} has its "
+                                           "own model.seq_len")
         return open_run(path, world)
     with raise_together(world):
         folder = BaseFolder(path, seq_len)
@@ -258,11 +261,11 @@ def load_model(reader: Source, grid: Grid, device: str, threads: int, kind: str 
         if not isinstance(reader, BaseFolder):
             check_shape(reader.path, reader.meta, shape)
         check_split(shape, grid.tp.size, grid.pp.size)
-        parts = ModelPartition(replace(grid, world=grid.model), shape)  # generate loads the model only where there are prompts
+        parts = ModelPartition(replace(grid, world=grid.model), shape)  # generate loads it only on replicas with prompts
         settings = reader.meta["config"]
         if base and not (settings.get("model.lora_rank", 0) and "init_from" in reader.meta):
-            raise UsageError(f"--base {base}: {reader.path} needs no base model. Omit --base, which only LoRA adapters on "
-                             "existing weights need")
+            raise UsageError(f"--base {base}: {reader.path} needs no base model. Omit --base, which only LoRA runs with "
+                             "train.init_from need")
         added = adapters(settings, shape)
         model = base_model(reader, parts, base) if added else base_weights(settings, shape, parts.part)
         model = prepared(model, settings, shape, parts.part).to(where)

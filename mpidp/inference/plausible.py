@@ -1,7 +1,7 @@
-"""Rejects a manifest that states a size that no run of mpidp writes. Pure.
+"""Rejects the manifest of a checkpoint if it states a size that is not plausible. Pure.
 
-A manifest may come from an untrusted source, and a few bytes could request all memory of this machine. Therefore, call these
-checks before memory is allocated and threads are started.
+A manifest may come from an untrusted source, and a few bytes in it could make mpidp request all memory of this machine.
+Therefore, call these checks before memory is allocated and threads are started.
 """
 
 from __future__ import annotations

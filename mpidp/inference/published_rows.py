@@ -12,8 +12,8 @@ from mpidp.errors import DataError
 
 
 def chat_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row in a published format as a row with `messages`, without the last answer. Return a copy of any other row.
-    Raises DataError if the row is malformed. Pure."""
+    """Return a row in a published format as a row with the field `messages`, without the last answer. Return a copy of any
+    other row. Raises DataError if the row is malformed. Pure."""
     if row.get("prompt") is not None:
         return dict(row)
     try:
@@ -29,8 +29,9 @@ def chat_of(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row of instructions as a row with `prompt`. The prompt is the same as with prepare --format prompt_completion.
-    Return a copy of any other row. Raises DataError if the row is malformed, or if it has messages. Pure."""
+    """Return a row with an instruction (Alpaca, Dolly) as a row with the field `prompt`. The prompt is the same as with
+    prepare --format prompt_completion. Return a copy of any other row. Raises DataError if the row is malformed, or if it has
+    messages. Pure."""
     if row.get("prompt") is not None:
         return dict(row)
     if key := next((name for name in LISTS if row.get(name) is not None), ""):
@@ -43,13 +44,14 @@ def prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refusal(error: RowSkipped) -> DataError:
-    """Return a `DataError` whose message fits the commands generate and chat. error: its message fits the command prepare."""
+    """Return a `DataError` whose message fits the commands generate and chat. error: an error whose message is written for the
+    command prepare."""
     said = str(error).replace("trains on text only", "reads text only")
     return DataError(said.replace("--format chat", "a chat template (generate --chat)"))
 
 
 def _answered(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of the row without fields that mark it as unwanted or as a preference. If the row has instructions, its
+    """Return a copy of the row without fields that mark it as unwanted or as a preference. If the row has an instruction, its
     answer becomes the placeholder "-", because the answer may be missing."""
     found = {key: value for key, value in row.items() if key not in (*UNWANTED, "chosen", "rejected")}
     forms = [*INSTRUCTIONS.values()]

@@ -31,8 +31,8 @@ def read_text(path: str | Path) -> str:
 
 
 def read_rows(path: str | Path, wanted: str) -> list[Row]:
-    """Return the rows of a file. All kinds of files in text_files.py are supported, except plain text. A file that looks like
-    plain text is read as JSON lines. wanted: an example of a valid row. Errors quote it.
+    """Return the rows of a file. All kinds of files that text_files.py recognizes are supported, except plain text. A file
+    that looks like plain text is read as JSON lines. wanted: an example of a valid row. Errors quote it.
 
     Raises DataError if the file cannot be read or is empty, or if a row is malformed. Independent.
     """
@@ -107,9 +107,10 @@ def set_apart(rows: list[dict[str, Any]], path: str | Path) -> list[dict[str, An
 
 
 def warn_of_names(found: Iterable[tuple[str, int]], what: str) -> None:
-    """Log a warning if texts contain names of special tokens that are encoded as plain text. found: one result of
-    Encoder.named() per group of texts. what: what the texts are, for example "prompts", for the warning. Independent."""
+    """Log a warning if texts contain names of special tokens that are encoded as plain text. found: results of
+    Encoder.named(), one per group of texts. what: what the texts are, for example "prompts", for the warning. Independent."""
     named = [(name, count) for name, count in found if count]
     if named:
-        log.warning("warning: %d %s name a special token (%s), which is encoded as text. With --special=tokens it becomes an id",
+        log.warning("warning: %d %s contain the name of a special token (%s), which is encoded as text. With "
+                    "--special=tokens, it becomes the id of the token",
                     sum(count for _, count in named), what, named[0][0])

@@ -14,8 +14,8 @@ PIECE_TOKENS = 2**20  # tokens read at a time
 
 
 def scored_bytes(stream: TokenStream, comm: MPI.Intracomm) -> int | None:
-    """Return the number of UTF-8 bytes of the tokens of a split that Engine.evaluate scores. Return None if the shards have no
-    tokenizer, or if the tokenizer is of an unknown kind. Collective over comm.
+    """Return the number of UTF-8 bytes of those tokens of a split that Engine.evaluate scores. Return None if the shards have
+    no tokenizer, or if the tokenizer is of an unknown kind. Collective over comm.
 
     The first token of the stream, and tokens that the loss mask excludes, are not scored. If attention is limited to single
     documents, the first token of each document is not scored either. The end-of-document token, and BOS before a document, have

@@ -1,5 +1,5 @@
-"""Computes, on all ranks, the answers to requests of a program on rank 0. One replica computes a batch. The batches, and
-therefore the answers, do not depend on the number of replicas."""
+"""Computes, on all ranks, the answers to requests of a program on rank 0. One replica computes each batch of requests. The
+batches, and therefore the answers, do not depend on the number of replicas."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class SharedRequests:
     def __init__(
         self, loaded: Loaded, encoder: Encoder, together: int, progressed: Callable[[], None] = lambda: None
     ) -> None:
-        """together: number of requests per batch. progressed: a function that is called after each batch, and again and again
-        while a rank waits."""
+        """together: number of requests per batch. progressed: a function that is called after each batch, and repeatedly while
+        a rank waits."""
         self.loaded, self.encoder, self._together, self._progressed = loaded, encoder, together, progressed
         self._grid = loaded.grid
         self._failed = False  # whether a batch failed; if so, every rank has raised an error
@@ -86,15 +86,15 @@ class SharedRequests:
         return [answers[i] for i in range(len(given))]
 
     def _pass(self, request: tuple[str, list[Any], list[int]] | None) -> Any:
-        """Return the `request` of rank 0 on all ranks. The argument is ignored on other ranks. Collective over
+        """Return the argument `request` of rank 0 on all ranks. On other ranks, the argument is ignored. Collective over
         loaded.grid.world."""
         world = self._grid.world
         polite_barrier(world, self._progressed)
         return world.bcast(request if world.rank == 0 else None)
 
     def _answer(self, name: str, given: list[Any], order: list[int]) -> dict[int, Any]:
-        """Call the method `name` with batches of the list `given`. order: the indices of the list, in the order of the batches.
-        Return {index: answer} on rank 0, {} on other ranks. Collective over loaded.grid.world."""
+        """Call the method `name` with batches of the list `given`. order: the indices of the list, in the order of the
+        batches. Return {index: answer} on rank 0, and {} on other ranks. Collective over loaded.grid.world."""
         grid, found, size = self._grid, dict[int, Any](), self._together
         groups = [order[at : at + size] for at in range(0, len(order), size)]
         try:

@@ -13,13 +13,13 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         """stops: the stop strings, which must be nonempty."""
         self._stops = [(stop, borders(stop)) for stop in stops]
-        self._matched = [0] * len(stops)  # for each string, the length of its longest prefix with which the text ends
-        self._held, self._length = deque[str](), 0  # the end of the text in pieces, and its number of characters
+        self._matched = [0] * len(stops)  # for each stop string, the length of its longest prefix that is a suffix of the text
+        self._held, self._length = deque[str](), 0  # the text that is held back, in pieces, and its length
 
     def add(self, piece: str) -> tuple[str, bool]:
         """Append a piece of text. Return (text, found). text: the text that certainly comes before the first stop string,
-        without what was returned earlier. found: whether a stop string has occurred. This string and all text after it are never
-        returned."""
+        without the text that earlier calls returned. found: whether a stop string has occurred. This string and all text after
+        it are never returned."""
         starts = []
         for i, (stop, lengths) in enumerate(self._stops):
             n = self._matched[i]

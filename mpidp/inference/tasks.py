@@ -1,5 +1,5 @@
 """Loads tasks of EleutherAI's evaluation harness (lm-eval). The tasks are the harness's own, or come from a folder of task
-files. This runs on one rank."""
+files. These functions run on one rank."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from mpidp.errors import DataError, UsageError
 
 FEW_SHOT_SEED = 1234  # the harness's own default
 OFFLINE = (
-    "lm-eval's own tasks fetch their data from the Hugging Face Hub. Without a network, either load them once on a machine with "
-    "network and copy its cache (HF_HOME), or write a task file with `dataset_path: json` and `dataset_kwargs: {data_files: "
-    "FILE.jsonl}`, and give its folder (--tasks-dir DIR, train.eval_tasks_dir=DIR; docs/use.md has an example)"
+    "lm-eval's own tasks fetch their data from the Hugging Face Hub. Without a network, either load the tasks once on a "
+    "machine with a network and copy the cache of that machine (HF_HOME), or write a task file with `dataset_path: json` and "
+    "`dataset_kwargs: {data_files: FILE.jsonl}`, and give the folder of this file (--tasks-dir DIR, train.eval_tasks_dir=DIR; "
+    "docs/use.md has an example)"
 )
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """The options of an evaluation on tasks. names: each is the name of a task, of a group of tasks, or of a tag. The harness
-    defines such names, and so do task files in `folder`. folder: "" if there are no task files."""
+    """The options of an evaluation on tasks. names: names of tasks, of groups of tasks, or of tags, which the harness or the
+    task files in `folder` define. folder: "" if there are no task files."""
 
     names: Sequence[str]
     folder: str = ""
@@ -35,7 +36,7 @@ class TaskOptions:
     limit: int = 0  # maximum number of items per task; 0: all items
     chat: bool = False  # whether prompts are chats, in the model's chat template
     system: str | None = None  # the system message of these chats
-    code: bool = False  # whether Python functions that task files in `folder` name may be called
+    code: bool = False  # whether the task files in `folder` may call Python functions
 
 
 def harness() -> Any:
@@ -70,7 +71,7 @@ def load_tasks(options: TaskOptions) -> dict[str, Any]:
         _check_folder(Path(options.folder), options.code)
     found: dict[str, Any] | None = None
     if options.folder:
-        with suppress(KeyError):  # a name, or a member of a group, belongs to the harness's own tasks
+        with suppress(KeyError):  # KeyError: a name, or a member of a group, is one of the harness's own tasks
             found = _load(library, options, own_alone=True)
     if found is None:
         try:

@@ -12,9 +12,9 @@ ALL = {"q", "k", "v", "o", "gate", "up", "down"}  # the default of model.lora_ta
 
 
 def adapter_sizes(sizes: Mapping[str, Sequence[int]], rank: int, targets: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the adapters' parameters, by name. A layer gets an adapter if `targets` has the last component of its
-    name. An example of `targets` is "q,v". The default of `targets` names all layers of a block. Names in this default that the
-    model does not have are ignored.
+    """Return the shapes of the adapters' parameters, by name. A layer gets an adapter if the last component of its name is in
+    `targets`. An example of `targets` is "q,v". The default of `targets` names all layers of a block. Names in this default
+    that the model does not have are ignored.
 
     sizes: the shapes of the base model's parameters, by name. Raises UsageError if a name in `targets` matches no layer, or if
     the rank exceeds the smaller dimension of a layer that gets an adapter. Pure.

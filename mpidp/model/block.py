@@ -14,8 +14,8 @@ from mpidp.model.shape import TransformerShape
 
 
 class Block(nn.Module):
-    """Computes x + attention(norm(x)), then x + feed_forward(norm(x)). attention and feed_forward are called the branches.
-    Dropout is applied to the output of each branch.
+    """Computes x + attention(norm(x)), then x + feed_forward(norm(x)). attention and feed_forward are called the residual
+    branches. Dropout is applied to the output of each branch.
 
     model.norm_place can add norms after the branches. With model.parallel, both branches get the same input.
     """

@@ -1,8 +1,8 @@
-"""The key-value cache of one sequence. With a cache, generating a token computes one position. Without a cache, it computes the
-whole window. Pure torch.
+"""The key-value cache of one sequence. With a cache, the model computes one position per generated token. Without a cache, it
+computes all positions of the context again. Pure torch.
 
-`model.new_cache(positions)` returns a cache for this many positions, or None if the model does not support caches. The argument
-`caches` of forward is a list with one cache per row of the input.
+`model.new_cache(positions)` returns a cache for this many positions, or None if the model does not support caches. The
+argument `caches` of forward is a list with one cache per sequence of the input.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ SLACK = 64  # extra positions in the memory of a layer with a window, so that mo
 
 
 class Cache:
-    """Keys and values of one sequence, for the layers and heads of one part of a Transformer. A layer with a sliding window
-    keeps only the positions that later positions can attend to."""
+    """Keys and values of one sequence, for the layers and heads of a Transformer that this rank has. A layer with a sliding
+    window keeps only the positions that later positions can attend to."""
 
     def __init__(self, capacity: int) -> None:
         """capacity: maximum number of positions."""
@@ -32,7 +32,7 @@ class Cache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
         """Append the keys and values (K, T, E) of the next T positions of a layer. Return (keys, values) of all positions so
-        far. With a window, positions outside the windows of these T positions may be missing.
+        far. With a window, the result may lack positions to which none of these T positions attends.
 
         After the last layer, the caller must increase `length` by T. Raises ValueError if the cache is full.
         """
@@ -66,8 +66,8 @@ def attend(caches: list[Cache], layer: int, q: Tensor, k: Tensor, v: Tensor, how
     """Return causal attention (B, H, T, E) of T new positions over all positions so far. q: (B, H, T, E). k, v: (B, K, T, E).
     how: the layer's window, scale and soft-cap. The caches are extended by k and v.
 
-    Rows are computed one at a time, so a row's result does not depend on other rows. Only joined caches (joint_cache.py) are
-    computed together.
+    Sequences are computed one at a time, so the result of a sequence does not depend on the others. Only joined caches
+    (joint_cache.py) are computed together.
     """
     if q.shape[2] == 1 and joined(caches):
         for i, cache in enumerate(caches):

@@ -16,25 +16,25 @@ GROUP = {"cpu": 0, "cuda": 1024}  # largest number of positions of a group of do
 
 
 def dense_mask(ids: Tensor, window: int) -> Tensor:
-    """Return a bool mask (B, 1, T, T). Entry (b, 0, i, j) says whether position i of row b may attend to position j. ids: the
-    number of each position's document, (B, T). window: 0 means no window."""
+    """Return a bool mask (B, 1, T, T). Entry (b, 0, i, j) says whether position i of sequence b may attend to position j. ids:
+    the number of each position's document, (B, T). window: 0 means no window."""
     places = torch.arange(ids.shape[1], device=ids.device)
     return (near(places, places, window) & (ids.unsqueeze(1) == ids.unsqueeze(2))).unsqueeze(1)
 
 
 class Documents:
-    """The documents of a batch, which all layers use."""
+    """The positions of the packed documents of a batch. All layers use the same object."""
 
     def __init__(self, ids: Tensor) -> None:
         """ids: the number of each position's document, (B, T). The positions of a document follow each other."""
         self.ids = ids
-        # for each row, the length of each group, and whether the group is one document
+        # for each sequence: (length of a group of documents, whether the group is one document), for each of its groups
         self.groups = [_groups(row, GROUP.get(ids.device.type, 0)) for row in _lengths(ids)]
         self._masks: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
 
     def mask(self, row: int, begin: int, end: int, window: int, dtype: torch.dtype) -> Tensor:
-        """Return the additive mask of a group of documents, (1, 1, n, n). row: the row of the group. begin, end: the positions
-        of the group in this row."""
+        """Return the additive mask of a group of documents, (1, 1, n, n). row: the index of the sequence in the batch. begin,
+        end: the group has the positions begin, ..., end - 1 of this sequence. window: 0 means no window."""
         key = (row, begin, window, dtype)
         if key not in self._masks:
             self._masks[key] = additive(dense_mask(self.ids[row : row + 1, begin:end], window), dtype)
@@ -42,8 +42,8 @@ class Documents:
 
 
 def within(documents: Documents, q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
-    """Return attention (B, H, T, E) in which each position attends only to its own document. q, k, v: (B, H, T, E). how: the
-    window, the scale and the soft-cap."""
+    """Return attention (B, H, T, E) in which each position attends only to positions of its own document. q, k, v: (B, H, T,
+    E). how: the layer's window, scale and soft-cap."""
     found = []
     for row, groups in enumerate(documents.groups):
         lengths, begin = [length for length, _ in groups], 0
@@ -56,15 +56,15 @@ def within(documents: Documents, q: Tensor, k: Tensor, v: Tensor, how: Scores) -
 
 
 def _lengths(ids: Tensor) -> list[list[int]]:
-    """Return, for each row, the lengths of its documents."""
+    """Return, for each sequence of the batch, the lengths of its documents."""
     begins = (ids[:, 1:] != ids[:, :-1]).cpu()
     edges = [[0, *(row.nonzero().flatten() + 1).tolist(), ids.shape[1]] for row in begins]
     return [[b - a for a, b in zip(row, row[1:], strict=False)] for row in edges]
 
 
 def _groups(lengths: list[int], most: int) -> list[tuple[int, bool]]:
-    """Combine documents that follow each other into groups of at most `most` positions. A longer document is a group of its own.
-    For each group, return (number of positions, whether it has a single document)."""
+    """Combine documents that follow each other into groups of at most `most` positions. A longer document is a group of its
+    own. For each group, return (number of positions, whether the group has a single document)."""
     found: list[tuple[int, bool]] = []
     for length in lengths:
         if found and found[-1][0] + length <= most:

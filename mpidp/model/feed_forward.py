@@ -1,4 +1,4 @@
-"""The feed-forward layer of a block, and the last linear layer of a branch. Pure torch, no MPI."""
+"""The feed-forward layer of a block, and the last linear layer of a residual branch. Pure torch, no MPI."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class OutputLinear(nn.Linear):
-    """The last linear layer of a branch. Its bias is not added by forward(), because it must be added after the sum over
-    tensor-parallel ranks."""
+    """The last linear layer of a residual branch (attention or feed-forward). forward() does not add the bias, because the
+    bias must be added after the sum over tensor-parallel ranks."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T, without the bias."""
@@ -39,7 +39,7 @@ class FeedForward(nn.Module):
     """Computes down(act(gate(x)) * up(x)), which is SwiGLU for act = silu (Shazeer 2020). With model.gated=false, computes
     down(act(up(x))).
 
-    The bias of down is not added here.
+    The bias of down is not added here, but by Block.
     """
 
     def __init__(self, shape: TransformerShape, part: Part) -> None:

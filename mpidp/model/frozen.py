@@ -33,5 +33,5 @@ def frozen(names: Sequence[str], patterns: str) -> set[str]:
 
 
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return (name, parameter) of each parameter that is not frozen. Independent."""
+    """Return a list of (name, parameter) pairs of the parameters that are not frozen. Independent."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -1,5 +1,5 @@
-"""Finds the hidden matrices of a model. The optimizers muon and normuon apply orthogonalized updates to these matrices, and
-AdamW to all other parameters."""
+"""Finds the hidden matrices of a model, which are the weight matrices of its hidden layers. The optimizers muon and normuon
+apply orthogonalized updates to these matrices, and AdamW to all other parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from mpidp.errors import UsageError
 
-OUTER = ("embedding.weight", "head.weight", "positions.weight")  # the other matrices of the built-in models
+OUTER = ("embedding.weight", "head.weight", "positions.weight")  # matrices that are not hidden matrices (built-in models)
 
 
 def hidden_by_name(named: Iterable[tuple[str, nn.Parameter]]) -> frozenset[str]:
@@ -32,8 +32,8 @@ def hidden_of_own(module: nn.Module, vocab_size: int) -> frozenset[str]:
         wrong = [name for name in given if name not in matrices]
         if wrong:
             raise UsageError(
-                f"your model's hidden_matrices has {wrong[0]!r}, which is not a parameter with two dimensions: list some of "
-                f"{', '.join(list(matrices)[:6])}"
+                f"your model's hidden_matrices has {wrong[0]!r}, which is not a parameter with two dimensions. Parameters "
+                f"with two dimensions are {', '.join(list(matrices)[:6])}"
             )
         return frozenset(given)
     tables = {id(one.weight) for one in module.modules() if isinstance(one, nn.Embedding)}

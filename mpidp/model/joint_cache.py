@@ -1,8 +1,8 @@
 """Stores the key-value caches of several sequences of equal length in common tensors. Attention then computes these sequences
 together. Pure torch.
 
-With one CPU thread, a sequence has the same bits as if it were computed alone. With several threads, the bits can differ,
-because the number of sequences changes how matrix products are divided among the threads.
+With one CPU thread, the results of a sequence have the same bits as if it were computed alone. With several threads, the bits
+can differ, because the number of sequences changes how matrix products are divided among the threads.
 """
 
 from __future__ import annotations

@@ -26,19 +26,21 @@ def make_model(shape: Shape, seed: int = 0, part: Part | None = None) -> Any:
 
 
 def check_named(kind: Any, named: str, where: object) -> None:
-    """Raise UsageError if a file of a run names a custom model, and the command line does not name it. Pure.
+    """Raise UsageError if a file of a run names a custom model that the command line does not name, or if the command line
+    names another kind of model. Pure.
 
     Without this check, opening another person's run could execute code that only its files name. kind: model.kind in the file
-    `where`. named: model.kind on the command line, or "". Raises DataError if `kind` is not a string.
+    `where`. named: model.kind on the command line, or "" without this option. Raises DataError if `kind` is not a string.
     """
     if not isinstance(kind, str):
         raise DataError(f"{where} is damaged: its model.kind={kind!r} is not a string")
     if named not in ("", kind):
-        raise UsageError(f"{where} has model.kind={kind}, but you gave {named}. Correct model.kind, or omit it if built in")
+        raise UsageError(f"{where} has model.kind={kind}, but you gave --model.kind={named}. Correct this option, or omit it "
+                         "for a built-in kind")
     if kind not in SHAPES and named != kind:
         raise UsageError(
-            f"{where} has model.kind={kind}. To open it, mpidp must import this module and call its factory, but the files of a "
-            f"run alone never cause code to run. If you trust this code, add --model.kind={kind}"
+            f"{where} has model.kind={kind}. To open it, mpidp must import this module and call its factory. mpidp does not "
+            f"run code only because a run's files name it. If you trust this code, add --model.kind={kind}"
         )
 
 

@@ -1,8 +1,8 @@
 """LoRA, low-rank adapters (Hu 2021, section 4.1). A layer W x becomes W x + (alpha / rank) B A x. Only A and B are trained.
 
-A has the shape (rank, inputs). Its elements are drawn uniformly from +-1/sqrt(inputs). They depend only on the seed and the
-layer's name. B has the shape (outputs, rank), and is initially zero. A and B are the parameters `lora_a` and `lora_b` of the
-layer, which keeps its name. Pure torch, no MPI.
+A has the shape (rank, inputs). Its elements are drawn uniformly from +-1/sqrt(inputs). These values depend only on the seed
+and the layer's name. B has the shape (outputs, rank), and is initially zero. A and B are the parameters `lora_a` and `lora_b`
+of the layer, which keeps its name. Pure torch, no MPI.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def attach(model: nn.Module, rank: int, alpha: float, targets: str, seed: int) -
     Transformer. Independent.
 
     targets: see adapter_sizes(). Raises UsageError if a name in `targets` matches no layer, or if the rank exceeds the smaller
-    dimension of such a layer.
+    dimension of a layer that gets an adapter.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     own, part = {f"{name}.weight": layer.weight.shape for name, layer in layers.items()}, getattr(model, "part", None)
@@ -70,7 +70,8 @@ class Adapter:
 
 
 def weight_of(layer: Any) -> Tensor:
-    """Return the weight of a layer. If the layer has an adapter, return W + (alpha / rank) B A, which has gradients. Pure."""
+    """Return the weight of a layer. If the layer has an adapter, return W + (alpha / rank) B A, through which gradients reach
+    A and B. Pure."""
     has_adapter = hasattr(layer, "adapter")
     return layer.weight + layer.lora_b @ layer.lora_a * layer.adapter.scale if has_adapter else layer.weight  # type: ignore[no-any-return]
 
@@ -81,7 +82,8 @@ def _add(layer: Any, a: Tensor, b: Tensor, scale: float) -> None:
 
 
 def attach_like(template: nn.Module, model: nn.Module) -> None:
-    """Add an adapter with empty matrices to each layer of `template` whose namesake in `model` has an adapter. Independent."""
+    """Add an adapter with empty matrices to each layer of `template` if the layer with the same name in `model` has an
+    adapter. Independent."""
     for name, layer in model.named_modules():
         if hasattr(layer, "adapter"):
             _add(template.get_submodule(name), torch.empty(0), torch.empty(0), cast(Any, layer).adapter.scale)

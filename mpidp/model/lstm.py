@@ -1,8 +1,8 @@
 """An LSTM language model (Hochreiter 1997). Dropout is placed as in Zaremba 2014. Pure torch, no MPI.
 
-It consists of an embedding, num_layers LSTMs of width model_dim, and a projection to the vocabulary. The projection may share
-the embedding's weight (Press 2017). The hidden state is zero at the start of each training window. B: batch, T: positions, D:
-model_dim, V: vocabulary.
+The model consists of an embedding, num_layers LSTMs of width model_dim, and a projection to the vocabulary. The projection may
+share the embedding's weight (Press 2017). The hidden state is zero at the start of each training window. B: batch, T:
+positions, D: model_dim, V: vocabulary.
 """
 
 from __future__ import annotations

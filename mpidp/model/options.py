@@ -31,7 +31,7 @@ class TransformerOptions:
     norm_place: str = "before"  # before: f(norm(x)); after: norm(f(x)); both: norm(f(norm(x)))
     parallel: bool = False  # True: a block computes x + attention(norm1(x)) + feed_forward(norm2(x))
     positions: str = "rotary"  # "learned": a table of vectors that are added to the embedding
-    position_rows: int = 0  # rows of this table; 0: seq_len
+    position_rows: int = 0  # rows of the table of learned positions; 0: seq_len
     rotary_dims: int = 0  # number of leading dimensions of each head that are rotated; 0: all
     rotary_layers: str = ""  # one letter per layer: y rotary positions, n none; "": rotary positions in all layers
     window: int = 0  # a position attends to itself and the window - 1 positions before it; 0: to all positions before it

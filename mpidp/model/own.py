@@ -1,9 +1,9 @@
 """Custom models: model.kind=MODULE:FACTORY. Pure torch, no MPI.
 
 FACTORY is a subclass of nn.Module, or a function whose return annotation is such a class. It is called with keyword arguments.
-These are vocab_size, the arguments in model.options, and the settings of section model that FACTORY accepts (seq_len,
-num_layers, model_dim, dropout, ...). The model maps tokens (B, T) int64, 1 <= T <= seq_len, to logits (B, T, V) of the next
-token. Logits must not depend on later tokens. Importing MODULE executes its code. For a RUN from an untrusted source, call
+These are vocab_size, the arguments in model.options, and those settings `model.*` that FACTORY accepts (seq_len, num_layers,
+model_dim, dropout, ...). The model maps tokens (B, T) int64, 1 <= T <= seq_len, to logits (B, T, V) of the next token. Logits
+must not depend on later tokens. Importing MODULE executes its code. For the folder of a run from an untrusted source, call
 kinds.check_named() first.
 """
 
@@ -80,8 +80,8 @@ def set_generator(key: int, device: torch.device) -> None:
 def shape_of(kind: str, settings: Mapping[str, Any], changed: Mapping[str, Any], vocab_size: int, seed: int) -> CustomShape:
     """Make the model once, test it, and return its shape.
 
-    settings: all settings of section model, by name. changed: the settings that differ from their defaults. Raises UsageError if
-    the model cannot be trained. Independent.
+    settings: all settings `model.*`, by name without this prefix. changed: the settings that differ from their defaults.
+    Raises UsageError if the model cannot be trained. Independent.
     """
     options = options_of(settings["options"])
     unused = {"kind", "options", *(OPTIONS.keys() - changed.keys())}  # unchanged options of the Transformer are not passed on
@@ -137,7 +137,8 @@ def _find(kind: str) -> Callable[..., nn.Module]:
         factory = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
         itself = error.name is not None and f"{module}.".startswith(f"{error.name}.")
-        fix = ". Start in the module's folder, or add it to PYTHONPATH" if itself else f", which {module} imports. Install it"
+        fix = (". Start mpidp in the folder of the module, or add this folder to PYTHONPATH" if itself
+               else f", which {module} imports. Install it")
         raise UsageError(f"model.kind={kind}: no module {error.name!r}{fix}") from error
     except Exception as error:
         raise UsageError(f"model.kind={kind}: importing {module} failed: {type(error).__name__}: {error}") from error

@@ -1,14 +1,15 @@
-"""Determines which part of the Transformer a rank has. Pure.
+"""Determines which part of the Transformer a rank holds. Pure.
 
-With pipeline parallelism, a rank has some of the layers. With tensor parallelism (Shoeybi 2019, Megatron-LM, section 3), it has
-some heads and hidden channels of each layer, and some rows of the vocabulary. The weights and biases of q, k, v, gate and up are
-split by rows. The weights of o and down are split by columns, so the outputs of a branch are summed over the ranks. The biases
-of o and down are replicated, and added after this sum. Embedding and head are split by rows. Learned positions and norms are
-replicated, but norms over all heads together (model.qk_norm=layer) are split by heads. Between branches, a rank has the hidden
-states of all positions. With sequence parallelism, it has only those of its own positions (Korthikanti 2022, section 4.2.2).
+With pipeline parallelism, a rank has some of the layers. With tensor parallelism (Shoeybi 2019, Megatron-LM, section 3), it
+has some attention heads and some feed-forward channels of each layer, and some rows of the embedding and of the head. The
+weights and biases of q, k, v, gate and up are split by rows. The weights of o and down are split by columns, so the outputs of
+a residual branch (attention or feed-forward) are summed over the ranks. The biases of o and down are replicated, and are added
+after this sum. Embedding and head are split by rows. Learned positions and norms are replicated, but the norms over all heads
+together (model.qk_norm=layer) are split by heads. Between residual branches, a rank has the hidden states of all positions.
+With sequence parallelism, it has only the hidden states of its own positions (Korthikanti 2022, section 4.2.2).
 
-An adapter adds B A to a weight (lora.py). If the weight is split by rows, B is split by rows and A is replicated. If the weight
-is split by columns, A is split by columns and B is replicated.
+A LoRA adapter adds B A to a weight (lora.py). If the weight is split by rows, B is split by rows and A is replicated. If the
+weight is split by columns, A is split by columns and B is replicated.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ HEAD_NORMS = ("q_norm", "k_norm")
 
 @dataclass(frozen=True)
 class Part:
-    """The part of a model on one rank."""
+    """The part of a model on one rank: some of the layers, and an index range of each parameter that is split."""
 
-    chunks: tuple[range, ...]  # one range of layers per chunk; there are mesh.interleave chunks
+    chunks: tuple[range, ...]  # layers of each chunk, a group of consecutive layers; there are mesh.interleave chunks
     has_embedding: bool = True  # whether this is the first stage
     has_head: bool = True  # whether this is the last stage, with the last norm and the head
     index: int = 0  # index of the rank among the tensor-parallel ranks
     size: int = 1  # number of tensor-parallel ranks
     tied: bool = False  # whether embedding and head share one tensor
     head_dim: int = 1  # size of an attention head
-    sequence: bool = False  # whether positions are split over the ranks between branches (sequence parallelism)
+    sequence: bool = False  # whether positions are split over the ranks between residual branches (sequence parallelism)
     norms_all_heads: bool = False  # whether the norms of queries and keys are over all heads together
 
     @property
@@ -50,22 +51,23 @@ class Part:
         return 0 if names[0] in TABLES else len(self.chunks) - 1
 
     def own_range(self, count: int) -> range:
-        """Return this rank's range of `count` rows, channels or heads. They are divided among the tensor-parallel ranks as
-        evenly as possible. Pure."""
+        """Divide `count` rows, channels or heads among the tensor-parallel ranks as evenly as possible. Return this rank's
+        index range. Pure."""
         return range(self.index * count // self.size, (self.index + 1) * count // self.size)
 
     def positions(self, count: int) -> range:
-        """Return the positions whose hidden states this rank has between branches. count: number of positions of a sequence.
-        Pure."""
+        """Return the positions whose hidden states this rank has between residual branches. count: number of positions of a
+        sequence. Pure."""
         return self.own_range(count) if self.sequence else range(count)
 
     def global_name(self, name: str) -> str:
-        """Return the whole model's name of the parameter `name`. For a tied head, this is "embedding.weight". Otherwise it is
-        `name`. Pure."""
+        """Return the name that this rank's parameter `name` has in the whole model. For a tied head, this is
+        "embedding.weight". Otherwise it is `name`. Pure."""
         return "embedding.weight" if self.tied and name == "head.weight" else name
 
     def box(self, name: str, size: tuple[int, ...]) -> tuple[slice, ...]:
-        """Return this rank's box of a parameter. name, size: the parameter's name and shape in the whole model. Pure."""
+        """Return the rectangular block of a parameter that this rank has, as one slice per dimension. name, size: the
+        parameter's name and shape in the whole model. Pure."""
         dim, found = self._dim(name), [slice(0, length) for length in size]
         if dim is not None:
             unit = self.head_dim if ".attention." in name else 1  # heads are never split
@@ -74,8 +76,9 @@ class Part:
         return tuple(found)
 
     def slices(self, name: str, size: tuple[int, ...], count: int) -> tuple[int, list[int]] | None:
-        """Return (the dimension in which a parameter is split, the lengths of this rank's slices). If each rank has the whole
-        parameter, return None. name, size: see box(). count: number of slices of the whole model (model.slices). Pure."""
+        """Return (the dimension in which a parameter is split, the lengths of this rank's slices in it). A slice is one of the
+        `count` sections into which model.slices divides each layer. If each rank has the whole parameter, return None. name,
+        size: see box(). Pure."""
         if (dim := self._dim(name)) is None:
             return None
         mine = range(self.index * count // self.size, (self.index + 1) * count // self.size)
@@ -91,7 +94,8 @@ class Part:
         return 0 if rows or (self.norms_all_heads and layer in HEAD_NORMS) else None
 
     def has(self, name: str) -> bool:
-        """Return whether this rank has a parameter or a section of it. name: the parameter's name in the whole model. Pure."""
+        """Return whether this rank has a parameter, or some rows or columns of it. name: the parameter's name in the whole
+        model. Pure."""
         names = name.split(".")
         if names[0] == "blocks":
             return int(names[1]) in self.layers
@@ -114,10 +118,11 @@ def whole(shape: Shape) -> Part:
 
 
 def part_of(shape: Shape, stage: int, stages: int, index: int, size: int, sequence: bool = False, chunks: int = 1) -> Part:
-    """Return a `Part` object, which describes the part of a rank. stage: the rank's pipeline stage, from 0. stages: number of
-    stages. index: the rank's tensor-parallel index, from 0. size: number of tensor-parallel ranks.
+    """Return the part of the model on one rank. stage: the rank's pipeline stage, from 0. stages: number of stages. index: the
+    rank's tensor-parallel index, from 0. size: number of tensor-parallel ranks.
 
-    sequence: whether to use sequence parallelism. chunks: number of chunks per stage (mesh.interleave). Pure.
+    sequence: whether to use sequence parallelism. chunks: number of chunks (groups of consecutive layers) per stage
+    (mesh.interleave). Pure.
     """
     runs = tuple(stage_layers(shape, stages * chunks)[stage::stages])
     together = isinstance(shape, TransformerShape) and shape.qk_norm == "layer"
@@ -149,8 +154,8 @@ def stage_layers(shape: Shape, stages: int) -> list[range]:
 
 
 def check_split(shape: Shape, tp: int, pp: int, chunks: int = 1) -> None:
-    """Raise UsageError if the model cannot be split over tp x pp ranks with `chunks` chunks per stage. The message suggests the
-    nearest possible values. Pure."""
+    """Raise UsageError if the model cannot be split over tp x pp ranks with `chunks` groups of consecutive layers per stage.
+    The message suggests the nearest possible values. Pure."""
     if not isinstance(shape, TransformerShape):
         if tp * pp > 1:
             raise UsageError(f"tp={tp}, pp={pp}: only model.kind=transformer can be split over ranks. Use tp=1 and pp=1")
@@ -168,12 +173,14 @@ def check_split(shape: Shape, tp: int, pp: int, chunks: int = 1) -> None:
         raise UsageError(f"mesh.pp={pp}: each stage needs at least one layer, but the model has only {shape.num_layers}. Use at "
                          f"most mesh.pp={shape.num_layers}")
     if pp * chunks > shape.num_layers:
-        raise UsageError(f"mesh.pp={pp} x mesh.interleave={chunks}: each chunk needs at least one layer, but the model has only "
-                         f"{shape.num_layers}. Use at most mesh.interleave={shape.num_layers // pp}")
+        raise UsageError(f"mesh.pp={pp} x mesh.interleave={chunks}: each of these {pp * chunks} groups of layers needs at "
+                         f"least one layer, but the model has only {shape.num_layers}. Use at most "
+                         f"mesh.interleave={shape.num_layers // pp}")
 
 
 def check_slices(shape: Shape, slices: int, tp: int) -> None:
-    """Raise UsageError if a model cannot be cut into `slices` slices, or if `tp` ranks cannot divide the slices evenly. Pure."""
+    """Raise UsageError if the layers of a model cannot be divided into `slices` slices (model.slices), or if `slices` is not a
+    multiple of the number `tp` of tensor-parallel ranks. Pure."""
     if slices == 1 or not isinstance(shape, TransformerShape):
         return
     if slices % tp:

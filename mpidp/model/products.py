@@ -57,7 +57,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return whole
 
 
-# torch's compiler accepts oneDNN's operator only with constant weights. Compiled code calls this operator instead.
+# torch's compiler accepts oneDNN's operator only with constant weights. Compiled code calls mpidp::product instead.
 _LIBRARY = torch.library.Library("mpidp", "DEF")
 _LIBRARY.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _LIBRARY.impl("product", _product, "CPU")

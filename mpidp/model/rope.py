@@ -29,8 +29,8 @@ def rope_table(dims: int, length: int, theta: float, scaling: RopeScaling | None
 
 
 def _scaled(frequency: Tensor, theta: float, length: int, scaling: RopeScaling) -> Tensor:
-    """Return the scaled frequencies. The variable `fast` is the share of a frequency that is kept. The rest is divided by the
-    factor."""
+    """Return the scaled frequencies. The variable `fast` is the fraction of each frequency that is kept. The rest is divided
+    by the factor."""
     if scaling.kind == "linear":
         return frequency / scaling.factor
     if scaling.kind == "longrope":
@@ -44,8 +44,8 @@ def _scaled(frequency: Tensor, theta: float, length: int, scaling: RopeScaling) 
 
 
 def _yarn(dims: int, theta: float, scaling: RopeScaling) -> Tensor:
-    """Return, for each pair, the share of its frequency that is kept. The share falls linearly from 1 to 0 (Peng 2023, section
-    3.2)."""
+    """Return, for each pair of dimensions, the fraction of its frequency that is kept. The fraction falls linearly from 1 to 0
+    with the index of the pair (Peng 2023, section 3.2)."""
 
     def pair(turns: float) -> float:
         """Return the index of the pair that makes `turns` full turns in the original context. The index may be a fraction."""

@@ -4,16 +4,16 @@ without torch.
 | text | frequency of a pair of dimensions |
 |---|---|
 | linear:FACTOR | divided by FACTOR (position interpolation, Chen 2023) |
-| llama3:FACTOR,LOW,HIGH,ORIGINAL | low: divided by FACTOR, high: kept, others: interpolated (Llama 3.1) |
-| yarn:FACTOR,ORIGINAL,FAST,SLOW,ATTENTION,TRUNCATE | low: divided by FACTOR, high: kept, others: interpolated (Peng 2023) |
+| llama3:FACTOR,LOW,HIGH,ORIGINAL | if low, divided by FACTOR; if high, kept; else interpolated (Llama 3.1) |
+| yarn:FACTOR,ORIGINAL,FAST,SLOW,ATTENTION,TRUNCATE | if low, divided by FACTOR; if high, kept; else interpolated (Peng 2023) |
 | longrope:ORIGINAL,ATTENTION,S1,...,Sn,L1,...,Ln | pair i is divided by Si, or by Li if seq_len > ORIGINAL (Ding 2024) |
 
-ORIGINAL is the context length of the original training. In llama3, a frequency is low if its wavelength is above ORIGINAL / LOW,
-and high if its wavelength is below ORIGINAL / HIGH. In yarn, these limits are ORIGINAL / SLOW and ORIGINAL / FAST. TRUNCATE=1
-rounds the limits to whole dimensions. The last four numbers of yarn may be omitted. Their defaults are FAST=32, SLOW=1,
-ATTENTION=0 and TRUNCATE=1. ATTENTION=0 stands for 0.1 ln(FACTOR) + 1. In yarn and longrope, cos and sin are multiplied by
-ATTENTION. In longrope, n is half the number of rotated dimensions. mpidp chooses S or L by model.seq_len. transformers chooses
-by the length of each input.
+ORIGINAL is the context length of the original training. In llama3, a frequency is low if its wavelength is above ORIGINAL /
+LOW, and high if its wavelength is below ORIGINAL / HIGH. In yarn, these limits are ORIGINAL / SLOW and ORIGINAL / FAST.
+TRUNCATE=1 rounds the limits to whole dimensions. The last four numbers of yarn may be omitted. Their defaults are FAST=32,
+SLOW=1, ATTENTION=0 and TRUNCATE=1. ATTENTION=0 stands for 0.1 ln(FACTOR) + 1. In yarn and longrope, cos and sin are multiplied
+by ATTENTION. In longrope, n is half the number of rotated dimensions. mpidp chooses between S and L by model.seq_len. The
+library transformers chooses by the length of each input.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def rope_scaling(text: str) -> RopeScaling | None:
 
 
 def _made(kind: str, numbers: tuple[float, ...]) -> RopeScaling:
-    """Return a scaling of this kind. Raises ValueError if a number is outside its limits."""
+    """Return a scaling of this kind. numbers: the numbers of its text, in order. Raises ValueError if a number is outside its
+    limits."""
     if kind == "linear":
         found, fits = RopeScaling(kind, numbers[0]), True
     elif kind == "llama3":

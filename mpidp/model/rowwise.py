@@ -16,9 +16,9 @@ from mpidp.model.products import Linear
 def by_rows(model: nn.Module) -> None:
     """Make each linear layer on the CPU compute single positions (B, 1, D) row by row, as matrix-vector products.
 
-    For one row, this is faster than a matrix product. For eight rows, it takes less than 1.5 times as long. Inputs with several
-    positions are still computed by matrix products. Subclasses of nn.Linear in your own model are not changed, because they can
-    compute something else. Independent.
+    For one row, this is faster than a matrix product. For eight rows, it takes less than 1.5 times as long as a matrix
+    product. For inputs with several positions, the layers still compute matrix products. Subclasses of nn.Linear in your own
+    model are not changed, because they can compute something else. Independent.
     """
     for module in model.modules():
         if not isinstance(module, nn.Linear) or module.weight.device.type != "cpu":

@@ -18,7 +18,7 @@ ROWS = 128  # queries per block; the fastest of 64 to 1024 on CPUs (docs/results
 
 
 class Scores(NamedTuple):
-    """The options of a layer for attention scores."""
+    """The options of a layer that determine its attention scores."""
 
     window: int = 0  # a position attends to itself and the window - 1 positions before it; 0: to all positions before it
     scale: float | None = None  # q k^T is multiplied by this factor; None means E ** -0.5
@@ -26,8 +26,8 @@ class Scores(NamedTuple):
 
 
 def near(rows: Tensor, columns: Tensor, window: int) -> Tensor:
-    """Return a bool mask (R, C). It says whether query position rows[r] may attend to key position columns[c]. rows: (R,).
-    columns: (C,). window: 0 means no window."""
+    """Return a bool mask (R, C). Entry (r, c) says whether query position rows[r] may attend to key position columns[c]. rows:
+    (R,). columns: (C,). window: 0 means no window."""
     allowed = columns <= rows.unsqueeze(-1)
     return allowed & (columns > rows.unsqueeze(-1) - window) if window else allowed
 
@@ -85,7 +85,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
     window = how.window if 0 < how.window < t else 0
     if not window and not how.cap:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=how.scale)
-    begun = 0 if how.cap else window // ROWS * ROWS  # the first queries, whose windows have all earlier positions, need no mask
+    begun = 0 if how.cap else window // ROWS * ROWS  # the first queries see all earlier positions without a mask
     first = [causal(q[:, :, :begun], k[:, :, :begun], v[:, :, :begun], how._replace(window=0))] if begun else []
     return torch.cat([*first, *_blocks(q, k, v, begun, window, how)], dim=2)
 

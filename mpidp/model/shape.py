@@ -1,4 +1,5 @@
-"""Model shapes. A shape has the settings that determine the names, sizes and cost of parameters. Pure, without torch."""
+"""Model shapes. A shape has the settings that determine the names and sizes of a model's parameters, and its cost. Pure,
+without torch."""
 
 from __future__ import annotations
 
@@ -79,7 +80,7 @@ class CustomShape:
     parameters: Sequence[tuple[str, Sequence[int]]]  # name and shape of each parameter
     tie_embeddings: ClassVar[bool] = False  # `parameters` contains tied parameters only once
     head_dim: ClassVar[int] = 1
-    dropout: ClassVar[float] = 1.0  # forward may draw random numbers, so each micro-batch gets a key
+    dropout: ClassVar[float] = 1.0  # forward may draw random numbers, so each micro-batch gets a dropout key
 
     @property
     def num_layers(self) -> int:
@@ -115,10 +116,10 @@ def num_parameters(shape: Shape) -> int:
 def flops_per_token(shape: Shape, parameters: int) -> float:
     """Return floating-point operations per token, forward and backward: 6 N + 12 H E A (Chowdhery 2022, appendix B).
 
-    N: the number of parameters, except learned positions, and except an embedding that is not tied to the head. H: number of
+    N: the number of parameters, without learned positions and without an embedding that is not tied to the head. H: number of
     heads. E: head size. A: the number of positions that a position attends to, summed over the layers. In one layer this is
-    seq_len, or the window if it is shorter. For an LSTM or a custom model, the result is shape.flops_per_token(). parameters: the
-    number of all parameters.
+    seq_len, or the window if it is shorter. For an LSTM or a custom model, the result is shape.flops_per_token(). parameters:
+    the number of all parameters.
     """
     if not isinstance(shape, TransformerShape):
         return shape.flops_per_token()

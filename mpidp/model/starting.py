@@ -1,6 +1,7 @@
 """Makes the model at the start of a run: base weights, LoRA adapters, and frozen parameters.
 
-The checkpoints of a LoRA run contain only the adapters. Code that reads them makes the base model with this module.
+The checkpoints of a LoRA run contain only the adapters. Code that reads such a checkpoint makes the base model with this
+module.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Settings = Mapping[str, Any]  # the run's settings, by section.key; runs of earl
 
 
 def base_weights(settings: Settings, shape: Shape, part: Part) -> Any:
-    """Return the model, or this part of it, without adapters. Its weights are initialized from the seed.
+    """Return the model, or the part of it that `part` describes, without adapters. Its weights are initialized from the seed.
 
     The weights are on the CPU. All ranks initialize a parameter to the same values. Independent.
     """
@@ -59,7 +60,7 @@ def prepared(model: Any, settings: Settings, shape: Shape, part: Part) -> Any:
 
 
 def trained_sizes(settings: Settings, shape: Shape, part: Part) -> dict[str, tuple[int, ...]]:
-    """Return {name: shape} for the trained parameters of this part. Pure.
+    """Return {name: shape} for the trained parameters of `part`, the part of the model on one rank. Pure.
 
     Raises UsageError if no parameter is trained, and in the cases of prepared().
     """
@@ -74,7 +75,7 @@ def trained_sizes(settings: Settings, shape: Shape, part: Part) -> dict[str, tup
 
 
 def trained_on_meta(settings: Settings, shape: Shape, part: Part) -> list[tuple[str, torch.nn.Parameter]]:
-    """Return (name, parameter) of each trained parameter. The parameters are on torch's meta device, which needs no memory.
-    Independent."""
+    """Return a list of (name, parameter) pairs of the trained parameters. These parameters are on torch's meta device, which
+    needs no memory. Independent."""
     with torch.device("meta"):
         return trained(prepared(base_weights(settings, shape, part), settings, shape, part))

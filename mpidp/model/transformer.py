@@ -32,11 +32,13 @@ COMPILED_SHAPES = 128  # number of batch shapes that compile_blocks() compiles
 class Transformer(nn.Module):
     """The Transformer language model. It maps tokens (B, T) to logits (B, T, V).
 
-    A part without the embedding takes hidden states (B, T, D). A part without the head returns hidden states (B, T, D).
+    A pipeline stage without the embedding takes hidden states (B, T, D). A stage without the head returns hidden states (B, T,
+    D).
     """
 
     def __init__(self, shape: TransformerShape, seed: int = 0, part: Part | None = None) -> None:
-        """Initialize the parameters on the CPU. A seed gives the same float32 values on every device and in every part."""
+        """Initialize the parameters on the CPU. A seed gives the same float32 values on every device and for every division of
+        the model among ranks."""
         super().__init__()
         self.shape, self.part = shape, part or whole(shape)
         self.defers_head = False  # True: return hidden states instead of logits
@@ -63,8 +65,8 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
         """Initialize matrices from a normal distribution with std 1/sqrt(D). For the last matrix of a residual branch, divide
-        std by sqrt(2 layers) (GPT-2). Set biases to 0. A part of the model draws all matrices of the whole model, one at a time,
-        and keeps only its own boxes."""
+        std by sqrt(2 layers) (GPT-2). Set biases to 0. If the model is split over ranks, each rank draws all matrices of the
+        whole model, one at a time, and keeps only its own block of each matrix."""
         generator = torch.Generator().manual_seed(seed)
         local = {self.part.global_name(name): p for name, p in self.named_parameters()}
         for name, bias in local.items():
@@ -87,11 +89,12 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return logits (B, T, V) of the next token.
 
-        x: tokens (B, T) int64, T <= seq_len. positions: the position of each token, (B, T). If it is None, the positions are 0 to
-        T - 1. doc_ids: the number of each token's document, (B, T). Tokens attend only to tokens of the same document. key: the
-        dropout key, an int64 scalar tensor, or None for no dropout (evaluation). length: T. If it is 0, T is the number of
+        x: tokens (B, T) int64, T <= seq_len. positions: the position of each token, (B, T). If it is None, the positions are 0
+        to T - 1. doc_ids: the number of each token's document, (B, T). Tokens attend only to tokens of the same document. key:
+        the dropout key, an int64 scalar tensor, or None for no dropout (evaluation). length: T. If it is 0, T is the number of
         positions in x. With sequence parallelism, `length` is required if x has only this rank's positions. chunk: index into
-        part.chunks. caches: one cache per row, with the positions before x. The positions of x are added to the caches.
+        part.chunks, which are groups of consecutive layers. caches: one cache per sequence, with the keys and values of the
+        positions before x. The positions of x are added to the caches.
         """
         t = length or x.shape[1]
         if caches is not None:
@@ -130,7 +133,7 @@ class Transformer(nn.Module):
         return x
 
     def _table_of(self, layer: int) -> str | None:
-        """Return the beginning of the names of a layer's rotary tables: "" or "window_". If the layer has no rotary positions,
+        """Return the prefix of the names of a layer's rotary tables: "" or "window_". If the layer has no rotary positions,
         return None."""
         if not self.shape.is_rotary(layer):
             return None
@@ -163,7 +166,8 @@ class Transformer(nn.Module):
 
     def defer_head(self) -> None:
         """Make forward() return hidden states (B, T, D) after the last norm instead of logits. The loss must then apply the
-        head. A second call changes nothing, because share_layers() also changes the head. Independent."""
+        head. A second call changes nothing. Otherwise it would undo the change that share_layers() makes to the head.
+        Independent."""
         if self.head is not None and not self.defers_head:
             self.head.forward = _unchanged  # type: ignore[method-assign]
             self.head._forward_hooks.clear()  # the loss applies the adapter of the head, too (lora.weight_of)
