@@ -1,4 +1,4 @@
-"""Groups of ranks that average their models in round t. Pure.
+"""Groups of ranks that average their models in round t, which is the t-th average of the run. Pure.
 
 | group | in round t | source |
 |---|---|---|

@@ -1,8 +1,8 @@
 """Delayed updates: gradients are summed in a thread while the next batches are computed, and are applied k steps late.
 
-In step s, a rank passes the gradient of its lanes of batch s to a thread, which sums the gradient over the ranks. In the same
-step the rank applies the sum of batch s - k. The gradients in this sum were computed with the parameters before the last k
-updates (staleness k). All ranks apply the same sums in the same order, so replicas stay equal. The first k steps make no update.
+In step s, a rank passes its gradient of batch s to a thread, which sums the gradient over the ranks. In the same step the rank
+applies the sum of batch s - k. The gradients in this sum were computed with the parameters before the last k updates
+(staleness k). All ranks apply the same sums in the same order, so replicas stay equal. The first k steps make no update.
 drain() applies the remaining sums. With k = 0, this strategy is the same as `synchronous` with a reducer that has one buffer.
 
 Delay compensation estimates the gradient at the current parameters theta from the late gradient g. The estimate is g + lambda g *
@@ -38,7 +38,7 @@ class PendingUpdate:
     """A batch whose gradient is in flight: the gradient has not been applied yet."""
 
     slot: int  # index of the gradient buffer of the batch
-    tokens: Tensor  # (1,) float64: target tokens in this rank's lanes; after the sum, in the batch
+    tokens: Tensor  # (1,) float64: number of target tokens of this rank; after the sum, of all ranks
     limit: float  # largest gradient norm that is applied
     then: Tensor | None = None  # the parameters with which the gradient was computed, for delay compensation
     task: Task | None = None  # the task that sums the gradient; None when the sum is complete
@@ -51,8 +51,8 @@ class PendingUpdate:
 
 
 class Delayed(Synchronous):
-    """Implements delayed updates with a delay of k steps. Slot 0 of the gradient buffer holds the sum that is applied. The other
-    k + 1 slots hold the gradient of the current batch and those of k batches in flight."""
+    """Implements delayed updates with a delay of k steps. Slot 0 of the gradient buffer holds the sum that is applied. The
+    other k + 1 slots hold the gradient of the current batch, and the gradients of k batches that have not been applied yet."""
 
     survives_failures = False
     synchronizes_always = False
@@ -68,7 +68,7 @@ class Delayed(Synchronous):
         self._slot, self._fresh, self._lr = 1, True, 0.0
 
     def more_slots(self, options: StrategyOptions) -> int:
-        """Return staleness + 1: one slot for the current batch, and one for each batch in flight. Independent."""
+        """Return staleness + 1: one slot for the current batch, and one for each batch that is not applied yet. Independent."""
         return options.staleness + 1
 
     @contextmanager
@@ -129,8 +129,8 @@ class Delayed(Synchronous):
             self._apply(self._lr, self._in_flight.popleft())
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the state, including the sums in flight, so that a resumed run applies them. First wait until these sums are
-        complete. This method starts no communication, but all ranks must call it at the same step."""
+        """Wait until all sums that have been started are complete. Return the state, including these sums, so that a resumed
+        run applies them. This method starts no communication, but all ranks must call it at the same step."""
         for pending in self._in_flight:
             pending.wait()
         found = super().state_dict()

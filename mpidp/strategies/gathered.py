@@ -1,4 +1,5 @@
-"""The parameters of units. They are whole on every rank (mesh.shard=2), or gathered when they are needed (mesh.shard=3).
+"""The parameters of units. A unit is a group of parameters that are exchanged together, such as those of a Transformer block.
+With mesh.shard=2, every rank stores all parameters. With mesh.shard=3, parameters are gathered when they are needed.
 
 With mesh.shard=3, a rank stores one slice of each Transformer block. gather() allocates memory for the whole block, and receives
 the other slices. The memory is freed when another block is gathered, or when the parameters change. Parameters outside of blocks
@@ -29,8 +30,8 @@ class ShardedParameter:
     channel: Channel
 
     def entries(self, name: str) -> dict[str, Entry]:
-        """Return the entries for a checkpoint with this rank's boxes of the parameter. `name`: the name of the parameter.
-        Independent."""
+        """Return the entries for a checkpoint with this rank's rectangular blocks of the parameter. `name`: the name of the
+        parameter. Independent."""
         rank = self.channel.comm.rank
         return self.unit.entries_of_run(self.member, self.unit.owned(self.member, self.owned, rank), rank, name)
 

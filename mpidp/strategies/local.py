@@ -1,18 +1,20 @@
 """Ranks train independently and average periodically: local SGD, DiLoCo, partial aggregation and gossip.
 
-A rank updates its own parameters with the gradients of its own lanes (inner steps). Every `sync_every` steps the ranks average
-their models:
+A rank updates its own parameters with the gradients of its own micro-batches (inner steps). Every `sync_every` steps the ranks
+average their models:
 
 - With group=all, every rank stores the parameters after the last average. They are called the anchor, and are the same on all
   ranks. The outer gradient of rank r is anchor - theta_r, where theta_r are the parameters of the rank. The mean of the outer
   gradients is weighted by target tokens. With this mean, SGD with Nesterov momentum makes an outer step from the anchor
   (Douillard 2023, DiLoCo, algorithm 1). outer_lr=1 with outer_momentum=0 is local SGD (Stich 2019), which averages parameters.
   With `fragments`, the model is divided into fragments, which are averaged at different steps (Douillard 2025, Streaming DiLoCo,
-  section 2.2). With `overlap`, an average that is started in one round is applied in the next round (Kale 2025).
-- With any other group, the parameters are averaged within the group of the round (averaging_groups.py).
+  section 2.2). With `overlap`, an average is applied when the next average is started (Kale 2025).
+- With any other value of `group`, the ranks average their parameters within smaller groups. The groups can differ from one
+  average to the next (averaging_groups.py).
 
-At a meeting all ranks average the whole model without delay, so that all have the same model. With group=all, the anchor and the
-outer momentum take 8 bytes of memory per parameter. `overlap` takes 8 bytes more.
+At a meeting (a step at which all ranks synchronize), all ranks average the whole model without delay. Afterwards all ranks
+have the same model. With group=all, the anchor and the outer momentum take 8 bytes of memory per parameter. `overlap` takes 8
+bytes more.
 """
 
 from __future__ import annotations
@@ -158,10 +160,10 @@ class Local(Synchronous):
         self._flat_reducer.end_round(applied=True)
 
     def _outer_step(self, part: slice, mean: Tensor, own: Tensor | None) -> None:
-        """Update the anchor with `mean`, the averaged outer gradient. If `own` is None, the average was started in this step.
-        Then also set the parameters to the new anchor. Otherwise, the average was started in the previous round, and `own` is
-        this rank's outer gradient of that time. Then set the parameters to the new anchor plus the inner steps that this rank has
-        made since."""
+        """Update the anchor with `mean`, the averaged outer gradient. If `own` is None, the average was started in this step,
+        and the parameters are set to the new anchor. Otherwise, `own` is this rank's outer gradient at the earlier step in
+        which the average was started. The parameters are then set to the new anchor plus the inner steps that this rank has
+        made since that step."""
         anchor, momentum, mu = self._anchor[part], self._momentum[part], self.options.outer_momentum
         momentum.mul_(mu).add_(mean)
         moved = (mean + mu * momentum).mul_(-self.options.outer_lr)
@@ -180,7 +182,7 @@ class Local(Synchronous):
         self.flat.copy_(target)
 
     def _average_group(self, t: int) -> None:
-        """Average the parameters within this rank's group of round t. Collective over the group."""
+        """Average the parameters within this rank's group. `t`: number of the average. Collective over the group."""
         size, options = self.compute_comm.size, self.options
         with self.reducer.transport.timed():
             if options.group == "exponential":

@@ -1,4 +1,5 @@
-"""Muon (Jordan 2024) and NorMuon (Li 2025, arXiv 2510.05491) for hidden matrices: all matrices except embeddings and the head.
+"""Muon (Jordan 2024) and NorMuon (Li 2025, arXiv 2510.05491) for the hidden matrices, which are all matrices except embeddings
+and the head.
 
 A rank computes momentum, weight decay and the update for the elements that it holds. Only the orthogonal update direction needs
 the whole matrix, so one rank gathers the matrix and computes the direction (parallel/whole_matrices.py). Therefore optimizer
@@ -25,8 +26,8 @@ BETA2, EPS = 0.95, 1e-8  # decay and epsilon of NorMuon
 
 @dataclass(frozen=True)
 class HeldElements:
-    """The elements of a hidden matrix that a rank updates: the whole matrix, or consecutive elements of it. Consecutive elements
-    consist of at most three boxes."""
+    """The elements of a hidden matrix that a rank updates: the whole matrix, or consecutive elements of it. Consecutive
+    elements consist of at most three boxes (rectangular blocks of the matrix)."""
 
     parameter: torch.nn.Parameter  # with the gradient in .grad
     state: dict[str, Tensor]  # named as in MATRIX_STATE, with the shape of the parameter
@@ -38,7 +39,7 @@ class HeldElements:
         return {box: view.view(box.size) for box, view in zip(self.boxes, views, strict=True)}
 
     def joined(self, of_boxes: Sequence[Tensor]) -> Tensor:
-        """Return a tensor of the parameter's shape. `of_boxes`: one tensor for each box, with the elements of this box. Pure."""
+        """Join the tensors `of_boxes`, one for each box, into a tensor of the parameter's shape, and return it. Pure."""
         if len(of_boxes) == 1 and of_boxes[0].shape == self.parameter.shape:
             return of_boxes[0]
         return torch.cat([one.reshape(-1) for one in of_boxes]).view_as(self.parameter)

@@ -1,5 +1,5 @@
-"""Optimizers for flat parameters, and for parameters that are divided among ranks. Hidden matrices may be updated by Muon, other
-parameters by torch's optimizers."""
+"""Optimizers for flat parameters, and for parameters that are divided among ranks. Muon can update the hidden matrices, which
+are all matrices except embeddings and the head. torch's optimizers update all other parameters."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mpidp.strategies.muon import MATRIX_STATE, HeldElements, Muon
 
 
 def without_compiler(kind: type[torch.optim.Optimizer]) -> Any:
-    """Return the optimizer class `kind` without torch.compile's wrappers. They would import torch._dynamo in every process, which
-    takes about one second and 70 MB. Independent."""
+    """Return the optimizer class `kind` without torch.compile's wrappers. These wrappers would import torch._dynamo in every
+    process, which takes about one second and 70 MB. Independent."""
     plain = {"add_param_group": inspect.unwrap(kind.add_param_group), "step": torch.no_grad()(inspect.unwrap(kind.step))}
     return type(kind.__name__, (kind,), plain)
 
@@ -29,7 +29,7 @@ def cautious_adamw() -> Any:
     """Return a subclass of AdamW with cautious weight decay (muon.decay_towards_zero()). Independent."""
 
     class Cautious(without_compiler(torch.optim.AdamW)):  # type: ignore[misc]
-        """AdamW with cautious weight decay. After the update, only those elements decay that the update has moved towards 0."""
+        """AdamW with cautious weight decay. Weight decay applies only to elements that the update has moved towards 0."""
 
         @torch.no_grad()
         def step(self) -> None:
@@ -62,9 +62,9 @@ class UpdateRule:
     cautious: bool = False  # optim.cautious_decay
     momentum_warmup: int = 0  # optim.momentum_warmup
     hidden: Hidden = field(default_factory=Hidden)  # the hidden matrices, and the ranks that update them together
-    # Whether to update also the zeros that fill the buffer after a parameter. They stay 0. With them, torch computes each element
-    # of the parameter with SIMD instructions. Without them, torch rounds the last elements differently in AdamW. Therefore, with
-    # `padded`, the bits do not depend on how tensor parallelism cuts a parameter.
+    # Whether to update also the zeros that pad a parameter in the buffer. The zeros stay 0. With this padding, torch computes all
+    # elements of the parameter with SIMD instructions. Without the padding, torch rounds the last elements differently in AdamW.
+    # Therefore, with `padded`, the bits do not depend on how tensor parallelism cuts a parameter.
     padded: bool = False
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class UpdateRule:
 
     @property
     def moments(self) -> tuple[str, ...]:
-        """The names of the state tensors of all other parameters."""
+        """The names of the state tensors of parameters that are not in `matrices`."""
         return MOMENTS.get(self.name, MOMENTS["adamw"])
 
     def states(self, what: str) -> tuple[str, ...]:
@@ -96,19 +96,19 @@ class UpdateRule:
         return kind(members, lr=0.0, betas=(self.beta1, self.beta2), eps=1e-8, weight_decay=decay, fused=True)
 
     def make(self, layout: FlatLayout, parameters: Tensor, gradients: Tensor, memory: Memory, **share: Any) -> Optimizer:
-        """Return the optimizer of flat parameters, for the arguments of Optimizer. Collective over hidden.comm."""
+        """Return an `Optimizer`, which has the same arguments. Collective over hidden.comm."""
         return Optimizer(self, layout, parameters, gradients, memory, **share)
 
 
 class PieceOptimizer:
-    """Updates this rank's share of the parameters in place. A piece is what the share contains of one parameter. Muon updates the
-    hidden matrices, and an optimizer of torch updates the other pieces."""
+    """Updates this rank's share of the parameters in place. The share consists of pieces. A piece is a part of one parameter,
+    or the whole parameter. Muon updates the hidden matrices, and an optimizer of torch updates the other pieces."""
 
     def __init__(
         self, rule: UpdateRule, pieces: Sequence[tuple[torch.nn.Parameter, bool, dict[str, Tensor]]], matrices: list[HeldElements]
     ) -> None:
-        """`pieces`: a (piece with its gradient, whether weight decay applies, {key: state tensor}) for each piece. `matrices`:
-        this rank's elements of the hidden matrices. Collective over rule.hidden.comm."""
+        """`pieces`: a tuple (piece with its gradient, whether weight decay applies, {key: state tensor}) for each piece.
+        `matrices`: this rank's elements of the hidden matrices. Collective over rule.hidden.comm."""
         self.rule, self.updates = rule, 0
         self._steps: list[Tensor] = []  # torch has one step counter per parameter
         groups: dict[bool, list[torch.nn.Parameter]] = {}
@@ -221,7 +221,7 @@ class Optimizer(PieceOptimizer):
 
 @dataclass(frozen=True)
 class RunOfElements:
-    """The elements [low, high) of a parameter, which one rank updates (mesh.shard=2|3)."""
+    """Consecutive elements [low, high) of one parameter. One rank updates these elements (mesh.shard=2|3)."""
 
     name: str
     shape: tuple[int, ...]  # shape of the parameter

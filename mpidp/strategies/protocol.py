@@ -39,7 +39,7 @@ class StrategyOptions:
     sync_every: int  # steps between averages
     meet_every: int  # steps between meetings
     staleness: int  # largest delay of a gradient, in batches
-    quorum: float  # a round waits for the gradients of this fraction of the lanes
+    quorum: float  # an update waits for the gradients of this fraction of the micro-batches (of the lanes)
     compensation: float  # lambda of delay compensation
     outer_lr: float
     outer_momentum: float
@@ -68,7 +68,7 @@ class StrategyOptions:
 class Strategy(GradientSink, Protocol):
     """Makes parameter updates from the gradients of all ranks."""
 
-    compute_comm: MPI.Intracomm  # the ranks among which the lanes are divided
+    compute_comm: MPI.Intracomm  # the ranks that divide the micro-batches of a step
     synchronizes_always: bool  # whether every step is a meeting
     group: Group
     one_copy: bool  # whether all ranks of a group use one copy of parameters and optimizer state
@@ -81,16 +81,17 @@ class Strategy(GradientSink, Protocol):
         possible only at meetings. The result is the same on every rank. Independent."""
 
     def fill(self, forwards: int, chunk: int | None = None) -> None:
-        """Take part in the communication of `forwards` forward passes that other ranks compute. `chunk`: the chunk of layers that
-        they compute, or None if they compute all chunks. Do nothing if forward passes of this strategy do not communicate.
-        Collective over compute_comm if they communicate, else independent."""
+        """Take part in the communication of `forwards` forward passes that other ranks compute. `chunk`: the chunk of layers
+        that the other ranks compute, or None if they compute all chunks. Do nothing if forward passes of this strategy do not
+        communicate. Collective over compute_comm if forward passes communicate, else independent."""
 
     def start(self) -> None:
         """Prepare for the first step. Call start() once. If the run resumes from a checkpoint, load the checkpoint before this
         call. Collective over compute_comm."""
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
-        """In the next step, call each observer with the gradient of every lane that this rank computes. Independent."""
+        """In the next step, call each observer with the gradient of every lane (a fixed sequence of micro-batches) that this
+        rank computes. Independent."""
 
     def discard(self) -> None:
         """Discard the gradients of the current step, so that they can be computed again. Independent."""
@@ -101,7 +102,8 @@ class Strategy(GradientSink, Protocol):
         compute_comm."""
 
     def drain(self) -> None:
-        """Apply all gradients in flight. Afterwards all ranks have the same model. Collective over compute_comm."""
+        """Apply all gradients that have not been applied yet. Afterwards all ranks have the same model. Collective over
+        compute_comm."""
 
     def state_dict(self) -> dict[str, Entry]:
         """Return the state that an exact resume needs in addition to the parameters. Independent."""

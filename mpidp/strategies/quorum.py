@@ -1,12 +1,12 @@
-"""Training with a quorum: an update is made when the gradients of a fraction of the lanes have arrived. Late gradients are added
-to a later update, so no gradient is dropped.
+"""Training with a quorum: an update is made when a given fraction of the gradients has arrived. Late gradients are added to a
+later update, so no gradient is dropped.
 
-Every rank computes the gradient of its lanes of batch i with the parameters theta_i, and contributes it. Round i sums the
+Every rank computes its gradient of batch i with the parameters theta_i, and contributes this gradient. Round i sums the
 contributions that have arrived when the round closes (quorum_rounds.py). Every rank divides the sum by the number of target
-tokens in the round, and makes the update from theta_i to theta_{i+1}. A rank that is late with batch i makes the same update, and
-continues with batch i + 1. Therefore replicas are equal at the same step. The late gradient is added to a later round, at most
-`staleness` rounds later. At a meeting all contributions have arrived. Therefore no contribution is in flight at a checkpoint, at
-an evaluation or at the end of the run.
+tokens in the round, and makes the update from theta_i to theta_{i+1}. A rank that is late with batch i makes the same update,
+and continues with batch i + 1. Therefore replicas are equal at the same step. The late gradient is added to a later round, at
+most `staleness` rounds later. At a meeting (a step at which all ranks synchronize), all contributions have arrived. Therefore
+no contribution is missing at a checkpoint, at an evaluation or at the end of the run.
 
 This strategy combines the majority collective of Eager-SGD with the bounded staleness of SSP. See Li 2020, "Taming unbalanced
 training workloads in deep learning with partial collective operations", section 4, and Ho 2013, section 3. A thread of rank 0
@@ -71,8 +71,8 @@ class Quorum(Synchronous):
         self._alone = self.compute_comm.size == 1  # one rank needs no thread
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE and not self._alone:
             raise UsageError.on_every_rank(
-                "strategy.quorum below 1 sums in a second thread, but this MPI library does not support calls from several "
-                "threads (MPI_THREAD_MULTIPLE). Use another build of MPI, or strategy.quorum=1"
+                "with strategy.quorum below 1, a second thread sums gradients, but this MPI library does not support calls from "
+                "several threads (MPI_THREAD_MULTIPLE). Use another build of MPI, or strategy.quorum=1"
             )
         assert isinstance(self.reducer, FlatReducer)
         self._flat_reducer, self._comm = self.reducer, self.reducer.comm
@@ -265,7 +265,7 @@ class Quorum(Synchronous):
     # Checkpoints and the end
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the state at a meeting, when no contribution is in flight. Independent."""
+        """Return the state. Call this method at a meeting, when all contributions have been added. Independent."""
         found = super().state_dict() | {"steps": Entry(torch.tensor([self._steps]))}
         return found | ({"joined": Entry(torch.tensor(self._joined))} if self._joined else {})  # if the last batch was skipped
 

@@ -1,14 +1,14 @@
 """Decides which contributions are summed in each round of a quorum. The decision depends on the order of arrival. Pure.
 
-Every rank contributes the gradients of its lanes of batch 0, 1, 2 and so on. Round i makes the update of batch i. Round i closes
-when
+Every rank computes some of the lanes (fixed sequences of micro-batches) of each batch. It contributes its gradient of batch 0,
+then of batch 1, and so on. Round i makes the update of batch i. Round i closes when
 
 1. the ranks that have contributed to batch i have at least `needed` lanes in total,
 2. the contributions contain target tokens (some lanes of an epoch's last batch are empty), and
 3. no rank is more than `staleness` batches behind.
 
-At a meeting, the round closes only when all contributions have arrived. A contribution that arrives after its round has closed
-joins the next round. Therefore every contribution is summed exactly once.
+At a meeting (a step at which all ranks synchronize), the round closes only when all contributions have arrived. A contribution
+that arrives after its round has closed joins the next round. Therefore every contribution is summed exactly once.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class RoundTracker:
     def __init__(
         self, lanes: Sequence[int], needed: int, staleness: int, order: Sequence[Sequence[int]] | None = None
     ) -> None:
-        """`lanes`: number of lanes of each rank. `needed`, `staleness`: as at the top of this file. `order`: None, or in a replay
-        a list for each round. The list names a rank once for each contribution of the rank to the round."""
+        """`lanes`: number of lanes of each rank. `needed`, `staleness`: as at the top of this file. `order`: None, or in a
+        replay one list per round: the rank of each contribution in the round."""
         self.lanes, self.needed, self.staleness = lanes, needed, staleness
         self.round = 0  # the round that closes next, and also the number of its batch
         self.given = [0] * len(lanes)  # number of contributions received from each rank
@@ -55,7 +55,10 @@ class RoundTracker:
             return None
         left = [len(waiting) - count for waiting, count in zip(self._waiting, joining, strict=True)]
         if self._synchronizes and (any(left) or min(self.given) <= self.round):
-            raise MpidpError("strategy.replay: this run synchronizes at a step where the replayed run did not")
+            raise MpidpError(
+                "strategy.replay: this run synchronizes at a step where the replayed run did not. Set strategy.meet_every and "
+                "train.steps as in that run"
+            )
         if self._order is not None:
             self._order.popleft()
         tokens = sum(waiting.popleft() for waiting, count in zip(self._waiting, joining, strict=True) for _ in range(count))
@@ -70,5 +73,8 @@ class RoundTracker:
 
     def _repeated(self) -> list[int]:
         if not self._order:
-            raise MpidpError("strategy.replay: the replayed run made fewer rounds before it synchronized")
+            raise MpidpError(
+                "strategy.replay: the replayed run synchronized after fewer steps than this run. Set strategy.meet_every and "
+                "train.steps as in that run"
+            )
         return [list(self._order[0]).count(rank) for rank in range(len(self.lanes))]

@@ -51,7 +51,7 @@ class Server(Synchronous):
     synchronizes_always = False
 
     def __init__(self, *parts: Any, **more: Any) -> None:
-        """Take the arguments of Synchronous. The reducer must have a single buffer. Collective over comm."""
+        """Take the arguments of Synchronous. The reducer must have a single gradient buffer. Collective over comm."""
         super().__init__(*parts, **more)
         self._comm, size = self.reducer.comm, self.compute_comm.size
         self._workers, self._servers = size - self.options.servers, self.options.servers
@@ -196,8 +196,8 @@ class Server(Synchronous):
         self._stats = StepStats(norm, False)
 
     def _answer_ready(self, synchronizes: bool) -> None:
-        """Answer the waiting workers that may continue. At a meeting answers contain no parameters, because all ranks then
-        receive them in _publish_all()."""
+        """Answer the waiting workers that may continue. At a meeting, answers contain no parameters, because _publish_all()
+        then sends the parameters to all ranks."""
         slowest = min(self._clocks)
         for worker, batch in list(self._waiting.items()):
             last = synchronizes and batch == self._pushed
@@ -258,8 +258,8 @@ class Server(Synchronous):
     # All ranks
 
     def _publish_all(self) -> dict[str, Any]:
-        """At a meeting, broadcast every server's slice of the parameters. Return the field for metrics.jsonl with the order of
-        pushes, or {} in mode sync. Collective over compute_comm."""
+        """At a meeting (a step at which all ranks synchronize), broadcast every server's slice of the parameters. Return the
+        field for metrics.jsonl with the order of pushes, or {} in mode sync. Collective over compute_comm."""
         self.reducer.observers.enter("publish")
         wire = self.reducer.transport
         with wire.timed():

@@ -1,12 +1,14 @@
 """Synchronous data parallelism with sharded gradients and optimizer state (mesh.shard=2; ZeRO-2, Rajbhandari 2020). With
 mesh.shard=3 (ZeRO-3), the parameters are sharded, too.
 
-During the backward pass of a micro-batch, the gradient of each unit is sent to its owners and freed. Owners add lanes along the
-tree, so the weights equal those of mesh.shard=0 bit for bit. With mesh.shard=3, the parameters of a Transformer block are
-gathered before its forward pass and before its backward pass (gathered.py).
+A unit is a group of parameters that are exchanged together, such as those of one Transformer block. Each rank owns one slice
+of every unit. During the backward pass of a micro-batch, each slice of a unit's gradient is sent to its owner, and the
+gradient is freed. Owners add gradients in the order of a fixed binary tree, so the weights equal those of mesh.shard=0 bit for
+bit. With mesh.shard=3, the parameters of a Transformer block are gathered before its forward pass and before its backward pass
+(gathered.py).
 
-Exchanges are collective, so all ranks make them in the same order. The micro-batches are dealt to the ranks in turn. In the last
-round, some ranks may have no micro-batch, or an empty one. They make the exchanges without computing.
+Exchanges are collective, so all ranks make them in the same order. The micro-batches are dealt to the ranks in turn. At the
+end of a step, some ranks may have no micro-batch, or an empty one. These ranks make the exchanges without computing.
 """
 
 from __future__ import annotations
@@ -175,8 +177,8 @@ class Sharded:
                     raise RuntimeError(f"mesh.shard=2 or 3: backward has computed the gradient of {member.name} twice")
 
     def fill(self, forwards: int, chunk: int | None = None) -> None:
-        """Take part in the communication of `forwards` forward passes that other ranks compute. `chunk`: the chunk that they
-        compute, or None if they compute all chunks. Collective over compute_comm."""
+        """Take part in the communication of `forwards` forward passes that other ranks compute. `chunk`: the chunk of layers
+        that these ranks compute, or None for all chunks. Collective over compute_comm."""
         for _ in range(forwards):
             for name, its_chunk in self._blocks:
                 if chunk in (None, its_chunk):
@@ -191,7 +193,7 @@ class Sharded:
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
         """Call each observer with a part of the gradient of every micro-batch in the next step: the gradient of the first
-        parameter in flat order, flattened. No rank has the gradient of a lane. Independent."""
+        parameter in flat order, flattened. No rank has the gradient of a whole lane. Independent."""
         self._observers = list(observers)
 
     def discard(self) -> None:
@@ -199,7 +201,7 @@ class Sharded:
         self.sum.discard()
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Do the same as Synchronous.step(), on shards. Collective over compute_comm."""
+        """Do the same as Synchronous.step(), on this rank's slices. Collective over compute_comm."""
         observers = self.reducer.observers
         observers.enter("reduce")
         self._tie()
@@ -245,8 +247,8 @@ class Sharded:
         )
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the optimizer state of this rank's slices. A state tensor has the shape of its parameter, and an entry holds one
-        box of it. Independent."""
+        """Return the optimizer state of this rank's slices. A state tensor has the shape of its parameter, and an entry holds
+        one rectangular block of this tensor. Independent."""
         rank, found = self.compute_comm.rank, dict[str, Entry]()
         states = {run.name: state for run, state in zip(self.optimizer.runs, self.optimizer.state, strict=True)}
         for unit in self.units:

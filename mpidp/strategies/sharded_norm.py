@@ -1,8 +1,9 @@
-"""The norm of a sharded gradient (mesh.shard=2|3), with the bits of level 0.
+"""The norm of a gradient that is divided among ranks (mesh.shard=2|3). It has the same bits as with mesh.shard=0.
 
-Without slices, each norm block has one owner. With model.slices, the norm blocks cut each slice of a parameter, and the elements
-of such a block can have several owners. Therefore each slice is first gathered on one rank. If the elements of a slice are not
-consecutive, the whole parameter is gathered on one rank. Together, the ranks receive each element once.
+The norm is summed over norm blocks, which have 4,096 elements. Without model.slices, one rank holds all elements of a norm
+block. With model.slices, each slice of a parameter is cut into norm blocks, and several ranks can hold elements of one block.
+Therefore each slice is first gathered on one rank. If the elements of a slice are not consecutive, the whole parameter is
+gathered on one rank. Each element is sent to one rank only.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ class ShardedNorm:
     """Computes the L2 norm over the whole model."""
 
     def __init__(self, units: Sequence[Unit], layout: FlatLayout, channel: Channel, parts: ModelPartition | None) -> None:
-        """units: the units of the layout. channel: the ranks that share the units. parts: this rank's part of the model, if the
-        model is divided."""
+        """`units`: all units (parameters that are exchanged together) of `layout`. `channel`: the ranks that share the units.
+        `parts`: this rank's part of the model, if the model is divided."""
         self._units, self._layout, self._channel, self._parts = units, layout, channel, parts
 
     def __call__(self, totals: Sequence[Tensor]) -> float:
-        """Return the norm. totals: the gradient sum of this rank's slice of each unit. Collective over channel.comm, and over
-        the ranks of a replica."""
+        """Return the norm. `totals`: the gradient sum of this rank's slice of each unit. Collective over channel.comm, and
+        over the ranks of a replica."""
         rank, squares = self._channel.comm.rank, torch.zeros(self._layout.num_elements // NORM_BLOCK, dtype=torch.float64)
         for unit, total in zip(self._units, totals, strict=True):
             if total.numel():
@@ -53,7 +54,8 @@ class ShardedNorm:
         return self._parts.norm_of([spans[chunk] for chunk in sorted(spans)], squares, uncounted)
 
     def _collect(self, squares: Tensor) -> None:
-        """Give every rank the values of all ranks. Each value is nonzero on one rank only. Collective over channel.comm."""
+        """Give every rank the values that all ranks have computed. Each value is 0 on all ranks but one. Collective over
+        channel.comm."""
         with self._channel.transport.timed():
             self._channel.wait(self._channel.comm.Iallreduce(MPI.IN_PLACE, buf(squares)))
 
@@ -69,7 +71,7 @@ class Section:
     owner: int = 0  # the rank that gathers the elements
 
     def pieces(self, flat: Tensor) -> Sequence[Tensor]:
-        """Return the slices. flat: the elements, (n,). Pure."""
+        """Return the slices. `flat`: the elements, (n,). Pure."""
         whole = flat.view(self.shape)
         return [whole] if self.cut is None else whole.split(self.cut[1], self.cut[0])
 

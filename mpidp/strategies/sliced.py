@@ -24,8 +24,8 @@ from mpidp.strategies.synchronous import Synchronous
 
 
 class Sliced(Synchronous):
-    """Implements mesh.shard=1. Each rank updates one slice. If the ranks of a node share a copy, their window holds the optimizer
-    state of all their slices."""
+    """Implements mesh.shard=1. Each rank updates one slice. If the ranks of a node share a copy, their shared memory holds the
+    optimizer state of all their slices."""
 
     survives_failures = False  # a slice is lost with the rank that holds it
 
@@ -37,8 +37,8 @@ class Sliced(Synchronous):
         return {"share": (rank, size), "bounds": self._bounds, "holds": members if self.one_copy else range(rank, rank + 1)}
 
     def _publish(self) -> None:
-        """Gather all slices into every copy. If the ranks of a node share a copy, the elements of the node's slices are divided
-        into one range per rail. Each rail exchanges its ranges."""
+        """Gather all slices into every copy. If the ranks of a node share a copy, the elements of the node's slices are
+        divided into ranges, one for each rail (one rank of each node). The ranks of a rail exchange their ranges."""
         transport = self.reducer.transport
         with transport.timed():
             self.group.fence()
@@ -67,8 +67,8 @@ class Sliced(Synchronous):
         return {"": self.flat}
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the optimizer state of this rank's slice. A state tensor has the shape of its parameter, and an entry holds one
-        box of it. If a parameter is outside the slice, the box is empty. Independent."""
+        """Return the optimizer state of this rank's slice. A state tensor has the shape of its parameter, and an entry holds
+        one rectangular block (box) of this tensor. If a parameter is outside the slice, the box is empty. Independent."""
         assert self.optimizer is not None
         optimizer, found = self.optimizer, {}
         for i, flat in enumerate(optimizer.moments().values()):

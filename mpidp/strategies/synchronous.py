@@ -1,8 +1,9 @@
-"""Exact synchronous data parallelism: each step averages the gradients of all lanes. Then all replicas make the same update.
-(With comm.reducer=root, only rank 0 makes the update.)
+"""Exact synchronous data parallelism: each step averages the gradients of all micro-batches. Then all replicas make the same
+update. (With comm.reducer=root, only rank 0 makes the update.)
 
-theta <- update(theta, (sum over lanes of the gradients of token losses) / (number of tokens)). The gradient is the mean over the
-tokens of the global batch. It is not a mean of the means of lanes or ranks. docs/equations.md explains the formula.
+theta <- update(theta, (sum over micro-batches of the gradients of token losses) / (number of tokens)). The gradient is the
+mean over the tokens of the global batch. It is not a mean of the means of micro-batches or ranks. docs/equations.md explains
+the formula.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from mpidp.strategies.protocol import StepStats, StrategyOptions
 
 
 class Synchronous:
-    """Synchronous data parallelism. Every step waits for all lanes."""
+    """Synchronous data parallelism. Every step waits for the gradients of all ranks."""
 
     survives_failures = True
     synchronizes_always = True
@@ -78,7 +79,8 @@ class Synchronous:
         if (share := self.optimizer_share()) is not None:
             self.optimizer = rule.make(self.buffer.layout, self.flat, self.buffer.total, memory, **share)
         self._spare: list[Tensor] = []  # a copy of the shared tensors as they were before the update
-        # If the ranks of some part share a copy, all parts keep one, because all restore the state after an incomplete update.
+        # If ranks that hold some part of the model share a copy, the ranks of all parts keep the state before the update, because
+        # all ranks restore this state if an update is incomplete.
         if launched_with_ulfm() and self._everyone.allreduce(one_copy, op=MPI.LOR):
             self._spare = [memory(flat.numel()) for flat in self.flats().values()]
         self.torn = False  # whether the last update of shared tensors is incomplete because a rank failed
@@ -173,8 +175,8 @@ class Synchronous:
         self.reducer.discard()
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Sum the gradients, divide the sum by `tokens` to get the mean, clip it, and update. Skip the update if the gradient of
-        any lane is not finite, or if the norm exceeds `limit`. All ranks compute the same norm, so they make the same decision.
+        """Sum the gradients, divide the sum by `tokens` to get the mean, clip it, and update. Skip the update if any gradient
+        is not finite, or if the norm exceeds `limit`. All ranks compute the same norm, so they make the same decision.
         Collective over compute_comm."""
         self.reducer.observers.enter("reduce")
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
@@ -237,8 +239,8 @@ class Synchronous:
         return {"": self.flat} | (self.optimizer.moments() if self.optimizer is not None else {})
 
     def held(self) -> dict[str, int]:
-        """Return {use: bytes of memory}. The uses are parameters, gradients and optimizer. If ranks share a window, the bytes are
-        those of the whole node. Independent."""
+        """Return {use: bytes of memory}. The uses are parameters, gradients and optimizer. If ranks share memory, the bytes
+        are those of the whole node. Independent."""
         moments = self.optimizer.moments().values() if self.optimizer is not None else []
         return bytes_by_use(parameters=[self.flat], gradients=[self.buffer.flat], optimizer=moments)
 

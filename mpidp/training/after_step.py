@@ -1,4 +1,4 @@
-"""The work after a step: log the step, rebalance the lanes, evaluate, write a checkpoint, and decide whether to stop."""
+"""The work after a step: log it, redistribute the micro-batches among ranks, evaluate, write a checkpoint, or stop."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from mpidp.training.step_report import StepReport, noise_of
 
 
 def log_update(job: Job, lr: float, stats: StepStats, report: StepReport, epoch: int) -> None:
-    """Write the line of a step that made an update to metrics.jsonl. Independent."""
+    """Write to metrics.jsonl the line of a step that updated the parameters. `epoch`: the epoch of its batch. Independent."""
     learned = {"train_loss": report.loss, "lr": lr, "grad_norm": stats.grad_norm, **stats.extra}
     log_step(job, learned | noise(job, noise_of(job, report, stats.grad_norm)), report, epoch)
 
 
 def skip(job: Job, batch: int, grad_norm: float) -> None:
-    """Log a batch that made no update. After train.max_skipped such batches in a row, raise Damaged, so that the run returns to
-    the last checkpoint and skips all batches up to this one. Raise MpidpError instead if no checkpoint was written since the last
-    such return. All ranks make the same decision. Independent."""
+    """Log batch number `batch`, for which no rank updated its parameters. After train.max_skipped skipped batches in a row,
+    raise Damaged. Then the run returns to the last checkpoint, and skips all batches up to this one. Raise MpidpError instead
+    if the run has no checkpoint, or none that is newer than its last return. All ranks make the same decision. Independent."""
     at, progress, train = job.position, job.services.progress, job.config.train
     why = "its gradient is not finite" if grad_norm else "it has no target token"
     if grad_norm and math.isfinite(grad_norm):
-        why = f"its gradient norm {grad_norm:.3g} is more than {train.spike:g} times the usual (train.spike)"
+        why = f"its gradient norm {grad_norm:.3g} is more than {train.spike:g} times the usual norm (train.spike)"
     log_skipped(job, batch, grad_norm)
     progress.print(f"step {at.step}  batch {batch} skipped: {why}")
     if at.skipped_in_a_row < train.max_skipped:
@@ -50,8 +50,8 @@ def skip(job: Job, batch: int, grad_norm: float) -> None:
 
 
 def rebalance(job: Job, report: StepReport, loader: Loader) -> None:
-    """Pass the measured times of the last step to the balance. If the balance changes the lanes of the ranks, log the change. All
-    ranks make the same decision. Independent."""
+    """Pass the measured times of the last step to job.balance, which distributes the lanes (fixed sequences of micro-batches)
+    among the ranks. If the distribution changes, log the change. All ranks make the same decision. Independent."""
     change = job.balance.observe(report.seconds.tolist(), [int(n) for n in report.counts])
     if change:
         loader.expect(job.micro_batches())

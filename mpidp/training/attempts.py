@@ -35,7 +35,7 @@ from mpidp.training.run_plan import RunPlan
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-END_SECONDS, STOP_SECONDS = 600.0, 60.0  # time limit for copying the last checkpoint, at the end and on a request to stop
+END_SECONDS, STOP_SECONDS = 600.0, 60.0  # time limits for copying the last checkpoint: at the end, and after a request to stop
 MAX_RETURNS = 3  # most returns to the last checkpoint in one command; a machine that fails more often needs repair
 
 
@@ -48,7 +48,7 @@ class RunAttempts:
         self.config, self.plan, self.world = config, plan, world
         self.growing = crew is not None  # whether more replacement ranks may follow
         self.replicas = Replicas(list(range(world.size)), [])  # which of the world's ranks train; the others are spare ranks
-        self.regrouped = crew is None  # whether `replicas` and `plan` fit the world
+        self.regrouped = crew is None  # whether `replicas` and `plan` are those of the present `world`
         self._joins = crew is not None  # whether this rank is about to join the others
         self.tries = RestartLog(Path(config.run.dir), begun=self.growing)
         self.lock: RunLock | None = None
@@ -75,9 +75,9 @@ class RunAttempts:
             self.faults = faults_from_environment(self.number)
 
     def attempt(self) -> dict[str, Any] | None:
-        """Gather the ranks, restore the state, and train. Return the content of the `end` line of metrics.jsonl. Return None if
-        the job needs more ranks before it trains. Raises Damaged if the state is found to be damaged, and RankFailure if a rank
-        fails. Collective over world."""
+        """Add replacement ranks if needed, restore the state, and train. Return the content of the `end` line of
+        metrics.jsonl. Return None if the job needs more ranks before it trains. Raises Damaged if the state is found to be
+        damaged, and RankFailure if a rank fails. Collective over world."""
         self._gather()
         order = self.replicas.order
         if len(order) == self.world.size:
@@ -138,8 +138,8 @@ class RunAttempts:
             self._leave_seat()
 
     def _leave_seat(self) -> None:
-        """Drop the state if it is not whole, or if this rank does not train. Only the first rank that trains keeps the lock and
-        the mirror. Independent."""
+        """Drop the state if no living rank holds some part of the model, or if this rank does not train. Of the training
+        ranks, only the first keeps the lock of the run's folder and the mirror. Independent."""
         if self.world.rank != self.replicas.order[0]:
             if self.mirror is not None:
                 self.mirror.finish(0.0)
@@ -161,8 +161,8 @@ class RunAttempts:
         self.crew.events.append({"event": "went_back"} | event | {"why": why})
 
     def _take_state(self, plan: RunPlan) -> dict[str, Any] | None:
-        """Make the job of all ranks, with the state in the memory of surviving ranks, or with that of a checkpoint. Return the
-        content of the `end` line if the run is over, else None."""
+        """Make the job of all training ranks. Its state comes from the memory of the surviving ranks, or from a checkpoint.
+        Return the content of the `end` line if the run is over, else None."""
         world = plan.world
         with raise_together(world):
             if world.rank == 0 and self.lock is None:
@@ -175,7 +175,7 @@ class RunAttempts:
             return None  # no rank joined
         if not any(held):
             if self.job is not None:
-                self._drop_state("ranks failed and new ranks joined. The state of this method cannot be sent to new ranks")
+                self._drop_state("ranks failed and new ranks joined. With this strategy, the state cannot be sent to new ranks")
             return self._from_disk(plan)
         if self.job is not None and all(held) and self.replicas.as_before:
             self.job, event = recovery.rebuild(self._build, plan, self.job, self.replicas, self._failed_at)
@@ -238,8 +238,8 @@ class RunAttempts:
             self._drop_state(f"ranks failed, and {method} cannot continue in the middle of a step")
 
     def close(self, error: BaseException | None) -> None:
-        """Record `error`, the exception with which the run ended, unless another job has taken over the folder. Wait a limited
-        time until the last checkpoint is copied to run.mirror. Release the lock. Independent."""
+        """Record `error`, the exception with which the run ended (None: without one), unless another job has taken over the
+        folder. Wait for a limited time until the last checkpoint is copied to run.mirror. Release the lock. Independent."""
         if error is not None and (self.lock is None or self.lock.held()):
             self.tries.ended(error, self.world.rank)
         if self.mirror is not None:
@@ -249,9 +249,9 @@ class RunAttempts:
 
 
 def listen(job: Job, before: StopRequest | None) -> StopRequest:
-    """Return an object that detects requests to stop: signals and the job's time limit, and on rank 0 also the file STOP and a
-    lost lock. Rank 0 prints when the time limit will stop the run. `before`: the `StopRequest` object of the last job, or None. A
-    request to stop the last job also stops this job. Collective over job.comm."""
+    """Return an object that detects requests to stop: signals and the job's time limit, and on rank 0 also the file STOP and
+    the loss of the lock of the run's folder. Rank 0 prints when the time limit will stop the run. `before`: the `StopRequest`
+    object of the last job, or None. A request to stop the last job also stops this job. Collective over job.comm."""
     first, state, config = job.comm.rank == 0, job.state, job.config
     if not state.recovered:  # asking the scheduler takes time
         end = job_end() if first else None

@@ -8,9 +8,9 @@ from mpidp.training.job import Job
 
 
 def audit_weights(job: Job, now: bool = False) -> None:
-    """If an audit is due, check that all replicas hold the same parameters and optimizer state, and repair those that differ from
-    the majority. `now`: if audits are on, check at this step. Raises Damaged if a repair is not possible. Collective over
-    job.comm."""
+    """If an audit is due, check that all replicas hold the same parameters and optimizer state, and repair the replicas that
+    differ from the majority. `now`: whether to check at this step even if no audit is due (only with train.audit_every above
+    0). Raises Damaged if a repair is not possible. Collective over job.comm."""
     step = job.position.step
     if not now:
         job.services.faults.flip(step, list(job.engine.model.parameters()))
@@ -19,7 +19,7 @@ def audit_weights(job: Job, now: bool = False) -> None:
     finding = job.audit.weights()
     if finding is None:
         return
-    report_finding(job, step, finding, "repaired" if finding.repaired else "back to the last checkpoint")
+    report_finding(job, step, finding, "repaired" if finding.repaired else "the run returns to the last checkpoint")
     if not finding.repaired:
         raise Damaged.on_every_rank(f"step {step}: ranks {finding.ranks}: {finding.what}")
 

@@ -1,8 +1,9 @@
-"""Distributes the lanes of a step among the ranks: evenly, by measured speed, or by work stealing. Pure.
+"""Distributes the lanes of a step (fixed sequences of micro-batches) among the ranks: evenly, by measured speed, or by work
+stealing. Pure.
 
-Ranks are ordered node by node, and neighbouring ranks have neighbouring ranges of lanes. The sum of the gradients does not depend
-on which rank computes a lane. Therefore the distribution may change at any step. All ranks must compute it from the same
-numbers."""
+Ranks are ordered node by node, and neighbouring ranks have neighbouring ranges of lanes. The sum of the gradients does not
+depend on which rank computes a lane. Therefore the distribution may change at any step. All ranks must compute the
+distribution from the same numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 FIRST_STEPS, EVERY_STEPS = 5, 10  # number of measured steps before the first change, and between changes
 MEMORY_STEPS = 20  # number of steps over which the median of a rank's speed is taken
-WORTH = 0.95  # change only if the predicted time of the slowest rank falls below this fraction
+WORTH = 0.95  # change only if the predicted time of the slowest rank falls below this fraction of its present time
 SHORTEST_SECONDS = 1e-9  # least time of a lane in computations, because a clock may measure 0
 
 
@@ -50,15 +51,15 @@ def by_speed(num_lanes: int, seconds_per_lane: Sequence[float], max_lanes: int |
 
 @dataclass(frozen=True)
 class Terms:
-    """The arguments of the classes that implement Balance. A name in parentheses says which balance uses an argument."""
+    """The arguments of the classes that implement Balance. A word in parentheses is the train.balance that uses the argument."""
 
     num_lanes: int
     size: int  # ranks that share the lanes
     place: int  # index of this rank among these ranks
     max_lanes: int | None = None  # largest number of lanes per rank, limited by its gradient slots (measured)
-    tickets: Tickets | None = None  # the tickets of this rank's node (steal)
+    tickets: Tickets | None = None  # shared counters from which the ranks of this node take lanes (steal)
     first_place: int = 0  # index of the first rank of this rank's node (steal)
-    may_steal: Callable[[], bool] = lambda: True  # whether a slot is free for one more lane (steal)
+    may_steal: Callable[[], bool] = lambda: True  # whether a gradient buffer is free for one more lane (steal)
     idle: int = 0  # the last `idle` ranks compute nothing (even)
 
 
@@ -135,12 +136,13 @@ class Measured(Even):
             return None
         old, new = (" ".join(str(len(lanes)) for lanes in ranges) for ranges in (self.ranges, best))
         self.ranges = best
-        return f"lanes per rank: {old} -> {new} (seconds per lane, by rank: {' '.join(f'{one:.3g}' for one in speed)})"
+        return (f"lanes (sequences of micro-batches) per rank: {old} -> {new} "
+                f"(seconds per lane, by rank: {' '.join(f'{one:.3g}' for one in speed)})")
 
 
 class Steal:
-    """Implements train.balance=steal. A step starts with even ranges. A rank that has finished its lanes takes lanes from other
-    ranks of its node, as long as it has free slots."""
+    """Implements train.balance=steal. A step starts with even ranges. A rank that has finished its lanes takes lanes from
+    other ranks of its node, as long as it has free gradient buffers."""
 
     static = False
 
@@ -167,7 +169,7 @@ class Steal:
         return None
 
     def close(self) -> None:
-        """Release the tickets. Collective over the ranks of a node."""
+        """Free the shared counters. Collective over the ranks of a node."""
         self._tickets.close()
 
 

@@ -51,11 +51,11 @@ def build(
     on_hang: Callable[[str], None] = lambda report: None, observers: Sequence[StepObserver] = (),
     mirror: Mirror | None = None,
 ) -> Job:
-    """Build a job. All replicas have equal parameters.
+    """Build a job in which all replicas have equal parameters.
 
-    `before`: None, or a job in which ranks have failed. The surviving ranks keep the model and the memory of `before`. `lock`:
-    the lock of the run's folder, on rank 0. `on_hang`: called with the report of a hang. `observers`: observers of every step.
-    `mirror`: copies checkpoints, on rank 0. Collective over plan.world."""
+    `faults`: the faults to inject on this rank. `before`: None, or a job in which ranks have failed. The surviving ranks keep
+    the model and the memory of `before`. `lock`: the lock of the run's folder, on rank 0. `on_hang`: called with the report of
+    a hang. `observers`: observers of every step. `mirror`: copies checkpoints, on rank 0. Collective over plan.world."""
     torch.set_num_threads(plan.config.train.threads)
     state = RunState() if before is None else before.state.portable()
     tasks = tasks_of(plan, None if before is None else before.tasks)  # before the weights, because the tasks may be missing
@@ -108,17 +108,18 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
     else:  # keep the mode, because a new measurement takes time
         overlap.use(reducer, way := before.memory.reducer.overlap_mode)
     if plan.world.rank == 0 and plan.world.size > 1:
-        log.info(f"overlap {way}")
+        log.info(f"comm.overlap={way}")
     return strategy
 
 
 def make_hidden(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory) -> Hidden:
-    """Return the hidden matrices, and the ranks that update them together. Collective over plan.world.
+    """Return the hidden matrices (those that Muon updates), and the ranks that update them together. Collective over
+    plan.world.
 
-    With mesh.tp or mesh.shard=2|3, the ranks that hold boxes of the same matrices update them together. Without these settings,
-    each copy of the parameters computes the updates of some matrices, and sends them to the other copies. Every copy computes all
-    updates if the device is a GPU, if copies are independent (local, quorum, audits), or if an update must not need other ranks
-    (ULFM)."""
+    With mesh.tp or mesh.shard=2|3, the ranks that hold rectangular blocks of the same matrices update these matrices together.
+    Without these settings, each copy of the parameters computes the updates of some matrices, and sends them to the other
+    copies. However, each copy computes all updates itself if the device is a GPU, if copies must be independent (local,
+    quorum, audits), or if an update must not need other ranks (ULFM)."""
     config, grid, shape, dp = plan.config, plan.grid, plan.shape, plan.mesh.dp
     method, tp = kind(config.strategy.name, config.strategy.quorum), grid.tp.size > 1
     independent = method == "local" or config.train.audit_every > 0 or launched_with_ulfm()

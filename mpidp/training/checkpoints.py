@@ -18,9 +18,9 @@ from mpidp.training.state import Position
 
 
 def save(job: Job, end: dict[str, Any] | None = None, wait: bool = False) -> None:
-    """Begin to write a checkpoint of this step. Writing continues during training. `end`: the content of the `end` line, if the
-    run is over. With `end` or `wait`, return only when the checkpoint is on the disk. In this case raises MpidpError on every
-    rank if the checkpoint cannot be written. Collective over job.comm."""
+    """Begin to write a checkpoint of this step. Writing continues during training. `end`: if the run is over, the content of
+    the `end` line of metrics.jsonl. With `end` or `wait`, return only when the checkpoint is on the disk. In this case raises
+    MpidpError on every rank if the checkpoint cannot be written. Collective over job.comm."""
     at, wait, enter = job.position, wait or end is not None, job.services.observers.enter
     if wait:
         with job.services.clock.timed("checkpoint"):

@@ -1,4 +1,5 @@
-"""Data parallelism in a job. Decides which lanes each rank computes, and which ranks share memory."""
+"""Data parallelism in a job. Decides which lanes (sequences of micro-batches) each rank computes, and which ranks share
+memory."""
 
 from __future__ import annotations
 
@@ -52,11 +53,11 @@ class MemoryRequest(Protocol):
 
     @property
     def shape(self) -> Any:
-        """The model's shape. Each of its num_layers layers begins a new norm block."""
+        """The model's shape. In the flat gradient, each of its num_layers layers begins at a multiple of NORM_BLOCK elements."""
 
 
 HELD = (  # messages by mesh.shard: what a rank holds of parameters and optimizer state
-    "{}", "{}, each with a slice of the state", "one copy of the parameters and a slice of the state per rank",
+    "{}", "{} (parameters), one slice per copy (state)", "one copy of the parameters and a slice of the state per rank",
     "a slice per rank",
 )
 
@@ -70,7 +71,7 @@ class DataParallelMemory:
     reducer: Reducer
     one_copy: bool  # whether the ranks of a group share one copy of parameters and optimizer state
     replicas: list[range]  # the ranks that hold each copy
-    level: int  # mesh.shard, or 0 if there is only one copy: it need not be sharded
+    level: int  # mesh.shard, or 0 if there is only one copy, because a single copy is not divided
 
     def micro_batches(self, rank: int) -> list[int]:
         """Return the micro-batches that rank `rank` computes, in order. With train.balance=steal, other ranks may take some of
@@ -82,8 +83,8 @@ class DataParallelMemory:
 
 
 def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at: bool = False) -> tuple[int, int]:
-    """Return (number of gradient buffers that rank `rank` needs, largest number of lanes that it may get). The second number is 0
-    if the rank's lanes never change. `size`: number of replicas. `looked_at`: as in share_memory(). Independent."""
+    """Return (number of gradient buffers that rank `rank` needs, largest number of lanes that this rank may get). The second
+    number is 0 if the rank's lanes never change. `size`: number of replicas. `looked_at`: as in share_memory(). Independent."""
     mine = lanes.of_rank(rank, size)
     kind, most = config.train.balance if size > 1 else "even", 0
     if kind == "measured":  # at most three times as many as with even ranges; memory grows with the logarithm of `most`
@@ -97,8 +98,8 @@ def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at
 
 
 def held_buffers(config: Config) -> int:
-    """Return the number of buffers that compression needs, each as large as a gradient. They are the residual and its previous
-    value. With momentum, the velocity and its previous value are added. Pure."""
+    """Return how many buffers of the size of a gradient comm.compress needs. They hold the residual (the compression error,
+    which is added to the next gradient) and its previous value. With momentum, also the velocity and its previous value. Pure."""
     return 2 * (1 + (config.comm.momentum > 0)) if config.comm.compress != "none" else 0
 
 
@@ -120,7 +121,8 @@ def share_memory(
     plan: MemoryRequest, transport: Messages, num_parameters: int, observers: StepObservers = NO_OBSERVERS,
     parts: ModelPartition | None = None, looked_at: bool = False, before: tuple[Group, bool] | None = None,
 ) -> DataParallelMemory:
-    """Make the group, the balance and the reducer of this rank from the configuration. Rank 0 logs what was chosen.
+    """Make, from the configuration, this rank's group (the ranks that share memory), balance (which distributes the lanes) and
+    reducer (which sums gradients). Rank 0 logs what was chosen.
 
     `parts`: this rank's part of the model. `looked_at`: whether injected faults need the gradients of single lanes. `before`:
     None, or after a failure (the group before the failure, whether its ranks shared one copy). The surviving ranks keep the
@@ -134,7 +136,7 @@ def share_memory(
     kind, note = c.train.balance if world.size > 1 else "even", ""
     if kind == "steal" and not launched_with_ulfm() and not _can_steal(mesh):
         kind, c = "measured", c.with_values(train={"balance": "measured"})
-        note = "; balance measured: with this MPI library, a rank cannot take lanes from a rank that is computing"
+        note = "; train.balance=measured, because with this MPI library a rank cannot take work from a rank that is computing"
     slots, max_lanes = gradient_slots(c, lanes, world.rank, world.size, looked_at)
     audited = c.train.audit_every > 0
     # An audit compares replicas, so on one node each rank must have a replica of its own.
@@ -152,11 +154,11 @@ def share_memory(
     tickets = None
     if kind == "steal":
         if launched_with_ulfm():
-            kind, how = "even", f"{how}; train.balance=even, because the window for stealing is lost if a rank fails"
+            kind, how = "even", f"{how}; train.balance=even, because the memory for work stealing is lost if a rank fails"
         elif windowed or mesh.num_nodes == world.size:
             tickets = Tickets(group.node)
         else:
-            kind, how = "even", f"{how}; train.balance=even, because stealing needs a window"
+            kind, how = "even", f"{how}; train.balance=even, because work stealing needs shared memory"
     reducer: Reducer
     balance = BALANCES[kind](Terms(
         lanes.num_lanes, world.size, world.rank, max_lanes, tickets, group.members[group.index].start,

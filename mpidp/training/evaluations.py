@@ -34,8 +34,8 @@ def evaluate_validation(job: Job, validation: TokenStream) -> dict[str, Any]:
 
 
 def evaluate_tasks(job: Job) -> dict[str, Any]:
-    """Evaluate the tasks of train.eval_tasks. Return the fields for the line of the evaluation. If the tasks cannot be evaluated,
-    print a warning. Collective over job.comm."""
+    """Evaluate the tasks of train.eval_tasks. Return the fields for the line of the evaluation in metrics.jsonl. If the tasks
+    cannot be evaluated, print a warning. Collective over job.comm."""
     if job.tasks is None:
         return {}
     figures, problem = job.tasks.run()

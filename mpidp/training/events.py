@@ -14,8 +14,8 @@ NAMED_RANKS = 64  # if there are more ranks, not every line lists the seconds of
 
 
 def record_start(job: Job) -> None:
-    """Write the `start` line. It contains facts about the run. After a resume, it also contains how much time and how many steps
-    were lost, because they were after the checkpoint. Independent."""
+    """Write the `start` line, which contains facts about the run. After a resume, the line also contains the time and the
+    number of steps that were lost, which are those after the checkpoint. Independent."""
     job.record.write({
         "event": "start", "step": job.position.step, "ranks": job.comm.size, "lanes": job.lanes.num_lanes,
         "micro_batches": job.lanes.num_micro_batches, "setup_seconds": time.time() - BEGAN,
@@ -65,8 +65,8 @@ def log_skipped(job: Job, batch: int, grad_norm: float) -> None:
 
 
 def record_end(job: Job, end: dict[str, Any]) -> None:
-    """Write the `end` line. `end`: the fields of the line. The seconds since the last step are added to them. Collective over
-    job.comm."""
+    """Write the `end` line. `end`: fields of the line. Further fields are added, such as the seconds since the last step.
+    Collective over job.comm."""
     rest = job.services.clock.pop_seconds()
     if job.record.facts.get("energy_of"):
         rest["energy_joules"] = job.comm.allreduce(job.services.meter.pop_joules(now=True))

@@ -58,7 +58,7 @@ class Origin:
     settings: dict[str, Any]  # settings of section model
     weights: Reader | ModelFolder | None = None  # None: not needed, because the run resumes from its own checkpoint
     tokenizer: Path | None = None  # tokenizer.json of the source, if it has one
-    come_along: Mapping[str, Path] = field(default_factory=dict)  # files to copy to RUN/hf, by their names there
+    come_along: Mapping[str, Path] = field(default_factory=dict)  # {name in RUN/hf: file to copy}
     weights_sha256: str = ""  # set after loading
     wanted_sha256: str = ""  # the hash that the weights of a resumed run must have; "": any hash
 
@@ -80,8 +80,8 @@ class Origin:
         return config.with_values(model=self.settings | {"vocab_size": rows})
 
     def check_shape(self, shape: Shape) -> None:
-        """Raise DataError if the source does not contain a model of this shape. Otherwise wrong sizes in an untrusted file could
-        make mpidp allocate all memory of the machine. Independent."""
+        """Raise DataError if the source does not contain a model of this shape. Without this check, wrong sizes in an
+        untrusted file could make mpidp allocate all memory of the machine. Independent."""
         if self.weights is None:
             return
         if isinstance(self.weights, ModelFolder):
@@ -101,7 +101,7 @@ class Origin:
         return 8 * width * max(0, shape.vocab_size - int(self.settings["vocab_size"]))
 
     def check_tokenizer(self, data: Path | str, used: bytes) -> None:
-        """Raise DataError unless `used`, the tokenizer of `data`, is the source's tokenizer. Tokens may have been added to it.
+        """Raise DataError unless `used`, the tokenizer of `data`, is the source's tokenizer, possibly with added tokens.
         Independent."""
         if self.tokenizer is not None and not tokens.extends(self.tokenizer, used):
             raise DataError(
@@ -131,8 +131,9 @@ class Origin:
         return replace(self, weights_sha256=found)
 
     def keep(self, run_dir: Path, used: bytes) -> None:
-        """Write RUN/init.json, and copy the source's companion files (hf/companions.py) to the folder RUN/hf. `used`: the data's
-        tokenizer. If it has added tokens, other files of the source's tokenizer are not copied. Independent."""
+        """Write RUN/init.json, and copy the source's companion files (hf/companions.py) to the folder RUN/hf. `used`: the
+        data's tokenizer. If this tokenizer has added tokens, other files of the source's tokenizer are not copied.
+        Independent."""
         if self.come_along:
             same = self.tokenizer is None or tokens.same(self.tokenizer, used)
             for name in [name for name in self.come_along if same or name not in OF_TOKENIZER]:
@@ -155,7 +156,7 @@ def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
             is_run = any((path / name).exists() for name in ("checkpoints", "manifest.json", "metrics.jsonl"))
             home = Path(config.run.dir).resolve()
             if path.exists() and path.resolve() in (home, home / "checkpoints" / path.name):
-                raise UsageError(f"train.init_from={path} is in run.dir. Omit it to resume a run, or choose another run.dir")
+                raise UsageError(f"train.init_from={path} is in run.dir. To resume, omit this setting. Or choose another run.dir")
             if kept is None and not is_run and not (path / "config.json").is_file():
                 raise UsageError(
                     f"train.init_from={path} is neither a run (no checkpoints) nor a Hugging Face folder (no config.json). "
@@ -176,7 +177,8 @@ def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
 
 
 def _kept(config: Config) -> Origin | None:
-    """If the run has a checkpoint, return the source that RUN/init.json describes, else None."""
+    """Return the source that RUN/init.json describes. Return None if the run does not resume from a checkpoint, or if the file
+    is missing or describes another source than train.init_from."""
     run_dir = Path(config.run.dir)
     if config.run.resume == "never" or not committed(run_dir / "checkpoints"):
         return None

@@ -46,7 +46,7 @@ class Job:
     services: Services
     record: RunRecord
     state: RunState
-    tasks: TaskEvaluation | None = None  # evaluates on train.eval_tasks
+    tasks: TaskEvaluation | None = None  # evaluates the tasks in train.eval_tasks
 
     @property
     def config(self) -> Config:

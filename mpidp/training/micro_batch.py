@@ -33,15 +33,15 @@ from mpidp.runtime.world import polite_barrier, raise_together
 from mpidp.training.run_plan import RunPlan, plan
 
 GROWTH = 1.4  # smallest ratio of a candidate to the previous one
-ENOUGH = 0.97  # the smallest candidate with this share of the highest throughput is chosen, because a small one allows more ranks
+ENOUGH = 0.97  # the smallest candidate with this share of the highest throughput is chosen: small ones allow more ranks
 SECONDS = 0.3  # least duration of a candidate's measurement, in seconds
 MEMORY_SHARE = 0.8  # the part of the free memory that may be used
 STATE_BYTES = 24  # bytes per parameter for several gradient buffers and the moments of the optimizer
 
 
 def with_micro_batch(config: Config, grid: Grid) -> Config:
-    """Return the config with a number in place of train.micro_batch=auto (0). If the run resumes, it keeps its earlier number.
-    Otherwise the number is measured. Raises the errors of run_plan.plan(). Collective over grid.world."""
+    """Return the config with a number in place of train.micro_batch=auto (stored as 0). If the run resumes, it keeps its
+    earlier number. Otherwise the number is measured. Raises the errors of run_plan.plan(). Collective over grid.world."""
     if config.train.micro_batch:
         return config
     size, found = 0, ""
@@ -67,8 +67,8 @@ def recorded(run_dir: Path, mirror: str = "") -> int:
 
 
 def candidates(global_batch: int, lanes: int) -> list[int]:
-    """Return the micro-batches to measure, which are divisors of the global batch, in ascending order. `lanes`: the smallest
-    allowed number of micro-batches per step. Pure."""
+    """Return the micro-batch sizes to measure, in ascending order. They are divisors of the global batch. `lanes`: the
+    smallest allowed number of micro-batches per step. Pure."""
     found: list[int] = []
     for size in range(1, global_batch // lanes + 1):
         if global_batch % size == 0 and (not found or size >= GROWTH * found[-1]):
@@ -77,14 +77,15 @@ def candidates(global_batch: int, lanes: int) -> list[int]:
 
 
 def chosen(rates: dict[int, float]) -> int:
-    """Return the smallest micro-batch with nearly the highest throughput. `rates`: {micro-batch: throughput}. Pure."""
+    """Return the smallest micro-batch size with nearly the highest throughput. `rates`: {size: throughput}. Pure."""
     return min(size for size, rate in rates.items() if rate >= ENOUGH * max(rates.values()))
 
 
 def measured(trial: RunPlan, lanes: int = 0) -> dict[int, float]:
-    """Return {micro-batch: tokens per second of a rank}. `trial`: the plan of the run, with any micro-batch. `lanes`: the setting
-    train.lanes. Measure smaller micro-batches first. Stop before one that would need too much memory, or after two in a row
-    without a higher throughput. Raises UsageError if one sequence needs too much memory. Collective over trial.world."""
+    """Measure micro-batch sizes in ascending order, and return {size: tokens per second of a rank}. Stop before a size that
+    would need too much memory, or after two sizes in a row without a higher throughput. `trial`: the plan of the run, with any
+    value of train.micro_batch. `lanes`: the setting train.lanes. Raises UsageError if one sequence needs too much memory.
+    Collective over trial.world."""
     config, world = trial.config, trial.world
     rates: dict[int, float] = {}
     with raise_together(world):

@@ -36,7 +36,7 @@ class TrainedModel:
     module: Any
     named: list[tuple[str, torch.nn.Parameter]]  # trained parameters
     parts: ModelPartition
-    token_losses: Callable[[Tensor, Tensor], Tensor] | None  # the loss if the vocabulary is divided, or in chunks
+    token_losses: Callable[[Tensor, Tensor], Tensor] | None  # computes the loss if ranks or chunks divide the vocabulary
     origin: Origin | None  # source of the initial weights; None: they are random
 
 

@@ -105,7 +105,7 @@ def one_more(world: MPI.Intracomm, crew: Crew, before: Job | None) -> MPI.Intrac
 
 
 def newest(world: MPI.Intracomm, crew: Crew) -> Crew:
-    """Return the newest of the ranks' facts, because the facts of spare ranks may be old. Collective over world."""
+    """Return the newest `Crew` of all ranks, because the one of a spare rank may be out of date. Collective over world."""
     ages = world.allgather((len(crew.events), crew.number, crew.step, crew.attempts, not crew.respawn))
     return world.bcast(crew, root=ages.index(max(ages)))  # type: ignore[no-any-return]
 
@@ -113,9 +113,9 @@ def newest(world: MPI.Intracomm, crew: Crew) -> Crew:
 def regroup(
     plan: RunPlan | None, world: MPI.Intracomm, crew: Crew, number: int, job: Job | None
 ) -> tuple[RunPlan | None, Replicas]:
-    """Return the plan for a new world, and which of its ranks train. A replacement rank has no plan. If one trains, all training
-    ranks make a new plan, else ranks keep their plan. `number`: this rank's number, which is the same in every world. `job`: the
-    job whose state this rank holds, or None. Collective over world."""
+    """Return the plan for a new world, and which of its ranks train. A replacement rank has no plan. If a replacement rank
+    trains, all training ranks make a new plan. Otherwise they keep their plan. `number`: this rank's permanent number. `job`:
+    the job whose state this rank holds, or None. Collective over world."""
     command.continue_in(world)
     tp, pp = crew.config.mesh.tp, crew.config.mesh.pp
     if tp * pp == 1:
@@ -142,7 +142,9 @@ def _planned(plan: RunPlan | None, grid: Grid, crew: Crew) -> RunPlan:
         return replace(plan, grid=grid)
     made = replace(make_plan(crew.config, grid), automatic=crew.automatic)
     if made.training.index_sha256 != crew.data:
-        raise DataError.on_every_rank(f"{crew.config.data.path} was replaced during the run, so no new rank can join. Restore it")
+        raise DataError.on_every_rank(
+            f"{crew.config.data.path} was replaced during the run, so no new rank can join. Restore the original data"
+        )
     return made
 
 

@@ -90,11 +90,11 @@ class Seen:
     skipped: bool = False
     figures: dict[str, float | None] = field(default_factory=dict)
     micro_batches: list[dict[str, Any]] = field(default_factory=list)
-    gradient: dict[str, int] = field(default_factory=dict)  # checksums of the sum over lanes, not yet scaled
+    gradient: dict[str, int] = field(default_factory=dict)  # checksums of the gradient sum, before it is scaled
 
 
 class SumObserver(StepObserver):
-    """Stores the sum of each step's gradients over the lanes, before it is scaled. Computes checksums of the sum."""
+    """Stores the sum of the gradients of each step, before the sum is scaled. Computes checksums of the sum."""
 
     def __init__(self) -> None:
         self._total: Any = None
@@ -152,7 +152,7 @@ class Replay:
         with TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):
             settings["run.dir"] = world.bcast(scratch, root=0)
             plain = command_line.from_args([f"--{key}={value}" for key, value in settings.items()])
-            # Set an audit that is never due, which allocates a spare slot for the gradient of a micro-batch.
+            # Audits that are never due: they allocate a spare buffer, which holds the gradient of one micro-batch.
             self.plan = plan(plain.with_values(train={"audit_every": 1 << 62}), make_grid(world))
             if meta and meta["data"] != self.plan.training.index_sha256:
                 raise DataError.on_every_rank(f"{data} is not the data that {record.path} was trained on. Give --data DIR")
@@ -173,7 +173,7 @@ class Replay:
             self.loose.append(f"reducer {now['reducer']}, ranks {meta.get('ranks')} -> {world.size}")
         self.close = CLOSE_MUON if self.plan.config.optim.name in ("muon", "normuon") else CLOSE
         steps = f"{counted(last - self.start, 'step')} to replay, {self.start + 1} to {last}, from {self.source}"
-        loose = f"; bits may differ ({', '.join(self.loose)}): compared within {self.close:g}" if self.loose else ""
+        loose = f"; bits may differ ({', '.join(self.loose)}): relative tolerance {self.close:g}" if self.loose else ""
         print_on_rank_0(world, f"{record.path}: {steps}{loose}")
 
     def batches(self, inside: bool) -> Iterator[Seen]:
@@ -204,8 +204,8 @@ class Replay:
         close(job)
 
     def _inside(self, batch: Any) -> list[dict[str, Any]]:
-        """Compute each micro-batch of `batch` separately, in a spare slot. Return a row for each micro-batch, with its mean loss
-        and its gradient norm. Collective over job.comm."""
+        """Compute each micro-batch of `batch` separately, in a spare buffer. Return a row for each micro-batch, with its mean
+        loss and its gradient norm. Collective over job.comm."""
         from mpidp.comm.slices import global_norm
         from mpidp.faults.audit import SpareSlot
         from mpidp.parallel.schedule import one_f_one_b

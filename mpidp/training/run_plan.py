@@ -101,7 +101,7 @@ class RunPlan:
             # The source is read again, as the base of adapters, or because train.init_from is not the path in RUN/init.json.
             if self.origin is not None and self.origin.weights is not None:
                 plan = replace(plan, origin=replace(self.origin, wanted_sha256=begun))
-            ranks = {"ranks": self.world.size} if plan.config.comm.reducer != "tree" else {}  # then the bits depend on it
+            ranks = {"ranks": self.world.size} if plan.config.comm.reducer != "tree" else {}  # then the bits depend on the ranks
             now = fingerprint(plan.config, self.device) | ranks
             changed = [f"{key} {saved.get(key)} -> {value}" for key, value in now.items() if saved.get(key) != value]
             notes = [*notes, f"resuming from {reader.path}", *filter(None, [scheduled])]
@@ -207,9 +207,9 @@ def plan(config: Config, grid: Grid) -> RunPlan:
         order = read_arrivals(config.strategy.replay, workers, replicas - workers, config.strategy.staleness)
         if workers > lanes.num_lanes:
             raise UsageError(
-                f"{workers} {'ranks' if grid.parts == 1 else 'replicas'}, but the global batch has {lanes.num_lanes} lanes, and "
-                f"a lane cannot be divided. Start at most {lanes.num_lanes * grid.parts} ranks, raise train.lanes or "
-                "train.global_batch, or lower train.micro_batch"
+                f"{workers} {'ranks' if grid.parts == 1 else 'replicas'}, but the global batch has {lanes.num_lanes} lanes "
+                f"(sequences of micro-batches), and a lane cannot be divided. Start at most {lanes.num_lanes * grid.parts} "
+                "ranks, raise train.lanes or train.global_batch, or lower train.micro_batch"
             )
         if training.num_tokens <= config.model.seq_len:
             raise DataError(

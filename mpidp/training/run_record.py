@@ -57,7 +57,7 @@ class RunRecord:
             self.file.write(line)
 
     def lost(self) -> dict[str, float]:
-        """Return the total time, steps and energy of the lines that open() removed. Independent."""
+        """Return the total time, number of steps and energy of the lines that open() removed. Independent."""
         return self.file.lost if self.file is not None else {}
 
     def mfu(self, tokens_per_second: float) -> float | None:
@@ -127,8 +127,8 @@ def _write_files(plan: RunPlan, origin: Origin | None) -> None:
 
 
 def keep_special_tokens(content: bytes | None, template: str | None, run_dir: Path) -> None:
-    """Write the data's special_tokens.json to the run. `content`: the bytes of this file, or None if the data has no such file.
-    `template`: the chat template of the data. It replaces the model's template in RUN/hf. Independent."""
+    """Write the data's special_tokens.json to the run. `content`: the bytes of this file, or None if the data has no such
+    file. `template`: the chat template of the data, or None. It replaces the model's template in RUN/hf. Independent."""
     (run_dir / FILE).unlink(missing_ok=True)
     if content is None:
         return

@@ -27,7 +27,7 @@ Row = tuple[str, str, str, int, int, int]  # one rank's host, cores, device, thr
 
 def log_summary(plan: RunPlan, given: Config, everything: bool = False) -> None:
     """On rank 0, log the settings that differ from the defaults. Also log lines about model, memory, batch, data and ranks. At
-    level debug, also log all settings and a table of ranks. If `everything` is true, log these at level info. `given`: the
+    level debug, also log all settings and a table of ranks. If `everything` is true, log both at level info. `given`: the
     configuration before automatic values were resolved. Collective over plan.world."""
     dp = plan.mesh.dp
     lanes = plan.lanes.of_rank(dp.rank, dp.size - plan.config.strategy.servers)
@@ -94,8 +94,8 @@ def batch_line(plan: RunPlan) -> str:
     """Return a line with the size of the global batch, its numbers of micro-batches and lanes, and the number of ranks. Pure."""
     c, t = plan.config, plan.config.train
     return (f"batch: {t.global_batch} sequences x {c.model.seq_len} = {t.global_batch * c.model.seq_len:,} tokens per step, in "
-            f"{plan.lanes.num_micro_batches} micro-batches and {t.lanes} lanes, on {counted(plan.world.size, 'rank')} of "
-            f"{counted(plan.grid.everyone.num_machines, 'machine')}")
+            f"{plan.lanes.num_micro_batches} micro-batches, grouped into {t.lanes} lanes, on "
+            f"{counted(plan.world.size, 'rank')} of {counted(plan.grid.everyone.num_machines, 'machine')}")
 
 
 def data_line(plan: RunPlan) -> str:

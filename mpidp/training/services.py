@@ -67,7 +67,7 @@ def make_services(
 
 
 def watch_energy(wanted: bool, host: str, device: torch.device, world: MPI.Intracomm) -> tuple[Meter, dict[str, Any]]:
-    """Return (this rank's energy meter, {name: value} of entries of the `start` line). `devices` is the number of devices.
+    """Return (this rank's energy meter, fields for the `start` line). The field `devices` is the number of devices.
     `energy_of` lists what is measured on all machines. `energy_not` says why other counters are missing. `wanted`: the setting
     metrics.energy. `host`: this rank's host name. Only the first rank of each machine reads the counters. Collective over
     world."""

@@ -18,7 +18,7 @@ from mpidp.runtime.ulfm import RankFailure, agree_on_flags
 from mpidp.runtime.world import error_of
 
 FAILED, OVER, GROW, RETURN, ERROR = 0, 1, 2, 3, 16  # outcomes; ERROR + exit code: the error that all training ranks raise
-SPARE = -1  # all bits are set, so the outcome is that of the training ranks
+SPARE = -1  # all bits are set, so a bitwise AND gives the outcome of the training ranks
 
 
 @dataclass(frozen=True)

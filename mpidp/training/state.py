@@ -18,7 +18,7 @@ KNOWN_AFTER = 20  # after this number of updates the usual norm is known
 
 @dataclass
 class Position:
-    """The position of a run. Every checkpoint contains all its fields."""
+    """The position of a run. Every checkpoint contains all fields of this class."""
 
     step: int = 0  # updates made
     skipped: int = 0  # batches that made no update
@@ -46,7 +46,7 @@ class Position:
         return spike * statistics.median_low(self.norms) if spike and len(self.norms) >= KNOWN_AFTER else math.inf
 
     def count(self, stats: StepStats, tokens: int) -> None:
-        """Count a batch, which made an update or was skipped. `tokens`: the number of target tokens in the batch. Independent."""
+        """Count one batch, whether it led to an update or was skipped. `tokens`: its number of target tokens. Independent."""
         if stats.skipped:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         else:
@@ -65,7 +65,7 @@ class Position:
         self.val_loss, self.best_val_loss = loss, loss if better else self.best_val_loss
 
     def skip_to(self, batch: int) -> None:
-        """Count the batches before number `batch` as skipped. Independent."""
+        """Continue with batch number `batch`. All batches in between count as skipped. Independent."""
         self.skipped, self.skipped_in_a_row = batch - self.step, 0
 
 

@@ -20,9 +20,10 @@ ATTEMPTS = 3  # number of attempts at a step in which two ranks compute differen
 
 
 def compute(job: Job, batch: Batch) -> Computed:
-    """Run the forward and backward passes of this rank's lanes. In an audited step, two ranks compute the same lane, and the step
-    is computed again if their gradients differ. After ATTEMPTS attempts with differences, raises an MpidpError that names the
-    suspected ranks. Collective over job.comm in an audited step, else independent."""
+    """Run the forward and backward passes of this rank's lanes (sequences of micro-batches). In an audited step, two ranks
+    compute the same lane, and the step is computed again if the two gradients differ. After ATTEMPTS attempts with
+    differences, raises an MpidpError that names the suspected ranks. Collective over job.comm in an audited step, else
+    independent."""
     step, faults = job.position.step + 1, job.services.faults
     squares: dict[int, float] = {}
     looks = []
@@ -45,8 +46,9 @@ def compute(job: Job, batch: Batch) -> Computed:
         job.strategy.discard()
     assert finding is not None
     raise MpidpError.on_every_rank(
-        f"step {step}: {finding.what}, {ATTEMPTS} times in a row. A core or the memory of ranks {finding.ranks} fails. Exclude "
-        "the nodes of these ranks, and start again. The last checkpoint was written before the failure"
+        f"step {step}: {finding.what}, {ATTEMPTS} times in a row. A core or the memory of one of the ranks "
+        f"{finding.ranks} is faulty. Exclude the nodes of these ranks, and start again. The last checkpoint was written before "
+        "the failure"
     )
 
 
@@ -67,7 +69,7 @@ def _run(job: Job, batch: Batch, squares: dict[int, float], lanes: Iterator[int]
 
 def _with_empty(job: Job, batch: Batch, mine: list[int]) -> list[int]:
     """Return the micro-batches `mine`. With mesh.shard=2|3, all ranks must run the same number of passes. If this rank has one
-    micro-batch less than other ranks, add an empty one to `batch`, and its number V to the result."""
+    micro-batch less than other ranks, add an empty one to `batch` and to the result. Its number is V, one more than the last."""
     most = -(-job.lanes.num_micro_batches // job.mesh.dp.size)
     if job.memory.level < 2 or len(mine) == most:
         return mine
@@ -77,8 +79,8 @@ def _with_empty(job: Job, batch: Batch, mine: list[int]) -> list[int]:
 
 
 def _compute_again(job: Job, batch: Batch, lane: int, spoils: Sequence[LaneObserver]) -> AuditFinding | None:
-    """Compute lane `lane`, which another rank has computed, in a spare slot. Compare the two gradients, and return the finding if
-    they differ. `spoils`: injected faults. Collective over job.comm."""
+    """Compute lane number `lane`, which another rank has computed, in a spare buffer. Compare the two gradients, and return
+    the finding if they differ. `spoils`: injected faults. Collective over job.comm."""
     aside = SpareSlot(job.audit.buffer, -1)
     job.engine.run(one_f_one_b(list(job.lanes.micro_batches(lane)), job.grid.pp.rank, job.grid.pp.size), batch, aside)
     for spoil in spoils:

@@ -15,8 +15,8 @@ from mpidp.training.job import Job
 
 @dataclass
 class StepReport:
-    """The reports of all ranks since the last exchange, which usually cover one step. They are the same on every rank. If the
-    step is not a meeting, the object contains only this rank's report of the step."""
+    """The reports of all ranks since the last exchange, which usually cover one step. Every rank has the same values. If the
+    step is not a meeting (a step at which all ranks synchronize), the object contains only this rank's report of the step."""
 
     numbers: np.ndarray  # all numbers of the report; the arrays below are views of it
     losses: np.ndarray  # (V,) sums of token losses
@@ -28,7 +28,7 @@ class StepReport:
     saving: np.ndarray  # (4,) see Saver.flags
     stop: bool  # whether any rank received a request to stop
     synchronized: bool  # whether the ranks exchanged their reports
-    divisor: int  # target tokens of all ranks in this step; of this rank only, if each rank makes its own update
+    divisor: int  # target tokens in this step: of all ranks if every step is a meeting, else of this rank
     steps: int  # number of steps in the report
     joules: float = 0.0  # energy of all machines since the last report
 
@@ -46,9 +46,9 @@ class StepReport:
 
 def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> StepReport:
     """Exchange the reports of this step with all ranks, and return them. If the step is not a meeting, keep this rank's report
-    for the next exchange. `done`: the losses of this step. `seconds`: how long this rank has computed. `stop`: whether this rank
-    received a request to stop. First wait until a checkpoint has copied this rank's state, because the next update changes the
-    state. Collective over job.comm if this step is a meeting, else independent."""
+    for the next exchange. Before the exchange, wait until a checkpoint has copied this rank's state, because the next update
+    changes the state. `done`: the losses of this step. `seconds`: how long this rank has computed. `stop`: whether this rank
+    received a request to stop. Collective over job.comm if this step is a meeting, else independent."""
     clock, step = job.services.clock, job.position.step + 1
     with clock.timed("stall"):  # the part of comm_wait without communication
         job.saver.wait_for_recent_save(step)
@@ -82,9 +82,9 @@ def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> St
 
 
 def take_back(job: Job, report: StepReport, earlier: np.ndarray | None) -> None:
-    """Remove a skipped batch from the reports. The next exchange then reports the earlier steps since the last update, and the
-    energy of the batch. `report`: the result of exchange_reports(). `earlier`: the value of state.unreported before this call.
-    Independent."""
+    """Remove a skipped batch, but not its energy, from the reports. Keep the reports of earlier steps that were exchanged with
+    it, so that the next exchange reports them again. `report`: the result of exchange_reports(). `earlier`: the value of
+    state.unreported before this call. Independent."""
     state, kept = job.state, np.zeros_like(report.numbers) if earlier is None else earlier.copy()
     # the last number is the energy
     kept[-1] = report.joules * (job.comm.rank == 0) if state.unreported is None else state.unreported[-1]

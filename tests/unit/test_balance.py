@@ -91,7 +91,8 @@ def steps(balances: Sequence[Measured], speeds: Callable[[int], Sequence[float]]
 def test_measured_gives_a_slow_rank_less_and_all_ranks_agree() -> None:
     balances = [Measured(Terms(12, 2, place)) for place in range(2)]
     said = steps(balances, lambda step: [0.021, 0.043], 60)
-    assert said == [f"{FIRST_STEPS}: lanes per rank: 6 6 -> 8 4 (seconds per lane, by rank: 0.021 0.043)"]
+    change = "lanes (sequences of micro-batches) per rank: 6 6 -> 8 4 (seconds per lane, by rank: 0.021 0.043)"
+    assert said == [f"{FIRST_STEPS}: {change}"]
     assert [list(b.lanes(7)) for b in balances] == [list(range(8)), list(range(8, 12))]
 
 
