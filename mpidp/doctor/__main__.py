@@ -89,8 +89,7 @@ def exit_before_mpi(message: str) -> NoReturn:
 
 
 class Deadline:
-    """Ends the job with exit code 6 if a check takes longer than `seconds`. Before, it prints the name of the check.
-    Independent."""
+    """If a check takes longer than `seconds`, prints the name of the check and ends the job with exit code 6. Independent."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.check, self.since = seconds, "start of MPI", time.monotonic()

@@ -35,7 +35,8 @@ def failed_check(what: str, error: Exception) -> CheckResult:
 
 
 def run_check(what: str, check: Callable[..., CheckResult | list[CheckResult]], *given: object) -> list[CheckResult]:
-    """Run a check and return its results. If the check raises an exception, return a warning. Independent."""
+    """Call check(*given), and return its results. If the check raises an exception, return a warning. `what`: the name of the
+    check. Independent."""
     try:
         found = check(*given)
     except Exception as error:

@@ -58,8 +58,9 @@ def mpirun_here() -> tuple[str, str]:
 def check_launch(size: int, launched: int, library: str, launcher: str, mpirun: tuple[str, str]) -> CheckResult:
     """Check that the processes form one job of several ranks, and not several jobs of one rank.
 
-    `size`: the number of ranks of this job. `launched`: the number of processes that the launcher started, or 0 if it is unknown.
-    `mpirun`: the result of mpirun_here(). Pure."""
+    `size`: the number of ranks of this job. `launched`: the number of processes that the launcher started, or 0 if it is
+    unknown. `library`: name and version of the MPI library. `launcher`: the result of launcher_of(). `mpirun`: the result of
+    mpirun_here(). Pure."""
     kind = library.rpartition(" ")[0]
     starter = {"srun": "srun", "": "a launcher"}.get(launcher, f"the mpirun of {launcher}")
     if size == 1 and (launched > 1 or incompatible(kind, launcher)):
@@ -99,7 +100,7 @@ def check_slurm(size: int, environ: Mapping[str, str]) -> CheckResult:
         return CheckResult("Slurm", "warning", words, "ranks share cores: request as many tasks as ranks (--ntasks)")
     if tasks > size:
         return CheckResult(
-            "Slurm", "note", words, "some requested tasks are unused: request fewer (--ntasks), or start more ranks (-n)"
+            "Slurm", "note", words, "some requested tasks are unused: request fewer tasks (--ntasks), or start more ranks (-n)"
         )
     return CheckResult("Slurm", "ok", words)
 

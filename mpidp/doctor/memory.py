@@ -1,5 +1,5 @@
-"""Checks the size of /dev/shm, and finds the segments that killed jobs left there. These segments occupy memory until they are
-removed."""
+"""Checks the size of /dev/shm, and finds the segments (files of shared memory) that killed jobs left there. Segments occupy
+memory until they are removed."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _these(segments: Sequence[Segment]) -> str:
 
 
 def check_shm(rooms: Mapping[str, tuple[int, int]], starting: int = 0) -> CheckResult:
-    """Check that /dev/shm has enough free space for a shared window. If MPI has not started, it also needs space for the start of
+    """Check that /dev/shm has enough free space for the shared memory of a run, and, before MPI has started, for the start of
     MPI. `starting`: the number of ranks per node that MPI is about to start, or 0 if MPI has started.
 
     `rooms`: (size, free space) of /dev/shm in bytes, by host. Pure."""
@@ -149,6 +149,6 @@ def check_shm(rooms: Mapping[str, tuple[int, int]], starting: int = 0) -> CheckR
         words += f": {size(free // starting)} per rank. MPICH may crash below 9 MiB per rank, Intel MPI below 16 MiB"
         return CheckResult("shared memory", "warning", words, f"{fix}; or set {LESS}")
     if free < SMALL:
-        words += ": gradients will be sent as messages instead of through a shared window"
+        words += ": gradients will be sent as MPI messages instead of through shared memory"
         return CheckResult("shared memory", "warning", words, fix)
     return CheckResult("shared memory", "ok", words)

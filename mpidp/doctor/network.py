@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 TAG = 7
 SMALL = 256 << 10  # bytes of the first message, whose time determines the size of the next messages
-SLOW_NODE, SLOW_LINK = 5e8, 1.2e8  # bytes/s; a slower node probably has shared cores, a slower link is a network of 1 Gbit/s
+SLOW_NODE, SLOW_LINK = 5e8, 1.2e8  # bytes/s; on a slower node, ranks probably share cores; a slower link is 1 Gbit/s
 SETTINGS = ("FI_", "UCX_", "MPIR_CVAR_CH4_NETMOD", "MPIR_CVAR_CH4_OFI", "MPICH_OFI_", "HYDRA_IFACE", "PRTE_MCA_prte_if",
             "I_MPI_FABRICS", "I_MPI_OFI_PROVIDER", "OMPI_MCA_btl", "OMPI_MCA_pml", "OMPI_MCA_mtl")  # fmt: skip
 HOW = {
@@ -29,12 +29,12 @@ HOW = {
 
 @dataclass(frozen=True)
 class NetworkLink:
-    """A measurement between two ranks."""
+    """The latency and bandwidth that were measured between two ranks."""
 
     ends: tuple[str, str]  # hosts of the two ranks
     latency_seconds: float
     bandwidth_bytes_per_second: float
-    interface: str  # the interface of the first host that sent the messages; "" if unknown
+    interface: str  # network interface through which the first host sent the messages; "" if unknown
 
     def __str__(self) -> str:
         a, b = self.ends
@@ -58,8 +58,8 @@ def pairs(hosts: Sequence[str]) -> list[list[tuple[int, int]]]:
 
 
 def measure(world: MPI.Intracomm, hosts: Sequence[str], thorough: bool) -> list[NetworkLink]:
-    """Measure the link between each pair of pairs(hosts). `thorough`: whether to use larger messages, for up to 3 s per pair
-    instead of 0.5 s. Collective over world."""
+    """Measure the link between the two ranks of each pair in pairs(hosts). `thorough`: whether to use larger messages, for up
+    to 3 s per pair instead of 0.5 s. Collective over world."""
     from mpidp.runtime.world import polite_barrier
 
     largest, seconds = (64 << 20, 3.0) if thorough else (4 << 20, 0.5)
@@ -145,8 +145,8 @@ def check_links(links: Sequence[NetworkLink], library: str, environ: Mapping[str
 
 
 def check_clocks(times: Sequence[float], hosts: Sequence[str]) -> CheckResult:
-    """Compare the clocks of nodes. Locks, logs and time limits depend on them. `times`: the time of each rank immediately after a
-    barrier. Pure."""
+    """Compare the clocks of nodes. Locks, logs and time limits depend on the clocks. `times`: the time of each rank
+    immediately after a barrier. Pure."""
     if len(set(hosts)) == 1:
         return CheckResult("clocks", "skipped", "only one node")
     late = max(range(len(times)), key=lambda rank: abs(times[rank] - times[0]))

@@ -60,8 +60,8 @@ def check_sessions(sessions: Sequence[Session], removed: Sequence[Session]) -> C
     left = [one for one in sessions if one not in removed]
     if left:
         words = f"session folders that your killed mpirun processes left: {len(left)}\n{listed([str(one) for one in left])}"
-        fix = "remove them with --clean; otherwise, an mpirun that gets the process id of a killed one does not start"
+        fix = "remove them with --clean; otherwise, an mpirun that gets the process id of a killed mpirun fails to start"
         return CheckResult("old sessions", "note", words, fix)
     if removed:
         return CheckResult("old sessions", "ok", f"removed {len(removed)}\n{listed([str(one) for one in removed])}")
-    return CheckResult("old sessions", "ok", "none left by killed mpiruns")
+    return CheckResult("old sessions", "ok", "none left by killed mpirun processes")

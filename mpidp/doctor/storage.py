@@ -19,7 +19,7 @@ from mpidp.doctor.findings import CheckResult, size, where
 from mpidp.errors import UsageError
 
 CHUNK = 4 << 20  # bytes per read
-SLOW_READ = 50e6  # bytes/s per rank; training reads far less, so a lower speed indicates a problem
+SLOW_READ = 50e6  # bytes/s per rank; training needs far less, so a lower speed indicates a problem
 LOCKS = {"flock": fcntl.flock, "fcntl": fcntl.lockf}
 PROBE = ".doctor.lock"
 _CHILD = "import sys; from mpidp.doctor.storage import *; print(lock_states(Path(sys.argv[1])))"
@@ -36,8 +36,8 @@ class ReadTest:
 
 
 def read(folder: Path, host: str, rank: int, ranks: int, seconds: float) -> ReadTest:
-    """Read this rank's part of the shards for at most `seconds` seconds, without the page cache. `ranks`: the number of ranks.
-    Independent."""
+    """Read a part of a shard (HDF5 file) in `folder` for at most `seconds` seconds, without the page cache. Each rank reads a
+    different part. `ranks`: the number of ranks. Independent."""
     files = sorted(folder.glob("*.h5"))
     if not (folder / "index.json").is_file() or not files:
         return ReadTest(host, problem=f"{folder} has no index.json with *.h5 files")
@@ -61,7 +61,7 @@ def speed(found: Sequence[ReadTest]) -> float | None:
 
 
 def check_read(found: Sequence[ReadTest], folder: str) -> CheckResult:
-    """Report whether all ranks could read the folder given by --data, and how fast. Pure."""
+    """Report whether all ranks could read `folder`, the value of --data, and how fast. Pure."""
     without = [(rank, one.host) for rank, one in enumerate(found) if one.problem]
     if without:
         words = f"{found[without[0][0]].problem} ({where(without)})"
@@ -78,8 +78,8 @@ def check_read(found: Sequence[ReadTest], folder: str) -> CheckResult:
 
 
 def make_locked_file(folder: Path) -> int | CheckResult:
-    """Create a file in run.dir, acquire each kind of lock on the file, and return its file descriptor. Kinds of locks that do not
-    work there are skipped. If the file cannot be created, return a CheckResult. Independent."""
+    """Create a file in `folder` (run.dir), acquire each kind of lock on the file, and return its file descriptor. Kinds of
+    locks that do not work there are skipped. If the file cannot be created, return a CheckResult. Independent."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / PROBE, os.O_RDWR | os.O_CREAT, 0o600)
@@ -119,11 +119,11 @@ def check_locks(states: Sequence[Mapping[str, bool | str]]) -> CheckResult:
     """Check that a lock in run.dir keeps other processes out. `states`: the results of lock_states() on the other ranks. Pure."""
     bad = {name: next((one[name] for one in states if one[name] is not True), True) for name in LOCKS}
     if all(answer is True for answer in bad.values()):
-        return CheckResult("locks", "ok", f"flock and fcntl exclude other processes ({len(states)} tried)")
+        return CheckResult("locks", "ok", f"flock and fcntl exclude other processes (number tested: {len(states)})")
     texts: dict[bool | str, str] = {True: "works", False: "does not exclude other processes"}
     words = "; ".join(f"{name}: {texts.get(answer, str(answer))}" for name, answer in bad.items())
     fix = "mount Lustre with -o flock, or keep runs on another file system"
-    return CheckResult("locks", "warning", f"{words}. Only the text in RUN/lock then prevents two jobs in one run.dir", fix)
+    return CheckResult("locks", "warning", f"{words}. Then only the text of RUN/lock keeps two jobs out of one run.dir", fix)
 
 
 def check_room(folder: Path) -> CheckResult:

@@ -11,8 +11,8 @@ from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
 
 
 class Clock:
-    """Measures the seconds spent in named phases since the last pop_seconds(). Phases may be nested, and each then counts its
-    full time. Independent."""
+    """Measures the seconds spent in named phases since the last pop_seconds(). Phases may be nested. The time of an inner
+    phase then also counts for the outer phase. Independent."""
 
     def __init__(self, observers: StepObservers = NO_OBSERVERS) -> None:
         """observers: objects that are notified when a phase begins and ends."""
@@ -21,15 +21,16 @@ class Clock:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[Callable[[], float]]:
-        """Return a context that measures the phase `phase`. It yields a function that returns the seconds since the phase
-        began."""
+        """Return a context manager that measures the phase with the name `phase`. It yields a function that returns the
+        seconds since the phase began."""
         begin = time.perf_counter()
         with self._observers.span(phase):
             yield lambda: time.perf_counter() - begin
         self._seconds[phase] += time.perf_counter() - begin
 
     def so_far(self, phase: str) -> float:
-        """Return the seconds spent in a phase since the last pop_seconds(), without a phase that has not ended."""
+        """Return the seconds spent in the phase `phase` since the last pop_seconds(). A phase counts only after it has
+        ended."""
         return self._seconds[phase]
 
     def pop_seconds(self) -> dict[str, float]:

@@ -52,9 +52,9 @@ class Gpu:
 
 
 def zones(root: Path = POWERCAP) -> tuple[list[Zone], str]:
-    """Return (counters, why). counters: those of all CPU packages and their memory. why: the reason if there are none, else "".
-    root: the folder of the RAPL counters. Counters of cores, uncore and psys are skipped, because they measure the same energy.
-    Independent."""
+    """Return (counters, why). counters: the counters of all CPU packages and their memory. why: the reason if there are no
+    counters, else "". root: the folder of the RAPL counters. Counters of cores, uncore and psys are skipped, because they
+    measure the same energy. Independent."""
     found: list[Zone] = []
     folders = []
     for folder in sorted(root.glob("intel-rapl:*")):  # AMD CPUs use this name, too
@@ -125,7 +125,8 @@ class Meter:
 
 
 def open_meter(wanted: bool, reads: bool, uuids: Sequence[str], root: Path = POWERCAP) -> tuple[Meter, dict[str, str]]:
-    """Return (meter, status). status: {"cpu": "RAPL", "gpu": "NVML"}, or the reason in place of the name of a missing counter.
+    """Return (meter, status). status: {"cpu": "RAPL", "gpu": "NVML"}. If the counter of a part is missing, the value is the
+    reason.
 
     wanted: metrics.energy. reads: whether this rank reads the counters of its machine. If it does not, `status` is empty. uuids:
     the job's GPUs on this machine. root: the folder of the RAPL counters. Independent.
@@ -139,8 +140,9 @@ def open_meter(wanted: bool, reads: bool, uuids: Sequence[str], root: Path = POW
 
 
 def common_counters(statuses: Sequence[dict[str, str]]) -> tuple[list[str], str]:
-    """Return (measured, why). measured: the parts ("cpu", "gpu" or both) that are measured on all machines that have them. why:
-    the reasons why the other counters are missing. statuses: the statuses that open_meter() returned on all ranks. Pure."""
+    """Return (measured, why). measured: the parts ("cpu", "gpu" or both) that are measured on all machines that have them.
+    why: the reasons why other parts are not measured on all machines. statuses: the statuses that open_meter() returned on all
+    ranks. Pure."""
     machines = [one for one in statuses if one]
     measured = [part for part, by in (("cpu", "RAPL"), ("gpu", "NVML"))
                 if any(part in one for one in machines) and all(one.get(part, by) == by for one in machines)]

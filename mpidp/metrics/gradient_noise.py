@@ -1,5 +1,5 @@
-"""Estimates the gradient noise scale from the gradient norms of lanes. The noise scale is a batch size in tokens. Beyond this
-size, a larger batch brings little benefit. Pure.
+"""Estimates the gradient noise scale from the gradient norms of lanes (fixed sequences of micro-batches). The noise scale is a
+batch size in tokens. Beyond this size, a larger batch brings little benefit. Pure.
 
 Lane l has n_l tokens and the mean gradient G_l. The global batch has B = sum n_l tokens and the mean gradient G. Let g be the
 true gradient, and Sigma the covariance of one token's gradient. If tokens are independent, then E|G_l|^2 = |g|^2 + tr(Sigma) /
@@ -61,8 +61,8 @@ def estimate(lane_squares: Sequence[float], lane_tokens: Sequence[int], batch_sq
 
 
 def mean(noises: Sequence[Noise]) -> Noise | None:
-    """Return the means of signal_square and of trace, or None for an empty list. The mean of their quotients would be biased
-    (section A.1). Pure."""
+    """Return the means of signal_square and of trace, or None for an empty list. A mean of the quotients trace / signal_square
+    would be biased (section A.1). Pure."""
     if not noises:
         return None
     return Noise(math.fsum(n.signal_square for n in noises) / len(noises), math.fsum(n.trace for n in noises) / len(noises))

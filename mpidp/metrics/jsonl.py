@@ -78,10 +78,10 @@ class MetricsFile:
     ) -> None:
         """Open the file. Delete damaged lines, and lines that the resumed run will write again.
 
-        step: lines of later steps are deleted. next_batch: lines of this batch and later batches are deleted. latest: None, or
-        the last lines of a failed rank 0 that this rank replaces. If it is given, lines of `latest` that the file lacks are
-        added, and `step` and `next_batch` are ignored. also: trackers that get the same lines. Raises UsageError if the file
-        cannot be read or written.
+        step: lines of later steps are deleted. next_batch: lines of the batch with this number and of later batches are
+        deleted. latest: None, or, if this rank replaces a failed rank 0, the last lines of that rank. In this case, the lines
+        of `latest` that the file lacks are added, and `step` and `next_batch` are ignored. also: trackers that get the same
+        lines. Raises UsageError if the file cannot be read or written.
         """
         self._path = path
         self.also: Trackers | None = None  # trackers that receive each new line, too
@@ -114,7 +114,7 @@ class MetricsFile:
             self._warned = True
 
     def _drop(self, step: int, next_batch: int) -> None:
-        """Delete lines of steps after `step`, of batches from `next_batch` on, and of the end of the run. Also delete damaged
+        """Delete the lines of steps after `step`, the lines of batches from `next_batch` on, the `end` line, and damaged
         lines."""
         read_lines(self._path)  # warns of damaged lines
         with open_regular(self._path) as file:
@@ -167,8 +167,8 @@ def number(line: Mapping[str, Any], name: str) -> float | None:
 def took(lines: Iterable[Mapping[str, Any]]) -> Iterator[float]:
     """Yield, for each line, the seconds of work since the previous line.
 
-    For a `start` line, yield at most its setup_seconds, because no job worked on the run before. Its lost_seconds are not
-    counted either. For a line without a time, yield 0. Pure.
+    For a `start` line, yield at most its setup_seconds, because no job worked on the run before the start. The lost_seconds of
+    this line are not included. For a line without a time, yield 0. Pure.
     """
     before = None
     for line in lines:
@@ -184,7 +184,7 @@ def took(lines: Iterable[Mapping[str, Any]]) -> Iterator[float]:
 
 def lost(lines: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the seconds, steps and joules that are lost if `lines` are reduced to the lines `kept`. If a removed line itself
-    records losses, they are included. Pure."""
+    records lost seconds, steps or joules, these are included. Pure."""
     known = {id_of(line) for line in kept}
     dropped = [line for line in lines if id_of(line) not in known]
     totals = {name: sum(number(line, name) or 0.0 for line in dropped) for name in ("lost_seconds", "lost_steps", "lost_joules")}

@@ -49,7 +49,7 @@ class Progress:
         """Print the record of a step. Do nothing if the last output is less than three seconds old, unless this is the last
         step."""
         step = int(record["step"])
-        where = "" if record["tokens"] > self._tokens else " on rank 0"  # between two meetings, tokens do not grow
+        where = "" if record["tokens"] > self._tokens else " on rank 0"  # tokens grow only at steps that synchronize all ranks
         self._tokens = record["tokens"]
         now = time.perf_counter()
         if self._first_step is None:

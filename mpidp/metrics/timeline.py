@@ -70,9 +70,9 @@ class Timeline(StepObserver):
             self._open = phase, time.perf_counter()
 
     def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[None] | None:
-        """Return a context. If `step` is selected, the time inside the context is recorded as a span with the name `name` and the
-        arguments `about`. Return None instead if the run has no selected steps, or if the timeline never records spans with this
-        name. Independent."""
+        """Return a context manager. If `step` is selected, the time inside the context is recorded as a span with the name
+        `name` and the arguments `about`. Return None instead if the run has no selected steps, or if the timeline never
+        records spans with this name. Independent."""
         if not self.last or name == "micro_batch":
             return None
         return self._span(step, name, about)
@@ -125,7 +125,7 @@ class Timeline(StepObserver):
             log.warning("warning: %s: %s", self._run_dir / "timeline.json", error)
 
     def _compare(self, comm: MPI.Intracomm) -> None:
-        """Compare the ranks' clocks. The times at which ranks leave a barrier count as equal. Ranks of one machine share a
+        """Compare the ranks' clocks. All ranks are assumed to leave a barrier at the same time. Ranks of one machine share a
         clock. Collective over comm."""
         moments = []
         for _ in range(ROUNDS):

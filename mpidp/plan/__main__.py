@@ -33,7 +33,7 @@ SAME = ("model.", "train.micro_batch", "train.dtype", "train.device", "optim.nam
 TOPICS = {  # first argument: (one line of help, description)
     "ranks": ("predict how many ranks a run can use efficiently (`plan RUN` is short for `plan ranks RUN`)", """\
 Predict training time by batch size and number of ranks. The first RUN supplies the gradient noise scale (train it with
---train.noise_every=10), which determines how much a batch contributes. This run, and other runs of the same model on other
+--train.noise_every=10), which determines how much a larger batch helps. This run, and other runs of the same model on other
 numbers of ranks, supply the time of a step. docs/plan.md explains the table."""),
     "methods": ("compare training methods on this cluster", """\
 Compare training methods for this model on this cluster: predict how much each method sends and how long a step takes. With --run,
@@ -98,11 +98,12 @@ def _add_options_of_methods(parser: Parser) -> None:
     add("--link", default="", metavar="MBIT,MS",
         help="bandwidth of a node in Mbit/s and one-way delay in ms, instead of --cluster")
     add_ranks(parser, "the ranks of this launch; if it has one rank, the number in cluster.json")
-    add("--step-seconds", type=float, metavar="S", help="compute time of a step on one rank, in seconds (default: measured now)")
+    add("--step-seconds", type=float, metavar="S",
+        help="compute time of a step in seconds, if all ranks share its micro-batches (default: measured now)")
     add("--run", type=float, nargs="?", const=30.0, metavar="SECONDS",
         help="train with each method on the ranks of this launch, for SECONDS each (default: %(const)g)")
     add("--methods", default="", metavar="A,B",
-        help="compare the method synchronous with these methods only (default: with all methods)")
+        help="compare only the method `synchronous` and these methods (default: all methods)")
     add("--plot", default="", metavar="FILE.png", help="with --run: plot the loss against time and bytes (needs matplotlib)")
 
 
@@ -152,8 +153,8 @@ def plan(runs: Sequence[Path], columns: Sequence[int] = (), loss: float | None =
     rows = predict.predict(learned, times, columns)
     cells = [cell for row in rows for cell in row.cells]
     if not cells:
-        raise UsageError(f"--ranks: each rank needs at least one lane, and no batch of the table has {columns[0]} lanes or more. "
-                         "Use fewer ranks")
+        raise UsageError(f"--ranks: each rank needs at least one lane (sequence of micro-batches), and no batch of the table has "
+                         f"{columns[0]} lanes or more. Use fewer ranks")
     fastest = min(cells, key=lambda cell: (cell.seconds, cell.ranks))
     cheapest = min(cells, key=lambda cell: (cell.rank_seconds, cell.seconds))
     ends = [predict.predict(replace(learned, noise_scale_tokens=end), times, columns) for end in found["bounds_tokens"] or ()]

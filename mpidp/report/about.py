@@ -39,7 +39,8 @@ def what_ran(run: RecordedRun) -> str:
     tokens = [f"{data[f'{split}_tokens']:,} {split} tokens" for split in ("train", "val") if f"{split}_tokens" in data]
     rows = [
         ("Model", model + (f", {facts['parameters']:,} parameters" if "parameters" in facts else "")),
-        ("Batch", f"{batch}, {facts.get('micro_batches', '?')} micro-batches in {facts.get('lanes', '?')} lanes"),
+        ("Batch", f"{batch}, {facts.get('micro_batches', '?')} micro-batches in {facts.get('lanes', '?')} lanes (groups of "
+                  "micro-batches)"),
         ("Method", ", ".join([method, *cut])),
         ("Ranks", f"{run.ranks}" + (f" on {machines(facts)} machine{'s' * (machines(facts) != 1)}: {hosts}" if nodes else "")),
         ("Device", f"{device}{f', {name}' if name not in ('', 'cpu') else ''}, {setting('train.threads')[0]} threads per rank"),
@@ -78,7 +79,7 @@ def energy(run: RecordedRun, spent: Costs) -> str:
 
 
 def events(run: RecordedRun) -> str:
-    """Return the section that lists the events in metrics.jsonl, without the end of the run. Pure."""
+    """Return the section that lists the events in metrics.jsonl, except the end of the run. Pure."""
     found = [line for line in run.lines if "event" in line and line["event"] not in ("end",)]
     worked = dict_by_line(run.worked())
     rows = []

@@ -64,8 +64,8 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """Reduce a curve to at most `most` points. A new point replaces several points, and its y is their mean. The first and the
-    last x stay the same. Pure."""
+    """Reduce a curve to at most `most` points. A new point replaces several points. Its y is the mean of their y. The first
+    and the last x stay the same. Pure."""
     if len(points) <= most:
         return list(points)
     found = []

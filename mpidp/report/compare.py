@@ -21,7 +21,7 @@ SAME = (
     "model.", "mesh.", "strategy.", "comm.compress", "comm.reducer", "optim.name", "train.device", "train.dtype",
     "train.compile", "train.recompute", "data.path", "train.micro_batch",
 )
-FREE = ("strategy.servers",)  # settings of these sections that may differ
+FREE = ("strategy.servers",)  # settings in the sections of SAME that may differ
 HASH_DIGITS = 12  # digits of weights_sha256 in the table
 OWN = ("run.", "faults.", "metrics.", "energy.")  # sections that are left out of the table of differences
 
@@ -100,7 +100,7 @@ def scaling_chart(found: Scaling) -> str:
         Curve("measured", [(float(row.ranks), row.speed) for row in found.rows], dots=True),
         Curve("ideal", ideal, dots=True),
     ]
-    return curves(f"{found.kind.capitalize() or 'No'} scaling", lines, "ranks", "tokens/s", zero=True,
+    return curves(f"{found.kind.capitalize() or 'Neither strong nor weak'} scaling", lines, "ranks", "tokens/s", zero=True,
                   x_ticks=[row.ranks for row in found.rows])
 
 
@@ -132,8 +132,8 @@ def loss_charts(runs: Sequence[RecordedRun], key: str) -> list[str]:
 
 
 def compare(runs: Sequence[RecordedRun], falls: Mapping[str, Waterfall], spent: Mapping[str, Costs]) -> str:
-    """Return the sections that compare several runs with a table, curves, and scaling. falls, spent: the waterfall and the costs
-    of each run, by name. Pure."""
+    """Return the sections that compare several runs with a table, curves, and scaling. falls: the waterfall (time of the run,
+    divided into parts) of each run, by name. spent: the costs of each run, by name. Pure."""
     rows = []
     for run in runs:
         fall, cost = falls[run.name], spent[run.name]

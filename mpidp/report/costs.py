@@ -43,7 +43,7 @@ def costs(run: RecordedRun, grams_per_kwh: float, price_per_node_hour: float) ->
     elif any(of):
         why = "the jobs of the run measured different devices"
     elif not why:
-        why = "the version that recorded the run did not measure energy"
+        why = "the version of mpidp that recorded the run did not measure energy"
     hours = _node_hours(run)
     return Costs(
         joules, " and ".join(PARTS_MEASURED.get(part, part) for part in of[0]) if joules is not None else "", why, hours,

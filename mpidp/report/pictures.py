@@ -16,8 +16,9 @@ from mpidp.report.waterfall import PARTS, waterfall
 
 
 def draw(runs: Sequence[RecordedRun], folder: Path) -> list[Path]:
-    """Write loss.png and throughput.png, and for each run waterfall_RUN.png and ranks_RUN.png. If the runs used different numbers
-    of ranks, also write scaling.png. Return the paths. Raises UsageError if a file cannot be written. Independent."""
+    """Write loss.png and throughput.png, and for each run waterfall_RUN.png (its time, divided into parts) and ranks_RUN.png
+    (the compute time of each rank). If the runs used different numbers of ranks, also write scaling.png. Return the paths.
+    Raises UsageError if a file cannot be written. Independent."""
     made = []
     try:
         folder.mkdir(parents=True, exist_ok=True)

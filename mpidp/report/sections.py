@@ -19,7 +19,7 @@ MOST_ROWS = 32  # maximum number of ranks shown; if there are more, only the slo
 
 
 def of_run(run: RecordedRun, fall: Waterfall, spent: Costs) -> str:
-    """Return all sections about a run. fall: its waterfall. spent: its costs. Pure."""
+    """Return all sections about a run. fall: its waterfall (its time, divided into parts). spent: its costs. Pure."""
     return "".join([state(run, fall), figures(run, fall, spent), what_ran(run), learning(run), tasks(run), speed(run),
                     time_spent(run, fall), ranks(run), energy(run, spent), events(run), settings(run)])
 
@@ -48,8 +48,9 @@ def state(run: RecordedRun, fall: Waterfall) -> str:
 
 
 def usual_speed(run: RecordedRun) -> float:
-    """Return the median of the tokens per second at meetings, without the first few. If the jobs of the run had different numbers
-    of ranks, only jobs with the last number count. Pure."""
+    """Return the median of the tokens per second at meetings (steps at which all ranks synchronize), without the first three
+    meetings if there are more than nine. If the jobs of the run had different numbers of ranks, only jobs with the number of
+    ranks of the last job count. Pure."""
     meetings, ranks, found = {id(line) for line in run.meetings}, run.ranks, []
     for line in run.lines:
         if line.get("event") == "start":
@@ -119,8 +120,9 @@ def tasks(run: RecordedRun) -> str:
 
 
 def of_steps(run: RecordedRun, name: str) -> list[tuple[float, float]]:
-    """Return a list of (step, value of the field `name`). Steps without this field are left out. Only comm_bytes, which describes
-    rank 0, is also taken from lines between two meetings. Pure."""
+    """Return a list of (step, value of the field `name`). Steps without this field are left out. Lines between two meetings
+    (steps at which all ranks synchronize) describe only rank 0. Only the field comm_bytes is taken from these lines, too.
+    Pure."""
     lines = run.steps if name == "comm_bytes" else run.meetings
     return [(line["step"], value) for line in lines if (value := number(line, name)) is not None]
 
@@ -172,9 +174,9 @@ def time_spent(run: RecordedRun, fall: Waterfall) -> str:
 
 
 def per_rank(run: RecordedRun) -> tuple[list[int], list[tuple[int, list[float], list[float]]]]:
-    """Return (steps, rows). The steps are those since the last start of a job. There is one row per rank: (rank, compute seconds
-    of each step, data seconds of each step). If the last job has recorded no such steps, return those of all jobs with the same
-    number of ranks. Pure."""
+    """Return (steps, rows). The steps are those since the last start of a job. There is one row per rank: (rank, compute
+    seconds of each step, data seconds of each step). If the last job has not recorded these times, return the steps of all
+    jobs with the same number of ranks. Pure."""
     count = run.ranks
     lines = [line for line in run.steps if isinstance(line.get("rank_compute_seconds"), list)
              and len(line["rank_compute_seconds"]) == count == len(line.get("rank_data_seconds") or [])]
@@ -204,20 +206,20 @@ def ranks(run: RecordedRun) -> str:
     lost = statistics.fmean(waits.values())
     remark = (
         f"Rank {slowest} was the slowest in {times} of {len(steps)} steps. On average a rank waited {duration(lost)} per step "
-        f"for the slowest."
+        f"for the slowest rank."
         if len(rows) > 1
         else "With one rank, there is no wait for other ranks."
     )
     if len(rows) > MOST_ROWS:
-        remark += f" Shown are the {MOST_ROWS // 2} slowest and the {MOST_ROWS // 2} fastest of {len(rows)} ranks."
+        remark += f" The charts show the {MOST_ROWS // 2} slowest and the {MOST_ROWS // 2} fastest of {len(rows)} ranks."
     bins = min(MOST_COLUMNS, len(steps))
     cuts = [(i * len(steps) // bins, (i + 1) * len(steps) // bins) for i in range(bins)]
     usual = statistics.median(value for _, compute, _ in rows for value in compute)
     cells = [(names[rank], [statistics.fmean(rows[rank][1][a:b]) for a, b in cuts]) for rank in shown]
     return section(
         "Ranks", paragraph(remark),
-        figure("Mean step by rank", stacks([(names[rank], (*mean[rank], waits[rank])) for rank in shown],
-                                           ("compute", "waiting for data", "waiting for the slowest rank"))),
+        figure("Mean step time by rank", stacks([(names[rank], (*mean[rank], waits[rank])) for rank in shown],
+                                                ("compute", "waiting for data", "waiting for the slowest rank"))),
         figure(f"Compute time over the run (a stronger colour means longer than the usual {duration(usual)})",
                heat_map(cells, [steps[a] for a, _ in cuts], duration, usual)),
     )

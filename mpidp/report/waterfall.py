@@ -1,12 +1,12 @@
 """Divides the time of a run into parts that add up to the total. The parts explain the difference between ideal and measured
 throughput. Pure.
 
-The total is the time of all jobs, from the start of the process to the last line of metrics.jsonl. It includes steps that were
-lost because a restart went back to a checkpoint. It excludes the time in which no job worked on the run. A step's line in
-metrics.jsonl has the phases of rank 0, and the compute time of each rank. The mean compute time of the ranks in a step is divided
-into two parts. The part `ideal` is at most the largest compute time among the fastest tenth of all steps. The part `slowdown` is
-the rest. The time by which the slowest rank exceeds the mean counts as waiting for the slowest rank (`straggler`). Any longer
-wait of rank 0 counts as communication that was not overlapped.
+The total is the time of all jobs. The time of a job extends from the start of its process to its last line in metrics.jsonl.
+The total includes steps that were lost because a restart went back to a checkpoint. A step's line in metrics.jsonl has the
+phases of rank 0, and the compute time of each rank. The mean compute time of the ranks in a step is divided into two parts.
+The part `ideal` is at most the largest compute time among the fastest tenth of all steps. The part `slowdown` is the rest. The
+time by which the slowest rank exceeds the mean counts as waiting for the slowest rank (`straggler`). Any longer wait of rank 0
+counts as communication that was not overlapped.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def of_step(line: Mapping[str, Any]) -> dict[str, float]:
     wait -= stall
     other = max(0.0, whole - data - compute - wait - stall - update)
     computed, fetched = _ranks(line, "rank_compute_seconds"), _ranks(line, "rank_data_seconds")
-    if computed and len(fetched) == len(computed):  # then only the sum of these phases of rank 0 is used
+    if computed and len(fetched) == len(computed):  # then only the sum of data, compute and wait of rank 0 is used
         total, count = data + compute + wait, len(computed)
         longest = max(a + b for a, b in zip(computed, fetched, strict=True))
         scale = min(1.0, total / longest) if longest else 0.0  # the clocks of ranks differ slightly

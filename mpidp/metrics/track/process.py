@@ -1,9 +1,9 @@
 """The process of one tracker: `python -m mpidp.metrics.track.process NAME LOG PATIENCE_SECONDS FINISH_SECONDS`.
 
-It reads JSON lines from standard input. The first line is the TrackedRun, and the others are lines of metrics.jsonl. Training
-only writes to a pipe, so a slow or failing tracker cannot delay training. The output of the tracker goes to LOG. Warnings go to
-the standard error of the run, at most one of each kind. If a call of the tracker takes longer than PATIENCE_SECONDS, there is a
-warning. The process ends at the end of the input, at most FINISH_SECONDS later.
+It reads JSON lines from standard input. The first line has the fields of the TrackedRun, and the others are lines of
+metrics.jsonl. Training only writes to a pipe, so a slow or failing tracker cannot delay training. The output of the tracker
+goes to LOG. Warnings go to the standard error of the run, at most one of each kind. If a call of the tracker takes longer than
+PATIENCE_SECONDS, there is a warning. The process ends at the end of the input, at most FINISH_SECONDS later.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mpidp.storage.address import without_secrets
 
 MAX_LINES = 10_000  # maximum number of lines that wait for a slow tracker; further lines are left out
 MAX_BATCH = 200  # maximum number of lines in one call
-BATCH_SECONDS = 1.0  # lines are collected for this long
+BATCH_SECONDS = 1.0  # lines that arrive within this time are passed to the tracker in one call
 SAVE_SECONDS = 10.0  # time between two writes of the state
 ADVICE = "Training continues, and metrics.jsonl has all numbers"
 
@@ -48,7 +48,8 @@ class Warnings:
 
     @contextmanager
     def patience(self, what: str) -> Iterator[None]:
-        """Return a context. Warn if the code inside takes longer than `seconds`. what: a description of this code."""
+        """Return a context manager. If the code inside takes longer than `seconds`, print a warning. what: a description of
+        this code."""
         text = f"{what} has not finished after {self._seconds:g} s"
         timer = threading.Timer(self._seconds, self.say, ("slow", text))
         timer.daemon = True
@@ -60,7 +61,7 @@ class Warnings:
 
 
 class Inbox:
-    """Receives the lines of the run. A thread reads them all the time, so the run never has to wait."""
+    """Receives the lines of the run. A thread reads each line immediately, so the run never has to wait."""
 
     def __init__(self, stream: Any, seconds: float, overdue: Callable[[], None]) -> None:
         """overdue: a function that is called `seconds` after the end of the input."""
@@ -82,8 +83,8 @@ class Inbox:
         self._overdue()
 
     def batches(self) -> Iterator[list[dict[str, Any]]]:
-        """Yield lists of lines until the end of the input. A list has the lines that arrive within BATCH_SECONDS, at most
-        MAX_BATCH."""
+        """Yield lists of lines until the end of the input. A list has the lines that arrive within BATCH_SECONDS, but at most
+        MAX_BATCH lines."""
         while (line := self._lines.get()) is not None:
             batch, until = [line], time.monotonic() + BATCH_SECONDS
             while len(batch) < MAX_BATCH:
@@ -129,7 +130,8 @@ class State:
         self.last: dict[str, int] = {k: v for k, v in last.items() if isinstance(v, int)} if isinstance(last, dict) else {}
 
     def wrote(self, batch: list[dict[str, Any]]) -> None:
-        """Record the steps of a batch that was written. Save the state if the last save is more than SAVE_SECONDS old."""
+        """Record the steps of lines that the tracker has written. batch: these lines. Save the state if the last save is more
+        than SAVE_SECONDS old."""
         for line in batch:
             self.last[kind_of(line)] = max(self.last.get(kind_of(line), -1), line["step"])
         if time.monotonic() > self._saved + SAVE_SECONDS:
@@ -143,8 +145,8 @@ class State:
 
 
 def serve(name: str, stream: Any, warnings: Warnings, seconds: float) -> int:
-    """Open the tracker, and pass lines from `stream` to it until the input ends. Return the exit code. seconds: time limit after
-    the end of the input. Independent."""
+    """Open the tracker, and pass lines from `stream` to it until the input ends. Return the exit code. name: the name of the
+    tracker. seconds: time limit after the end of the input. Independent."""
     inbox = Inbox(stream, seconds, lambda: os._exit(3))
     about = inbox.first()
     if about is None:

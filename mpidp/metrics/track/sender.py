@@ -1,4 +1,5 @@
-"""Sends the lines of metrics.jsonl from rank 0 to the processes of the trackers. During training, it never waits for them."""
+"""Sends the lines of metrics.jsonl from rank 0 to the processes of the trackers. During training, a slow process does not
+delay rank 0."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from mpidp.runtime.environment import LAUNCHER_PREFIXES
 from mpidp.runtime.log import log
 
 MAX_LINES = 10_000  # lines that wait in memory while the pipe is full
-PATIENCE_SECONDS = 60.0  # a call of a tracker that takes longer causes a warning
+PATIENCE_SECONDS = 60.0  # if a call of a tracker takes longer, its process prints a warning
 FINISH_SECONDS = 30.0  # time limit at the end of a run, for all trackers together
 
 
@@ -45,7 +46,8 @@ class Trackers:
             process.end_input()
 
     def finish(self) -> None:
-        """Wait until the trackers have stored all lines, for at most FINISH_SECONDS. Then stop those that have not finished."""
+        """Wait until the trackers have stored all lines, for at most FINISH_SECONDS. Then stop the trackers that have not
+        finished."""
         until = time.monotonic() + FINISH_SECONDS
         for process in self._processes:
             process.finish(until)
@@ -53,7 +55,7 @@ class Trackers:
 
 
 class _Process:
-    """The process of a tracker, and the lines that its pipe has no room for yet."""
+    """The process of a tracker, and the lines that wait because the pipe to the process is full."""
 
     def __init__(self, name: str, about: Mapping[str, Any]) -> None:
         self.name, self._waiting, self._left_out = name, deque[bytes](), 0

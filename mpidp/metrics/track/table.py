@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from mpidp.errors import UsageError
 
-PACKAGES = {  # tracker -> the packages that it needs; without the last two, mlflow can only write to a server
+PACKAGES = {  # tracker: the packages that it needs; without sqlalchemy and alembic, mlflow can only write to a server
     "trackio": ("trackio",), "wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy", "alembic"), "tensorboard": ("tensorboard",),
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ class TrackedRun:
     name: str  # the name of the folder RUN
     project: str
     tags: Sequence[str]
-    step: int  # the last step before this job; this job may compute later steps again
+    step: int  # the step from which this job continues; an earlier job may have written later steps
     config: Mapping[str, Any]  # all settings, as section.key: value
     state: dict[str, Any] = field(default_factory=dict)  # stored in RUN/track/TRACKER.json; `id` is the same in all jobs of a run
 
@@ -33,7 +33,7 @@ class Tracker(Protocol):
     continues."""
 
     note: str  # a warning from opening the run, or ""
-    purges: bool  # whether a step that is written again replaces the first values; if not, the step is not written again
+    purges: bool  # whether values that are written again for a step replace the first ones; if not, each step is written once
 
     def __init__(self, run: TrackedRun) -> None:
         """Open the run. If an earlier job has opened it, continue it."""

@@ -1,5 +1,5 @@
-"""Computes the bytes that the forward pass of one micro-batch keeps for backward. There are functions for a block, for the last
-norm, and for the logits. Pure.
+"""Computes the bytes that the forward pass of one micro-batch keeps for backward. There are functions for a Transformer block,
+for the last norm, and for the logits. Pure.
 
 The counted tensors are those that autograd saves in mpidp.model (checked in tests/unit/test_mesh_formulas.py). For
 multiplications by constants, biases and residual sums, autograd saves nothing.
@@ -26,7 +26,7 @@ def _between_branches(model: ModelSizes, work: Work) -> int:
     norms = len(o.norms()) * (channel * d + position)
     if o.parallel:
         norms -= 4 * d  # both norms have the same input, which is kept once
-    products = 3 + 1 + o.gated  # each product keeps a 16-bit copy of its input, unless they share one gathered input
+    products = 3 + 1 + o.gated  # each product keeps a 16-bit copy of its input; with mesh.sequence, products share it
     inputs = 2 * 4 * d if work.number_bytes == 4 else 2 * d * (2 if work.sequence else products)
     return norms + inputs
 
@@ -57,8 +57,8 @@ def _inside_branches(model: ModelSizes, work: Work) -> float:
 
 def kept_of_block(model: ModelSizes, shape: Shape, work: Work) -> float:
     """Return the bytes per token that one block saves for backward on each rank. Attention that is not fused also saves its
-    scores, the scores after dropout, and the dropout mask. In 16 bits these three take 5 bytes per score (Korthikanti 2022,
-    section 4.1). Pure."""
+    scores, the scores after dropout, and the dropout mask. In 16 bits these three tensors take 5 bytes per score (Korthikanti
+    2022, section 4.1). Pure."""
     between = _between_branches(model, work) / (shape.tp if work.sequence else 1)
     return between + _inside_branches(model, work) / shape.tp
 
@@ -69,8 +69,8 @@ def kept_of_last_norm(model: ModelSizes, number_bytes: int) -> int:
 
 
 def logits_bytes(model: ModelSizes, shape: Shape, number_bytes: int) -> float:
-    """Return the bytes per token that the logits and their gradients take on each rank with train.loss=whole. A soft-cap of the
-    logits also keeps its result. Pure."""
+    """Return the bytes per token that the logits and their gradients take on each rank with train.loss=whole. With a soft-cap,
+    the capped logits are included. Pure."""
     each = (8 if number_bytes == 4 else 10) + (number_bytes if model.options.logit_cap else 0)
     return each * model.vocab_size / shape.tp
 
@@ -79,8 +79,8 @@ def loss_bytes(model: ModelSizes, shape: Shape, work: Work) -> float:
     """Return the peak number of bytes that the loss of a micro-batch takes on each rank of the last stage.
 
     If the loss is computed at once, the bytes are those of the log-probabilities, their gradients and the gradients of the
-    logits. If the loss is computed in chunks, the gradients of the hidden states and of the head are computed together with the
-    loss. With LoRA, the head has no gradient. The bytes are then those of these gradients, plus the larger of two: the logits of
+    logits. If the loss is computed in chunks, the gradients of the hidden states and (without LoRA) of the head are computed
+    together with the loss. In this case the bytes are those of these gradients, plus the larger of two terms: the logits of
     one chunk, or the scaled copies of these gradients that backward makes. Pure.
     """
     tokens, capped = work.micro_batch * model.seq_len, model.options.logit_cap > 0

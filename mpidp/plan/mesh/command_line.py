@@ -40,8 +40,8 @@ NUMBERS = (  # option, help, factor to convert the value to bytes, operations or
     ("memory", "memory per rank in GB (default: 80)", 1e9),
     ("samples", "number of samples in the data, for example 100m, to print the samples per rank", 1.0),
     ("vocab", "vocabulary size (default: that of the published model or of the config's data, or 32,000)", 1.0),
-    ("seq-len", "tokens per sequence (default: that of the model)", 1.0),
-    ("global-batch", "sequences per step (default: the config's, or 4 million tokens, or 0.5 million for models below 1B)", 1.0),
+    ("seq-len", "tokens per sequence (default: the sequence length of the model)", 1.0),
+    ("global-batch", "sequences per step (default: that of --config, else 4 million tokens, or 0.5 million below 1B)", 1.0),
     ("micro-batch", "sequences per forward pass (default: the best of 1 to 16)", 1.0),
     ("flops", "measured FLOP/s of a rank in matrix products, for example 450t", 1.0),
     ("memory-gbyte", "memory bandwidth of a device in GB/s", 1e9),
@@ -64,7 +64,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cluster", metavar="FILE", help="cluster.json of mpidp.doctor (default: ./cluster.json, if it exists)")
     parser.add_argument("--calibrate", metavar="RUN", help="compute the speed of a device from RUN, a run on one rank that used "
                         "the same type of device")
-    parser.add_argument("--dtype", choices=list(BYTES), help="type of matrix products (default: bfloat16)")
+    parser.add_argument("--dtype", choices=list(BYTES),
+                        help="type of matrix products (default: that of --config, else bfloat16)")
     parser.add_argument("--recompute", choices=["true", "false"], help="whether activations are recomputed (default: try both)")
     parser.add_argument("--sequence", choices=["true", "false"], help="value of mesh.sequence (default: try both)")
     parser.add_argument("--overlap", type=float, help="how well data-parallel traffic overlaps with compute, from 0 (not "
@@ -88,7 +89,7 @@ def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> d
     cluster = _cluster(options.cluster)
     ranks = options.ranks or cluster.get("ranks") or 0
     if not ranks:
-        raise UsageError("give the number of ranks with --ranks, or give a file of mpidp.doctor with --cluster")
+        raise UsageError("give the number of ranks with --ranks, or give a cluster.json of mpidp.doctor with --cluster")
     if options.overlap is not None and not 0 <= options.overlap <= 1:
         raise UsageError(f"--overlap={options.overlap:g} must be from 0 to 1")
     if options.top < 1:
@@ -124,7 +125,7 @@ def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> d
 
 
 def _reject_uncut(values: Mapping[str, Any]) -> None:
-    """Raise UsageError for models whose time and memory the predictions do not describe. Pure."""
+    """Raise UsageError if the time and memory of the model cannot be predicted. values: {section.key: value}. Pure."""
     kind, targets = values["model.kind"], values["model.lora_targets"]
     if kind != "transformer":
         raise UsageError(f"model.kind={kind}: the predictions are only for Transformers. Use `python -m mpidp.plan methods`")
@@ -152,8 +153,9 @@ def _config_json(given: str) -> Path | None:
 
 
 def _settings_of(config: Path, what: str) -> dict[str, Any]:
-    """Return the model settings {section.key: value} of the config.json `config`. model.seq_len is the model's longest context.
-    what: name of the model in error messages. Raises UsageError or DataError if config.json cannot be read. Independent."""
+    """Return the model settings {section.key: value} of the model whose config.json has the path `config`. model.seq_len is
+    the model's longest context. what: name of the model in error messages. Raises UsageError or DataError if config.json
+    cannot be read. Independent."""
     try:
         content = read_json(config)
     except (OSError, ValueError) as error:

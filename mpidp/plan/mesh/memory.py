@@ -1,9 +1,10 @@
 """Computes the memory that each rank of a mesh needs for each use, from the sizes of the model. Pure.
 
-p is the number of parameters of a rank, and q is the number of its trained parameters. With LoRA, only the adapters are trained.
-The rank has the parameters of its stage, and 1 / tp of each matrix. w is the number of bytes per number in matrix products.
-n = micro_batch x seq_len is the number of tokens of a micro-batch. M is the number of micro-batches per replica. f = min(M, pp -
-stage) is the largest number of micro-batches between their forward and backward passes (1F1B, Narayanan 2021, section 2.2.1).
+p is the number of parameters of a rank, and q is the number of its trained parameters. With LoRA, only the adapters are
+trained. The rank has the parameters of its stage, and 1 / tp of each matrix. w is the number of bytes per number in matrix
+products. n = micro_batch x seq_len is the number of tokens of a micro-batch. M is the number of micro-batches per replica.
+f = min(M, pp - stage) is the largest number of micro-batches that have finished their forward pass but not their backward pass
+(1F1B, Narayanan 2021, section 2.2.1).
 
 | use | bytes | divided by dp with |
 |---|---|---|
@@ -18,11 +19,12 @@ stage) is the largest number of micro-batches between their forward and backward
 
 D is model_dim, F is hidden_dim, H is the number of heads, and V is the vocabulary size. W counts the activations of norms and
 residuals, which every tensor-parallel rank holds in full. S counts the activations that tensor parallelism divides. With
-mesh.sequence, W and the activations that recompute keeps are divided by tp. In 16 bits W is then 20 D + 8, because an input that
-several products share is saved once. activations.py computes W and S for all options of the Transformer. With train.loss=auto,
-the loss is computed in chunks of r tokens if the logits are large (model/loss_chunks.py). With LoRA, g is 4 n D. W and S are
-those of training all parameters, which are upper bounds with LoRA. Embedding and head are divided by tp along the vocabulary. The
-last stage also computes the head. Layers are assigned to stages so that the slowest stage is as fast as possible.
+mesh.sequence, W and the activations that recompute keeps are divided by tp. In 16 bits W is then 20 D + 8, because an input
+that several products share is saved once. activations.py computes W and S for all options of the Transformer. With
+train.loss=auto, the loss is computed in chunks of r tokens if the logits are large (model/loss_chunks.py). With LoRA, g is
+4 n D, and W and S are upper bounds, because they are computed as if all parameters were trained. Embedding and head are divided
+by tp along the vocabulary. The last stage also computes the head. Layers are assigned to stages so that the slowest stage is as
+fast as possible.
 """
 
 from __future__ import annotations

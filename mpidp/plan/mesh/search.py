@@ -42,8 +42,8 @@ OF_PEAK = 0.5  # assumed fraction of the datasheet's FLOP/s
 
 
 def number(given: str, name: str) -> float:
-    """Return the number in a text such as 7b, 100m, 1.5k or 4e9. given: the text. name: the option, as errors name it. Raises
-    UsageError unless the number is above 0. Pure."""
+    """Return the number in a text such as 7b, 100m, 1.5k or 4e9. given: the text. name: the name of the option in error
+    messages. Raises UsageError unless the number is above 0. Pure."""
     text = given.strip().lower()
     try:
         value = float(text[:-1]) * SUFFIXES[text[-1]] if text[-1:] in SUFFIXES else float(text)
@@ -55,10 +55,10 @@ def number(given: str, name: str) -> float:
 
 
 def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[ModelSizes, str]:
-    """Return (sizes of a LLaMA-like model with about `parameters` parameters, name or description of this model). If a published
-    model is within 5% of `parameters` and has the vocabulary size, it is returned. Otherwise the number of layers is near width /
-    128. vocab_size, seq_len: 0 means the default. Raises UsageError if no such model has about this many parameters, for example
-    because the vocabulary is too large. Pure."""
+    """Return (sizes of a LLaMA-like model with about `parameters` parameters, name or description of this model). If a
+    published model is within 5% of `parameters` and has the vocabulary size, it is returned. Otherwise the sizes are chosen so
+    that the number of layers is about model_dim / 128. vocab_size, seq_len: 0 means the default. Raises UsageError if no such
+    model has about this many parameters, for example because the vocabulary is too large. Pure."""
     for known, (name, model) in KNOWN.items():
         if abs(parameters - known) <= NEAR * known and vocab_size in (0, model.vocab_size):
             return replace(model, seq_len=seq_len or model.seq_len), name
@@ -77,7 +77,7 @@ def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[
     if best is None or abs(best[1].parameters / parameters - 1) > 0.25:
         raise UsageError(f"--params={parameters:g}: no model of this size fits a vocabulary of {vocab_size:,} tokens. Give "
                          "--vocab or --config")
-    return best[1], "estimated: about width / 128 layers"
+    return best[1], "about width / 128 layers"
 
 
 def vocab_size_of(values: Mapping[str, Any]) -> int:
@@ -140,7 +140,7 @@ def machine_of(
     peak = peak_flops(gpu) if number_bytes == 2 else None
     flops = choose("matrix products", "TFLOP/s per rank", 1e12, ("given", given.flops), ("measured", run and run[0]),
                    (f"assumed: half of the peak of {gpu}", OF_PEAK * peak if peak else None), (assumed, FLOPS[number_bytes]))
-    memory = choose("memory", "GB/s", 1e9, ("given", given.memory_bytes_per_second), ("measured", run and run[1]),
+    memory = choose("memory bandwidth", "GB/s", 1e9, ("given", given.memory_bytes_per_second), ("measured", run and run[1]),
                     (assumed, MEMORY))
     ranks = int(choose("ranks per node", "", 1, ("given", given.ranks_a_node), (file, most("ranks_per_node")),
                        (assumed, RANKS_A_NODE)))
@@ -153,7 +153,7 @@ def machine_of(
                      (file, speed if nodes else None), (assumed, BETWEEN))
     late = choose("latency", "us", 1e-6, ("given", given.latency_seconds), (file, cluster.get("latency_seconds")),
                   (assumed, LATE))
-    overlap = choose("overlap of dp traffic", "of the possible", 1, ("given", given.overlap), (assumed, OVERLAP))
+    overlap = choose("overlap of dp traffic", "of the possible overlap", 1, ("given", given.overlap), (assumed, OVERLAP))
     return Machine(flops, memory, LinkSpeed(late, inside), LinkSpeed(late, between), ranks, devices, overlap), sources
 
 
@@ -172,7 +172,7 @@ def machine_of_run(run: Path, vocab_size: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class MeshRow:
-    """A mesh with its best settings, and their memory and step time."""
+    """A mesh, the best settings for this mesh, and the memory and step time with these settings."""
 
     shape: Shape
     work: Work
@@ -192,7 +192,8 @@ class MeshRow:
 def shapes(model: ModelSizes, ranks: int, most_dp: int, slices: int = 1) -> Iterator[Shape]:
     """Yield all possible meshes of `ranks` ranks. tp divides the number of key-value heads, and each stage has at least one
     layer. dp is at most `most_dp`. If `slices` (model.slices) is above 1, tp also divides `slices`, and a model with tied
-    embeddings has one stage, because two stages would exchange the gradient of its embedding for every micro-batch. Pure."""
+    embeddings has one stage, because with more stages, the first and the last stage would exchange the gradient of the
+    embedding for every micro-batch. Pure."""
     for tp in range(1, min(ranks, model.num_kv_heads) + 1):
         if ranks % tp or model.num_kv_heads % tp or (slices > 1 and slices % tp):
             continue
@@ -230,9 +231,9 @@ def rows_of(
 def three_ways(
     rows: Sequence[MeshRow], ranks: int, parameters: float, samples: float | None, limit: float
 ) -> list[dict[str, Any]]:
-    """Return three dictionaries, for the best data-parallel, the best model-parallel and the best hybrid mesh. They include the
-    parameters and samples per rank. rows: the result of rows_of(). parameters, samples: the totals of the model and of the data.
-    limit: bytes of memory per rank. Pure."""
+    """Return three dictionaries, for the best data-parallel, the best model-parallel and the best hybrid mesh. Each dictionary
+    also has the numbers of parameters and samples per rank. rows: the result of rows_of(). parameters: the number of
+    parameters of the model. samples: the number of samples in the data. limit: bytes of memory per rank. Pure."""
     kinds = {
         "data": [row for row in rows if row.shape.dp == ranks], "model": [row for row in rows if row.shape.dp == 1],
         "hybrid": [row for row in rows if 1 < row.shape.dp < ranks],

@@ -31,7 +31,8 @@ class ModelSizes:
     lora_targets: str = ""  # model.lora_targets
 
     def plain(self) -> dict[str, Any]:
-        """Return the sizes as plain values for JSON. Options and adapters are included if they differ from LLaMA's."""
+        """Return the sizes as plain values for JSON. Options are included only if they differ from LLaMA's, and adapters only
+        if there are any."""
         own = {"lora_rank", "lora_targets"} if self.lora_rank else set()
         others = {"head_size", "options", "lora_rank", "lora_targets"} - own
         found = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in others}
@@ -126,7 +127,8 @@ class Shape:
         return self.dp * self.pp * self.tp
 
     def over_dp(self, level: int) -> int:
-        """Return dp if `shard` is at least `level`, else 1. Pure."""
+        """Return the number of ranks among which the state of sharding level `level` is divided: dp if `shard` is at least
+        `level`, else 1. Pure."""
         return self.dp if self.shard >= level else 1
 
     def __str__(self) -> str:
@@ -146,7 +148,7 @@ class Work:
     wire_bytes: int = 4  # bytes per number in messages within tp and pp; mpidp.train sends float32
     sequence: bool = False  # mesh.sequence: whether norms and residuals are divided by tp
     loss: str = "auto"  # train.loss: whether the loss is computed in chunks
-    slices: int = 1  # model.slices
+    slices: int = 1  # model.slices: number of slices of each layer
 
     def micro_batches(self, shape: Shape) -> int:
         """Return M, the number of micro-batches per replica in a step. Pure."""

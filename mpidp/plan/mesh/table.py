@@ -30,9 +30,9 @@ def mesh_table(found: dict[str, Any]) -> str:
     model, limit, ways = found["model"], found["memory_limit_bytes"], found["three_ways"]
     lines = [
         f"{many(found['parameters_asked'])} parameters on {found['ranks']:,} ranks of {size(limit)}: predicted, not measured",
-        f"model: {model['num_layers']} layers, width {model['model_dim']}, SwiGLU {model['hidden_dim']}, {model['num_heads']} "
-        f"heads ({model['num_kv_heads']} key-value), vocabulary {model['vocab_size']:,}, {many(found['parameters'])} parameters "
-        f"({found['model_from']})",
+        f"model: {model['num_layers']} layers, width {model['model_dim']}, hidden width {model['hidden_dim']}, "
+        f"{model['num_heads']} heads ({model['num_kv_heads']} key-value), vocabulary {model['vocab_size']:,}, "
+        f"{many(found['parameters'])} parameters ({found['model_from']})",
         *([f"LoRA: {many(found['trained'])} parameters of adapters are trained"] if model.get("lora_rank") else []),
         f"step: {found['global_batch']:,} sequences of {model['seq_len']:,} tokens ({many(found['tokens_a_step'])} in total), "
         f"{'float32' if found['number_bytes'] == 4 else 'bfloat16'} products with float32 weights",
@@ -46,9 +46,10 @@ def mesh_table(found: dict[str, Any]) -> str:
     lines.append(f"{'memory/rank':<18}" + "".join(f"{_memory(way):>34}" for way in ways))
     lines.append(f"{'s/step':<18}" + "".join(f"{seconds(way['step_seconds']):>34}" for way in ways))
     if found["fitting"]:
-        lines += ["", f"{found['fitting']} of {found['meshes']} meshes fit; the fastest:"]
+        lines += ["", f"{found['fitting']} of {found['meshes']} meshes fit in memory. The fastest:"]
     else:
-        lines += ["", f"NONE of {found['meshes']} meshes fits. Use more ranks or more memory. These need the least memory:"]
+        lines += ["", f"NONE of {found['meshes']} meshes fits in memory. Use more ranks or more memory. The following meshes "
+                      "need the least memory:"]
     lines += _rows(found)
     best = found["rows"][0]
     if found["fitting"]:
@@ -57,7 +58,8 @@ def mesh_table(found: dict[str, Any]) -> str:
         settings += ["--mesh.sequence=true"] * best["sequence"]
         settings += [f"--train.micro_batch={best['micro_batch']}", f"--train.recompute={str(best['recompute']).lower()}"]
         useful = best["flops"] / best["step_seconds"] / 1e12
-        lines += ["", f"The first mesh: {many(per_rank)} tokens/s, {useful:.4g} TFLOP/s per rank. Settings: {' '.join(settings)}"]
+        lines += ["", f"The first mesh: {many(per_rank)} tokens/s and {useful:.4g} TFLOP/s per rank. "
+                      f"Settings: {' '.join(settings)}"]
     return "\n".join([*lines, "", "Figures used: " + "; ".join(found["machine"]) + ".",
                       "A tenth of the memory is left free. docs/plan.md explains the formulas, their accuracy and their limits."])
 

@@ -1,17 +1,18 @@
 """Computes the time of a step on a mesh and the bytes sent, from the compute speed of a rank and the speed of links. Pure.
 
-Ranks are numbered by replica, then by stage, then by tensor-parallel index, as in parallel/grid.py. In the table, g is the size
-of a group and n is a number of bytes. p is the number of parameters of a rank, and q is the number of its trained parameters.
-With LoRA, only the adapters are trained, so there are no products for the gradients of matrices. w is the number of bytes per
-number in matrix products. M is the number of micro-batches per replica.
+Ranks are numbered by replica, then by stage, then by tensor-parallel index, as in parallel/grid.py. In the table, a block is a
+Transformer block, g is the number of ranks of a group, and n is a number of bytes. p is the number of parameters of a rank,
+and q is the number of its trained parameters. With LoRA, only the adapters are trained, so the gradients of the frozen
+matrices are not computed. w is the number of bytes per number in matrix products. M is the number of micro-batches per
+replica.
 
 | what | seconds |
 |---|---|
 | compute | operations / flops + bytes read and written / memory bandwidth; c is this time for one micro-batch on one stage |
 | tp | float32 allreduces of (B, T, D): 4 per block (half of them in forward), 2 more with recompute, 2 for embedding and head |
 | tp, sequence | as many float32 reduce_scatters; 6 allgathers per block and 2 for the head, w bytes per number |
-| tp, sequence | also float32 allreduces of the gradients of the trained parameters that are not divided |
-| tp, LoRA | float32 allreduces of the gradients of the factors of adapters that are not divided |
+| tp, sequence | also float32 allreduces of the gradients of the trained parameters that tp does not divide |
+| tp, LoRA | float32 allreduces of the gradients of the adapters' factors that tp does not divide |
 | pp | m is the time of a float32 message of (B, T, D); mesh.sequence divides the size of the message by tp |
 | micro-batch | max c over the stages + 2 m (pp - 1) / pp |
 | pipeline | M - 1 micro-batches + sum of c over stages + 2 m (pp - 1); equal stages have a bubble of (pp - 1) / (M + pp - 1) |
@@ -19,15 +20,15 @@ number in matrix products. M is the number of micro-batches per replica.
 | dp, shard 1 | a reduce_scatter of 4 q and an allgather of 4 q, which overlap with a micro-batch |
 | dp, shard 2 | a reduce_scatter of 4 q per micro-batch and an allgather of 4 q, which overlap with all micro-batches |
 | dp, shard 3 | a reduce_scatter of 4 q and two allgathers of w p per micro-batch, which overlap with all of them (Zhao 2023) |
-| dp, shard 2 and 3, slices | also 4 q / dp, a gather of gradients for their norm |
-| dp, shard 2 and 3 | also `gather_seconds` for each of these exchanges of each block: host time that does not overlap |
+| dp, shard 2 and 3 | with model.slices above 1: also a gather of 4 q / dp, for the norm of the gradient |
+| dp, shard 2 and 3 | also `gather_seconds` (host time that does not overlap) for each of these exchanges of each block |
 | update | 28 bytes per parameter that a rank updates / memory bandwidth |
 
 An allgather or reduce_scatter takes (g - 1)/g n / b + ceil(log2 g) a, where b is the bandwidth and a the latency of a link. An
-allreduce takes twice as long. If a group extends over several nodes, each node's network is shared by (ranks per node) / (members
-of the group in a node) groups. Machine.overlap is the fraction of the possible overlap that is achieved. If ranks share devices,
-the other ranks of a device compute during a rank's bubble. A step then takes at least the time in which the devices of a node
-compute the work of all its ranks.
+allreduce takes twice as long. If a group extends over several nodes, each node's network is shared by (ranks per node) /
+(members of the group in a node) groups. Machine.overlap is the fraction of the possible overlap that is achieved. If ranks
+share devices, the other ranks of a device compute during a rank's bubble. A step then takes at least the time in which the
+devices of a node compute the work of all ranks of this node.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
 BACKWARD = 2 / 3  # fraction of the compute time that backward takes
 PASSES = 4  # an activation is written and read, and so is its gradient
 ACCUMULATE = 12  # bytes per parameter and micro-batch to accumulate gradients: two reads and a write
-HEAD_GAINS = ("q_norm.weight", "k_norm.weight")  # held by every rank, and applied to its own heads
+HEAD_GAINS = ("q_norm.weight", "k_norm.weight")  # every rank holds these gains, and applies them to its own heads
 CAST = 6  # bytes per parameter and micro-batch to convert weights for 16-bit products
 UPDATE = 28  # bytes per parameter: AdamW reads four numbers and writes three
 
@@ -86,8 +87,8 @@ class Traffic:
 
 
 def half_allreduce(machine: Machine, size: int, stride: int, num_bytes: float) -> Traffic:
-    """Return the traffic of an allgather or reduce_scatter of num_bytes over `size` ranks. The numbers of successive ranks differ
-    by `stride`. Pure."""
+    """Return the traffic of an allgather or reduce_scatter of num_bytes over `size` ranks. The numbers of these ranks are
+    i, i + stride, i + 2 stride, and so on. Pure."""
     if size == 1:
         return Traffic()
     sent = num_bytes * (size - 1) / size
@@ -124,7 +125,7 @@ class Flow:
         return self.flops / machine.flops + self.num_bytes / machine.memory_bytes_per_second
 
     def times(self, count: float) -> Flow:
-        """Return the sum of `count` such flows. Pure."""
+        """Return this Flow, multiplied by `count`. Pure."""
         return Flow(count * self.flops, count * self.num_bytes, self.tp.times(count))
 
     def __add__(self, other: Flow) -> Flow:
@@ -132,14 +133,14 @@ class Flow:
 
 
 def _forward_flops(model: ModelSizes, shape: Shape, work: Work) -> float:
-    """Return the operations of a block in the forward pass of one micro-batch on one rank."""
+    """Return the floating-point operations of one Transformer block in the forward pass of one micro-batch on one rank."""
     products = (model.matrices + 2 * model.attended * model.num_heads * model.shape.head_dim) / shape.tp
     return 2 * work.micro_batch * model.seq_len * (products + model.adapters_per_rank(shape.tp))
 
 
 def _parts(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tuple[Flow, Flow, Flow]:
-    """Return the flows of (a block, the embedding, the final norm with the head) for forward and backward of one micro-batch.
-    Frozen matrices have no product for their gradient, and no gradient to accumulate."""
+    """Return what the forward and the backward pass of one micro-batch need on one rank, as (Flow of one block, Flow of the
+    embedding, Flow of the final norm and the head). No gradient of a frozen matrix is computed or accumulated."""
     tokens, again, trains = work.micro_batch * model.seq_len, work.recompute, not model.lora_rank
     cast = CAST if work.number_bytes == 2 else 0
     weights, adapters = ACCUMULATE * trains + cast, (ACCUMULATE + cast) * model.adapters_per_rank(shape.tp)
@@ -150,7 +151,8 @@ def _parts(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tup
     block_wire, head_wire, embedding_wire = wire.times(4 + 2 * again), wire, wire
 
     def gradients(*elements: int) -> Traffic:
-        """Return the traffic to sum the gradients of replicated parameters. elements: their numbers of elements."""
+        """Return the traffic to sum the gradients of replicated parameters. elements: the number of elements of each of these
+        parameters."""
         return sum((half_allreduce(machine, shape.tp, 1, 4.0 * n).times(2) for n in elements if n), Traffic())
 
     if work.sequence:
@@ -178,14 +180,14 @@ class Step:
     """The predicted times of one step on one mesh, and the bytes that a rank of the busiest stage sends."""
 
     compute_seconds: float  # compute time of the busiest stage, for all micro-batches
-    tp_seconds: float  # tp traffic of the busiest stage, for all micro-batches
-    pipeline_seconds: float  # time of waiting in the bubble and for messages between stages
+    tp_seconds: float  # time of the tp traffic of the busiest stage, for all micro-batches
+    pipeline_seconds: float  # time of waiting in the bubble, for messages between stages, and for a shared device
     dp_seconds: float  # data-parallel traffic that is not overlapped
     update_seconds: float
     tp_bytes: float
     pp_bytes: float
     dp_bytes: float
-    between_bytes: float  # the part of these bytes that leaves the node
+    between_bytes: float  # the part of tp_bytes, pp_bytes and dp_bytes that leaves the node
     flops: float  # operations per rank without recomputation, as a mean over the stages
 
     @property
@@ -252,13 +254,14 @@ def measured_machine(
     model: ModelSizes, micro_batch: int, compute_seconds: float, update_seconds: float, micro_batches: int, number_bytes: int,
 ) -> tuple[float, float]:
     """Return (FLOP/s, memory bytes/s), computed from times that were measured on one rank. The memory bandwidth follows from
-    `update_seconds`, the time of the update. The time of matrix products is `compute_seconds`, the compute time of a step, minus
-    the time of memory traffic. micro_batches: their number in a step. Pure."""
+    `update_seconds`, the time of the update. The time of matrix products is `compute_seconds`, the compute time of a step,
+    minus the time of memory traffic. micro_batches: the number of micro-batches in a step. number_bytes: bytes per number in
+    matrix products. Pure."""
     alone, work = Shape(1, 1, 1), Work(micro_batches * micro_batch, micro_batch, number_bytes=number_bytes)
     memory = UPDATE * trained_of(model, alone, 0) / update_seconds
     nothing = LinkSpeed(0.0, math.inf)
     block, embedding, head = _parts(model, alone, work, Machine(1.0, memory, nothing, nothing, 1, 1))
     whole = block.times(model.num_layers) + embedding + head
     rest = compute_seconds / micro_batches - whole.num_bytes / memory
-    rest = max(rest, 0.25 * compute_seconds / micro_batches)  # if the update works in the cache, no time may be left
+    rest = max(rest, 0.25 * compute_seconds / micro_batches)  # the time of memory traffic may be overestimated
     return whole.flops / rest, memory

@@ -12,7 +12,8 @@ reduction of all gradients over all ranks, which traffic.py computes.
 | local, group=pairs | compute + (k n / B + a) / sync_every |
 | server | the longer of compute + 2 n k / B + 2 a (on a worker) and w n / B (on a server that has w workers) |
 
-With `local`, each meeting (strategy.meet_every) also takes the time `sum`, because all ranks average their models.
+With `local`, all ranks average their models every strategy.meet_every steps. Such a step is called a meeting, and also takes
+the time `sum`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from mpidp.plan.ranks.predict import most_micro_batches
 from mpidp.strategies.averaging_groups import partition
 
 LOCAL = {"name": "local"}  # averages every 50 steps, or once in shorter runs
-METHODS: dict[str, dict[str, dict[str, Any]]] = {  # settings by section; the methods closest to synchronous come first
+METHODS: dict[str, dict[str, dict[str, Any]]] = {  # settings by section; the methods closest to synchronous training come first
     "synchronous": {},
     **{kind: {"comm": {"compress": kind}}
        for kind in ("bf16", "fp16", "int8", "int4", "powersgd", "topk", "int2", "onebit", "randomk")},
@@ -44,7 +45,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {  # settings by section; the me
     "server-async": {"strategy": {"name": "server"}},
 }
 WORTH = 1.1  # another method is recommended only if its speed, relative to synchronous, is at least this
-LONG = 1 << 30  # number of steps of a run whose end has no influence
+LONG = 1 << 30  # number of steps of a run that is so long that its end has no influence on means
 BACKWARD = 2 / 3  # share of backward in the compute time
 
 
@@ -71,7 +72,7 @@ def _sync_intervals(config: Config, steps: int) -> tuple[int, int]:
 
 def sent_bytes(config: Config, sizes: Sizes, cluster: Cluster, steps: int) -> int:
     """Return the bytes that rank 0 sends in a run of `steps` steps, as metrics.jsonl counts them. The last step counts as a
-    meeting. Pure."""
+    meeting (a step at which all ranks synchronize). Pure."""
     if cluster.ranks == 1:
         return 0
     strategy, a_sum = config.strategy, one_sum(config, sizes, cluster).sent_bytes
@@ -90,8 +91,8 @@ def sent_bytes(config: Config, sizes: Sizes, cluster: Cluster, steps: int) -> in
 
 
 def step_seconds(config: Config, sizes: Sizes, cluster: Cluster, compute: float) -> float:
-    """Return the mean time of a step in a long run, in seconds. compute: compute time of a step in seconds, if its lanes are
-    divided among all ranks. Pure."""
+    """Return the mean time of a step in a long run, in seconds. compute: compute time of a step in seconds, if all ranks share
+    the micro-batches of the step. Pure."""
     if cluster.ranks == 1:
         return compute
     a_sum, small = one_sum(config, sizes, cluster).seconds(cluster), cluster.small_exchange_seconds
@@ -124,14 +125,14 @@ class MethodRow:
     refused: str = ""  # the reason why the method cannot be used, or empty
     sent_bytes: float | None = None  # bytes that rank 0 sends per step
     step_seconds: float | None = None
-    speed: float | None = None  # 2.0: half the step time of synchronous
+    speed: float | None = None  # relative to synchronous; 2.0 means half the step time
     loss: float | None = None  # loss at the end of a trial
 
 
 def predict(config: Config, vocab_size: int, cluster: Cluster, compute: float, wanted: Sequence[str] = ()) -> list[MethodRow]:
-    """Predict bytes and step time of the method synchronous and of the methods in `wanted`. If `wanted` is empty, predict those
-    of all methods. Return the rows in the order of METHODS. compute: compute time of a step, in seconds. Raises UsageError if a
-    wanted method is unknown. Pure."""
+    """Predict the bytes sent and the step time of the method `synchronous` and of the methods in `wanted`. If `wanted` is
+    empty, predict them for all methods. Return the rows in the order of METHODS. compute: compute time of a step, in seconds.
+    Raises UsageError if a wanted method is unknown. Pure."""
     if unknown := sorted(set(wanted) - set(METHODS)):
         raise UsageError(f"--methods: there is no method {', '.join(unknown)}. The methods are {', '.join(METHODS)}")
     sizes, rows = sizes_of(config, vocab_size), list[MethodRow]()
@@ -141,7 +142,8 @@ def predict(config: Config, vocab_size: int, cluster: Cluster, compute: float, w
             chosen = variant(config, name)
             settings = to_paste(chosen, config)
             if (working := workers(chosen, cluster.ranks)) > (count := lanes_of(config).num_lanes):
-                raise UsageError(f"{working} ranks, but the global batch has {count} lanes. Raise train.global_batch")
+                raise UsageError(f"{working} ranks, but the global batch has {count} lanes (sequences of micro-batches; each "
+                                 "rank needs at least one). Raise train.global_batch")
             if chosen.comm.compress == "powersgd" and cluster.ranks == 1:
                 raise UsageError("comm.compress=powersgd needs at least two ranks, because with one rank nothing is sent")
             steps = _sync_intervals(chosen, LONG)[1]

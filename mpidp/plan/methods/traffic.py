@@ -1,6 +1,7 @@
 """Computes the traffic of a sum of gradients over all ranks, and its time on a cluster. Pure.
 
-There are P ranks, n bytes of gradients, and k ranks per node. Each node has a link of latency a and bandwidth B.
+There are P ranks, n bytes of gradients, and k ranks per node. Each node has a link of latency a and bandwidth B. Gradients are
+summed in pieces of at most 4 MiB (transport.PIECE_BYTES).
 
 | what | seconds |
 |---|---|
@@ -86,7 +87,7 @@ def link_of(given: str, ranks: int) -> Cluster:
 
 
 def lanes_of(config: Config) -> Lanes:
-    """Return the lanes of a global batch. Pure."""
+    """Return the lanes (fixed sequences of micro-batches) of a global batch. Pure."""
     return Lanes(config.train.global_batch, config.train.micro_batch, config.train.lanes)
 
 
@@ -150,8 +151,9 @@ def one_sum(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
 
 
 def _by_tree(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
-    """Return the traffic of one sum with the reducer `tree`. Ranks that share memory add their lanes. Then the owners of each
-    slice exchange their partial sums."""
+    """Return the traffic of one sum with the reducer `tree`. The ranks of a node add the gradients of their lanes in shared
+    memory. Then the ranks that add the same slice (index range of the gradient), one on each node, exchange their partial
+    sums. With comm.transport=messages, each rank counts as a node."""
     lanes = lanes_of(config)
     shared = 1 if config.comm.transport == "messages" else cluster.ranks_a_node
     groups, count = -(-cluster.ranks // shared), lanes.num_lanes

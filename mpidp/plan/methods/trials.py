@@ -1,5 +1,5 @@
-"""Implements `python -m mpidp.plan methods`: measures compute time and link speed, and with --run trains with each method for a
-short time.
+"""Implements `python -m mpidp.plan methods`: measures compute time and link speed, and with --run trains with each method for
+a short time (a trial).
 
 Trial runs are written to a temporary folder beside run.dir, on a disk that all nodes must share. During the trials, one line per
 method is printed on standard error.
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 TIMED = 6  # number of steps of a compute measurement, of which the second half is timed
-PILOT = 0.2  # a shorter run that measures the step time precedes a trial, and takes this fraction of its time
+PILOT = 0.2  # fraction of a trial's time: before the trial, a run of this length measures the step time
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ def compare_methods(config: Config, options: TrialOptions, world: MPI.Intracomm)
     if options.seconds and world.size == 1:
         raise UsageError("--run needs several ranks, but there is only one. Start with mpirun -np N python -m mpidp.plan ...")
     if options.seconds and options.ranks not in (0, world.size):
-        raise UsageError.on_every_rank(f"--ranks={options.ranks}, but --run trains on {world.size} ranks (of this launch)")
+        raise UsageError.on_every_rank(
+            f"--ranks={options.ranks}, but --run trains on the {world.size} ranks of this launch. Omit --ranks"
+        )
     if options.seconds and launched_with_ulfm():
         raise UsageError.on_every_rank(
             "--run trains one method after the other, but with ULFM the shared memory of a run is freed only when the job ends. "
@@ -100,8 +102,8 @@ def compare_methods(config: Config, options: TrialOptions, world: MPI.Intracomm)
         lanes = lanes_of(config)
         if cluster.ranks > lanes.num_lanes:
             raise UsageError(
-                f"{cluster.ranks} ranks, but the global batch has only {lanes.num_lanes} lanes. Lower --ranks, or raise "
-                "train.global_batch"
+                f"{cluster.ranks} ranks, but the global batch has only {lanes.num_lanes} lanes (sequences of micro-batches; "
+                "each rank needs at least one). Lower --ranks, or raise train.global_batch"
             )
     compute = options.step_seconds or compute_seconds(config, most_micro_batches(lanes, cluster.ranks), world)
     predicted = predict(config, vocab_size, cluster, compute, options.methods)
@@ -194,7 +196,7 @@ def folder_beside(run_dir: Path, world: MPI.Intracomm) -> Iterator[Path]:
 
 def try_all(config: Config, rows: list[MethodRow], seconds: float, world: MPI.Intracomm) -> dict[str, TrialResult]:
     """Train with each usable method for about `seconds` seconds. A short run before each trial measures the step time, which
-    determines the number of steps. Return {method: result}. Collective over world."""
+    determines the number of steps of the trial. Return {method: result}. Collective over world."""
     found: dict[str, TrialResult] = {}
     with folder_beside(Path(config.run.dir), world) as folder:
         for row in rows:
@@ -213,8 +215,8 @@ def try_all(config: Config, rows: list[MethodRow], seconds: float, world: MPI.In
 
 
 def _with_short_evaluation(config: Config) -> Config:
-    """Return the configuration of a run that only measures step times. The last evaluation of this run uses one training
-    window."""
+    """Return the configuration of a run that only measures step times. The evaluation at the end of this run uses only one
+    sequence."""
     return config.with_values(train={"eval_tokens": config.model.seq_len})
 
 

@@ -28,7 +28,7 @@ class MeasuredRun:
 
     path: Path
     config: dict[str, Any]  # {section.key: value}
-    lanes: Lanes  # lanes of a batch
+    lanes: Lanes  # lanes (fixed sequences of micro-batches) of a global batch
     steps: int = 0  # number of the last step
     tokens: int = 0  # tokens trained on
     train_loss: float | None = None  # train_loss at the last step
@@ -89,7 +89,7 @@ def steps_to(run: MeasuredRun, loss: float | None) -> tuple[float, float | None,
             return before[0] + (step - before[0]) * (before[1] - loss) / (before[1] - found), loss, "val_loss"
         before = step, found
     losses = [found for _, found in run.evaluations]
-    best = f"Its best is {min(losses):.4f}, and lower losses cannot be predicted" if losses else "It was never evaluated"
+    best = f"Its lowest val_loss is {min(losses):.4f}. Lower losses cannot be predicted" if losses else "It was never evaluated"
     raise UsageError(f"--loss={loss:g}: {run.path} did not reach this val_loss. {best}")
 
 

@@ -1,9 +1,12 @@
 """Predicts the time to reach the same loss with other batch sizes and numbers of ranks, from measurements of a run. Pure.
 
-With b tokens per step, a run needs S(b) = S_min (1 + B_noise / b) steps and E(b) = b S(b) tokens to reach a loss. S_min and E_min
-are the fewest steps and tokens for any b. The formula follows from (S/S_min - 1)(E/E_min - 1) = 1 and B_noise = E_min / S_min
-(McCandlish et al. 2018, section 2.3). The time of a step is the compute time of the rank with the most micro-batches, plus the
-time of communication and the time of the update. The last two times do not depend on the batch.
+With b tokens per step, a run needs S(b) = S_min (1 + B_noise / b) steps and E(b) = b S(b) tokens to reach a loss. S_min is the
+smallest number of steps, and E_min the smallest number of tokens, over all b. The formula follows from
+(S/S_min - 1)(E/E_min - 1) = 1 and B_noise = E_min / S_min (McCandlish et al. 2018, section 2.3).
+
+The time of a step is the compute time of the rank with the most micro-batches, plus the time of communication and the time of
+the update. The last two times do not depend on the batch. A lane is a fixed sequence of micro-batches. Ranks compute whole
+lanes.
 """
 
 from __future__ import annotations
@@ -73,9 +76,9 @@ class BatchRow:
 
 
 def scaled(lanes: Lanes, multiple: float) -> Lanes | None:
-    """Return the lanes of a batch that is `multiple` times as large. Its micro-batches have the same size, and its lanes have
-    about as many micro-batches. Return None if the batch is not a whole number of sequences, or is smaller than a micro-batch.
-    Pure."""
+    """Return the lanes of a global batch that is `multiple` times as large as that of `lanes`. The size of a micro-batch stays
+    the same, and the number of micro-batches per lane stays about the same. Return None if the batch is not a whole number of
+    sequences, or is smaller than a micro-batch. Pure."""
     sequences = lanes.global_batch * multiple
     if sequences != int(sequences) or sequences < lanes.micro_batch:
         return None
@@ -84,14 +87,16 @@ def scaled(lanes: Lanes, multiple: float) -> Lanes | None:
 
 
 def most_micro_batches(lanes: Lanes, ranks: int) -> int:
-    """Return the number of micro-batches of the rank that has the most. The other ranks wait for this rank. Pure."""
+    """Return the number of micro-batches of the rank that has the most micro-batches. The other ranks wait for this rank.
+    Pure."""
     cuts = [rank * lanes.num_lanes // ranks * lanes.num_micro_batches // lanes.num_lanes for rank in range(ranks + 1)]
     return max(b - a for a, b in zip(cuts, cuts[1:], strict=False))
 
 
 def _between(points: Sequence[tuple[int, float]], ranks: int, grows: bool = False) -> float:
     """Return the value at `ranks`, interpolated linearly in log2(ranks) between `points`. points: (ranks, value), sorted by
-    ranks. Outside the points, return the nearest value. grows: if the last two values rise, extrapolate after the last point."""
+    ranks. Outside the points, return the nearest value. grows: whether to extrapolate beyond the last point, if the last two
+    values rise."""
     if ranks <= points[0][0]:
         return points[0][1]
     for (low, a), (high, b) in zip(points, points[1:], strict=False):

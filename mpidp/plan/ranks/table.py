@@ -27,11 +27,12 @@ def table(found: dict[str, Any]) -> str:
         marks[place] = marks.get(place, "") + mark
     lines = [
         f"{found['run']}: {loss} after {steps} of {tokens}, on {_ranks(found['ranks'])}",
-        f"gradient noise scale: {scale:,.0f} tokens ({spread}), from {noise['measurements']} measurements in the second half",
+        f"gradient noise scale: {scale:,.0f} tokens ({spread}), from {noise['measurements']} measurements in the second half of "
+        "these steps",
         f"  by quarters of the run: {quarters}",
         "  Batches well below the noise scale use tokens efficiently; batches well above it waste most of their tokens.",
         f"  Any batch size needs at least about {found['fewest_steps']:,.0f} steps and {found['fewest_tokens']:,.0f} tokens;"
-        " a batch as large as the noise scale needs twice as many of both.",
+        " a batch as large as the noise scale needs twice as many steps and tokens.",
         "",
         f"Predicted time to {loss} (not measured)",
         f"{'batch':>7} {'tokens':>12} {'lanes':>6} {'steps':>10}   " + "".join(f"{_ranks(p):>13}" for p in ranks),
@@ -45,17 +46,18 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"{size}   {cells}".rstrip())
     took = found["measured_step_seconds"]
     own = f", measured: {duration(took * found['steps'])}" if took else ""
-    lines += [f"  * this run{own}   ! fastest   $ fewest rank-hours   - fewer lanes than ranks", ""]
+    lines += [f"  * this run{own}   ! fastest   $ fewest rank-hours   - more ranks than lanes (sequences of micro-batches)", ""]
     lines += [f"{'ranks':>7} {'best batch':>12} {'time':>12} {'x fewest rank-hours':>22}"]
     for cell in found["best"]:
         batch = next(row["global_batch"] for row in found["rows"] if row["multiple"] == cell["multiple"])
         dearer = cell["rank_seconds"] / found["cheapest"]["rank_seconds"]
         lines.append(f"{cell['ranks']:>7} {batch:>12,} {duration(cell['seconds']):>12} {dearer:>22.2f}")
     if found["worth_ranks"]:
-        lines.append(f"With at most twice the fewest rank-hours, use up to {_ranks(found['worth_ranks'])}.")
+        lines.append(f"The largest number of ranks that needs at most twice the fewest rank-hours is {found['worth_ranks']}.")
     if found["fastest_bounds_seconds"]:
         low, high = (duration(one) for one in found["fastest_bounds_seconds"])
-        lines.append(f"The fastest takes {low} to {high} if the noise scale is within its bounds. Other errors add to this.")
+        lines.append(f"The fastest choice (!) takes {low} to {high} if the noise scale is within its bounds. Other errors are "
+                     "not included.")
     return "\n".join([*lines, "", *_assumed(found)])
 
 
@@ -69,7 +71,7 @@ def _assumed(found: dict[str, Any]) -> list[str]:
             for one in found["measured"]
         ),
         "Assumptions: learning rate and schedule suit each batch; every rank is as fast as those measured, with its own cores or",
-        "GPU; communication does not depend on the batch. Evaluations and checkpoints are not counted.",
+        "GPU; communication time does not depend on the batch. Evaluations and checkpoints are not counted.",
     ]
     if max(timed) == 1:
         lines.append("Communication was not measured, so several ranks are slower than predicted. Add a RUN on several ranks.")
