@@ -32,8 +32,9 @@ def _nearest(word: str, words: Sequence[str]) -> str:
 
 
 def _convert(key: str, raw: Any, about: dataclasses.Field[Any], where: str) -> Any:
-    """Return the value `raw` of the setting `key`, converted to the type of its field `about`. Raises UsageError if the value has
-    another type, is not one of the choices, or exceeds a limit. `where`: the source of the value. Errors name it."""
+    """Return the value `raw` of the setting `key`, converted to the type of its field `about`. Raises UsageError if the value
+    has another type, is not one of the choices, or exceeds a limit. `where`: the file or command line that contains the value,
+    for error messages."""
     meta = about.metadata
     kind = {"int": int, "float": float, "bool": bool, "str": str}[str(about.type)]
     raw = 0 if meta["auto"] and raw == "auto" else raw

@@ -27,18 +27,19 @@ def method_of(settings: Settings) -> str:
 
 
 def sync_intervals(settings: Settings, steps: int) -> tuple[int, int]:
-    """Return (sync_every, meet_every): the steps between averages, and the steps between meetings. Automatic values are filled
-    in. `steps`: the length of the run. Raises ValueError if sync_every is more than `steps`. Independent."""
+    """Return (sync_every, meet_every): the steps between two averages, and the steps between two synchronizations of all
+    ranks. Automatic values are filled in. `steps`: the number of steps of the run. Raises ValueError if sync_every is more
+    than `steps`. Independent."""
     name, every, meet = method_of(settings), settings["strategy.sync_every"], settings["strategy.meet_every"]
     if name == "synchronous":
         return 1, 1
-    overlapping = settings["strategy.overlap"] or settings["strategy.fragments"] > 1  # then averages do not make ranks equal
+    overlapping = settings["strategy.overlap"] or settings["strategy.fragments"] > 1  # ranks then differ after an average
     global_average = settings["strategy.group"] == "all" and not overlapping
     if name in ("delayed", "server", "quorum"):
         return 1, meet or 10
     if every > steps:
         raise ValueError(f"strategy.sync_every={every} is more than the {steps} steps of the run, so the ranks would never "
-                         "average")
+                         "average their parameters. Make it smaller")
     every = every or min(50 if settings["strategy.group"] == "all" else 1, steps)
     return every, meet or (every if global_average else every * max(4 if overlapping else 1, -(-50 // every)))
 
@@ -46,9 +47,9 @@ def sync_intervals(settings: Settings, steps: int) -> tuple[int, int]:
 def outer(settings: Settings) -> tuple[float, float]:
     """Return (outer_lr, outer_momentum). With strategy.name=local and strategy.group=all, automatic values are filled in.
 
-    The default momentum is smaller with strategy.overlap, and 0 with comm.compress=topk or randomk. With strategy.overlap, and
-    with either value of comm.compress, updates arrive late. Momentum would repeat them even later (SparseLoCo, Sarfi 2025,
-    section 3). Pure.
+    The default momentum is smaller with strategy.overlap, and 0 with comm.compress=topk or randomk. With each of these
+    settings, some updates arrive late, and momentum would repeat the late updates even later (SparseLoCo, Sarfi 2025, section
+    3). Pure.
     """
     lr, momentum = settings["strategy.outer_lr"], settings["strategy.outer_momentum"]
     if settings["strategy.name"] != "local" or settings["strategy.group"] != "all":
@@ -67,6 +68,6 @@ def ratio(settings: Settings) -> float:
 
 
 def known_settings(name: str, **settings: Any) -> dict[str, Any]:
-    """Return those entries of `settings` that the method `name` uses. The keys of `settings` are settings strategy.*, without
-    "strategy.". Independent."""
+    """Return those entries of `settings` that the method `name` uses. The keys of `settings` are names of the settings
+    strategy.*, without the prefix "strategy.". Independent."""
     return {key: value for key, value in settings.items() if name in METHODS[key]}

@@ -1,5 +1,5 @@
-"""The settings of section model, and the shape of the Transformer that they describe. This module imports neither torch nor
-MPI."""
+"""The settings of the section `model`, and the shape of the Transformer that these settings describe. This module imports
+neither torch nor MPI."""
 
 from __future__ import annotations
 
@@ -43,19 +43,20 @@ class ModelSettings:
                            CHOICES["qk_norm"], resume=FIXED)
     norm: str = setting("rms", "rms: RMSNorm; layer: LayerNorm with gain and bias", "", CHOICES["norm"], resume=FIXED)
     norm_plus_one: bool = setting(False, "norms multiply by 1 + weight instead of weight", "bool", resume=FIXED)
-    norm_place: str = setting("before", "norms before each branch, after it, or both", "", CHOICES["norm_place"], resume=FIXED)
+    norm_place: str = setting("before", "norms before each attention and feed-forward layer, after it, or both", "",
+                              CHOICES["norm_place"], resume=FIXED)
     parallel: bool = setting(False, "attention and feed-forward layer of a block have the same input", "bool", resume=FIXED)
     positions: str = setting("rotary", "rotary: rotate queries and keys; learned: add rows of a learned table to embeddings", "",
                              CHOICES["positions"], resume=FIXED)
     position_rows: int = setting(0, "rows of the table of learned positions; 0: seq_len", "rows", low=0, resume=FIXED)
     rotary_dims: int = setting(0, "number of leading dimensions of each head that are rotated; 0: all", "channels", low=0,
                                resume=FIXED)
-    rotary_layers: str = setting("", "letters for the layers, repeated, for example yyyn; y: rotary positions; n: none; "
-                                 "empty: all y", "letters", resume=FIXED)
+    rotary_layers: str = setting("", "one letter per layer, repeated if there are more layers, for example yyyn; y: rotary "
+                                 "positions; n: none; empty: all y", "letters", resume=FIXED)
     window: int = setting(0, "sliding window: number of positions that a position attends to, including itself; 0: all earlier "
                           "positions", "tokens", low=0, high=2**31, resume=FIXED)
-    window_layers: str = setting("", "letters for the layers, repeated, for example wf; w: window; f: full attention; "
-                                 "empty: all w", "letters", resume=FIXED)
+    window_layers: str = setting("", "one letter per layer, repeated if there are more layers, for example wf; w: sliding "
+                                 "window; f: full attention; empty: all w", "letters", resume=FIXED)
     window_rope_theta: float = setting(0.0, "rope_theta of layers with a window; 0: rotary positions as in the other layers", "",
                                        low=0.0, resume=FIXED)
     window_rope_scaling: str = setting("", "rope_scaling of layers with a window, if window_rope_theta is set", "", resume=FIXED)
@@ -90,7 +91,8 @@ def transformer_shape(m: ModelSettings, vocab_size: int) -> TransformerShape:
 
 
 def automatic(m: ModelSettings) -> dict[str, int]:
-    """Return the Transformer's settings that can be automatic, as {name: value}. Automatic values are filled in. Pure."""
+    """Return {name: value} for those settings of the Transformer that can be automatic. Automatic values are filled in.
+    Pure."""
     shape = transformer_shape(m, 1)
     return {"num_kv_heads": shape.num_kv_heads, "hidden_dim": shape.hidden_dim, "position_rows": shape.table_rows}
 

@@ -17,8 +17,8 @@ from mpidp.runtime.environment import launched_with_ulfm
 
 
 def check_shards(level: int) -> None:
-    """Raise UsageError if `level` (mesh.shard) is above 0 and the job was started with ULFM. The shard of a failed rank would be
-    lost. Independent."""
+    """Raise UsageError if `level` (mesh.shard) is above 0 and the job was started with ULFM, because the shard of a failed
+    rank would be lost. Independent."""
     if level and launched_with_ulfm():
         raise UsageError(
             f"mesh.shard={level} is not supported with mpirun --with-ft ulfm: the shard of a failed rank would be lost, and the "

@@ -17,7 +17,7 @@ class Rule:
     """Two settings that cannot be combined, and the reason."""
 
     one: str  # the first setting, as shown to the user
-    other: str
+    other: str  # the second setting
     has_one: Callable[[Settings], bool]  # returns whether the first setting is in use
     has_other: Callable[[Settings], bool]
     why: str
@@ -59,17 +59,17 @@ _partial = _is_not("strategy.group", "all")
 _tasks = _is_not("train.eval_tasks", "")
 _auto = _is("train.micro_batch", 0)
 _momentum = _is_not("optim.momentum_warmup", 0)
-_UPDATES = "checkpoints store the number of updates with the parameters that AdamW trains, and there may be none"
+_UPDATES = "checkpoints store the number of updates only with parameters that AdamW trains, and there may be no such parameter"
 _SLICES, _slices = "model.slices above 1", _is_not("model.slices", 1)
 RULES = [
     Rule(_OTHERS, "comm.reducer=tree|root", _other, _is("comm.reducer", "tree", "root"),
          "these methods reduce one buffer per rank at their own intervals; use comm.reducer=allreduce or naive"),
     Rule(_OTHERS, "train.balance=measured|steal", _other, _is_not("train.balance", "even"),
-         "lanes can move only if all ranks synchronize at every step"),
+         "micro-batches can move between ranks only if all ranks synchronize at every step"),
     Rule(_OTHERS, "train.audit_every", _other, _is_not("train.audit_every", 0),
-         "an audit compares lanes and replicas, which differ between ranks or arrive late with these methods"),
+         "an audit compares gradients and replicas, which differ between ranks or arrive late with these methods"),
     Rule(_OTHERS, "train.noise_every", _other, _is_not("train.noise_every", 0),
-         "the measurement needs each lane's gradient at the same parameters, and only comm.reducer=tree keeps these gradients"),
+         "the measurement needs several gradients at the same parameters, and only comm.reducer=tree keeps these gradients"),
     Rule(_OTHERS, "comm.overlap=thread|poll", _other, _is("comm.overlap", "thread", "poll"),
          "these methods overlap communication in their own way; use strategy.overlap or strategy.name=delayed"),
     Rule(_OTHERS, "comm.gpu=nccl", _other, _is("comm.gpu", "nccl"),
@@ -94,8 +94,9 @@ RULES = [
     Rule(_CUT, "comm.reducer=naive|root", _cut, _is("comm.reducer", "naive", "root"),
          "these reference implementations need the whole model on each rank"),
     Rule(_CUT, "train.balance=measured|steal", _cut, _is_not("train.balance", "even"),
-         "all ranks of a replica would have to move a lane at the same time"),
-    Rule(_CUT, "train.noise_every", _cut, _is_not("train.noise_every", 0), "the gradient of a lane is spread over several ranks"),
+         "all ranks of a replica would have to move the same micro-batches at the same time"),
+    Rule(_CUT, "train.noise_every", _cut, _is_not("train.noise_every", 0),
+         "the measurement needs gradients of the whole model, but each rank has only a part of each gradient"),
     Rule(_CUT, "comm.overlap=thread|poll", _cut, _is("comm.overlap", "thread", "poll"),
          "the ranks of a replica already communicate with each other during backward"),
     Rule(_CUT, "comm.gpu=nccl", _cut, _is("comm.gpu", "nccl"), "comm.gpu=nccl supports data parallelism only"),
@@ -103,7 +104,7 @@ RULES = [
     Rule(_TIMES, _OTHERS, _times, _other, "not tested"),
     Rule(_TIMES, "comm.compress", _times, _is_not("comm.compress", "none"), "not tested"),
     Rule(_TIMES, "train.audit_every", _times, _is_not("train.audit_every", 0),
-         "the gradient of a lane is never complete on one rank"),
+         "no rank ever has the complete gradient of one lane (sequence of micro-batches)"),
     Rule("mesh.sequence=true", "mesh.tp=1", _is("mesh.sequence", True), _is("mesh.tp", 1),
          "sequence parallelism divides positions among the tp ranks, so it needs at least two"),
     Rule("mesh.tp above 1", "train.compile", _is_not("mesh.tp", 1), _is("train.compile", True),
@@ -120,24 +121,25 @@ RULES = [
     Rule("mesh.shard=1", "comm.reducer=root", _is("mesh.shard", 1), _is("comm.reducer", "root"),
          "with comm.reducer=root, rank 0 updates all parameters, but mesh.shard=1 divides the update among ranks"),
     Rule(_TWO, "comm.reducer=allreduce|naive|root", _two, _is("comm.reducer", "allreduce", "naive", "root"),
-         "the owners of slices add gradients along the tree; use comm.reducer=auto"),
+         "each rank adds a part of the gradients, in the order of comm.reducer=tree; use comm.reducer=auto"),
     Rule(_TWO, "train.noise_every", _two, _is_not("train.noise_every", 0),
-         "gradients are sent to their owners after each micro-batch, so no rank has the gradient of a lane"),
+         "after each micro-batch, each rank keeps only its shard of the gradients, but the measurement needs complete gradients"),
     Rule(_TWO, "train.balance=measured|steal", _two, _is_not("train.balance", "even"),
          "all ranks must compute the same number of micro-batches"),
     Rule(_TWO, "train.compile", _two, _is("train.compile", True), "not tested"),
     Rule(_TWO, "comm.overlap=thread|poll", _two, _is("comm.overlap", "thread", "poll"),
-         "gradients are reduced in backward by the same thread"),
+         "the thread that computes the backward pass also reduces the gradients"),
     Rule(_TWO, "comm.transport=window", _two, _is("comm.transport", "window"), "shards are sent as MPI messages"),
     Rule(_TWO, "comm.copies=node", _two, _is("comm.copies", "node"), "ranks exchange shards in messages and share no memory"),
     Rule(_CUT, _HEAD, _cut, _head, "the adapter of the head is not split; use other model.lora_targets"),
     Rule(_NOT, "model.lora_rank", _not, _lora, "LoRA is implemented for the built-in Transformer only"),
     Rule(_SLICES, _OTHERS, _slices, _other, "not tested"),
     Rule(_SLICES, "comm.compress", _slices, _is_not("comm.compress", "none"),
-         "the compression error depends on the place of a gradient on its rank, and so on mesh.tp"),
+         "the compression error would depend on mesh.tp, because mesh.tp determines where a gradient is stored"),
     Rule(_SLICES, _HEAD, _slices, _head, "the adapter of the head is not split; use other model.lora_targets"),
     Rule(_SLICES, "train.compile", _slices, _is("train.compile", True), "tensor parallelism cannot be compiled"),
-    Rule(_SLICES, "train.eval_tasks", _slices, _tasks, "slices have no key-value cache; use mpidp evaluate --tasks"),
+    Rule(_SLICES, "train.eval_tasks", _slices, _tasks,
+         "a model that is cut into slices has no key-value cache; use mpidp evaluate --tasks"),
     Rule(_NOT, _SLICES, _not, _slices, "only the built-in Transformer can be cut into slices"),
     Rule(_NOT, _CUT, _not, _cut, "model parallelism is implemented for the built-in Transformer only"),
     Rule(_NOT, _THREE, _not, _three, "parameters are sharded by block of the built-in Transformer only; use mesh.shard=2"),
@@ -159,8 +161,10 @@ RULES = [
          "the momentum of these optimizers is always optim.beta1"),
     Rule("optim.momentum_warmup", "model.lora_rank", _momentum, _lora, _UPDATES),
     Rule("optim.momentum_warmup", "optim.freeze", _momentum, _is_not("optim.freeze", ""), _UPDATES),
-    Rule("train.micro_batch=auto", _CUT, _auto, _cut, "each rank measures a whole model; set train.micro_batch to a number"),
-    Rule("train.micro_batch=auto", _TWO, _auto, _two, "each rank measures a whole model; set train.micro_batch to a number"),
+    Rule("train.micro_batch=auto", _CUT, _auto, _cut,
+         "the measurement needs the whole model on each rank; set train.micro_batch to a number"),
+    Rule("train.micro_batch=auto", _TWO, _auto, _two,
+         "the measurement needs the whole model on each rank; set train.micro_batch to a number"),
     Rule("train.eval_tasks", _CUT, _tasks, _cut,
          "ranks answer different requests, but ranks that share a model compute each batch together; use mpidp evaluate --tasks"),
     Rule("train.eval_tasks", _THREE, _tasks, _three,
@@ -181,7 +185,7 @@ def problems(settings: Settings) -> Iterator[str]:
     yield from _kind_problems(settings)
     if settings["strategy.quorum"] <= 0:
         yield (f"strategy.quorum={settings['strategy.quorum']} must be above 0 and at most 1, because it is the share of the "
-               "lanes to wait for")
+               "lanes (sequences of micro-batches) for whose gradients a step waits")
     for rule in RULES:
         if rule.has_one(settings) and rule.has_other(settings):
             yield f"{rule.one} cannot be combined with {rule.other}: {rule.why}"
@@ -190,7 +194,7 @@ def problems(settings: Settings) -> Iterator[str]:
         yield f"strategy.meet_every={meet} must be a multiple of strategy.sync_every={every}"
     if settings["strategy.fragments"] > (every or 50):
         yield (f"strategy.fragments={settings['strategy.fragments']} is more than the {every or 50} steps between two averages, "
-               "but fragments must be averaged at different steps")
+               "but each fragment (part of the model) must be averaged at a different step")
     try:
         first, last = steps_of(settings["metrics.timeline"])
         if settings["metrics.kernels"] and not last:

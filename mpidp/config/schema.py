@@ -55,8 +55,8 @@ class Config:
 
 
 def fields_of(config: Config | None = None) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
-    """Yield (section.key, field, value) for each setting, in order. The values are those of `config`, or the defaults if it is
-    None."""
+    """Yield (section.key, field, value) for each setting, in order. The values are those of `config`, or the defaults if
+    `config` is None."""
     config = config or Config()
     for section in dataclasses.fields(Config):
         part = getattr(config, section.name)
@@ -100,7 +100,7 @@ def checked(config: Config) -> Config:
         problems.append("train.balance=steal needs a shared memory window, which comm.transport=messages disables")
     if train.balance == "steal" and comm.overlap in ("thread", "poll"):
         problems.append(f"comm.overlap={comm.overlap} cannot be combined with train.balance=steal: overlap requires that each "
-                        "rank's last lane is fixed before the step, but work stealing moves lanes during the step")
+                        "rank's last micro-batch is known before the step, but work stealing moves micro-batches during the step")
     if comm.gpu == "nccl":
         nccls = {"train.device": ("cpu",), "comm.reducer": ("root",), "comm.overlap": ("thread", "poll")}
         others = [f"{key}={value}" for key, _, value in fields_of(config) if value in nccls.get(key, ())]

@@ -1,7 +1,7 @@
 """All settings, as one frozen dataclass per section. Each field has a default, a description, a unit and limits.
 
-Section model is in model_settings.py. rules.py and schema.py check which settings can be combined. This module imports neither
-torch nor MPI.
+The section `model` is defined in model_settings.py. rules.py and schema.py check which settings can be combined. This module
+imports neither torch nor MPI.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def setting(
     """Return a dataclass field whose metadata contain the setting's limits and its description for --help.
 
     `low`, `high`: limits of the value, both included. `resume`: FIXED if the setting must not change when a run resumes, else
-    FREE. `methods`: for a setting strategy.*, the methods that use it. "quorum" means strategy.name=synchronous with
-    strategy.quorum below 1. `auto`: whether the value 0 may be written as auto.
+    FREE. `methods`: for the settings strategy.*, the training methods that use the setting. "quorum" means
+    strategy.name=synchronous with strategy.quorum below 1. `auto`: whether the value 0 may be written as auto.
     """
     about = {
         "text": text, "unit": unit, "choices": tuple(choices), "low": low, "high": high, "resume": resume,
@@ -71,7 +71,8 @@ class TrainSettings:
     global_batch: int = setting(16, "sequences per step, over all ranks", "sequences", low=1, resume=FIXED)
     micro_batch: int = setting(2, "sequences per forward pass; auto (or 0): chosen by a short measurement when the run begins",
                                "sequences", low=0, resume=FIXED, auto=True)
-    lanes: int = setting(0, "units of work divided among ranks; 0: one per micro-batch, at most 64", "lanes", low=0, resume=FIXED)
+    lanes: int = setting(0, "number of lanes, the sequences of micro-batches that are divided among ranks; 0: one lane per "
+                         "micro-batch, at most 64", "lanes", low=0, resume=FIXED)
     seed: int = setting(
         1337, "random seed for initial weights, data order and dropout", "", low=0, high=2**63 - 1, resume=FIXED
     )
@@ -96,11 +97,11 @@ class TrainSettings:
     save_every: int = setting(100, "steps between checkpoints; 0: only at the end; -1: chosen by measured cost",
                               "steps", low=-1)
     balance: str = setting(
-        "even", "how lanes are divided among ranks: evenly, by measured speed, or by work stealing", "",
-        ("even", "measured", "steal"),
+        "even", "how lanes (sequences of micro-batches) are divided among ranks: evenly, by measured speed, or by work stealing",
+        "", ("even", "measured", "steal"),
     )
-    audit_every: int = setting(0, "steps between checks for silent errors (compare replicas, recompute lanes); 0: off", "steps",
-                               low=0)
+    audit_every: int = setting(0, "steps between checks for silent errors (compare replicas, recompute some gradients); 0: off",
+                               "steps", low=0)
     noise_every: int = setting(0, "steps between measurements of the gradient noise scale; 0: off", "steps", low=0)
     spike: float = setting(
         0.0, "skip a batch whose gradient norm exceeds this multiple of the median of the last 32 norms; 0: off", "", low=0.0,
@@ -141,8 +142,8 @@ class StrategySettings:
         "synchronous", "training strategy (docs/methods.md)", "", ("synchronous", "delayed", "local", "server"), resume=FIXED,
     )
     quorum: float = setting(
-        1.0, "synchronous: update when this share of the lanes has arrived; late gradients are added later", "of the lanes",
-        low=0.0, high=1.0, resume=FIXED, methods=("synchronous",),
+        1.0, "synchronous: update when the gradients of this share of the lanes (sequences of micro-batches) have arrived; late "
+        "gradients are added later", "of the lanes", low=0.0, high=1.0, resume=FIXED, methods=("synchronous",),
     )
     sync_every: int = setting(
         0, "local: steps between averages; 0: automatic (50 with group=all, otherwise 1)", "steps", low=0, resume=FIXED,
@@ -157,7 +158,7 @@ class StrategySettings:
         resume=FIXED, methods=("delayed", "server", "quorum"),
     )
     compensation: float = setting(
-        0.0, "delayed: lambda of delay compensation; 0: off", "", low=0.0, resume=FIXED, methods=("delayed",),
+        0.0, "delayed: factor of delay compensation (docs/equations.md); 0: off", "", low=0.0, resume=FIXED, methods=("delayed",),
     )
     group: str = setting(
         "all", "local: ranks that average with each other", "", ("all", "node", "rotating", "pairs", "exponential"), resume=FIXED,

@@ -2,7 +2,8 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """Import and return from_dataset when it is first used. Imports of other modules of mpidp.data then need not import it."""
+    """Import and return from_dataset when it is first used. Therefore an import of another module of mpidp.data does not
+    import mpidp.data.dataset."""
     if name == "from_dataset":
         from mpidp.data.dataset import from_dataset
 

@@ -56,8 +56,9 @@ class BatchEncoder:
         return found
 
     def _count(self, texts: Sequence[str], found: list[np.ndarray]) -> None:
-        """Count the characters of `texts`, which the `tokenizers` library has encoded. When enough are counted, use tiktoken from
-        now on if it gives the same ids for these texts. `found`: the library's ids of each text."""
+        """Count the characters of `texts`, which the `tokenizers` library has encoded. When enough characters have been
+        counted, encode `texts` with tiktoken, too, and use tiktoken from now on if it gives the same ids. `found`: the
+        library's ids of each text."""
         before, self._left = self._left, self._left - sum(map(len, texts))
         if before > 0 >= self._left:
             try:

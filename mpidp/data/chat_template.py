@@ -1,4 +1,4 @@
-"""Renders chat templates in the same way as transformers. Pure.
+"""Renders chat templates in the same way as the library transformers. Pure.
 
 Templates are untrusted input. They run in jinja2's immutable sandbox, with limits on time and memory. jinja2's trim_blocks,
 lstrip_blocks and loop controls are on. A template can use raise_exception, tojson, strftime_now, namespace and dict. It can also
@@ -90,9 +90,9 @@ class Template:
     ) -> str:
         """Return the text of a chat. Raises TemplateRejection if the template rejects the chat.
 
-        `prompt`: whether the text ends with the generation prompt. `args`: variables for this chat. If the attribute `names` or
-        `args` has a variable of the same name, the value in the argument `args` is used. In the text, BEGIN and END enclose each
-        part that {% generation %} marks.
+        `prompt`: whether the text ends with the generation prompt. `args`: variables for this chat, which replace variables of
+        the same name in the attributes `names` and `args`. In the text, BEGIN and END enclose each part that {% generation %}
+        marks.
         """
         jinja2, template = _library(), self.of(tools)._compiled
         given = {**self.names, **self.args, **(args or {})} | {
@@ -121,8 +121,8 @@ class Template:
 
 
 def _message(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message in the form in which transformers passes it to templates. Null values are removed. If the message has
-    reasoning, it is stored under the keys "thinking" and "reasoning_content"."""
+    """Return the message `given` in the form in which transformers passes messages to templates. Null values are removed. The
+    message's reasoning, if any, is stored under the keys "thinking" and "reasoning_content"."""
     message = {key: value for key, value in given.items() if value is not None}
     reasoning = next((message[key] for key in REASONING if key in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
@@ -130,7 +130,7 @@ def _message(given: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Return a context with limited CPU time and memory, where the system supports limits. Code that exceeds a limit raises
+    """Return a context with limited CPU time and memory, if the system supports such limits. Code that exceeds a limit raises
     TimeoutError or MemoryError."""
     with _limited_memory(), _limited_time():
         yield

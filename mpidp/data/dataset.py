@@ -1,8 +1,9 @@
 """Batches of any map-style dataset. An epoch contains each item exactly once, for any number of ranks. Independent.
 
-If `shuffle` is True, item permute(k) is at position k of epoch e. The function permute is a Feistel permutation keyed by (seed,
-e). A global batch consists of the next `batch` positions. It is divided into micro-batches and lanes as in training
-(mpidp/data/lanes.py). The last batch of an epoch may be shorter. The only state is the number of the next batch.
+If `shuffle` is True, item permute(k) of the dataset is at position k of epoch e. permute() is a Feistel permutation whose key
+is computed from (seed, e). A global batch consists of the items at the next `batch` positions. As in training
+(mpidp/data/lanes.py), the batch is divided into micro-batches, and each lane consists of consecutive micro-batches. The last
+batch of an epoch may be shorter. The only state is the number of the next batch.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from mpidp.errors import DataError, UsageError
 
 
 class Items:
-    """The micro-batches of a dataset. read(batch, v) returns micro-batch v of a batch. Batches are numbered from 0, over all
-    epochs."""
+    """The micro-batches of a dataset. In all methods, `batch` is the number of a global batch, counted from 0 over all epochs,
+    and `v` is the index of a micro-batch in this global batch. read(batch, v) returns the micro-batch."""
 
     def __init__(
         self, dataset: Any, lanes: Lanes, seed: int, shuffle: bool, collate: Callable[[list[Any]], Any] | None
@@ -27,20 +28,20 @@ class Items:
         self.dataset, self.lanes, self.seed, self.shuffle = dataset, lanes, seed, shuffle
         self.num_items, self.next_batch = len(dataset), 0
         self._collate = collate
-        self._order: tuple[int, list[int]] = (-1, [])  # the last batch read, and its item indices
+        self._order: tuple[int, list[int]] = (-1, [])  # the number of the last batch read, and the indices of its items
 
     def __len__(self) -> int:
         """Return the number of global batches per epoch."""
         return -(-self.num_items // self.lanes.global_batch)
 
     def count(self, batch: int, v: int) -> int:
-        """Return the number of items in micro-batch v of a global batch. In the last batch of an epoch, a micro-batch may have
-        fewer items than usual, or none."""
+        """Return the number of items in a micro-batch. In the last batch of an epoch, a micro-batch may have fewer items than
+        usual, or none."""
         places, rest = self.lanes.sequences(v), self.num_items - batch % len(self) * self.lanes.global_batch
         return max(0, min(places.stop, rest) - places.start)
 
     def indices(self, batch: int, v: int) -> list[int]:
-        """Return the dataset indices of the items in micro-batch v of a global batch, in order."""
+        """Return the dataset indices of the items in a micro-batch, in order."""
         if self._order[0] != batch:
             epoch, step = divmod(batch, len(self))
             start = step * self.lanes.global_batch
@@ -52,10 +53,9 @@ class Items:
         return self._order[1][places.start : places.stop]
 
     def read(self, batch: int, v: int) -> tuple[int, Any]:
-        """Return (number of items, collated items) of micro-batch v of a global batch. Return (0, None) if the micro-batch is
-        empty.
+        """Return (number of items, collated items) of a micro-batch. Return (0, None) if the micro-batch is empty.
 
-        Raises a DataError that names the item, if the dataset raises an exception for an item.
+        If the dataset raises an exception for an item, raises a DataError that names the item.
         """
         found = []
         for i in self.indices(batch, v):
@@ -93,11 +93,11 @@ def from_dataset(
 ) -> Items:
     """Return the batches of a map-style dataset for mpidp.library.
 
-    `dataset`: an object with len() and [i]. `batch`: number of items per step, over all ranks. `micro_batch`: number of items per
-    forward pass. The default 0 means an eighth of the batch, so that up to 8 ranks can share a batch. `lanes`: number of lanes.
-    The default 0 means one lane per micro-batch, up to 64. `collate`: a function that makes a batch from a list of items
-    (default: torch's default_collate). Raises UsageError if an argument is invalid, and DataError if there are no items.
-    Independent.
+    `dataset`: an object that supports len(dataset) and dataset[i]. `batch`: number of items per step, over all ranks.
+    `micro_batch`: number of items per forward pass. The default 0 means an eighth of the batch, so that up to 8 ranks can
+    share a batch. `lanes`: number of lanes (sequences of micro-batches whose gradients are added in a fixed order). The
+    default 0 means one lane per micro-batch, up to 64. `collate`: a function that makes a batch from a list of items (default:
+    torch's default_collate). Raises UsageError if an argument is invalid, and DataError if there are no items. Independent.
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise UsageError(

@@ -1,5 +1,5 @@
-"""Encodes texts with a tokenizer, and adds BOS. The commands prepare, generate and evaluate use this module, so that they encode
-in the same way."""
+"""Encodes texts with a tokenizer, and adds the beginning-of-sequence token (BOS). The commands prepare, generate and evaluate
+use this module, so that they encode in the same way."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Encoder:
         return [placed.ids for placed in self.placer(texts)]
 
     def pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Encode one text that is given in pieces. A piece may end anywhere, also within a token. Yield the ids of the whole text
-        in parts, without BOS. Independent."""
+        """Encode one text, which is given as consecutive pieces. A piece may end anywhere, also within a token. Yield arrays
+        whose concatenation is the ids of the whole text, without BOS. Independent."""
         if self.special == "text":
             return self.tokenizer.encode_pieces(pieces)
         return encode_pieces(pieces, lambda text: self.placer([text])[0])
@@ -53,8 +53,8 @@ class Encoder:
         return ids if self.table.bos is None or self._has_bos(ids) else np.insert(ids, 0, self.table.bos)
 
     def document(self, text: str) -> np.ndarray:
-        """Return the ids of a text that begin with BOS or, if the training data has no BOS, with the end-of-document id. The
-        text's first token then has a context. Independent."""
+        """Return the ids of a text, preceded by BOS or, if the training data has no BOS, by the end-of-document id. Therefore
+        the text's first token has a context. Independent."""
         ids = self.ids(text)
         return ids if self._has_bos(ids) else np.insert(ids, 0, self.begin)
 

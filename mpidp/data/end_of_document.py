@@ -12,15 +12,16 @@ from mpidp.data.model_files import optional_object
 from mpidp.errors import DataError
 
 USUAL_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "<EOD>", "[EOS]", "[SEP]")
-TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|eot|>", "<|eom_id|>")  # they end a turn of a chat
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|eot|>", "<|eom_id|>")  # tokens that end a turn of a chat
 
 
 def find_eod(vocab: Mapping[str, int], eod: str | int | None, declared: str | None = None) -> int:
     """Return the id of the end-of-document token. Raises DataError if there is no such token.
 
-    `vocab`: the id of each token. `eod`: the end-of-document token, its id, or None if it is not known. `declared`: the model's
-    eos_token, or None. If `eod` is None, `declared` is chosen, unless this token ends a turn of a chat. (Pretraining data end
-    documents with another token.) Otherwise the first token of USUAL_EOD that is in `vocab` is chosen.
+    `vocab`: the id of each token. `eod`: the end-of-document token, its id, or None if it is not known. `declared`: the
+    model's eos_token, or None. If `eod` is None, `declared` is chosen or, if it is not in `vocab`, the first token of
+    USUAL_EOD that is in `vocab`. `declared` is ignored if this token ends a turn of a chat, because pretraining data end
+    documents with another token.
     """
     if isinstance(eod, int) and eod in vocab.values():
         return eod
@@ -34,8 +35,9 @@ def find_eod(vocab: Mapping[str, int], eod: str | int | None, declared: str | No
 
 
 def stored_eod(folder: Path) -> int | None:
-    """Return the end-of-document id that mpidp stored in a folder: `eod` in the index.json of shards, or else the first of `ends`
-    in the special_tokens.json of a run. Return None if neither file can be read and has such an id."""
+    """Return the end-of-document id that mpidp stored in a folder: the value `eod` in the index.json of shards, or else the
+    first id of the list `ends` in the special_tokens.json of a run. Return None if no such file can be read, or if it has no
+    such id."""
     for name, key in (("index.json", "eod"), ("special_tokens.json", "ends")):
         with suppress(OSError, ValueError, AttributeError, RecursionError):
             found = json.loads((folder / name).read_bytes()).get(key)
@@ -45,8 +47,8 @@ def stored_eod(folder: Path) -> int | None:
 
 
 def declared_eos(folder: Path) -> str | None:
-    """Return the eos_token in FOLDER/tokenizer_config.json or, if it has none, in FOLDER/special_tokens_map.json. Return None if
-    neither file has an eos_token."""
+    """Return the eos_token in FOLDER/tokenizer_config.json or, if this file has no eos_token, in
+    FOLDER/special_tokens_map.json. Return None if neither file has an eos_token."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         found = (optional_object(folder / name) or {}).get("eos_token")
         found = found.get("content") if isinstance(found, dict) else found

@@ -3,10 +3,10 @@
 tiktoken is used only if the ids are provably equal. Both programs split a text into words with a regular expression, and apply
 byte-pair encoding to each word. This module checks both parts:
 
-- Merges. tiktoken joins any two neighbours whose joined bytes are a token. `tokenizers` joins only the pairs in its list. Both
-  join the pair of lowest rank first. Until the last join, the bytes of a token are encoded independently of the bytes around
-  them. Therefore the ids are equal if the following holds for each token: if tiktoken encodes only the bytes of this token, the
-  last pair that it joins is in the list of `tokenizers`.
+- Merges. tiktoken joins any two neighbouring tokens whose joined bytes are a token. `tokenizers` joins only the pairs in its
+  list. Both join the pair of lowest rank first. The joins that form a token do not depend on the bytes around this token.
+  Therefore each token can be checked alone: if tiktoken encodes only the bytes of the token, the last pair that it joins must be
+  in the list of `tokenizers`. If this holds for all tokens, the ids are equal.
 - Words. The regular-expression engines of the two programs can have different versions of Unicode. Therefore each character is
   tested in several contexts when it first occurs.
 """
@@ -32,7 +32,7 @@ PATTERNS = (  # Split patterns in the tokenizer.json of Llama 3 and Qwen 2; both
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 CONTEXTS = ("a{0}a", "1{0}1", ".{0}.", " {0} ", "{0}{0}", "\n{0}\n", "'{0}'s{0}", " {0}a", "A{0}1")  # texts around a character
-LONG_SPACE = 2**18  # consecutive white-space characters; with a million, tiktoken's regular expressions panic
+LONG_SPACE = 2**18  # consecutive white-space characters that tiktoken does not get; it fails at a million
 SPACE = re.compile(rf"\s{{{LONG_SPACE}}}")
 KNOWN = {"type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
          "ignore_merges", "vocab", "merges"}
@@ -134,13 +134,15 @@ class FastBPE:
         words = [_bytes(word) for word, _ in self._library.pre_tokenizer.pre_tokenize_str(sample)]
         ids = [i for word in words for i in self._words._core_bpe.encode_single_piece(word)]
         if ids != self._words.encode_ordinary(sample):  # each pair of bytes is a token, so different words give different ids
-            raise NotEqual(f"tiktoken gives other words for a character in the range {chr(new[0])!r} to {chr(new[-1])!r}")
+            raise NotEqual("tiktoken splits text into other words at a character in the range "
+                           f"{chr(new[0])!r} to {chr(new[-1])!r}")
         self._seen[new] = True
 
 
 def check_pairs(pairs: Mapping[bytes, Collection[tuple[bytes, bytes]]], ranks: Mapping[bytes, int]) -> None:
-    """For each token, find the last pair that tiktoken joins to get the token. Raise NotEqual if this pair is not in the token's
-    list of pairs. `pairs`: the list of pairs of each token. `ranks`: the rank of each token in tiktoken. Pure."""
+    """For each token, find the last pair that tiktoken joins to get the token. Raise NotEqual if this pair is not in the
+    token's list. `pairs`: for each token, the list of pairs of tokens that a merge joins to this token. `ranks`: the rank of
+    each token in tiktoken. Pure."""
     for word, listed in pairs.items():
         parts = [bytes([byte]) for byte in word]
         while len(parts) > 2:
@@ -167,7 +169,7 @@ def _pairs_of_tokens(parsed: dict[str, Any]) -> dict[bytes, list[tuple[bytes, by
     for merge in model["merges"]:
         one, other = map(_bytes, merge.split(" ") if isinstance(merge, str) else merge)
         if one + other != last and one + other in found:
-            raise NotEqual(f"the merges that give the token {one + other!r} do not follow each other")
+            raise NotEqual(f"the merges that form the token {one + other!r} do not follow each other")
         last = one + other
         found.setdefault(last, []).append((one, other))
     return found

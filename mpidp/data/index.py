@@ -32,7 +32,7 @@ class FileRecord:
     split: str
     tokens: int
     documents: int  # number of documents that start in this file
-    text_bytes: int  # UTF-8 bytes of the tokens' text
+    text_bytes: int  # number of UTF-8 bytes of the text
     size: int  # size of the file in bytes
     crc32: str
     sha256: str
@@ -155,7 +155,7 @@ def _parse(raw: Any, sha256: str) -> Index:
         of_split = [record for record in files if record.split == name]
         for key in ("tokens", "documents", "text_bytes"):
             if sum(getattr(record, key) for record in of_split) != getattr(split, key):
-                raise ValueError(f"{key} of split {name!r} is not the sum of {key} of its files")
+                raise ValueError(f"`{key}` of split {name!r} is not the sum of `{key}` of its files")
     if unlisted := {record.split for record in files} - set(splits):
         raise ValueError(f"some files belong to split {unlisted.pop()!r}, which is not in the list of splits")
     return index

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 from mpidp.data.row_fields import any_of
 from mpidp.data.unpack import MARK, lines_of
 
-BEGIN_BYTES = 2**20  # the first bytes of a file; in most cases they contain the first object
+BEGIN_BYTES = 2**20  # length of the part of a file that is read; in most files, it contains the first object
 
 
 def json_kind(stream: BinaryIO, wanted: Collection[str]) -> tuple[str, str]:
@@ -42,8 +42,8 @@ def parse_object(line: bytes) -> dict[str, Any] | None:
 
 
 def _begin(stream: BinaryIO) -> list[bytes]:
-    """Return the first lines of a file that are not blank. These are at least two lines with at least BEGIN_BYTES in total, or
-    the whole file if it has less."""
+    """Return the first non-blank lines of a file: at least two lines, with at least BEGIN_BYTES bytes in total. If the file
+    has less, return all its non-blank lines."""
     found: list[bytes] = []
     size = 0
     for line in lines_of(stream):

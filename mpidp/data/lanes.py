@@ -1,4 +1,5 @@
-"""Divides the global batch into lanes, in a way that does not depend on the number of ranks. Pure.
+"""Divides the global batch into lanes, which are sequences of micro-batches. The lanes do not depend on the number of ranks.
+Pure.
 
 A global batch of G sequences is split into V = ceil(G / micro_batch) micro-batches. The last micro-batch may be shorter. The
 micro-batches are divided into L lanes. Lane l consists of micro-batches [l V // L, (l + 1) V // L). The gradients of a lane's
@@ -32,7 +33,8 @@ class Lanes:
         if self.num_lanes == 0:
             object.__setattr__(self, "num_lanes", min(self.num_micro_batches, MAX_DEFAULT_LANES))
         if not 1 <= self.num_lanes <= self.num_micro_batches:
-            raise ValueError(f"num_lanes {self.num_lanes} must be at least 1, and at most {self.num_micro_batches} micro-batches")
+            raise ValueError(f"num_lanes {self.num_lanes} must be at least 1, and at most {self.num_micro_batches} (the number "
+                             "of micro-batches)")
 
     @property
     def num_micro_batches(self) -> int:
@@ -48,12 +50,12 @@ class Lanes:
         return ((v + 1) * self.num_lanes - 1) // self.num_micro_batches
 
     def of_rank(self, rank: int, world_size: int) -> range:
-        """Return the contiguous range of lanes of a rank. The ranges of the ranks have nearly equal lengths. If rank >=
-        world_size, the range is empty."""
+        """Return the contiguous range of lanes that a rank computes. The ranges of all ranks have nearly equal lengths. If
+        `rank` is at least `world_size`, the range is empty."""
         if rank >= world_size:
             return range(self.num_lanes, self.num_lanes)
         return even_ranges(self.num_lanes, world_size)[rank]
 
     def sequences(self, v: int) -> range:
-        """Return the positions, in the global batch, of the sequences of micro-batch v."""
+        """Return the range of sequences of the global batch that micro-batch v contains."""
         return range(v * self.micro_batch, min((v + 1) * self.micro_batch, self.global_batch))

@@ -1,8 +1,8 @@
 """The data loader. A thread reads and checks micro-batches ahead of time, and pins their memory. The thread never calls MPI.
 
-The only state is one integer, next_batch. The loader prefetches the micro-batches that this rank is expected to compute. Other
-micro-batches are read on demand, because lanes may move between ranks. On CUDA, the tokens that a rank needs stay in the device's
-memory if there is enough space.
+The only state is one integer, `next_batch`. The loader prefetches the micro-batches that this rank is expected to compute.
+Other micro-batches are read on demand, because lanes (fixed sequences of micro-batches) may move between ranks. On CUDA, the
+tokens that a rank needs stay in the device's memory if there is enough space.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ PIECE_TOKENS = 2**23  # tokens read at a time
 
 @dataclass
 class MicroBatch:
-    """The data of one forward pass of b sequences. In an epoch's last batch, b may be less than micro_batch, or 0."""
+    """The data of one forward pass of b sequences. In an epoch's last batch, b may be less than `micro_batch`, or 0."""
 
     v: int  # index of the micro-batch in its global batch
     tokens: Tensor  # (b, T) int64
     targets: Tensor  # (b, T) int64, -100 where a target is ignored
     num_tokens: int  # number of targets that are not ignored
     positions: Tensor | None = None  # (b, T) int64, the position of each token in its document
-    doc_ids: Tensor | None = None  # (b, T) int64, the index of each token's document in the window
+    doc_ids: Tensor | None = None  # (b, T) int64, the index of each token's document, counted within its training window
 
     @classmethod
     def of(cls, v: int, tokens: np.ndarray, counts: np.ndarray | None, starts: np.ndarray | None) -> MicroBatch:
         """Make a micro-batch in host memory. `v`: the index of the micro-batch in the global batch. `tokens`: the training
         windows, (b, T + 1) int64. Pure.
 
-        `counts`: (b, T + 1) bool, true for tokens that are targets, or None if all tokens are targets. `starts`: (b, T + 1) bool,
-        true for tokens that start a document, or None if documents are not kept apart. If documents are kept apart, the first
-        token of a document is not a target, because it has no context. Tokens before the first start in a window belong to an
-        earlier document.
+        `counts`: (b, T + 1) bool, true for tokens that are targets, or None if all tokens are targets. `starts`: (b, T + 1)
+        bool, true for tokens that start a document, or None if documents are not kept apart. If documents are kept apart
+        (attention stays within a document), the first token of a document is not a target, because it has no context. Tokens
+        before the first document start in a window belong to an earlier document.
         """
         targets, positions, doc_ids = tokens[:, 1:].copy(), None, None
         if counts is not None:
@@ -90,7 +90,8 @@ class Batch:
 
 
 def check_targets(stream: TokenStream, first: int) -> None:
-    """Raise DataError if the loss mask excludes all of the first `first` targets of the stream. Independent."""
+    """Raise DataError if the loss mask excludes every one of the stream's first targets. `first`: the number of targets to
+    check. Independent."""
     if not stream.has_loss_mask:
         return
     first = min(first, stream.num_tokens - 1)
@@ -106,11 +107,11 @@ def check_targets(stream: TokenStream, first: int) -> None:
 class Loader:
     """An endless iterator of Batch objects, starting at start_batch. Independent.
 
-    `micro_batches`: indices v of the micro-batches that this rank is expected to compute. `prefetch`: number of batches to read
-    ahead. `resident`: whether the tokens of these micro-batches stay on a CUDA device ("true", "false" or "auto"). "auto" means
-    "true" if the tokens need less than a quarter of the device's free memory. resident has no effect on CPUs, with a loss mask,
-    or if documents are kept apart. If the thread has an error, such as DataError for an id outside the vocabulary, every later
-    call of next() raises it.
+    `micro_batches`: indices v of the micro-batches that this rank is expected to compute. `prefetch`: number of batches to
+    read ahead. `resident`: whether the tokens of these micro-batches stay on a CUDA device ("true", "false" or "auto"). "auto"
+    means "true" if the tokens need less than a quarter of the device's free memory. `resident` has no effect on CPUs, with a
+    loss mask, or if documents are kept apart. If the thread has an error, such as DataError for an id outside the vocabulary,
+    every later call of next() raises this error.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class Loader:
         self._stream, self._sampler, self._device = stream, sampler, device
         self._micro_batches = tuple(micro_batches)
         self._resident = _Resident.make(stream, sampler, self._micro_batches, device, resident)
-        self._advised: dict[int, tuple[int, int]] = {}  # lane -> (epoch, number) of the last pool that is read ahead
+        self._advised: dict[int, tuple[int, int]] = {}  # lane -> (epoch, number) of the last pool that was read ahead
         self._queue: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=max(1, prefetch))
         self._error: BaseException | None = None
         self._closed = threading.Event()
@@ -149,7 +150,8 @@ class Loader:
         return batch
 
     def expect(self, micro_batches: Sequence[int]) -> None:
-        """Set the micro-batches that the thread prefetches from now on. The tokens in the device's memory stay the same.
+        """Set the micro-batches that the thread prefetches from now on. The set of tokens in the device's memory does not
+        change.
 
         Batches that were prefetched before contain the previous micro-batches. In these batches, the new micro-batches are read
         on demand.
@@ -214,8 +216,8 @@ class Loader:
         return found.pinned() if self._device.type == "cuda" else found
 
     def _advise(self, batch: int, v: int) -> None:
-        """Start reading ahead the pools that contain this micro-batch, and the pool after each of these pools. Each pool is read
-        ahead only once."""
+        """Start reading ahead the pools (groups of 16 blocks, see sampler.py) that contain this micro-batch, and the pool
+        after each of these pools. Each pool is read ahead only once."""
         if self._is_resident(v):
             return
         for pool in self._sampler.pools(batch, v):

@@ -1,11 +1,12 @@
-"""Encodes a text of any length in windows of bounded size. The result equals the ids of the whole text.
+"""Encodes a text of any length in windows (ranges of characters) of bounded size. The result equals the ids of the whole text.
 
-If two pieces of a text are encoded separately, their ids can differ from the ids of the whole text. A tokenizer may put a space
-before each piece, and a token may cross the border between the pieces. Therefore consecutive windows overlap. The cut between two
-windows is at a character at which a token begins in both windows. From this character on, both windows must have the same tokens.
-The last tokens of the first window are not compared, because the end of this window may change them. Tokens before the cut are
-taken from the first window, and tokens after the cut from the second window. In byte-pair encoding, a sequence of tokens is valid
-if each pair of neighbouring tokens is valid. Therefore the result is correct.
+If two pieces of a text are encoded separately, their ids can differ from the ids of the whole text. A tokenizer may put a
+space before each piece, and a token may cross the border between the pieces. Therefore consecutive windows overlap. The cut
+between two windows is at a character at which a token begins in both windows. From this character on, both windows must have
+the same tokens. The last tokens of the first window are not compared, because the end of this window may change them. Tokens
+before the cut are taken from the first window, and tokens after the cut from the second window. In byte-pair encoding, a
+sequence of tokens is the encoding of its text if each pair of neighbouring tokens is the encoding of the pair's text.
+Therefore the result is correct.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 WINDOW = 2**20  # characters that are encoded at once
 OVERLAP = 2**12  # characters that two windows have in common
 MAX_WINDOW = 2**24  # a window grows up to this size if no place for a cut is found
-MIN_AGREED = 4  # number of tokens that must be equal after a cut
+MIN_AGREED = 4  # the least number of tokens after a cut that must be equal in both windows
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ def joined(encodings: list[tuple[int, Any]]) -> Placed:
 
 
 def encode_pieces(pieces: Iterable[str], encode: Encode) -> Iterator[np.ndarray]:
-    """Encode one text that is given in pieces. A piece may end anywhere. Yield the ids of the whole text in parts. `encode`: a
-    function that encodes a text and returns a Placed. Independent.
+    """Encode one text, which is given as consecutive pieces. A piece may end anywhere. Yield arrays whose concatenation is the
+    ids of the whole text. `encode`: a function that encodes a text and returns a Placed. Independent.
 
     If no suitable cut is found within MAX_WINDOW characters, the text is cut at an arbitrary token. Ids near this cut may differ
     from those of the whole text.
@@ -89,8 +90,9 @@ def _find_cut(text: str, placed: Placed, encode: Encode) -> tuple[int, int] | No
 
 
 def _starts_of_window(text: str, starts: np.ndarray, low: int, width: int) -> Iterator[int]:
-    """Yield positions of characters near `low` at which the next window could begin. The first positions are beginnings of lines
-    and words. Then beginnings of tokens follow, and then positions shortly before the first of these tokens."""
+    """Yield positions of characters near `low` at which the next window could begin. The first positions are beginnings of
+    lines and words. Then beginnings of tokens follow, and then positions shortly before the first of these tokens. `starts`:
+    the first character of each token. `width`: lines and words are searched for in characters [low, low + width)."""
     seen = set()
     tokens = starts[_first(starts, low) :][:8].tolist()
     lines = [text.find("\n", low, low + width) + 1, text.find(" ", low, low + width), text.find(" ", low, low + width) + 1]
@@ -101,8 +103,8 @@ def _starts_of_window(text: str, starts: np.ndarray, low: int, width: int) -> It
 
 
 def _agreement(first: Placed, second: Placed, start: int, stop: int) -> int | None:
-    """Return the first character from which on two windows have the same tokens, until character `stop`. Return None if there is
-    no such character. Positions are counted in the first window. `start`: where the second window begins."""
+    """Return the position of the first character from which two windows have the same tokens, up to character `stop`. Return
+    None if there is no such character. Positions are counted in the first window. `start`: where the second window begins."""
     ids, starts, stops = first.ids, first.starts, first.stops
     other_ids, other_starts = second.ids, second.starts + start
     end = _first(starts, stop)

@@ -37,8 +37,8 @@ def optional_object(path: Path) -> dict[str, Any] | None:
 
 
 def chat_templates_of(folder: Path) -> dict[str, str]:
-    """Return the chat templates in a folder, by name. The template "tool_use" is for chats with tools, and "default" is for other
-    chats. Independent.
+    """Return the chat templates in a folder, as {name: text}. The template "tool_use" is for chats with tools, and "default"
+    is for other chats. Independent.
 
     The templates come from the first source that exists: the files chat_template.jinja and
     additional_chat_templates/tool_use.jinja; the entry `chat_template` of tokenizer_config.json; the entry `chat_template` of

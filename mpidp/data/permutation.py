@@ -29,8 +29,8 @@ def unpermute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
 
 def _walk(x: np.ndarray, n: int, keys: np.ndarray, inverse: bool) -> np.ndarray:
-    """Apply a Feistel network on 0..m-1 to x. m is the smallest power of 4 that is at least n. While a result is n or more, apply
-    the network to this result again (cycle walking)."""
+    """Apply a Feistel network, which permutes 0..m-1, to each element of `x`. m is the smallest power of 4 that is at least n.
+    While a result is n or more, apply the network to this result again (cycle walking)."""
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     out = _feistel(x, half_bits, keys, inverse)
     while (outside := out >= n).any():

@@ -19,8 +19,8 @@ from mpidp.errors import DataError
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a file. `fields`: the values by name, or None if the row is malformed. `reason`: why the row is malformed, or
-    ""."""
+    """A row of a file. `fields`: {name: value}, or None if the row is malformed. `reason`: why the row is malformed, or "" if
+    it is not."""
 
     path: str
     unit: str  # what `number` counts: line, item or row
@@ -115,7 +115,8 @@ def _array(file: TextFile) -> Iterator[Found]:
     if reason:
         yield 1, None, f"begins as a JSON array, but is {reason}", False
         return
-    exact = json.loads(raw.removeprefix(MARK).decode(errors="surrogateescape")) if replaced else found  # shows the replaced rows
+    # surrogateescape keeps invalid bytes, so `exact` differs from `found` in exactly those rows in which bytes were replaced
+    exact = json.loads(raw.removeprefix(MARK).decode(errors="surrogateescape")) if replaced else found
     yield from ((n, value, "", value != given) for n, (value, given) in enumerate(zip(found, exact, strict=True), 1))
 
 

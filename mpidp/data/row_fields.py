@@ -28,8 +28,9 @@ def field_of(fields: Mapping[str, Any], key: str, kind: type) -> Any:
 
 
 def objects_of(fields: Mapping[str, Any], key: str) -> list[Any] | None:
-    """Return the value of the field `key`, which must be a list of objects. The list may be a JSON string, and so may each
-    object. Return None if the field is absent, null or "". Raises RowSkipped if the value is not such a list."""
+    """Return the value of the field `key`, which must be a list of objects. The list, and each object in the list, may be
+    given as a JSON string. Return None if the field is absent, null or "". Raises RowSkipped if the value is not a list of
+    objects."""
     found: list[Any] | None = field_of(fields, key, list)
     found = found and [parsed_field(key, one) if isinstance(one, str) else one for one in found]
     if not all(isinstance(one, dict) for one in found or []):

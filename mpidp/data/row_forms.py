@@ -1,9 +1,9 @@
 """Converts the forms in which rows of chats are published to the common form {"messages": [{"role", "content"}, ...]}. Pure.
 
-| form | a row |
+| form | fields of a row (after a semicolon: optional fields) |
 |---|---|
-| messages | `messages`: messages with role and content, as in OpenAI's interface and transformers |
-| ShareGPT | `conversations` or `conversation`: messages with from and value, or with role and content; `system`, `tools` |
+| messages | `messages`: messages with `role` and `content`, as in OpenAI's interface and transformers |
+| ShareGPT | `conversations` or `conversation`: messages with `from` and `value`, or `role` and `content`; `system`, `tools` |
 | Alpaca | `instruction`, `input`, `output`; `system`, `history` (pairs of a question and an answer) |
 | Dolly | `instruction`, `context`, `response` |
 
@@ -17,21 +17,21 @@ from typing import Any
 
 from mpidp.data.row_fields import RowSkipped, describe, keys_of, objects_of, parsed_field
 
-LISTS = ("messages", "conversations", "conversation")  # names of the list of messages
+LISTS = ("messages", "conversations", "conversation")  # possible names of the field with the list of messages
 INSTRUCTIONS = {"Alpaca": ("instruction", "input", "output"), "Dolly": ("instruction", "context", "response")}
 ROLES = {  # the role for each value of `from`, including the values of LLaMA-Factory and axolotl
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "model": "assistant",
     "system": "system", "tool": "tool", "observation": "tool", "function_call": "assistant",
 }  # fmt: skip
-ALPACA = (  # the prompt of Stanford's Alpaca: its first sentence, and its parts
+ALPACA = (  # the parts of the prompt template of Stanford's Alpaca
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n",
     ", paired with an input that provides further context", "### Instruction:\n{}\n\n", "### Input:\n{}\n\n", "### Response:\n",
 )
-MARKS = ("<|im_start|>", "[INST]", "<|start_header_id|>", "<start_of_turn>", "### Response:")  # they occur in rendered chats
-UNWANTED = ("label", "kto_tag")  # such a field is false if the model should avoid the answer (TRL, LLaMA-Factory)
+MARKS = ("<|im_start|>", "[INST]", "<|start_header_id|>", "<start_of_turn>", "### Response:")  # they occur in texts of chats
+UNWANTED = ("label", "kto_tag")  # if a row has false in such a field, its answer is unwanted (TRL, LLaMA-Factory)
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 PREFERENCES = (
-    "rows of preferences (`chosen`, `rejected`) are not supported, because mpidp learns from answers. "
+    "rows of preferences (`chosen`, `rejected`) are not supported, because mpidp trains on one answer per row. "
     "Write the answer to learn as the last message of `messages`, or as `completion`"
 )
 
@@ -39,9 +39,9 @@ PREFERENCES = (
 def as_messages(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """Convert a row to the common form {"messages": [{"role", "content"}, ...]}. Return (row, name of the form that the row had).
 
-    Fields that do not belong to the form stay in the row. A row that already has the common form, or that has an unknown form, is
-    not converted. The returned name is then "". Raises RowSkipped if the row has preferences or media, or if the row marks its
-    answer as unwanted. Also raises RowSkipped if a row of a known form is malformed."""
+    Fields that do not belong to the form stay in the row. A row that already has the common form, or that has an unknown form,
+    is not converted. The returned name is then "". Raises RowSkipped if the row has preferences (`chosen`, `rejected`),
+    images, audio or video, if the row marks its answer as unwanted, or if a row of a known form is malformed."""
     row = {key: value for key, value in fields.items() if value is not None}
     if found := [key for key in MEDIA if row.get(key)]:
         raise RowSkipped("malformed", f"the row has `{found[0]}`, but mpidp trains on text only")
@@ -107,8 +107,9 @@ def _refuse_preferences(row: Mapping[str, Any], messages: list[Any] | None) -> N
 
 
 def _objects(row: Mapping[str, Any], key: str) -> list[Any] | None:
-    """Return the list of messages in the field `key`, or None if the field has no list. The field may also be JSON text, or an
-    object of lists. The datasets library writes an object of lists for the feature Sequence({"from": ..., "value": ...})."""
+    """Return the list of messages in the field `key`, or None if the field does not contain a list. The field may also contain
+    JSON text, or an object of lists. The datasets library writes an object of lists for the feature Sequence({"from": ...,
+    "value": ...})."""
     value = row[key]
     value = parsed_field(key, value) if isinstance(value, str) else value
     if isinstance(value, dict) and value and all(isinstance(one, list) for one in value.values()):
@@ -119,8 +120,8 @@ def _objects(row: Mapping[str, Any], key: str) -> list[Any] | None:
 
 
 def _of_sharegpt(message: Any) -> dict[str, Any]:
-    """Convert a message of ShareGPT to a message with role and content. A function call gets the key tool_calls instead of
-    content."""
+    """Convert a message of ShareGPT to a message with the keys `role` and `content`. A function call gets the key `tool_calls`
+    instead of `content`."""
     if not isinstance(message, dict):
         raise RowSkipped("malformed", f"a message is {describe(message)}, not an object")
     if "from" not in message:
@@ -137,8 +138,8 @@ def _of_sharegpt(message: Any) -> dict[str, Any]:
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:
-    """Return the tool calls of a function_call. `value`: an object {"name", "arguments"}, a list of such objects, or JSON text of
-    either."""
+    """Return the tool calls of a message that is a function call. `value`: the content of the message, which is an object
+    {"name", "arguments"}, a list of such objects, or JSON text of either."""
     found = parsed_field("value", value) if isinstance(value, str) else value
     calls = found if isinstance(found, list) else [found]
     if not calls or not all(isinstance(one, dict) and isinstance(one.get("name"), str) and "arguments" in one for one in calls):
@@ -167,8 +168,8 @@ def _typed(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def _question(row: Mapping[str, Any], instruction: str, more: str, answer: str) -> tuple[tuple[str, str], str]:
-    """Return ((instruction, input), answer) of a row of instructions. The arguments `instruction`, `more` and `answer` are the
-    names of these fields. Raises RowSkipped if the answer is empty, or if a value is not a string."""
+    """Return ((instruction, input), answer), the values of three fields of a row of instructions. `instruction`, `more`,
+    `answer`: the names of these three fields. Raises RowSkipped if the answer is empty, or if a value is not a string."""
     words = [row.get(key, "") for key in (instruction, more, answer)]
     for key, value in zip((instruction, more, answer), words, strict=True):
         if not isinstance(value, str):
@@ -189,9 +190,9 @@ def _history(row: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def unknown_form(fields: Mapping[str, Any]) -> str:
-    """Return the reason why a row of an unknown form is skipped, for a message."""
+    """Return a message that says why a row of an unknown form is skipped."""
     if isinstance(text := fields.get("text"), str):
-        what = "a chat that a template has rendered" if any(mark in text for mark in MARKS) else "a text"
-        return (f"no field `messages`, but `text` with {what}, on which --format text trains; the fields of the row are: "
-                f"{keys_of(fields)}")
+        what = "a chat that a template has rendered" if any(mark in text for mark in MARKS) else "plain text"
+        return (f"no field `messages`, but a field `text` with {what}; to train on it, use --format text; the fields of the row "
+                f"are: {keys_of(fields)}")
     return f"no field `messages`, `conversations`, or `instruction` and `output`; the fields of the row are: {keys_of(fields)}"

@@ -6,10 +6,11 @@ an epoch may be shorter.
 
 With order="sequential", window k is at position k of an epoch.
 
-With order="shuffled", each lane reads its own contiguous section of the stream. A section is divided into blocks of about 1 MiB,
-and the order of the blocks is permuted. A pool consists of 16 blocks that follow each other in the permuted order. The windows of
-a pool are permuted, too. Therefore reads are long, and neighbouring windows of the corpus are rarely in the same batch. The
-permutations depend only on (seed, epoch, lane).
+With order="shuffled", each lane (a fixed sequence of micro-batches of each batch) reads its own contiguous section of the
+stream. A section is divided into blocks of about 1 MiB, and the order of the blocks is permuted. A pool consists of 16 blocks
+that follow each other in the permuted order. The windows of a pool are permuted, too. Therefore each read covers many
+consecutive bytes, and neighbouring windows of the corpus are rarely in the same batch. The permutations depend only on (seed,
+epoch, lane).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mpidp.errors import DataError
 
 BLOCK_BYTES = 2**20
 POOL_BLOCKS = 16
-RUN = 256  # number of windows of a pool that are permuted at a time
+RUN = 256  # number of windows of a pool whose order is computed at a time
 ORDERS = ("shuffled", "sequential")
 
 
@@ -54,7 +55,7 @@ class Sampler:
         if self.order not in ORDERS:
             raise ValueError(f"order {self.order!r} must be one of {', '.join(ORDERS)}")
         if self.num_windows < 1:
-            raise DataError(f"{self.num_tokens} tokens are fewer than one window of seq_len {self.seq_len} + 1 tokens. "
+            raise DataError(f"{self.num_tokens} tokens are fewer than one training window of seq_len {self.seq_len} + 1 tokens. "
                             "Choose a smaller seq_len, or prepare more text")
 
     @cached_property
@@ -84,14 +85,15 @@ class Sampler:
         return min(self.lanes.global_batch, self.num_windows - step * self.lanes.global_batch)
 
     def part(self, lane: int) -> range:
-        """Return the range of windows that `lane` reads in each epoch. Use this method only if `order` is "shuffled"."""
+        """Return the range of windows that lane number `lane` reads in each epoch. Use this method only if `order` is
+        "shuffled"."""
         places, full = self._places(lane), self.steps_per_epoch - 1
         rest = self.batch_sequences(full)  # an epoch's last batch has positions 0..rest-1
         return range(full * places.start + min(places.start, rest), full * places.stop + min(places.stop, rest))
 
     def windows(self, batch: int, v: int) -> np.ndarray:
-        """Return the numbers of the windows in micro-batch v: int64 (b,). In the last batch of an epoch, b may be smaller than
-        usual, or 0."""
+        """Return the numbers of the windows in micro-batch v of global batch number `batch`: int64 (b,). In the last batch of
+        an epoch, b may be smaller than usual, or 0."""
         epoch, lane, positions = self._positions(batch, v)
         if self.order == "sequential":
             return np.arange(positions.start, positions.stop, dtype=np.int64)
@@ -108,7 +110,8 @@ class Sampler:
         return np.concatenate(pieces)
 
     def pools(self, batch: int, v: int) -> list[Pool]:
-        """Return the pools that contain the windows of micro-batch v. This is usually one pool."""
+        """Return the pools that contain the windows of micro-batch v of global batch number `batch`. Usually, it is one
+        pool."""
         epoch, lane, positions = self._positions(batch, v)
         if not positions:
             return []
@@ -156,9 +159,9 @@ class Sampler:
         return -(-len(part) // self.block_windows)
 
     def _gap(self, part: range, epoch: int, lane: int) -> tuple[int, int]:
-        """Return (end, lacks) for the last block of a section, which may be shorter than the others. `end`: the position at which
-        this block ends in the permuted order. `lacks`: the number of windows by which it is shorter. `part`: the windows of the
-        section."""
+        """Return (end, lacks) for the last block of a lane's section. This block may be shorter than the others. `end`: the
+        position at which the block ends in the permuted order. `lacks`: the number of windows by which the block is shorter.
+        `part`: the windows of the section."""
         num_blocks = self._num_blocks(part)
         lacks = num_blocks * self.block_windows - len(part)
         slot = _slot_of(num_blocks - 1, num_blocks, self.seed, epoch, lane)
@@ -169,7 +172,7 @@ class Sampler:
         return positions + np.where(positions >= end, lacks, 0)
 
     def _extent(self, pool: Pool) -> range:
-        """Return the range of positions, within its lane's section, of the windows of a pool."""
+        """Return the range of positions that the windows of a pool have in the section of the pool's lane."""
         part, full = self.part(pool.lane), self.block_windows * POOL_BLOCKS
         end, lacks = self._gap(part, pool.epoch, pool.lane)
         start, stop = pool.number * full, (pool.number + 1) * full
@@ -181,7 +184,8 @@ class Sampler:
         return [Pool(lane, epoch, number) for number in range(first, last + 1)]
 
     def mixed(self, pool: Pool, positions: range) -> np.ndarray:
-        """Return the windows at `positions` of the lane's section. All these positions must be in `pool`."""
+        """Return the numbers of the windows that a lane reads at `positions` of its section. All these positions must be in
+        `pool`."""
         extent, part = self._extent(pool), self.part(pool.lane)
         at = np.arange(positions.start - extent.start, positions.stop - extent.start, dtype=np.uint64)
         mixed = permute(at, len(extent), keys_of(self.seed, "window", *pool)).astype(np.int64) + extent.start
@@ -195,8 +199,8 @@ class Sampler:
 
 @lru_cache(maxsize=1024)
 def _run_of(sampler: Sampler, pool: Pool, run: int) -> np.ndarray:
-    """Return the windows at positions run * RUN, ..., (run + 1) * RUN - 1 of the permuted order of a pool. The result is
-    cached."""
+    """Divide the windows of a pool, in reading order, into groups of RUN windows, and return the numbers of the windows in
+    group number `run`. The last group may be smaller. The result is cached."""
     extent = sampler._extent(pool)
     return sampler.mixed(pool, range(extent.start + run * RUN, min(extent.start + (run + 1) * RUN, extent.stop)))
 

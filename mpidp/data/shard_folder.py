@@ -1,8 +1,8 @@
 """Access to shards in a local folder, or in a folder at an address such as s3://bucket/prefix (mpidp/storage).
 
 LocalShards and RemoteShards have an attribute `local`. It is a local folder with the small files, such as index.json and
-tokenizer.json. If the shards are at an address, this folder contains copies. Both classes open shards that have the methods of
-Shard.
+tokenizer.json. If the shards are at an address, this folder contains copies. The method open() of both classes returns an
+object with the methods of Shard.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Shard(Protocol):
     is_regular: bool
 
     def read_header(self, work: Callable[[Any], T]) -> T:
-        """Return work(x), where x is the object to pass to h5py.File. `work` can be called several times. Independent."""
+        """Return work(x), where x is the object to pass to h5py.File. `work` may be called several times. Independent."""
 
     def view(self, dtype: np.dtype[Any], offset: int, count: int) -> Slices:
         """Return a vector of `count` elements that begins at byte `offset` of the file. Independent."""
@@ -112,7 +112,7 @@ class RemoteShard:
         return HeaderReader(self._file).run(work)
 
     def view(self, dtype: np.dtype[Any], offset: int, count: int) -> RemoteArray:
-        """Return a vector of `count` elements that begins at byte `offset`. Slices of it are read when they are used.
+        """Return a vector of `count` elements that begins at byte `offset`. A slice of the vector is read when it is used.
         Independent."""
         return RemoteArray(self._file, dtype, offset, count)
 

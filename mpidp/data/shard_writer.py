@@ -19,7 +19,7 @@ from mpidp.runtime.files import write_file
 
 SHARD_FORMAT = "mpidp-tokens"
 VERSION = 1
-HDF5_BYTES = 1 << 16  # an upper limit of what HDF5 writes in addition to the data
+HDF5_BYTES = 1 << 16  # upper limit of the number of bytes that HDF5 writes in addition to the data
 
 
 class Written(NamedTuple):
@@ -34,8 +34,8 @@ def write_shard(
     path: Path, pieces: Iterable[np.ndarray], num_tokens: int, doc_offsets: np.ndarray,
     attributes: dict[str, int | str], mask: Iterable[np.ndarray] | None = None,
 ) -> Written:
-    """Write one shard. `pieces`: the ids, in arrays with num_tokens ids in total. `mask`: the loss mask, in arrays of the same
-    total length, or None. Independent.
+    """Write one shard. `pieces`: arrays of ids, whose concatenation has `num_tokens` ids. `mask`: arrays of the loss mask with
+    the same total length, or None. Independent.
 
     `doc_offsets`: the positions at which documents start. `attributes`: the shard's attributes, at least split, vocab_size and
     tokenizer_sha256. The same input gives the same bytes. The file gets its final name when it is complete and on disk.

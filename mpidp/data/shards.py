@@ -13,8 +13,8 @@ index.json: format "mpidp-shards", version 1, vocab_size, eod, tokenizer {kind, 
 special_tokens (optional), splits {name: {tokens, documents, text_bytes, loss_mask}}, files [{name, split, tokens, documents,
 text_bytes, size, crc32, sha256}]. `text_bytes`: the number of UTF-8 bytes of the text. `size`, `crc32`, `sha256`: the size and
 the checksums of the file. If the index has the key `window`, the shards are packed: no document crosses a multiple of `window`
-tokens, each split ends with one more token, and documents must be kept apart. The files of a split, in the order of the index,
-form one stream of tokens.
+tokens, each split ends with one more token, and documents must be kept apart (attention must stay within a document). The
+files of a split, in the order of the index, form one stream of tokens.
 
 An HDF5 file can be malicious: its links can refer to any file of the machine, and a small file can declare huge datasets.
 Therefore a dataset must be hard-linked, contiguous, unfiltered and inside the file. Its length must be the length that the index
@@ -56,7 +56,7 @@ class _Mapped:
 
 
 class TokenStream:
-    """All tokens of one split, concatenated over its shards in index order. Independent. Thread-safe.
+    """All tokens of one split: the tokens of its shards, concatenated in the order of index.json. Independent. Thread-safe.
 
     The constructor reads only index.json. It raises DataError if the index or the split is missing or invalid. A shard is opened
     when it is first read. If too many shards are open, the least recently used shard is closed.
@@ -86,15 +86,17 @@ class TokenStream:
         self.bytes_fetched = 0  # bytes that advise() asked the kernel to read
         self._starts = np.cumsum([0] + [record.tokens for record in self.files])
         self._mapped: dict[int, _Mapped] = {}  # in order of last use
-        self._most_mapped = max(1, most_open_files() // 4)  # training and validation get a quarter each
+        # training and validation may open a quarter each of the files that the process may open
+        self._most_mapped = max(1, most_open_files() // 4)
         self._checked: set[int] = set()  # files whose document starts have been validated
         self._lock = threading.Lock()  # the loader's thread and the training loop may both read
 
     def keep_apart(self, documents: str, seq_len: int) -> None:
-        """Set whether documents are kept apart. `documents`: the value of data.documents (auto, joined, apart).
+        """Set whether documents are kept apart (attention stays within a document). `documents`: the value of data.documents
+        (auto, joined, apart).
 
-        `seq_len`: the length of a training window. Raises UsageError if the shards are packed and seq_len is not a multiple of
-        their window length. Independent.
+        `seq_len`: the length of a training window. Raises UsageError if the shards are packed and `seq_len` is not a multiple
+        of their window length. Independent.
         """
         packed = self.index.window
         self.apart = documents == "apart" or documents == "auto" and packed > 0
@@ -179,8 +181,8 @@ class TokenStream:
                             f"file is damaged. Run python -m data_tools.verify {self.path}, then prepare the shards again")
 
     def doc_offsets(self, file: int) -> np.ndarray:
-        """Return the positions in a file at which documents start, uint64 (d,). Raises DataError if they are outside the file or
-        not in ascending order. `file`: the index of the file."""
+        """Return the positions in a file at which documents start, uint64 (d,). Raises DataError if the positions are outside
+        the file or not in ascending order. `file`: the index of the file."""
         offsets = self._map(file).doc_offsets[:]
         if offsets.size and (offsets[-1] >= self.files[file].tokens or (offsets[1:] <= offsets[:-1]).any()):
             raise self._error(file, "its doc_offsets lie outside the file, or are not in ascending order")

@@ -46,7 +46,7 @@ CLASS_OF_MODEL = {  # transformers' tokenizer class by model_type of config.json
     "gemma3_text": "GemmaTokenizer", "cohere": "CohereTokenizer", "cohere2": "CohereTokenizer",
     "code_llama": "CodeLlamaTokenizer", "starcoder2": "GPT2Tokenizer",
 }
-WITHOUT_CLASS = frozenset({"mistral", "mixtral", "phi3", "olmo2"})  # values of model_type whose class defines no names
+WITHOUT_CLASS = frozenset({"mistral", "mixtral", "phi3", "olmo2"})  # model_types whose tokenizer class defines no names
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def for_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
 
 
 def special_tokens_of(folder: Path | None, tokenizer: Tokenizer) -> SpecialTokens:
-    """Return the table of the special tokens of a tokenizer. It is FOLDER/special_tokens.json if this file exists. Otherwise
-    it is made from the files that transformers reads.
+    """Return the table of the special tokens of a tokenizer. If FOLDER/special_tokens.json exists, the table is read from this
+    file. Otherwise, the table is made from the files that transformers reads.
 
     `folder`: the tokenizer's folder, or None if there is no folder. Raises DataError if a file is invalid. Independent.
     """
@@ -125,7 +125,8 @@ def special_tokens_of(folder: Path | None, tokenizer: Tokenizer) -> SpecialToken
 
 
 def with_template(table: SpecialTokens, tokenizer: Tokenizer, template: str | None) -> SpecialTokens:
-    """Return a copy of the table with the chat template `template`, or without a chat template if it is None. Independent.
+    """Return a copy of the table with the chat template `template`, or without a chat template if `template` is None.
+    Independent.
 
     If the template writes a special token after an assistant's message, `ends` of the copy contains this token.
     """

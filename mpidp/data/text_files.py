@@ -82,9 +82,9 @@ def recognize(path: str | Path, name: str | None = None, wanted: Collection[str]
     """Recognize a file by its name and first bytes. Raises NotText if the file is not text, DataError if it cannot be read, and
     UsageError if the decompressor is missing. Independent.
 
-    `name`: the file's name (default: the name in the path). `wanted`: names of fields. Without any of these fields, a .csv or
-    .tsv file, an array of objects, or a file with only one object is not read as rows. If `wanted` is empty, any fields are
-    accepted.
+    `name`: the file's name (default: the name in the path). `wanted`: names of fields. A .csv or .tsv file, an array of
+    objects, or a file with only one object is read as rows only if it has at least one of these fields. If `wanted` is empty,
+    any fields are accepted.
     """
     path = str(path)
     with reading(path):
@@ -109,13 +109,13 @@ def recognize(path: str | Path, name: str | None = None, wanted: Collection[str]
             doubt = f"a table without a column {any_of(wanted)}, but with the columns {keys_of(sorted(columns))}"
             return TextFile(path, "text", skip, doubt=doubt)
         if kind == "text" and _is_json(head[skip:]):
-            return TextFile(path, "text", skip, doubt="its lines are JSON objects; name it .jsonl to read them as rows")
+            return TextFile(path, "text", skip, doubt="its lines are JSON objects; to read them as rows, name the file .jsonl")
     return file
 
 
 def _check_head(head: bytes, kind: str) -> int:
-    """Return the length of the byte order mark in bytes. `head`: the first bytes of the file. Raises NotText if they show that
-    the file is not text."""
+    """Return the length of the byte order mark in bytes. `head`: the first bytes of the file. Raises NotText if these bytes
+    show that the file is not text."""
     if not head:
         raise NotText("empty", "is empty")
     if kind in ("parquet", "arrow"):

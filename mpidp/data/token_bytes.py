@@ -26,7 +26,7 @@ METASPACE = "\u2581"
 class TokenBytes:
     """The bytes of each id of a tokenizer. The bytes of an id without a token are empty."""
 
-    of: list[bytes]
+    of: list[bytes]  # of[i]: the bytes of id i
     begin: bool = False  # whether the tokenizer puts a space before each text; this space is not part of the text
     stripped: bool = False  # whether decoding removes this space
     added: frozenset[int] = frozenset()  # ids after which the tokenizer also puts such a space
@@ -89,8 +89,8 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> TokenBytes | None:
 
 
 def _nested(part: Any, key: str) -> Iterable[dict[str, Any]]:
-    """Yield the steps of `part`, which is a decoder, a normalizer or a pre-tokenizer. It has several steps if its type is
-    Sequence, and otherwise one. `key`: the key under which a Sequence has its steps."""
+    """Yield the steps of `part`, which is a decoder, a normalizer or a pre-tokenizer. If its type is "Sequence", `part` has a
+    list of steps. Otherwise, `part` is the only step. `key`: the key of the list of steps."""
     if not isinstance(part, dict):
         return
     if part.get("type") != "Sequence":
@@ -125,8 +125,8 @@ def _sentencepiece(token: str, steps: list[dict[str, Any]], falls_back: bool) ->
 
 
 def _prefix(parsed: dict[str, Any]) -> tuple[bool, bool]:
-    """Return two booleans. First: whether encoding puts a space before a text. Second: whether encoding also puts a space after
-    each added token in a text."""
+    """Return two booleans. The first is whether encoding puts a space before a text. The second is whether encoding also puts
+    a space after each added token in a text. `parsed`: the contents of tokenizer.json."""
     first = again = False
     for step in [*_nested(parsed.get("normalizer"), "normalizers"), *_nested(parsed.get("pre_tokenizer"), "pretokenizers")]:
         if step["type"] == "Prepend":

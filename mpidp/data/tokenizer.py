@@ -42,7 +42,7 @@ class Tokenizer(ABC):
     vocab_size: int  # all ids, including EOD, are below vocab_size
     eod: int
     program: str = ""  # the program that encodes, and the reason for this program; "" if there is no choice
-    bos: int | None = None  # the id that the tokenizer puts before each text, if any; encode() omits it
+    bos: int | None = None  # the id of the beginning-of-sequence token, if the tokenizer adds one; encode() omits it
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -53,8 +53,8 @@ class Tokenizer(ABC):
         return [self.encode(text) for text in texts]
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Encode one text that is given in pieces. A piece may end anywhere. Yield the ids of the whole text in parts. Memory use
-        does not depend on the length of the text."""
+        """Encode one text, which is given as consecutive pieces. A piece may end anywhere. Yield arrays whose concatenation is
+        the ids of the whole text. Memory use does not depend on the length of the text."""
         yield from (self.encode(piece) for piece in pieces)
 
     @abstractmethod
@@ -63,8 +63,8 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def to_json(self) -> str:
-        """Return the contents of tokenizer.json. If the tokenizer was loaded from a Hugging Face file, they equal the contents of
-        that file."""
+        """Return the contents of tokenizer.json. For a tokenizer from a Hugging Face file, return the contents of that
+        file."""
 
 
 class ByteTokenizer(Tokenizer):
@@ -119,9 +119,9 @@ class CharTokenizer(Tokenizer):
 class HFTokenizer(Tokenizer):
     """A Hugging Face tokenizer.json, used through the `tokenizers` library.
 
-    `text`: the file's contents. `eod`: the end-of-document token, its id, or None. `declared`: the model's eos_token, or None.
-    Raises DataError if the file is malformed or has no end-of-document token. Encoding adds no special tokens, and does not
-    truncate or pad.
+    `text`: the file's contents. `eod`: the end-of-document token or its id. If `eod` is None, find_eod() chooses the token.
+    `declared`: the eos_token that the model's files declare, or None. Raises DataError if the file is malformed or has no
+    end-of-document token. Encoding adds no special tokens, and does not truncate or pad.
     """
 
     kind = "bpe"
@@ -166,7 +166,7 @@ class HFTokenizer(Tokenizer):
         return self._encoder.program
 
     def _without_eod(self, text: str, ids: np.ndarray) -> np.ndarray:
-        """Return `ids`, the ids of the text. If they contain EOD, encode the text again, so that they do not contain EOD."""
+        """Return `ids`, the ids of the text, if EOD is not among them. Otherwise, encode the text again, without EOD."""
         return self._placed(text).ids if (ids == self.eod).any() else ids
 
     def _window(self, text: str) -> Placed:
@@ -195,9 +195,9 @@ def placed_without(library: Any, text: str, eod: int) -> Placed:
 def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
     """Load a tokenizer.json. `path`: the file, or a folder of shards or of a run that contains it. Independent.
 
-    `eod`: for Hugging Face files, the token that ends a document, or its id. If `eod` is None, the id that the
-    shards or the run store is used. If none is stored, find_eod() chooses the token. Raises DataError if the file is missing,
-    malformed or too large.
+    `eod`: for Hugging Face files, the token that ends a document, or its id. If `eod` is None, the id that is stored in the
+    folder of shards or of the run is used. If no id is stored, find_eod() chooses the token. Raises DataError if the file is
+    missing, malformed or too large.
     """
     path = Path(path)
     if path.is_dir():
@@ -206,7 +206,7 @@ def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
         with open_regular(path) as file:
             data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
-            raise DataError(f"larger than {MAX_FILE_BYTES} bytes, too large for a tokenizer")
+            raise DataError(f"larger than {MAX_FILE_BYTES} bytes, so it is not a tokenizer.json")
         eod = stored_eod(path.parent) if eod is None else eod
         return tokenizer_from_json(data.decode(), eod, declared_eos(path.parent) if eod is None else None)
     except OSError as error:
@@ -218,10 +218,10 @@ def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
 
 
 def tokenizer_from_json(text: str, eod: str | int | None = None, declared: str | None = None) -> Tokenizer:
-    """Make a tokenizer from the contents of a tokenizer.json (mpidp's or Hugging Face's). Raises DataError if they are malformed.
+    """Make a tokenizer from `text`, the contents of a tokenizer.json (mpidp's or Hugging Face's). Raises DataError if `text`
+    is malformed.
 
-    For Hugging Face's files, `eod` is the end-of-document token, its id, or None, and `declared` is the model's eos_token, or
-    None.
+    `eod` and `declared` are used only for Hugging Face's files (see HFTokenizer).
     """
     try:
         parsed = json.loads(text)
@@ -243,8 +243,8 @@ def tokenizer_from_json(text: str, eod: str | int | None = None, declared: str |
 
 
 def check_bpe_size(vocab_size: int, option: str = "") -> None:
-    """Raise UsageError if byte-level BPE cannot have `vocab_size` ids, or if the `tokenizers` library is missing. `option`: the
-    value of --tokenizer. Errors quote it. Independent."""
+    """Raise UsageError if byte-level BPE cannot have `vocab_size` ids, or if the `tokenizers` library is missing. `option`:
+    the value of --tokenizer, for the error message. Independent."""
     if not 257 <= vocab_size <= MAX_VOCAB:
         raise UsageError(f"--tokenizer {option or f'bpe:{vocab_size}'}: the vocabulary size must be in 257..{MAX_VOCAB} "
                          "(256 bytes and the end-of-document token already need 257 ids)")

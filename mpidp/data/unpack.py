@@ -165,5 +165,6 @@ class ZstdStream(io.RawIOBase):
                 yield decompressor.decompress(self._exactly(4))
         except (self._zstandard.ZstdError, MemoryError) as error:
             if isinstance(error, MemoryError) or "memory" in str(error):
-                raise OSError(f"its zstandard window needs {window / 2**20:,.0f} MiB of memory (omit zstd --long)") from None
+                raise OSError(f"its zstandard window needs {window / 2**20:,.0f} MiB of memory, which is too much. Compress the "
+                              "file again without the option --long") from None
             raise OSError(f"damaged zstandard data ({error})") from None

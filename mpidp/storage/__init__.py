@@ -1,2 +1,2 @@
-"""Access to files in object storage and on web servers. The parts are addresses, stores, retries, and a local cache of limited
-size. This package does not use MPI."""
+"""Access to files in object storage and on web servers. Its modules handle addresses, stores (folders on a server), retries,
+and a local cache of limited size. This package does not use MPI."""

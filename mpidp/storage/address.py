@@ -16,7 +16,7 @@ from mpidp.errors import UsageError
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://(.*)", re.IGNORECASE | re.DOTALL)
 _ALMOST = re.compile(r"[\s'\"]*(?:[\w+.-]+::)?(?:s3|gs|gcs|az|abfss?|https?):.*", re.IGNORECASE | re.DOTALL)
 _USER = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*:/*)[^\s/][^\s]*@")
-_SHORTENED = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*:/+)[^\s/]*\.\.\.")  # libraries shorten values, and the @ may be left out
+_SHORTENED = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*:/+)[^\s/]*\.\.\.")  # libraries may shorten an address and leave out its @
 _QUERY = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*:/+[^\s?#;'\"]*)(?:[?#]|;(?=[^\s'\"]))(?:[^\s'\",;)]|[,;)](?=[^\s'\"]))*")
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_KEY", "AZURE_STORAGE_CONNECTION_STRING")
 _WHERE = {
@@ -55,14 +55,15 @@ def named(name: str, address: str) -> str:
 
 
 def check_local(option: str, path: str) -> None:
-    """Raise UsageError if `path` is an address. `option`: the option with this value, which takes only local files. Pure."""
+    """Raise UsageError if `path` is an address. `option`: the command-line option with the value `path`. It takes only local
+    files. Pure."""
     if is_remote(path):
         raise UsageError(f"{option} {named('', path)} is an address, but this command uses local files. Copy the files first")
 
 
 def address_problems(name: str, path: str) -> Iterator[str]:
-    """Yield messages about what is wrong with an address. The messages contain no secrets. A local path has no problems. `name`:
-    the setting, or an empty text. Pure."""
+    """Yield messages about what is wrong with an address. The messages contain no secrets. A local path has no problems.
+    `name`: the setting whose value is `path`, or "". Pure."""
     found = _ADDRESS.fullmatch(path)
     if found is None:
         if _ALMOST.fullmatch(path):
@@ -73,7 +74,7 @@ def address_problems(name: str, path: str) -> Iterator[str]:
     host = rest.partition("/")[0]
     if "@" in host or "@" in rest.partition(":")[2]:
         yield (f"{named(name, path)}: an address must not contain a user name or a password, because addresses are written to "
-               f"config.toml and to messages. Give them in {credentials_from(protocol)}. Write an @ in a path of http as %40")
+               f"config.toml and to messages. Give both in {credentials_from(protocol)}. Write an @ in a path of http as %40")
     elif any(mark in rest for mark in "?#;"):
         yield (f"{named(name, path)}: an address must not contain '?', '#' or ';'. Signed addresses are not "
                f"supported. Give credentials in {credentials_from(protocol)}")

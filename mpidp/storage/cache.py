@@ -1,4 +1,5 @@
-"""A local folder with blocks of remote files. The processes of a node share the folder, and several jobs may share it.
+"""A local folder with blocks (ranges of BLOCK bytes) of remote files. The processes of a node share the folder, and several
+jobs may share it.
 
     CACHE/blocks/KEY/NUMBER   one block of a file: its bytes, then their crc32. KEY identifies the file and its version
     CACHE/folders/KEY/...     index.json, tokenizer.json and special_tokens.json of a folder of shards
@@ -7,7 +8,7 @@
 
 A block is written to a temporary file, which is then renamed. When a process reads a block for the first time, it checks the
 crc32. Therefore an incomplete block is never used, even after a crash. Before a block is written, its bytes are added to
-CACHE/used. If the result is above the limit, the least recently read blocks are deleted first.
+CACHE/used. If the sum would exceed the limit, the least recently read blocks are deleted before the block is written.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ BLOCK = 2**18 - CRC_BYTES  # bytes of a block; with its crc32 it fills whole pag
 PAGE = 4096  # files grow on disk by this many bytes
 MOST_SEEN = 10**5  # number of checked blocks that a process remembers
 TOUCH_SECONDS = 30.0  # interval at which the time of a block in use is renewed
-KEPT_SHARE = 0.9  # after blocks were deleted, at most this share of the bound is used
+KEPT_SHARE = 0.9  # blocks are deleted until at most this fraction of the bound is used
 
 
 def default_folder() -> Path:
@@ -41,7 +42,8 @@ def default_folder() -> Path:
 
 
 class BlockCache:
-    """A cache of blocks in a local folder. Several threads and processes may use the same folder. Independent."""
+    """A cache of blocks in a local folder. `key` identifies a file and its version. Several threads and processes may use the
+    same folder. Independent."""
 
     def __init__(self, folder: Path, bound: int) -> None:
         """Create `folder` if needed. `bound`: the largest number of bytes on disk. Raises DataError if the folder cannot be
@@ -58,8 +60,8 @@ class BlockCache:
                 (folder / "used").unlink(missing_ok=True)  # counted again, because after a crash it may be too large
 
     def read(self, key: str, number: int, size: int, start: int, stop: int) -> bytes | None:
-        """Return bytes [start, stop) of block `number` of file `key`. Return None if the block is missing or incomplete. `size`:
-        the number of bytes of the block."""
+        """Return bytes [start, stop) of block number `number` of the file `key`. Return None if the block is missing or
+        incomplete. `size`: the number of bytes of the block."""
         path = self._path(key, number)
         try:
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -82,8 +84,8 @@ class BlockCache:
             os.close(handle)
 
     def write(self, key: str, blocks: Mapping[int, bytes]) -> None:
-        """Store blocks of file `key`. `blocks`: {number: bytes}. Raises DataError if the disk is full or the folder cannot be
-        written."""
+        """Store blocks of the file `key`. `blocks`: {number of the block: its bytes}. Raises DataError if the disk is full or
+        the folder cannot be written."""
         with self._usable(), self.locked():
             self._make_room(sum(_on_disk(len(data)) for data in blocks.values()))
             try:
@@ -95,7 +97,7 @@ class BlockCache:
                 self._store(key, blocks)
 
     def forget(self, key: str) -> None:
-        """Delete all blocks of file `key`. Independent."""
+        """Delete all blocks of the file `key`. Independent."""
         with self.locked():
             for path in (self.folder / "blocks" / key).glob("*"):
                 path.unlink(missing_ok=True)

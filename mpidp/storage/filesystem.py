@@ -17,10 +17,10 @@ PIECE = 8 << 20  # number of bytes that are written at a time
 
 
 def open_filesystem(address: Address, name: str, **options: Any) -> tuple[Any, str]:
-    """Return fsspec's filesystem, and the path of the folder in this filesystem. `name`: the setting that contains the address.
-    Errors name it. `options`: passed to fsspec. Raises UsageError if the protocol is unknown or needs a package that is missing.
-    Raises DataError if the address cannot be opened. Independent."""
-    if address.protocol in PACKAGES:  # gcsfs also logs tracebacks of errors that it raises
+    """Return fsspec's filesystem, and the path of the folder in this filesystem. `name`: the name of the setting that contains
+    the address, for error messages. `options`: passed to fsspec. Raises UsageError if the protocol is unknown or needs a
+    package that is missing. Raises DataError if the address cannot be opened. Independent."""
+    if address.protocol in PACKAGES:  # gcsfs logs the traceback of each error that it raises
         logging.getLogger(PACKAGES[address.protocol]).addHandler(logging.NullHandler())
     try:
         import fsspec

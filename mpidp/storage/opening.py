@@ -11,9 +11,9 @@ from mpidp.storage.web import WebStore
 
 
 def open_store(address: str, name: str = "") -> Store:
-    """Return the store of the folder at `address`. Make no request. `name`: the setting that contains the address. Errors name
-    it. Raises UsageError if the address is not valid or needs a package that is missing. Raises DataError if the address cannot
-    be opened. Independent."""
+    """Return the store of the folder at `address`, without a request to the server. `name`: the name of the setting that
+    contains the address, for error messages. Raises UsageError if the address is not valid or needs a package that is missing.
+    Raises DataError if the address cannot be opened. Independent."""
     for problem in address_problems(name, address):
         raise UsageError(problem)
     found = Address(address)

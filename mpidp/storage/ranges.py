@@ -27,8 +27,8 @@ URGENT, AHEAD = 0, 1  # priorities of requests: URGENT if a reader waits, else A
 
 
 class Fetchers:
-    """Threads that make requests. Requests for which a reader waits are made first, the others in the order of submission. The
-    process can end while a thread waits for a server (daemon threads). Independent."""
+    """Threads that make requests. Requests for which a reader waits are made first. Requests with the same priority are made
+    in the order of submission. The process can end while a thread waits for a server (daemon threads). Independent."""
 
     def __init__(self) -> None:
         self._queue: PriorityQueue[tuple[int, int, Callable[[], None]]] = PriorityQueue()
@@ -48,8 +48,8 @@ class Fetchers:
 class RemoteFile:
     """One version of one file of a store. Thread-safe. Independent.
 
-    read() raises DataError if the server does not answer within the time limit of `retries`, or if it refuses the request. Also
-    raises DataError if the file was replaced or deleted on the server.
+    read() raises DataError if the server does not answer within the time limit of `retries` or refuses the request, or if the
+    file was replaced or deleted on the server.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class RemoteFile:
         return self._cache.read(self.key, number, self._block_size(number), first, last)
 
     def _request(self, numbers: Iterable[int], priority: int) -> dict[int, Future[dict[int, bytes]]]:
-        """Begin to fetch blocks, and return {block: the request that fetches it}. A block may already be on the way. Then return
-        the earlier request for it, and make this request urgent if `priority` is URGENT."""
+        """Begin to fetch blocks, and return {block: the request that fetches it}. If a block is already being fetched, return
+        the earlier request for this block, and make this request urgent if `priority` is URGENT."""
         requests: dict[int, Future[dict[int, bytes]]] = {}
         with self._lock:
             for number in numbers:
@@ -206,9 +206,9 @@ class RemoteReader(io.RawIOBase):
 
 
 class HeaderReader(RemoteReader):
-    """A Python file object for h5py that never waits. A method of h5py holds h5py's global lock until it returns. If a thread
-    that fetches blocks needs this lock, for example to collect garbage that contains h5py objects, waiting for this thread
-    inside the method would be a deadlock."""
+    """A Python file object for h5py. Its readinto() never waits for the server, because h5py holds a global lock while it
+    calls readinto(). A thread that fetches blocks may need this lock, for example to collect garbage that contains h5py
+    objects. If readinto() waited for this thread, there would be a deadlock."""
 
     def __init__(self, file: RemoteFile) -> None:
         super().__init__(file)
@@ -216,7 +216,8 @@ class HeaderReader(RemoteReader):
         self._missing: tuple[int, int] | None = None
 
     def run(self, work: Callable[[HeaderReader], T]) -> T:
-        """Return work(self). Fetch the bytes that `work` could not read, and then call it again. Independent."""
+        """Return work(self). If `work` could not read some bytes, because they had not been fetched, fetch these bytes and
+        call `work` again. Independent."""
         while True:
             self._at, self._missing, error = 0, None, None
             try:
@@ -231,7 +232,8 @@ class HeaderReader(RemoteReader):
                 return found
 
     def readinto(self, buffer: Any) -> int:
-        """Read bytes that have been fetched. Otherwise raise BlockingIOError. Independent."""
+        """Read from the position into `buffer`, and return the number of bytes. Raises BlockingIOError if these bytes have not
+        been fetched. Independent."""
         place = self._at, max(0, min(len(buffer), self._file.size - self._at))
         if place not in self._held:
             self._missing = self._missing or place

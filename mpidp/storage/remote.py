@@ -71,7 +71,7 @@ class RemoteFolder:
 
     @property
     def versions(self) -> dict[str, Version]:
-        """The versions of files, by name. They are the files that this rank has opened, and those that expect() has recorded."""
+        """{name: version} of the files that this rank has opened, and of the files that expect() has recorded."""
         return dict(self._versions)
 
     def expect(self, versions: Mapping[str, Version]) -> None:

@@ -24,8 +24,8 @@ class Retries:
     """Sends the requests to one store, and repeats failed requests. Thread-safe. Independent."""
 
     def __init__(self, seconds: float, setting: str = "data.retry_seconds") -> None:
-        """`seconds`: the time limit for repeating a failed request. `setting`: the setting that has this limit. Errors name
-        it."""
+        """`seconds`: the time limit for repeating a failed request. `setting`: the name of the setting that contains this
+        limit, for error messages."""
         self.seconds, self._setting = seconds, setting
         self._answered = False
         self._warned_at = -QUIET_SECONDS
@@ -42,8 +42,8 @@ class Retries:
         self._closed.set()
 
     def call(self, where: str, request: Callable[[], T]) -> T:
-        """Return request(). Repeat the call while it raises Unreachable. `where`: the address. Messages name it. Raises Missing
-        if the file is missing. Raises DataError, with the reason, if the server refuses the request or the time limit is over.
+        """Return request(). Repeat the call while it raises Unreachable. `where`: the address, for messages. Raises Missing if
+        the file is missing. Raises DataError, with the reason, if the server refuses the request or the time limit is over.
         Independent."""
         began, pause, tries = time.monotonic(), FIRST_PAUSE, 0
         while True:

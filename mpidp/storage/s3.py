@@ -56,7 +56,7 @@ class S3Store(FilesystemStore):
             except Missing:
                 raise Refused(f"there is no bucket {self._bucket}") from None
             except Refused:
-                pass  # this key does not permit this request about the bucket
+                pass  # the credentials do not permit a request about the bucket
             raise error from None
         return Version(int(found["ContentLength"]), str(found["ETag"]))
 

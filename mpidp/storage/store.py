@@ -1,4 +1,4 @@
-"""The interface of all stores. A store is a folder of files on a server, which are read in ranges of bytes.
+"""The interface of all stores. A store is a folder on a server. The files of the folder are read in ranges of bytes.
 
 A file has a version, for example an S3 ETag, which changes when the file is replaced.
 """
@@ -12,7 +12,7 @@ from mpidp.storage.address import Address
 
 
 class Version(NamedTuple):
-    """`size`: the size of a file in bytes. `tag`: a text that changes when the file is replaced."""
+    """The version of a file. `size`: the size of the file in bytes. `tag`: a text that changes when the file is replaced."""
 
     size: int
     tag: str
@@ -44,11 +44,12 @@ class Store(Protocol):
         """Return the size and the version of a file. Raises Missing if the file does not exist. Independent."""
 
     def read(self, name: str, start: int, stop: int, version: Version) -> bytes:
-        """Return bytes [start, stop) of a file. Raises Changed if the file does not have version `version`. Independent."""
+        """Return bytes [start, stop) of a file. Raises Changed if the file no longer has the version `version`.
+        Independent."""
 
     def write(self, name: str, content: IO[bytes], size: int) -> None:
-        """Write `size` bytes of `content` to a file. An existing file is replaced. After an error, the file may be missing or
-        have a wrong size. Independent."""
+        """Write `size` bytes of `content` to the file `name`. An existing file is replaced. After an error, the file may be
+        missing or have a wrong size. Independent."""
 
     def names(self, folder: str) -> list[str]:
         """Return the names of all files in `folder` and its subfolders. A name includes the path from the store's folder.

@@ -1,4 +1,5 @@
-"""Folders on a web server. Files are read with Python's own HTTP client: HEAD for the version, and GET with Range for bytes.
+"""Folders on a web server. Files are read with Python's own HTTP client. A HEAD request gets the version of a file, and a GET
+request with the header Range gets bytes.
 
 An answer must state the requested range (Content-Range) and the requested version (ETag, or Last-Modified if there is no ETag).
 User name and password are read from ~/.netrc. Source: RFC 9110, sections 13 and 14.
@@ -111,12 +112,13 @@ def _login(host: str) -> str:
 def _tag(answer: Any) -> str:
     tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
     if not tag:
-        raise Refused("the server states neither ETag nor Last-Modified, so mpidp could not detect that a file was replaced")
+        raise Refused("the server states neither ETag nor Last-Modified, so mpidp could not detect that a file was replaced. Use "
+                      "a server that sends one of these headers")
     return re.sub(r"\s+", " ", tag)
 
 
 def _body(answer: Any, size: int) -> bytes:
-    """Return at most `size` bytes of an answer. Raises Unreachable if they do not arrive within REQUEST_SECONDS."""
+    """Return at most `size` bytes of an answer. Raises Unreachable if these bytes do not arrive within REQUEST_SECONDS."""
     pieces, until = [], time.monotonic() + REQUEST_SECONDS
     try:
         while size > 0 and (piece := answer.read1(min(size, PIECE))):

@@ -55,7 +55,7 @@ BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a list": (lambda i: [i], "its format is not"),
     "no files": (lambda i: {k: v for k, v in i.items() if k != "files"}, "files is missing"),
     "fewer tokens": (lambda i: i | {"splits": i["splits"] | {"train": i["splits"]["train"] | {"tokens": 5}}},
-                     "tokens of split 'train' is not the sum of tokens of its files"),
+                     "`tokens` of split 'train' is not the sum of `tokens` of its files"),
     "a path": (lambda i: i | {"files": [f | {"name": "../" + f["name"]} for f in i["files"]]}, "is not a plain file name"),
     "a file twice": (lambda i: i | {"files": [f | {"name": SHARD} for f in i["files"]]}, "lists a file twice"),
     "negative": (lambda i: i | {"vocab_size": -1}, "vocab_size must be an integer in 1..4294967296, but is -1"),

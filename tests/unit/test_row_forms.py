@@ -236,8 +236,8 @@ def test_a_file_of_preferences_or_of_rendered_chats_is_refused(tmp_path: Path) -
     options: dict[str, Any] = {"form": "chat", "chat_template": str(tmp_path / "t.jinja"), "seq_len": 80}
     for row, words in (
         ({"prompt": "a", "chosen": [said("b")], "rejected": [said("c")]}, "rows of preferences .* last message of `messages`"),
-        ({"text": "<|im_start|>user\na<|im_end|>"}, "`text` with a chat that a template has rendered, on which --format text"),
-        ({"text": "a"}, "`text` with a text, on which --format text"),
+        ({"text": "<|im_start|>user\na<|im_end|>"}, "`text` with a chat that a template has rendered; to train on it"),
+        ({"text": "a"}, "`text` with plain text; to train on it, use --format text"),
     ):
         with pytest.raises(DataError, match=f"(?s)no text at all.*{words}"):
             prepare(write(tmp_path / "a.jsonl", row, row), out=tmp_path / "out", **options)
