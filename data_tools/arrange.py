@@ -1,12 +1,13 @@
-"""Arranges the documents of one or more sources as one stream. The result does not depend on the number of ranks.
+"""Arranges the documents of one or more sources in one sequence of tokens. The result does not depend on the number of ranks.
 
-A mixture divides the number of tokens taken from each source by the weight of the source. It takes the next document from the
-source with the smallest result. The proportions of the sources are therefore about right at every point of the mixture.
+A mixture takes documents from several sources in proportion to their weights. For each source, the number of tokens taken so
+far is divided by the weight of the source. The next document comes from the source with the smallest quotient. The proportions
+of the sources are therefore about right at every point of the mixture.
 
-Packing puts documents into windows of a fixed number of tokens. No document crosses a window boundary. Only the last OPEN windows
-can receive documents. Each document, in order, goes into the first of these windows that has enough room. If none has, a new
-window begins. The rest of a window is filled with end-of-document tokens that are excluded from the loss. Packing needs about 100
-bytes of memory per document.
+Packing puts documents into windows of a fixed number of tokens. No document crosses a window boundary. The documents are
+placed one after the other. Each document goes into the first of the newest OPEN windows that has enough room. If none of these
+windows has enough room, a new window begins. The free space of a window is filled with end-of-document tokens that are
+excluded from the loss. Packing needs about 100 bytes of memory per document.
 """
 
 from __future__ import annotations
@@ -23,18 +24,20 @@ OPEN = 64  # number of windows that can receive further documents
 
 
 def lengths_of(stream: Stream) -> tuple[np.ndarray, np.ndarray]:
-    """Return (starts, lengths) of the d documents of a stream, in tokens. Both are int64 arrays (d,). Independent."""
+    """Return (starts, lengths) of the d documents of a stream. starts: the position of each document's first token. lengths:
+    the number of tokens of each document. Both are int64 arrays (d,). Independent."""
     starts = stream.document_starts(0, stream.tokens).astype(np.int64) if stream.tokens else np.empty(0, dtype=np.int64)
     return starts, np.diff(starts, append=stream.tokens)
 
 
 def mix(lengths: Sequence[np.ndarray], weights: Sequence[float], tokens: int, repeat: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return (sources, indices) of the n documents of a mixture. Both are int64 arrays (n,). sources: the source of each
-    document. indices: the index of each document in its source.
+    """Choose the n documents of a mixture, in order. Return (sources, indices), two int64 arrays (n,). sources: the number of
+    each document's source. indices: the index of the document in this source.
 
     `lengths`: for each source, the lengths of its documents in tokens. Each source must have at least one document. `weights`:
-    the weight of each source. The mixture stops after `tokens` tokens (0: no limit), or when the next document must come from a
-    source that has no more documents. With `repeat`, this source starts over instead. Pure.
+    the weight of each source. The mixture ends with the document that reaches `tokens` tokens (0: no limit). It also ends when
+    the next document must come from a source without further documents. With `repeat`, such a source starts again from its
+    first document instead. Pure.
     """
     if len(lengths) == 1 and not tokens:
         return np.zeros(len(lengths[0]), dtype=np.int64), np.arange(len(lengths[0]))
@@ -65,7 +68,7 @@ def pack(lengths: np.ndarray, window: int) -> tuple[np.ndarray, int]:
     the last window needs a target for its last token. Pure.
     """
     places = np.empty(len(lengths), dtype=np.int64)
-    rooms: list[list[int]] = []  # [start of the free space, number of free tokens] of the last windows
+    rooms: list[list[int]] = []  # [start of the free space, number of free tokens] of each of the newest windows
     windows = 0
     for i, length in enumerate(lengths.tolist()):
         room = next((one for one in rooms if one[1] >= length), None)
@@ -83,7 +86,7 @@ class Arrangement:
     """Documents of one or more streams, arranged as one stream. The class implements the interface Tokens (cut.py)."""
 
     streams: Sequence[Stream]
-    which: np.ndarray  # (n,) the stream of each document, in output order
+    which: np.ndarray  # (n,) index in `streams` of each document's stream, in output order
     starts: np.ndarray  # (n,) start of each document in its stream
     lengths: np.ndarray  # (n,) number of tokens of each document
     places: np.ndarray  # (n,) start of each document in the output, ascending
@@ -98,8 +101,9 @@ class Arrangement:
     def of(
         cls, streams: Sequence[Stream], weights: Sequence[float], tokens: int, repeat: bool, window: int, eod: int
     ) -> Arrangement:
-        """Arrange the documents of `streams` as mix() determines. If `window` is not 0, pack them into windows of `window`
-        tokens. `eod`: the id that fills the windows. Independent."""
+        """Arrange the documents of `streams` in the order that mix() determines from `weights`, `tokens` and `repeat`. If
+        `window` is not 0, pack the documents into windows of `window` tokens. `eod`: the id that fills the free space of the
+        windows. Independent."""
         found = [lengths_of(stream) for stream in streams]
         which, numbers = mix([lengths for _, lengths in found], weights, tokens, repeat)
         starts, lengths = np.empty(len(which), dtype=np.int64), np.empty(len(which), dtype=np.int64)
@@ -114,11 +118,11 @@ class Arrangement:
         return cls(streams, which[order], starts[order], lengths[order], places[order], total, eod)
 
     def pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Yield the ids of the tokens [start, stop), in pieces of at most PIECE_TOKENS."""
+        """Yield the ids of the tokens [start, stop), as arrays of at most PIECE_TOKENS ids."""
         return self._read(start, stop, mask=False)
 
     def masks(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Yield the loss mask of the tokens [start, stop), uint8, in pieces of at most PIECE_TOKENS."""
+        """Yield the loss mask of the tokens [start, stop), as uint8 arrays of at most PIECE_TOKENS values."""
         return self._read(start, stop, mask=True)
 
     def _read(self, start: int, stop: int, mask: bool) -> Iterator[np.ndarray]:
@@ -135,7 +139,7 @@ class Arrangement:
             yield piece
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Return the starts of the documents that begin in [start, stop), minus `start`, as uint64."""
+        """Return where documents begin among the tokens [start, stop), as uint64 positions relative to `start`."""
         low, high = np.searchsorted(self.places, [start, stop])
         return (self.places[low:high] - start).astype(np.uint64)
 

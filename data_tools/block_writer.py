@@ -1,5 +1,5 @@
-"""Writes blocks of tokens to raw files, from which shards are cut. Some formats do not store document starts. For these formats,
-the starts can be replaced later."""
+"""Writes blocks of tokens to raw files (see cut.py), which are temporary. Shards are later written from the raw files. For a
+format that does not store document starts, the starts are found later, and replaced in the raw files."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class BlockWriter:
         """`masked`: whether to store a loss mask even if it is 1 for every token."""
         self.path, self.dtype = folder / split, dtype
         self.tokens = self.documents = 0
-        self.parts: list[int] = []  # position at which each part of the source begins
-        self.known: list[bool] = []  # whether each part stores its documents
+        self.parts: list[int] = []  # position at which each file or folder of the source begins
+        self.known: list[bool] = []  # whether each of these files or folders stores document starts
         self.lengths: set[int] = set()  # lengths of rows; at most two different lengths are recorded
         self.left_out = 0  # number of tokens that are not in the loss
         self._ids, self._starts = self._open("tokens"), self._open("documents")
@@ -73,8 +73,8 @@ class BlockWriter:
         self.documents = documents
 
     def pieces(self, start: int = 0, stop: int = -1) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (position, ids) of consecutive pieces of the tokens [start, stop). position: the position of the first token of
-        the piece. The default is all tokens."""
+        """Yield the tokens [start, stop) as several pairs (position, ids), in order. position: the position of the first token
+        in the array `ids`. By default, yield all tokens."""
         raw, end = self.raw(), self.tokens if stop < 0 else stop
         for at in range(start, end, BLOCK_TOKENS):
             yield at, raw.read(at, min(at + BLOCK_TOKENS, end))

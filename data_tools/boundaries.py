@@ -1,4 +1,4 @@
-"""Finds the document starts in a stream of tokens. They are recognized by the special tokens that end or begin documents."""
+"""Finds the document starts in a stream of tokens, by the special tokens that end or begin documents."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mpidp.runtime.log import counted
 def eod_is_first(writers: Sequence[BlockWriter], eod: int, usual: bool) -> bool:
     """Return True if the end-of-document token seems to begin documents, and False if it seems to end them.
 
-    The result is True if more parts of the source begin with this token than end with it. `usual`: the result if both numbers are
-    equal. Independent.
+    The result is True if more files or folders of the source begin with this token than end with it. `usual`: the result if
+    both numbers are equal. Independent.
     """
     begin = end = 0
     for writer in writers:
@@ -25,8 +25,8 @@ def eod_is_first(writers: Sequence[BlockWriter], eod: int, usual: bool) -> bool:
 
 
 def starts_of_parts(writer: BlockWriter, eod: int, bos: int | None, first: bool) -> Iterator[np.ndarray]:
-    """Yield the document starts, int64. Where a part of the source does not store its document starts, starts_by_ids() finds
-    them. Independent."""
+    """Yield all document starts, as int64 arrays. If a file or folder of the source does not store its document starts,
+    starts_by_ids() finds them. `eod`, `bos`, `first`: see starts_by_ids(). Independent."""
     for begin, end, known in zip(writer.parts, [*writer.parts[1:], writer.tokens], writer.known, strict=True):
         if known:
             yield writer.raw().document_starts(begin, end).astype(np.int64)
@@ -35,9 +35,9 @@ def starts_of_parts(writer: BlockWriter, eod: int, bos: int | None, first: bool)
 
 
 def starts_by_ids(pieces: Iterator[tuple[int, np.ndarray]], eod: int, bos: int | None, first: bool) -> Iterator[np.ndarray]:
-    """Yield the document starts, int64. A document starts at the first token, at each BOS, and after each end-of-document token.
-    If `first` is true, a document starts at each end-of-document token instead of after it. `pieces`: (position, ids) of
-    consecutive pieces of the stream. Pure."""
+    """Yield the document starts, as int64 arrays. A document starts at the first token, at each BOS, and after each
+    end-of-document token. If `first` is true, a document starts at each end-of-document token instead of after it. `pieces`:
+    the tokens in order, as pairs (position of the first token, ids). `eod`, `bos`: ids of the two special tokens. Pure."""
     last = None
     for at, ids in pieces:
         found = ids == eod if first else np.concatenate([[last in (None, eod)], ids[:-1] == eod])

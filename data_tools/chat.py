@@ -1,16 +1,17 @@
 """Locates the assistant's turns in the text of a chat. Pure.
 
-Three rules determine where a turn starts and ends. The start is determined by the first rule that gives a start, and the end by
-the first rule that gives an end.
+Three rules determine where a turn starts and ends. The start is determined by the first rule that gives a start, and the end
+by the first rule that gives an end.
 
-1. The template marks the assistant's parts with {% generation %}.
+1. If the template marks the assistant's turns with {% generation %}, a turn is the marked text.
 2. Start: let A be the text of the messages before the turn, followed by the generation prompt. If the text of the chat begins
-   with A, the turn starts after A. End: let B be the text of the messages up to and including the turn. If the text of the chat
-   begins with B, the turn ends after B.
-3. The turn starts where the template writes the content of its message, and ends after this content. The two places are found
-   with marks in the content. If a mark at the end of the content does not work, the turn ends after the name of the last tool
-   call of the message. The template may write more text after the end, such as the name of a special token. Let C be this text in
-   a chat that ends with the turn, and D this text in the whole chat. The turn also includes the common beginning of C and D.
+   with A, the turn starts after A. End: let B be the text of the messages up to and including the turn. If the text of the
+   chat begins with B, the turn ends after B.
+3. The turn starts where the template writes the content of its message, and ends after this content. To find the two places, a
+   mark is inserted into the content, and the chat is rendered again. If a mark at the end of the content does not work, the
+   turn ends after the name of the last tool call of the message. The template may write more text after this end, such as the
+   name of a special token. Let C be the text after the end if the chat is cut off after the turn, and D the text after the end
+   in the whole chat. The turn also includes the common beginning of C and D.
 """
 
 from __future__ import annotations
@@ -41,13 +42,14 @@ def render(template: Template, chat: Chat) -> tuple[str, Spans]:
     if not all(chat.learned[i] for i in turns):
         if len(spans) != len(turns):
             raise RowSkipped("malformed", f"some of its {len(turns)} assistant turns are not in the loss, but the template marks "
-                                          f"{len(spans)} parts of the text, so the part of each turn is unknown")
+                                          f"{len(spans)} parts of the text, so the text of each turn is unknown")
         spans = [span for span, i in zip(spans, turns, strict=True) if chat.learned[i]]
     return text, spans
 
 
 def _turn(template: Template, chat: Chat, text: str, i: int) -> tuple[int, int]:
-    """Return the span (start, stop) of turn i in the text of the chat, in characters. It is found by rule 2 or 3."""
+    """Return the span (start, stop) of message i, an assistant turn, in the text of the chat, in characters. Rule 2 or 3 of
+    this file determines the start and the end."""
     start = _beginning(template, chat, text, i, prompt=True)
     stop = _beginning(template, chat, text, i + 1, prompt=False)
     if start is None:
@@ -61,8 +63,9 @@ def _turn(template: Template, chat: Chat, text: str, i: int) -> tuple[int, int]:
 
 
 def _beginning(template: Template, chat: Chat, text: str, count: int, prompt: bool) -> int | None:
-    """Return the length of the text of the first `count` messages. Return None if the text of the chat does not begin with this
-    text. `prompt`: whether to include the generation prompt."""
+    """Render the first `count` messages alone, and return the length of their text. Return None if `text`, the text of the
+    whole chat, does not begin with this text, or if the template rejects these messages. `prompt`: whether to add the
+    generation prompt."""
     if count == len(chat.messages):
         return len(text)
     try:
@@ -73,12 +76,12 @@ def _beginning(template: Template, chat: Chat, text: str, count: int, prompt: bo
 
 
 def _content(template: Template, chat: Chat, text: str, i: int, mark: str) -> tuple[int, str]:
-    """Return (place, tail). place: where the content of message i begins (if `mark` is BEGIN) or ends (END), in characters. tail:
-    the text that would follow this place if the chat ended with message i.
+    """Return (place, tail). place: the position in `text` where the content of message i begins (if `mark` is BEGIN) or ends
+    (END), in characters. tail: the text that follows this position if the chat ends with message i.
 
-    The mark is tried in several places (see _with_marks). The first place is used at which the template writes the mark exactly
-    once and the mark changes nothing else in the text. If the content is empty, only the text before the mark must stay the same.
-    Raises RowSkipped if no place works.
+    The mark is inserted at several places of the message, one after the other (see _with_marks). A place works if the template
+    writes the mark exactly once, and the mark changes no other text. If the content is empty and `mark` is BEGIN, only the
+    text before the mark must stay the same. The first place that works is used. Raises RowSkipped if no place works.
     """
     empty = not chat.messages[i].get("content")
     for message in _with_marks(chat.messages[i], mark):
@@ -101,9 +104,9 @@ def _unknown(i: int) -> RowSkipped:
 
 
 def _with_marks(message: Mapping[str, Any], mark: str) -> Iterator[dict[str, Any]]:
-    """Yield copies of the message, each with the mark in another place. First, the mark is at the beginning (BEGIN) or the end
-    (END) of its content, as in _marked_texts(). If `mark` is END, a last copy has the mark after the name of the message's last
-    tool call."""
+    """Yield copies of the message, each with the mark in another place. In the first copies, the mark is at the beginning
+    (BEGIN) or the end (END) of the content (see _marked_texts). If `mark` is END and the message has tool calls, the mark of
+    the last copy is after the name of the last tool call."""
     content, calls = message.get("content"), message.get("tool_calls")
     if isinstance(content, list):
         texts = [n for n, part in enumerate(content) if isinstance(part.get("text"), str)]
@@ -120,8 +123,8 @@ def _with_marks(message: Mapping[str, Any], mark: str) -> Iterator[dict[str, Any
 
 
 def _marked_texts(text: str, mark: str) -> Iterator[str]:
-    """Yield two texts. In the first, the mark is before the text (BEGIN) or after it (END). In the second, the mark is inside the
-    white space at this end of the text, because a template may strip the white space."""
+    """Yield two texts. In the first, the mark is before the text (BEGIN) or after it (END). In the second, the mark is between
+    the white space at this end of the text and the rest of the text, because a template may strip the white space."""
     for outer in (text, text.lstrip() if mark == BEGIN else text.rstrip()):
         at = len(text) - len(outer) if mark == BEGIN else len(outer)
         yield text[:at] + mark + text[at:]

@@ -3,9 +3,9 @@
   python -m data_tools.convert --to FORMAT SHARDS --out OUT                   writes a folder (megatron: OUT_train.bin, ...)
   python -m data_tools.convert --from FORMAT SRC --out DIR --tokenizer PATH   reads a file or a folder (megatron: or a prefix)
 
-If neither --from nor --to is given, the format of SRC is recognized from its content. The formats below store ids without their
-tokenizer. With --tokenizer, give the tokenizer that made the ids: byte, a tokenizer.json, or a folder that contains one. To check
-that it is the right one, read the beginning of the text with `mpidp inspect`.
+If neither --from nor --to is given, the format of SRC is recognized from its content. The formats below store ids without
+their tokenizer. With --tokenizer, give the tokenizer that made the ids: byte, a tokenizer.json, or a folder that contains one.
+To check that it is the right tokenizer, read the beginning of the converted text with `mpidp inspect OUT`.
 
 formats:
 FORMATS
@@ -70,7 +70,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
                           "store where documents end (default: auto, which decides by the data and the format)",
               choices=("auto", "end", "start"))
     only_from("--one-document", "treat each split as one document", action="store_true", dest="whole")
-    only_from("--rows", "document: each row is a document; part: rows are joined to a stream, in which the end-of-document token "
+    only_from("--rows", "document: each row is a document; part: the rows are concatenated, and the end-of-document token "
                         "ends documents (default: auto, which means part if all rows have the same length, else document)",
               choices=("auto", "document", "part"))
     only_from("--add-eod", "for rows: append the end-of-document token to rows that do not end with it", action="store_true")

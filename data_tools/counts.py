@@ -27,7 +27,7 @@ class Counts:
     unused: int = 0  # rows with keys that neither prepare nor the chat template uses
     special: int = 0  # documents and rows that name a special token, such as <|im_start|>
     quoted: int = 0  # chats whose tool calls have JSON text as arguments, which the template writes as a string
-    doubtful: int = 0  # files read as plain text that may have been meant as rows
+    doubtful: int = 0  # files that were read as plain text, but may contain rows
     problems: dict[str, list[str]] = field(default_factory=dict)
     forms: dict[str, int] = field(default_factory=dict)  # number of rows of each form other than the usual one (row_forms.py)
 
@@ -40,8 +40,8 @@ class Counts:
             shown.append(where)
 
     def read_as(self, form: str) -> None:
-        """Count a row that had another form and was converted. `form`: the name of its form in row_forms.py, or "" if the row had
-        the usual form, which is not counted."""
+        """Count a row that was converted from another form. `form`: the name of this form in row_forms.py, such as "ShareGPT".
+        If `form` is "", the row had the usual form and is not counted."""
         if form:
             self.forms[form] = self.forms.get(form, 0) + 1
 
@@ -58,7 +58,7 @@ class Counts:
                  "special": "documents or rows with the name of a special token in the text",
                  "quoted": "rows with JSON text as `arguments` of a tool call, which the chat template writes as a quoted "
                            "string (write `arguments` as an object to avoid the quotes)",
-                 "long": "rows longer than a window, skipped (or truncated with --truncate)",
+                 "long": "rows longer than --seq-len tokens, skipped (with --truncate: truncated)",
                  "doubtful": "files with JSON or a table, read as plain text"}
         lines = [f"{count:,} row{'s' * (count != 1)} read as {form} rows" for form, count in sorted(self.forms.items())]
         for kind, places in self.problems.items():
@@ -89,7 +89,7 @@ class Counts:
 
     @classmethod
     def total(cls, of_ranks: Iterable[Iterable[Counts]]) -> Counts:
-        """Return the sum of the counts of all readers of all ranks."""
+        """Return the sum of all counts. `of_ranks`: for each rank, the counts of its readers."""
         found = cls()
         for counts in of_ranks:
             for one in counts:

@@ -1,5 +1,5 @@
-"""Cuts raw streams into shards. First, the shard boundaries are chosen. Then each shard is written from the raw files of the
-ranks."""
+"""Cuts streams of tokens into shards. Each rank first writes its tokens to raw files, which are temporary files of ids,
+document starts and loss mask. Then the shard boundaries are chosen. Each shard is written from the raw files of all ranks."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ PIECE_TOKENS = 2**20  # number of tokens that are read at a time
 class RawWriter:
     """Writes the raw files of one rank for a stream.
 
-    FOLDER/NAME.tokens has the ids. FOLDER/NAME.documents has the start of each document (uint64). If there is a loss mask,
-    FOLDER/NAME.mask has the mask (uint8).
+    FOLDER/NAME.tokens contains the ids. FOLDER/NAME.documents contains the position of the first token of each document
+    (uint64). If there is a loss mask, FOLDER/NAME.mask contains the mask (uint8).
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype[Any], masked: bool = False) -> None:
@@ -89,7 +89,7 @@ class Raw:
         return np.fromfile(f"{self.path}.tokens", dtype, count=stop - start, offset=start * self.token_bytes)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Return the starts of the documents that begin in [start, stop), as uint64."""
+        """Return where documents begin among the tokens [start, stop), as uint64 positions."""
         if not self.documents:
             return np.empty(0, dtype="<u8")
         starts = np.memmap(f"{self.path}.documents", dtype="<u8", mode="r")
@@ -121,17 +121,17 @@ class Stream:
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     def pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Yield the ids of the tokens [start, stop), in pieces of at most PIECE_TOKENS."""
+        """Yield the ids of the tokens [start, stop), as arrays of at most PIECE_TOKENS ids."""
         for at in range(start, stop, PIECE_TOKENS):
             yield self.read(at, min(at + PIECE_TOKENS, stop))
 
     def masks(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Yield the loss mask of the tokens [start, stop), uint8, in pieces of at most PIECE_TOKENS."""
+        """Yield the loss mask of the tokens [start, stop), as uint8 arrays of at most PIECE_TOKENS values."""
         for at in range(start, stop, PIECE_TOKENS):
             yield self.read(at, min(at + PIECE_TOKENS, stop), mask=True)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Return the starts of the documents that begin in [start, stop), minus `start`, as uint64."""
+        """Return where documents begin among the tokens [start, stop), as uint64 positions relative to `start`."""
         found = [raw.document_starts(a, b) + np.uint64(base) for raw, base, a, b in self._overlaps(start, stop)]
         return np.concatenate(found) - np.uint64(start)
 
@@ -144,7 +144,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """The plan of shard number `shard` of a split. The shard contains tokens [start, stop) of a stream."""
+    """The plan of shard number `shard` of a split. The shard contains the tokens [start, stop) of the stream `stream`."""
 
     split: str
     shard: int
@@ -180,9 +180,9 @@ def plan_shards(streams: Mapping[str, Tokens], shards: int, val_fraction: float)
     """Plan the shards of each split. If a split has N tokens and K shards, shard k starts at token k * N // K of the split.
 
     `streams`: the streams by name. If there is a stream "val", it becomes the validation split. Otherwise the end of "train"
-    becomes the validation split: a fraction `val_fraction` of the tokens, but at least 2 tokens. `shards`: the number of training
-    shards. The number of validation shards is in proportion to the size of the split. Raises DataError if a split is too small,
-    and UsageError if there are more shards than tokens.
+    becomes the validation split: a fraction `val_fraction` of the tokens, but at least 2 tokens (0: no validation split).
+    `shards`: the number of training shards. The number of validation shards is in proportion to the size of the validation
+    split. Raises DataError if a split is too small, and UsageError if there are more shards than tokens.
     """
     total = streams["train"].tokens
     by_document = "val" in streams
@@ -191,7 +191,7 @@ def plan_shards(streams: Mapping[str, Tokens], shards: int, val_fraction: float)
     if num_train < 2 or (val_fraction and num_val < 2):
         found = counted(total, "training token" if by_document else "token")
         found += f" and {counted(num_val, 'validation token')}" * by_document
-        advice = ", or set --val-fraction 0" * (val_fraction > 0) + ", or a different --seed, or --split text" * by_document
+        advice = ", or set --val-fraction 0" * (val_fraction > 0) + ", or give another --seed, or --split text" * by_document
         raise DataError(f"the source has {found}, but each split needs at least 2 tokens. Give more text{advice}")
     if shards > num_train:
         raise UsageError(f"--shards {shards} is more than {num_train}, the number of training tokens. Choose fewer shards")

@@ -1,4 +1,5 @@
-"""Encodes text documents or training rows into raw streams of tokens. Training rows also get a loss mask."""
+"""Encodes text documents or training rows, and writes the ids to raw files (see cut.py). Training rows also get a loss
+mask."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from mpidp.data.tokenizer import token_dtype
 
 T = TypeVar("T")
 BATCH_CHARACTERS = 2**20  # number of characters that are encoded at once
-MAX_CHARACTERS = 64  # number of characters per token of the window above which a very long row is cut
+MAX_CHARACTERS = 64  # a row with more characters than this for each token of the window is cut (see encode_rows)
 
 
 @dataclass(frozen=True)
@@ -157,10 +158,10 @@ def encode_rows(
 def _tokens(row: TrainingRow, placed: Placed, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
     """Return (ids, loss mask) of a row. A token is in the loss if it contains a character of a span of the row.
 
-    BOS is inserted at the start if documents begin with BOS and the row does not. An end-of-document token is appended if the row
-    does not end with one. The appended token is in the loss if the row ends with a part in the loss. There is one exception: this
-    part may itself end with an end-of-document token and white space. Then the appended token is not in the loss. The first token
-    is never in the loss, because no token precedes it.
+    BOS is inserted at the start if documents begin with BOS and the row does not. An end-of-document token is appended if the
+    row does not end with one. The appended token is in the loss if the row ends with text in the loss. There is one exception:
+    if this text already ends with an end-of-document token and white space, the appended token is not in the loss. The first
+    token is never in the loss, because no token precedes it.
     """
     ids, eod, ends = placed.ids, encoder.tokenizer.eod, encoder.table.ends
     mask = np.zeros(len(ids), dtype=np.uint8)
@@ -169,7 +170,7 @@ def _tokens(row: TrainingRow, placed: Placed, encoder: Encoder) -> tuple[np.ndar
         mask[held] = 1
         after = int(held[-1]) + 1 if len(held) else int(np.searchsorted(placed.starts, start))  # an empty turn holds no token
         if row.unmarked and after < len(ids) and ids[after] in ends and not np.isin(ids[held], ends).any():
-            mask[after] = 1  # the token that ends a turn, which this template writes only before another message
+            mask[after] = 1  # the token that ends the turn; it is not in the span if it is written only before another message
     if not len(ids) or ids[-1] != eod:
         learned_ends = placed.stops[(ids == eod) & (mask > 0)]
         ended = len(learned_ends) > 0 and not row.text[learned_ends[-1] :].strip()

@@ -36,7 +36,7 @@ DATASETS = (
     ("*.bin", "*.idx", "token files of Megatron-LM", "Use mpidp convert --from megatron {folder} --out DIR --tokenizer PATH"),
     ("token_ids_part_*.npy", "*", "token files of OLMo", "Use mpidp convert --from olmo {folder} --out DIR --tokenizer PATH"),
 )
-CACHED = "cache-*.arrow"  # cached results, which the package datasets keeps beside a dataset
+CACHED = "cache-*.arrow"  # cached results, which the package `datasets` keeps beside a dataset
 SAVED, ABOUT = "state.json", ("dataset_info.json", "state.json")  # files of a dataset that save_to_disk wrote
 
 
@@ -132,8 +132,8 @@ def _identity(folder: str | Path) -> tuple[int, int]:
 
 
 def _text_files(folder: str, names: list[str]) -> list[str]:
-    """Return those of the files `names` of a folder that may contain text. If save_to_disk wrote the folder, its Arrow files are
-    those that state.json names.
+    """Return the names of those files of a folder that may contain text. `names`: the names of its files. If save_to_disk
+    wrote the folder, only those Arrow files are returned that state.json lists.
 
     Raises DataError if the folder has a dataset in a format that prepare does not read.
     """
@@ -154,8 +154,8 @@ def _text_files(folder: str, names: list[str]) -> list[str]:
         raise DataError(f"{path} does not list the files of a dataset of Hugging Face. Restore this file, or remove it to "
                         "read all files of the folder") from None
     if selects:
-        raise DataError(f"{folder}: an old version of datasets saved this folder with a table of indices, which mpidp does not "
-                        "apply. Load the dataset, call flatten_indices(), and save it again")
+        raise DataError(f"{folder}: an old version of the package datasets saved this folder with a table of indices, which "
+                        "mpidp does not apply. Load the dataset, call flatten_indices(), and save it again")
     if missing := [name for name in listed if name not in names]:
         raise DataError(f"{os.path.join(folder, missing[0])} is missing, but {SAVED} lists it: copy the whole folder")
     return [name for name in names if name in listed or not name.endswith(".arrow") and name not in ABOUT]

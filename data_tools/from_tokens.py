@@ -35,12 +35,12 @@ class FromOptions:
     shards: int = 4
     val_fraction: float = 0.05  # share of the tokens, if the source has no validation split
     eod: str | None = None  # the end-of-document token
-    eod_at: str = "auto"  # the place of this token: "end" or "start" of a document
+    eod_at: str = "auto"  # where this token is in a document: "end", "start", or "auto": decided by the data and the format
     dtype: str = ""
     column: str = ""
-    rows: str = "auto"  # what a row is: a document, or a part of a stream
+    rows: str = "auto"  # "document": a row is a document; "part": rows are concatenated; "auto": by the lengths of the rows
     whole: bool = False  # whether each split is one document
-    add_eod: bool = False  # whether the token is appended to rows that do not end with it
+    add_eod: bool = False  # whether the end-of-document token is appended to rows that do not end with it
     seq_len: int = 0  # pack documents into windows of this many tokens; 0: do not pack
 
     def check(self) -> None:
@@ -56,11 +56,11 @@ class FromOptions:
 
 
 def from_tokens(name: str, source: Path, out: Path, options: FromOptions) -> list[str]:
-    """Write shards from a source. Return lines of text for the user: one about each split, then remarks.
+    """Convert a dataset of tokens to shards. Return lines of text for the user: one about each split, then remarks.
 
     `name`: the name of the source's format, or "auto". Raises UsageError if an option is invalid, if `out` exists, or if the
-    source is a folder of shards. Raises DataError if the source is damaged, has another format, or does not match the tokenizer.
-    After an error, `out` does not exist unless it existed before. Independent.
+    source is a folder of shards. Raises DataError if the source is damaged, has another format, or does not match the
+    tokenizer. After an error, `out` does not exist unless it existed before. Independent.
     """
     options.check()
     name, kind = _format_of(name, source)
@@ -139,8 +139,8 @@ def _blocks(
 
 
 def _with_eod(block: TokenBlock, eod: int) -> TokenBlock:
-    """Return a block of rows in which each row ends with the end-of-document token. Where this token is appended, it is in the
-    loss if the token before it is. Pure."""
+    """Return a copy of a block of rows, in which each row ends with the end-of-document token. An appended token is in the
+    loss if the token before it is in the loss. Pure."""
     assert block.starts is not None
     ends = np.append(block.starts[1:], len(block.ids))[: len(block.starts)]
     short = block.ids[ends - 1] != eod
@@ -180,13 +180,13 @@ def _find_documents(
                "give --rows document"] * joined
     packed = ". The model does not learn this token, because the first token of a packed document is not in the loss" * (
         options.seq_len > 0)
-    told = f"documents begin with the token id {encoder.eod}{packed}. If they end with it, give --eod-at end"
+    told = f"documents begin with the token id {encoder.eod}{packed}. If documents end with this token, give --eod-at end"
     return remarks + [told] * first + alone(used, encoder.eod)
 
 
 def _streams(writers: dict[str, BlockWriter], encoder: Tokenizer, options: FromOptions) -> dict[str, Tokens]:
-    """Return the tokens of each split by name. "val" is missing if the source has no validation split. There is one exception: if
-    the data is packed or has a loss mask, "val" then consists of the last documents of the source."""
+    """Return the tokens of each split by name. If the source has no validation split, the result has no key "val", with one
+    exception: if the data is packed or has a loss mask, "val" contains the last documents of the source."""
     streams = {split: Stream([writer.raw()]) for split, writer in writers.items() if writer.tokens}
     if "train" not in streams:
         raise DataError("the source has no tokens to train on. Give another file or folder")

@@ -71,7 +71,7 @@ def chat_of(fields: Mapping[str, Any], template: Template) -> Chat:
     if not any(message["role"] == "assistant" for message in messages):
         raise RowSkipped("empty", "no assistant turn")
     if not any(chat.learned):
-        raise RowSkipped("empty", "no assistant turn to learn: each has weight 0, or train or loss false")
+        raise RowSkipped("empty", "no assistant turn to learn: each has `weight` 0, or `train` or `loss` false")
     for message, learned in zip(messages, chat.learned, strict=True):
         calls = [key for key in CALLS if message.get(key) and f"messages.{key}" in chat.unused]
         if learned and calls and not message.get("content"):
@@ -113,8 +113,9 @@ def _check(message: Any) -> None:
 
 
 def _learned(message: Mapping[str, Any]) -> bool:
-    """Return whether a message is in the loss. An assistant's message is in the loss unless one of its keys WEIGHTS is 0 or
-    false. Other messages are never in the loss. Raises RowSkipped if the value of such a key is not valid."""
+    """Return whether a message is in the loss. An assistant's message is in the loss unless the value of one of the keys
+    WEIGHTS is 0 or false. Other messages are never in the loss. Raises RowSkipped if a message has an invalid value for one of
+    these keys, or if a message of another role has the value 1 or true."""
     values = [message[key] for key in WEIGHTS if message.get(key) is not None]
     if bad := [value for value in values if value not in (0, 1)]:
         raise RowSkipped("malformed", f"a message whose `weight`, `train` or `loss` is {bad[0]!r:.40}, not 0, 1, true or false")

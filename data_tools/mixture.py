@@ -17,8 +17,8 @@ from mpidp.storage.address import check_local
 
 @dataclass(frozen=True)
 class Source:
-    """A source of text. `path`: a file, a folder or "stdlib". `share`: the fraction of the mixture's tokens that it should
-    give."""
+    """A source of text. `path`: a file, a folder or "stdlib". `share`: the fraction of the mixture's tokens that should come
+    from this source."""
 
     path: str
     share: float
@@ -58,8 +58,8 @@ def _parse(word: str) -> tuple[str, float | None]:
 def lay_out(
     split: str, streams: list[Stream], sources: list[Source], tokens: int, repeat: bool, window: int, eod: int
 ) -> tuple[Arrangement, list[tuple[int, int]]]:
-    """Arrange the documents of one split as Arrangement.of() does. Return (arrangement, taken). taken: one pair (documents,
-    tokens) per source, the numbers that were taken from it.
+    """Arrange the documents of one split as Arrangement.of() does. Return (arrangement, taken). taken: for each source, a pair
+    (number of documents taken, number of tokens taken). `streams`: the tokens of each of the `sources` in this split.
 
     A source without documents in the split "val" is left out of that split. Raises DataError if a source has no training
     documents. Independent.
@@ -74,8 +74,8 @@ def lay_out(
 
 
 def mixture_record(sources: list[Source], taken: list[tuple[int, int]], available: list[int]) -> list[dict[str, Any]]:
-    """Return the record of a mixture for index.json, one dict per source. `taken`: the result of lay_out(), added over the
-    splits. `available`: the number of documents of each source. Pure."""
+    """Return the record of a mixture for index.json, one dict per source. `taken`: for each source, (documents, tokens) as in
+    lay_out(), summed over the splits. `available`: the number of documents of each source. Pure."""
     total = max(1, sum(tokens for _, tokens in taken))
     return [
         {"asked": round(source.share, 6), "got": round(tokens / total, 6), "tokens": tokens, "documents": documents,

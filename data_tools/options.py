@@ -31,7 +31,7 @@ class PrepareOptions:
     truncate: bool = False  # whether rows longer than seq_len are truncated instead of skipped
     tokens: int = 0  # total tokens of the mixture; 0: stop when a source is exhausted
     repeat: bool = False  # whether an exhausted source starts over
-    split: str = ""  # validation is "text": the end of the stream; "document": whole documents; "": see by_document
+    split: str = ""  # used for validation: "text": the end of the stream; "document": whole documents; "": see by_document
     seed: int = 0  # validation documents are chosen by a hash of seed, file name and index in the file
     bad_utf8: str = "replace"  # "replace", or "skip": skip documents with invalid UTF-8
     strict: bool = False  # whether a bad row raises DataError; otherwise it is skipped
@@ -46,8 +46,8 @@ class PrepareOptions:
 
     @property
     def by_document(self) -> bool:
-        """Whether whole documents are chosen for validation. Otherwise the end of the stream is used. With --repeat, this end
-        would have documents of the training split."""
+        """Whether whole documents are chosen for validation. Otherwise the end of the stream is used. With --repeat, the end
+        of the stream would contain documents of the training split."""
         return self.split == "document" or (not self.split and (self.rows or self.repeat))
 
     @property
@@ -56,8 +56,8 @@ class PrepareOptions:
         return self.rows or len(self.sources) > 1 or self.tokens > 0
 
     def tokens_of(self, split: str) -> int:
-        """Return the limit of `split` in tokens, which is this split's part of --tokens. 0 means no limit. A split ends with the
-        document that reaches the limit."""
+        """Return the largest number of tokens of a split: its fraction of --tokens, or 0 for no limit. A split ends with the
+        document that reaches this number. `split`: "train" or "val"."""
         val = round(self.tokens * self.val_fraction) if self.by_document else 0
         return max(1, val if split == "val" else self.tokens - val) if self.tokens else 0
 
@@ -115,8 +115,8 @@ def check_options(options: PrepareOptions) -> None:
     if options.repeat and not options.tokens:
         raise UsageError("--repeat needs --tokens N, because a repeating mixture without a limit never ends")
     if options.repeat and options.split == "text" and options.val_fraction:
-        raise UsageError("--repeat cannot be combined with --split text, because the validation split would have documents of "
-                         "the training split. Use --split document, or --val-fraction 0")
+        raise UsageError("--repeat cannot be combined with --split text, because the validation split would contain documents "
+                         "of the training split. Use --split document, or --val-fraction 0")
     check_tokenizer(options.tokenizer)
 
 

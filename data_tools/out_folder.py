@@ -73,8 +73,8 @@ class OutFolder:
 
     def put_in_place(self, index: Index, tokenizer: str, special: str) -> None:
         """Replace the old shards and index of OUT by the new ones. `tokenizer`, `special`: the contents of tokenizer.json and
-        special_tokens.json ("": no such file). If the process is killed meanwhile, the next run of prepare recovers.
-        Independent."""
+        special_tokens.json ("": no such file). If the process is killed during this call, the next run of prepare deletes the
+        old and the new shards. Independent."""
         out, scratch, stale = self.path, self.scratch, self.names() - {record.name for record in index.files}
         with writing(out, ADVICE):
             write_file(scratch / "tokenizer.json", tokenizer)
@@ -97,7 +97,7 @@ class OutFolder:
             shutil.rmtree(scratch, ignore_errors=True)  # removed here, before the other ranks continue
 
     def close(self) -> None:
-        """Unlock OUT. Remove the scratch folder, unless the next run needs it to recover. Remove OUT if this run created it and
+        """Unlock OUT. Remove the scratch folder, unless put_in_place() was interrupted. Remove OUT if this run created it and
         it is empty. Independent."""
         if self._lock is not None:
             if not self._is_half_replaced():
@@ -109,5 +109,6 @@ class OutFolder:
                 self.path.rmdir()
 
     def _is_half_replaced(self) -> bool:
-        """Return whether a run was interrupted while it replaced the index. The scratch folder of this run lists the shards."""
+        """Return whether put_in_place() was interrupted while it replaced the shards. If so, old.json and new.json in the
+        scratch folder list the shards."""
         return (self.scratch / "new.json").exists() and not (self.path / "index.json").exists()

@@ -140,8 +140,8 @@ def _write(
     raws: list[list[dict[str, Raw]]], counts: Counts, encoder: Tokenizer, table: SpecialTokens, abouts: list[dict[str, Any]],
     options: PrepareOptions, out: OutFolder, team: Team, ticker: Ticker,
 ) -> Index:
-    """Write the shards and move them to OUT. Each rank writes some of them. Return the index. raws[r][s][name]: the raw files of
-    rank r for source s and the stream `name`. Collective over the team."""
+    """Write the shards and move them to OUT. Each rank writes some of the shards. Return the index. `raws`: raws[r][s][name]
+    are the raw files of rank r for source s and the stream `name`. Collective over the team."""
     stored, special = encoder.to_json(), "" if table.is_plain else table.to_json()
     sha256 = hashlib.sha256(stored.encode()).hexdigest()
     plans: list[ShardPlan] = []
@@ -182,8 +182,8 @@ def _write(
 def _streams(
     raws: list[list[dict[str, Raw]]], eod: int, options: PrepareOptions
 ) -> tuple[dict[str, Tokens], list[dict[str, Any]]]:
-    """Return (streams, records). streams: the tokens of each split by name. records: for a mixture, the record of each source for
-    index.json, else []."""
+    """Return (streams, records). streams: the tokens of each split by name. records: for a mixture, the record of each source
+    for index.json, else []. `raws`: see _write()."""
     parts = {name: [Stream([of_rank[s][name] for of_rank in raws]) for s in range(len(options.sources))] for name in raws[0][0]}
     if not options.arranged:
         return {name: streams[0] for name, streams in parts.items()}, []

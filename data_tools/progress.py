@@ -23,14 +23,14 @@ class Ticker:
         self.phase("")
 
     def phase(self, name: str, parts: int = 0, unit: str = "file") -> None:
-        """Begin a new phase. All counts start at 0. `unit`: the name of the units of the phase, for example "file". `parts`: the
-        number of units (0: unknown)."""
+        """Begin a new phase of the work, and set all counts to 0. `name`: the name of the phase in the printed lines. `unit`:
+        what the phase processes one after the other, for example "file". `parts`: the number of these units (0: unknown)."""
         self._phase, self._parts, self._unit = name, parts, unit
         self.documents = self.bytes = self.part = 0
 
     def add(self, documents: int = 0, size: int = 0, parts: int = 0) -> None:
-        """Add `documents` to the number of finished documents, `size` to the number of finished bytes, and `parts` to the number
-        of begun units. Print a line if the last line is older than the interval."""
+        """Add to the counts of finished documents (`documents`), finished bytes (`size`), and units that have been started
+        (`parts`; see phase()). Print a line if the last line is older than the interval."""
         self.documents, self.bytes, self.part = self.documents + documents, self.bytes + size, self.part + parts
         now = time.monotonic()
         if self._quiet or now < self._next:

@@ -1,6 +1,6 @@
-"""Reads training rows. A row has the keys prompt and completion, or the key messages with a list of {"role", "content"}.
+"""Reads training rows. A row has the keys `prompt` and `completion`, or the key `messages` with a list of {"role", "content"}.
 
-The loss is on the completion or on the assistant's turns. The rest of a row is context and not in the loss.
+The completion or the assistant's turns are in the loss. The rest of a row is context, which is not in the loss.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ FORMATS = ("text", "prompt_completion", "chat")
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """The text of one row. `spans`: the parts of the text that are in the loss, as (start, stop) in characters."""
+    """The text of one row. `spans`: the ranges [start, stop) of the text that are in the loss, in characters."""
 
     place: str  # file and line number
     text: str
     spans: Spans
     said: str  # the texts of the row, without the text that the template adds
-    ends: bool  # whether the row ends with a part in the loss; if so, the end-of-document token is in the loss, too
-    unmarked: bool = False  # whether the template does not mark the assistant's parts
+    ends: bool  # whether the row ends with text in the loss; if so, an appended end-of-document token is in the loss, too
+    unmarked: bool = False  # whether the row has a template that does not mark the assistant's turns
     cut: bool = False  # whether the text is only the beginning of the row
 
     def beginning(self, characters: int) -> TrainingRow:
-        """Return the row if it has at most this number of characters, else a row with the beginning of its text. Pure."""
+        """Return the row itself if its text has at most `characters` characters, else a copy with only the first `characters`
+        characters. Pure."""
         if len(self.text) <= characters:
             return self
         spans = [(start, min(stop, characters)) for start, stop in self.spans if start < characters]

@@ -1,8 +1,8 @@
 """Reads the files of a source in pieces of bounded size. Bad input is counted and skipped.
 
 The text of a file is yielded in pieces. After each document, None is yielded. A text file is one document. In a file of rows,
-each row is a document. Its text is in the field that --text-key names. By default, this is the field `text`. Files of rows are
-JSON lines, a JSON array, .csv, .parquet and .arrow (mpidp/data/text_files.py).
+each row is a document. The text of a row is in the field that --text-key names (default: `text`). Files of rows are JSON
+lines, JSON arrays, .csv, .parquet and .arrow (mpidp/data/text_files.py).
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class SourceReader:
             yield from records(found)
 
     def recognize(self, file: SourceFile, wanted: tuple[str, ...]) -> TextFile | None:
-        """Count a file. Return how to read it, or None if it is skipped. `wanted`: see text_files.recognize."""
+        """Count a file. Return how to read the file, or None if it is skipped. `wanted`: names of the fields or columns that
+        are needed, as in mpidp.data.text_files.recognize()."""
         self.counts.files += 1
         self.ticker.add(parts=1)
         try:

@@ -1,5 +1,5 @@
-"""Makes the table of special tokens of the shards, and finds their chat template. Both depend on --tokenizer and other
-options."""
+"""Makes the table of special tokens that is stored with the shards, and finds the chat template. Both depend on --tokenizer
+and other options."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def find_template(options: PrepareOptions, table: SpecialTokens) -> Template:
     template.check()
     if missing := template.undefined_names():
         log.warning(f"the chat template uses {', '.join(missing)}, which the files of {tokenizer} do not define. "
-                    "The template writes nothing in their places")
+                    "The template writes nothing where it uses these names")
     return template
 
 
 def completed_table(table: SpecialTokens, made: Tokenizer, template: Template | None, options: PrepareOptions) -> SpecialTokens:
-    """Return the special tokens of the shards. They are those of `table`, changed as the chat template and the options require.
-    If `table` is empty, they are those of the tokenizer `made`. Pure."""
+    """Return the special tokens of the shards: those of `table`, changed as the chat template and the options require. If
+    `table` is empty, start from the special tokens of the tokenizer. `made`: the tokenizer of the shards. Pure."""
     if not table.ends:
         table = special_tokens_of(None, made)
     if template is not None:

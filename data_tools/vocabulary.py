@@ -23,7 +23,7 @@ from mpidp.data.tokenizer import (
 )
 from mpidp.errors import DataError, UsageError
 
-BPE_TRAINING_CHARACTERS = 64 * 2**20  # length of the training text; files are read in the order of the hash of their names
+BPE_TRAINING_CHARACTERS = 64 * 2**20  # limit of the training text; files are read in the order of the hash of their names
 SLOW_CHARACTERS = 16 * 10**6  # length of a training text from which the training takes many seconds
 
 
@@ -57,8 +57,8 @@ class Corpus:
 
 
 def make_tokenizer(spec: str, eod: str | None, corpora: list[Corpus], team: Team, ticker: Ticker) -> Tokenizer:
-    """Return the tokenizer, which is the same on every rank. It is the given one, or is made from the text of all corpora.
-    Collective over the team.
+    """Return the tokenizer, which is the same on every rank. It is loaded if `spec` is a path, or made from the text of all
+    corpora. Collective over the team.
 
     BPE is trained on rank 0, with at most BPE_TRAINING_CHARACTERS characters.
     """

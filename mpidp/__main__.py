@@ -14,16 +14,16 @@ from mpidp.runtime.environment import launcher_rank
 
 COMMANDS = {  # name of the command: (module, what the command does)
     "prepare": ("data_tools.prepare", "convert text to shards of tokens"),
-    "inspect": ("data_tools.inspect", "show sizes, balance and an excerpt of shards"),
+    "inspect": ("data_tools.inspect", "show the sizes of shards and the beginning of their text"),
     "verify": ("data_tools.verify", "check every checksum and every token id of shards"),
     "convert": ("data_tools.convert", "convert between shards and other formats of token data"),
     "train": ("mpidp.train", "train a model, or resume a run"),
-    "evaluate": ("mpidp.evaluate", "compute the loss, multiple-choice accuracy, or figures of lm-eval's tasks"),
+    "evaluate": ("mpidp.evaluate", "compute the loss, multiple-choice accuracy, or the metrics of lm-eval tasks"),
     "generate": ("mpidp.generate", "generate text"),
     "chat": ("mpidp.chat", "talk with a model on the terminal, or answer a file of chats"),
-    "export": ("mpidp.export", "write a Hugging Face folder"),
-    "plan": ("mpidp.plan", "predict training time by ranks, method or mesh"),
-    "replay": ("mpidp.replay", "recompute steps and compare them with the record"),
+    "export": ("mpidp.export", "write a model as a Hugging Face folder or a .gguf file"),
+    "plan": ("mpidp.plan", "predict the training time for numbers of ranks, methods or meshes"),
+    "replay": ("mpidp.replay", "recompute steps of a run and compare the results with its log"),
     "report": ("mpidp.report", "write one HTML page about runs"),
     "doctor": ("mpidp.doctor", "check the launch, the machines and the folders"),
 }

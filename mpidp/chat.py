@@ -48,9 +48,9 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add_run(parser)
     add("--system", metavar="TEXT", help="the system message")
-    add("--messages", metavar="FILE", help="answer a file of chats instead: rows with messages (role, content), or rows of "
-        "ShareGPT or Alpaca (.jsonl, .json, .parquet). The chats are divided among the ranks")
-    add_out(parser, "with --messages: the file to write, with the same rows and the answer as last message of each", "FILE")
+    add("--messages", metavar="FILE", help="answer a file of chats instead: rows with the list messages of {role, content}, "
+        "or rows of ShareGPT or Alpaca (.jsonl, .json, .parquet). The chats are divided among the ranks")
+    add_out(parser, "with --messages: the file to write, with the same rows. The last message of each is the answer", "FILE")
     add_batch(parser, "chats of --messages")
     add_sampling(parser)
     add_seq_len(parser)
@@ -78,11 +78,11 @@ def _with_answer(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def talk(world: Any, options: argparse.Namespace) -> None:
-    """Read messages from standard input of rank 0, and print each answer while it is generated. Return at the end of the input.
-    Collective over world.
+    """Read messages from standard input of rank 0, and print each answer while it is generated. Return at the end of the
+    input. Collective over world.
 
-    Raises UsageError if the model has no chat template, or if there are more ranks than one copy of the model needs. Raises
-    DataError if a logit is not finite, and CheckpointError if the run has no valid checkpoint.
+    Raises UsageError if the model has no chat template, or if there are more ranks than --tp times --pp. Raises DataError if a
+    logit is not finite, and CheckpointError if the run has no valid checkpoint.
     """
     from mpidp.errors import UsageError
     from mpidp.inference.chats import template_of
@@ -95,7 +95,7 @@ def talk(world: Any, options: argparse.Namespace) -> None:
 
     if world.size > options.tp * options.pp:
         raise UsageError.on_every_rank(
-            f"a chat on the terminal uses one copy of the model, but {world.size} ranks were started. Start "
+            f"a chat on the terminal uses only --tp times --pp ranks, but {world.size} ranks were started. Start "
             f"{options.tp * options.pp}, or give the chats in a file (--messages FILE --out FILE)"
         )
     reader, loaded, encoder = open_model(options, world, "tokens")
@@ -124,7 +124,7 @@ def talk(world: Any, options: argparse.Namespace) -> None:
         number += 1
         conversation.answered(answer.text)
         full = answer.ended == "tokens" and turn.tokens < options.tokens
-        screen.end(" (the context is full)" if full else " (--tokens)" if answer.ended == "tokens" else "")
+        screen.end(" (the context is full)" if full else " (stopped by --tokens)" if answer.ended == "tokens" else "")
 
 
 class Screen:

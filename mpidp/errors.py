@@ -49,7 +49,8 @@ class CheckpointError(MpidpError):
 
 
 class Stopped(MpidpError):
-    """Raised if the run stopped on request. A training run saves a checkpoint before, and the same command resumes it."""
+    """Raised if the run stopped on request. A training run first saves a checkpoint, from which the same command resumes the
+    run."""
 
     exit_code = 75
 
@@ -58,7 +59,7 @@ class Damaged(MpidpError):
     """Raised if the run must return to its last checkpoint. For example, replicas differ and there is no majority, or too many
     batches in a row were skipped."""
 
-    next_batch = 0  # the batch with which the run resumes, after skipping earlier ones; 0: the first batch after the checkpoint
+    next_batch = 0  # number of the batch with which the run resumes; 0: the first batch after the checkpoint
 
     @classmethod
     def at_batch(cls, message: str, next_batch: int) -> Self:

@@ -52,7 +52,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
         prog=program("mpidp.evaluate"),
         usage="[mpirun -np N] %(prog)s RUN [--data DIR | --text FILE | --choices FILE | --tasks NAMES] [options]",
         description="Evaluate a trained model: its loss on a split of shards or on a text, its accuracy on multiple-choice "
-        "questions, or its figures on tasks of lm-eval. The work is divided among the ranks.",
+        "questions, or its metrics on lm-eval tasks. The work is divided among the ranks.",
     )
     add = parser.add_argument
     add_run(parser)
@@ -122,8 +122,8 @@ def _summary(found: dict[str, Any]) -> str:
         )
     if "accuracy" in found:
         return (
-            f"accuracy {found['accuracy']:.4f}, per character {found['accuracy_norm']:.4f}, "
-            f"per token {found['accuracy_token']:.4f} over {found['items']:,} items (chance {found['chance']:.4f})"
+            f"accuracy {found['accuracy']:.4f}, normalized per character {found['accuracy_norm']:.4f}, "
+            f"normalized per token {found['accuracy_token']:.4f} over {found['items']:,} items (chance {found['chance']:.4f})"
             + (f"; {found['cut_items']} contexts were truncated on the left" if found["cut_items"] else "")
         )
     bits = "unknown" if found["bits_per_byte"] is None else f"{found['bits_per_byte']:.4f}"
@@ -134,12 +134,12 @@ def _summary(found: dict[str, Any]) -> str:
 
 
 def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
-    """Return {loss, perplexity, bits_per_byte, tokens, step} for the file --text. BOS or an end-of-document token precedes the
-    text.
+    """Return {loss, perplexity, bits_per_byte, tokens, step} for the file --text. BOS or an end-of-document token is inserted
+    before the text. step: the step of the checkpoint.
 
-    Each token is a target once. Its context has at least seq_len - stride tokens, or all earlier tokens if there are fewer. The
-    number of ranks does not change the results. Raises UsageError if --stride is invalid, DataError if the text or the tokenizer
-    is invalid, and CheckpointError if the run has no valid checkpoint. Collective over world.
+    Each token is a target once. Its context has at least seq_len - stride tokens, or all earlier tokens if there are fewer.
+    The number of ranks does not change the results. Raises UsageError if --stride is invalid, DataError if the text or the
+    tokenizer is invalid, and CheckpointError if the run has no valid checkpoint. Collective over world.
     """
     from mpidp.errors import UsageError
     from mpidp.inference.loading import open_model
@@ -165,9 +165,10 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
 
 
 def evaluate_choices(options: argparse.Namespace, world: Any) -> dict[str, Any]:
-    """Return {accuracy, accuracy_norm, accuracy_token, items, chance, cut_items, step} for the file --choices.
-    inference/choices.py defines the three accuracies. The number of ranks does not change the results. Raises DataError if the
-    questions or the tokenizer are invalid, and CheckpointError if the run has no valid checkpoint. Collective over world."""
+    """Return {accuracy, accuracy_norm, accuracy_token, items, chance, cut_items, step} for the questions in the file
+    --choices. inference/choices.py defines these values, except `step`, the step of the checkpoint. The number of ranks does
+    not change the results. Raises DataError if the questions or the tokenizer are invalid, and CheckpointError if the run has
+    no valid checkpoint. Collective over world."""
     from mpidp.inference.choices import accuracies, encode, read_choices
     from mpidp.inference.loading import open_model
     from mpidp.inference.rows import warn_of_names
@@ -237,7 +238,8 @@ def evaluate(
     run: str, data: str | None, world: Any, split: str = "val", device: str = "auto", threads: int = 0, tp: int = 1, pp: int = 1,
     kind: str = "", base: str = "", seq_len: int = 0,
 ) -> dict[str, Any]:
-    """Return {loss, perplexity, bits_per_byte, tokens, step} of a split, in windows of the run's seq_len.
+    """Return {loss, perplexity, bits_per_byte, tokens, step} for a split of shards, which is divided into windows of the run's
+    seq_len tokens. step: the step of the checkpoint.
 
     Each token except the first is a target once, unless the loss mask excludes it. bits_per_byte is the sum of the losses in
     bits, divided by the number of bytes of the same tokens. If the number of bytes is not known, bits_per_byte is None. The
@@ -245,8 +247,8 @@ def evaluate(
 
     `run`: a run or a Hugging Face folder. `data`: the folder of shards, or "" or None for the run's shards. For a Hugging Face
     folder, `data` is required. `seq_len`: the context length for a Hugging Face folder, or 0 for the model's own (at most
-    USUAL_SEQ_LEN). `kind`: the value of --model.kind, for a run with a custom model. Raises DataError if the shards have another
-    tokenizer than the model, or if the loss is not finite. Collective over world.
+    USUAL_SEQ_LEN). `kind`: the value of --model.kind, for a run with a custom model. Raises DataError if the shards have
+    another tokenizer than the model, or if the loss is not finite. Collective over world.
     """
     from mpidp.data.shards import TokenStream
     from mpidp.errors import DataError, UsageError

@@ -55,9 +55,9 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add_sampling(parser)
     add_batch(parser, "prompts")
     add("--stream", action="store_true", help="with one prompt: print the text while it is generated (default on a terminal)")
-    add("--chat", action="store_true", help="answer chats. --prompt is one message of the user. In --prompts, a row has messages "
-                                            "(role, content). The run's chat template makes the prompt, and only the answer is "
-                                            "printed")
+    add("--chat", action="store_true", help="answer chats. --prompt is one message of the user. In --prompts, a row has the "
+                                            "list messages of {role, content}. The run's chat template makes the prompt, and "
+                                            "only the answer is printed")
     add_texts(parser, "default: 'tokens' if the tokenizer comes with a model, else 'text'")
     add_tokenizer(parser)
     add_compute(parser)
@@ -72,7 +72,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     if options.chat and options.prompt is None and options.prompts is None:
         parser.error("--chat needs the user's message (--prompt) or a file of chats (--prompts)")
     if options.chat and options.special == "text":
-        parser.error("--special=text does not work with --chat, because the special tokens of the chat template become ids")
+        parser.error("--special=text does not work with --chat, because special tokens of the chat template must become ids")
     if options.batch < 1:
         parser.error(f"--batch {options.batch}: must be at least 1")
     if options.prompts is not None and options.prompt is not None:

@@ -4,7 +4,7 @@
     items = mpidp.from_dataset(dataset, batch=64, seed=0)                      # in place of a DataLoader
     optimizer = mpidp.DataParallel(model, torch.optim.AdamW(model.parameters(), 3e-3), items)
     for epoch in range(20):
-        for images, labels in optimizer.micro_batches():                       # this rank's, in place of the loader
+        for images, labels in optimizer.micro_batches():                       # micro-batches of this rank
             optimizer.zero_grad()
             loss = F.cross_entropy(model(images), labels)
             optimizer.backward(loss)                                           # in place of loss.backward()
@@ -53,7 +53,7 @@ from mpidp.training.data_parallel import share_memory
 
 @dataclass(frozen=True)
 class SharingPlan:
-    """The arguments of share_memory (training/data_parallel.py)."""
+    """The first argument of share_memory(), which follows the protocol MemoryRequest (training/data_parallel.py)."""
 
     config: Config
     mesh: Topology
@@ -76,13 +76,13 @@ class DataParallel:
     ) -> None:
         """Broadcast rank 0's parameters and buffers, and set up the strategy.
 
-        optimizer: a torch.optim optimizer, or a function that makes one from model.parameters(). items: the result of
-        from_dataset. Its seed also seeds the random numbers of forward, such as dropout. settings: settings of the sections
-        strategy and comm of mpidp.train, as {"section.key": value}. steps: total number of updates. It is required if the
-        strategy does not synchronize at each step. Such a strategy synchronizes the models at the last step. clip: largest
-        gradient norm, or 0 for no clipping. threads: CPU threads per rank, or 0 for as many as with train.threads=0. comm: the
-        ranks (default: COMM_WORLD). Raises UsageError if a setting, the model or the optimizer is not supported. Collective over
-        comm.
+        `optimizer`: a torch.optim optimizer, or a function that makes one from model.parameters(). `items`: the result of
+        from_dataset. The seed of `items` also seeds the random numbers of forward, such as dropout. `settings`: settings of
+        the sections `strategy` and `comm` of mpidp.train, as {"section.key": value}. `steps`: total number of updates, which
+        is required if the strategy does not synchronize at each step. Such a strategy synchronizes the models at the last
+        step. `clip`: largest gradient norm, or 0 for no clipping. `threads`: CPU threads per rank, or 0 for as many as with
+        train.threads=0. `comm`: the ranks (default: COMM_WORLD). Raises UsageError if a setting, the model or the optimizer is
+        not supported. Collective over comm.
         """
         mesh = make_grid(comm or start_mpi()).replicas
         self.model, self.items, self.comm, self.lanes = model, items, mesh.dp, items.lanes
@@ -112,7 +112,7 @@ class DataParallel:
         self._own_micro_batches = [v for lane in shared.balance.ranges[self.rank] for v in self.lanes.micro_batches(lane)]
         self.steps = 0  # number of updates made
         self.stats = StepStats(0.0, False)  # the gradient norm of the last update, and whether it was skipped
-        self.loss = 0.0  # mean over the last batch; over this rank's part if the strategy does not always synchronize
+        self.loss = 0.0  # mean over the last batch; only over this rank's items if the strategy does not always synchronize
         self._remaining: list[int] = []  # this rank's micro-batches that still need backward()
         self._updated = True  # whether step() has made the update for the batch
         self._loss_sums = np.zeros((2, self.lanes.num_micro_batches))  # per micro-batch: sum of losses, number of items
@@ -120,8 +120,8 @@ class DataParallel:
     def _config(self, settings: Mapping[str, Any], threads: int, mesh: Topology) -> Config:
         for key in settings:
             if not key.startswith(("strategy.", "comm.")) or key in ("comm.copies", "strategy.replay"):
-                raise UsageError(f"settings has {key!r}, but DataParallel supports only the sections strategy and comm, "
-                                 "without comm.copies and strategy.replay")
+                raise UsageError(f"`settings` has the key {key!r}, but DataParallel supports only settings of the sections "
+                                 "strategy and comm, except comm.copies and strategy.replay")
         arguments = [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
         config = from_args([*arguments, "--comm.copies=rank"])
         if config.strategy.name == "server":
@@ -131,8 +131,8 @@ class DataParallel:
             raise UsageError(f"{rules.method_setting(config.strategy.name, config.strategy.quorum)} does not synchronize at each "
                              "step, so it needs the number of steps. Call DataParallel(..., steps=EPOCHS * len(items))")
         if self.ranks > self.lanes.num_lanes:
-            raise UsageError(f"the job has {self.ranks} ranks, but a batch has only {self.lanes.num_lanes} lanes, and each "
-                             "rank needs at least one. Start fewer ranks, or pass a smaller micro_batch to from_dataset")
+            raise UsageError(f"{self.ranks} ranks need at least as many lanes (groups of micro-batches), but a batch has only "
+                             f"{self.lanes.num_lanes}. Start fewer ranks, or pass a smaller micro_batch to from_dataset")
         lanes = self.lanes
         config = config.with_values(train={
             "steps": self._total, "global_batch": lanes.global_batch, "micro_batch": lanes.micro_batch, "seed": self.items.seed,
@@ -193,8 +193,9 @@ class DataParallel:
     def backward(self, loss: Tensor, count: int | None = None) -> None:
         """Compute gradients. Call backward() once per micro-batch, in place of loss.backward(). Independent.
 
-        loss: the mean over the items of the micro-batch, or over `count` other units, such as tokens. count: the number of these
-        units, or None for items. Raises UsageError if backward() is called twice for a micro-batch, or if p.grad was replaced.
+        `loss`: the mean over the items of the micro-batch, or over `count` other units, such as tokens. `count`: the number of
+        these units, or None for items. Raises UsageError if backward() is called twice for a micro-batch, or if p.grad was
+        replaced.
         """
         if not self._remaining:
             raise UsageError("backward() was called twice for one micro-batch. Add the losses and call it once")
@@ -232,8 +233,8 @@ class DataParallel:
         return weights_sha256(self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this rank's state. No communication, but all ranks must call state_dict() between the same two batches, after a
-        step at which the strategy synchronized them.
+        """Return this rank's state. This method does not communicate, but all ranks must call it between the same two batches,
+        after a step at which the strategy synchronized the ranks.
 
         With strategy.name=synchronous and no compression, all ranks have the same state, and any number of ranks can load it.
         Otherwise each rank must save and load its own state.

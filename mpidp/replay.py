@@ -1,7 +1,8 @@
 """Recomputes steps of a run and checks the results: `[mpirun -np N] python -m mpidp.replay RUN [--step S | --against RUN2]`.
 
 The steps are recomputed in memory, on any number of ranks, from the newest checkpoint before them or from the initial weights.
-The results are compared with the run's metrics.jsonl and checkpoints. No file is written. docs/replay.md describes the output.
+The results are compared with the record of the run, which is its metrics.jsonl and its checkpoints. No file is written.
+docs/replay.md describes the output.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def inspect_step(options: argparse.Namespace, world: Any) -> dict[str, Any]:
-    """Replay up to options.step, compare the results with the record, and list the micro-batches of options.step. Return the
-    results as plain values. Collective over world."""
+    """Replay the steps up to options.step, compare the results with the run's log and checkpoints, and list the micro-batches
+    of options.step. Return the results as plain values. Collective over world."""
     from mpidp.training.replayer import Replay, print_on_rank_0, read_record
 
     record = read_record(options.run, world)
@@ -92,8 +93,8 @@ def _show(world: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def against(options: argparse.Namespace, world: Any) -> dict[str, Any]:
-    """Compare two runs, options.run and options.against, by their records and replays. Return the results as plain values, with
-    the first step and tensor that differ. Collective over world."""
+    """Compare two runs, options.run and options.against: first the values in their logs, then the tensors of their replays.
+    Return the results as plain values, with the first step and tensor that differ. Collective over world."""
     from mpidp.faults.audit import checksum
     from mpidp.training.replayer import FIGURES, Replay, print_on_rank_0, read_record
 

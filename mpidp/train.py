@@ -53,11 +53,11 @@ def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
 
 
 def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | None = None) -> dict[str, Any] | None:
-    """Plan the run, and repeat attempts until one reaches the end of the run. Return the content of the `end` line of
-    metrics.jsonl.
+    """Plan the run, and repeat attempts until one reaches the end of the run. An attempt ends early if ranks fail, or if the
+    state is found to be damaged. Return the content of the `end` line of metrics.jsonl.
 
-    This function also resumes runs. `dry`: only plan the run, and return None. `crew`: the facts about the run that a replacement
-    rank has received, or None on other ranks. Collective over world.
+    This function also resumes runs. `dry`: only plan the run, and return None. `crew`: the facts about the run that a
+    replacement rank has received, or None on other ranks. Collective over world.
     """
     from mpidp.errors import Damaged
     from mpidp.runtime.ulfm import RankFailure

@@ -30,9 +30,9 @@ def pyarrow(path: Path) -> Any:
 
 
 def read_ipc(path: Path, shown: Path, offset: int = 0, length: int | None = None) -> Iterator[Any]:
-    """Yield the record batches of an Arrow file. The file may have Arrow's stream format, which save_to_disk writes, or Arrow's
-    file format. `offset`, `length`: the Arrow data in the file, in bytes. `shown`: the path in error messages. Raises DataError
-    if the file cannot be read. Independent."""
+    """Yield the record batches of an Arrow file. The file may have Arrow's stream format, which save_to_disk writes, or
+    Arrow's file format. `offset`, `length`: where the Arrow data begins in the file, and its length, in bytes (None: the whole
+    file). `shown`: the path in error messages. Raises DataError if the file cannot be read. Independent."""
     library = pyarrow(shown)
     try:
         with library.memory_map(str(path)) as mapped:

@@ -1,5 +1,5 @@
-"""Blocks of tokens. The readers of all formats yield blocks, and the writers of all formats take them. A block is only a part of
-a file, so the memory use does not grow with the file."""
+"""Blocks of tokens. The readers of all formats yield blocks, and the writers of all formats take blocks. A block is only a
+part of a file, so the memory use does not grow with the file."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class TokenBlock:
 
     ids: np.ndarray  # (n,) integers
     starts: np.ndarray | None = None  # (d,) int64, ascending: starts of documents or rows; None: the format does not store them
-    mask: np.ndarray | None = None  # (n,) uint8: 1 if the token is in the loss; None: all tokens are
+    mask: np.ndarray | None = None  # (n,) uint8: 1 if the token is in the loss; None: all tokens are in it
 
 
 @dataclass
 class ReadOptions:
-    """The options of readers. Readers also record remarks for the user and counts here."""
+    """The options of the readers of all formats. The readers also record counts and remarks for the user in this object."""
 
     vocab_size: int
     scratch: Path  # a folder for temporary files
@@ -37,7 +37,7 @@ class ReadOptions:
     column: str = ""  # --column: the column that holds the ids; "": a column with one of the usual names
     remarks: list[str] = field(default_factory=list)
     skipped: int = 0  # number of documents without tokens
-    divided: bool = False  # whether columns divide rows into several documents
+    divided: bool = False  # whether a column, such as segment_ids, divides rows into several documents
 
     def remark(self, text: str) -> None:
         """Add a remark for the user. A remark that was added before is not added again."""
@@ -65,9 +65,9 @@ def readable(path: Path) -> Iterator[None]:
 def read_array(path: Path, dtype: Any, offset: int = 0, count: int = -1, unit: str = "tokens") -> Iterator[np.ndarray]:
     """Yield the numbers of a file, as arrays of at most BLOCK_TOKENS numbers.
 
-    `offset`: the position of the first number in bytes. `count`: how many numbers to read (-1: all). `unit`: what the numbers
-    are. Errors name it. Raises DataError if the file cannot be read or is too short. Also raises DataError if `count` is -1 and
-    the last number is incomplete. Independent.
+    `offset`: the position of the first number in the file, in bytes. `count`: how many numbers to read (-1: all). `unit`: what
+    the numbers are. Errors name it. Raises DataError if the file cannot be read or is too short. Also raises DataError if
+    `count` is -1 and the last number is incomplete. Independent.
     """
     kind = np.dtype(dtype)
     with readable(path), open_regular(path) as file:
@@ -94,7 +94,7 @@ def whole_array(path: Path, dtype: Any, offset: int = 0, count: int = -1, unit: 
 
 
 def with_starts(pieces: Iterable[tuple[np.ndarray, np.ndarray | None]], starts: np.ndarray) -> Iterator[TokenBlock]:
-    """Yield the tokens of one file as blocks. `pieces`: (ids, mask) of consecutive tokens; the mask may be None. `starts`: (d,)
+    """Yield the tokens of one file as blocks. `pieces`: the tokens in order, as pairs (ids, loss mask or None). `starts`: (d,)
     int64, the positions in the file at which documents start. Pure."""
     at = 0
     for ids, mask in pieces:

@@ -5,13 +5,13 @@
 | input_ids, tokens, token_ids, ids (--column) | the ids of a row |
 | labels | -100: the token is not in the loss; else the id itself. The model shifts labels, as in transformers |
 | loss_mask, label_mask, completion_mask, assistant_masks | 0: the token is not in the loss |
-| attention_mask | 0: the token is padding and is left out; the numbers 1, 2, ... are the documents of a packed row (axolotl) |
-| segment_ids, sequence_ids, document_ids, seq_idx | a document of a packed row starts where the number changes. A
-number below 0 is padding. A 0 is padding if a larger number precedes it in the row |
+| attention_mask | 0: the token is padding and is left out; 1, 2, ...: the number of a packed row's document (axolotl) |
+| segment_ids, sequence_ids, document_ids, seq_idx | a document of a packed row starts where the number changes. A token
+with a number below 0 is padding. A token with 0 is padding if a larger number precedes it in the row |
 | position_ids | a document of a packed row starts at each 0 |
 | seq_lengths, seqlens | the lengths of the documents of a packed row (TRL) |
-| cu_seqlens, cu_seq_lens, cu_seqlens_q, cu_seq_lens_q | the sums of these lengths: 0, the length of document 1, of documents
-1 and 2, ... |
+| cu_seqlens, cu_seq_lens, cu_seqlens_q, cu_seq_lens_q | the cumulative sums of the documents' lengths. The first is 0, and
+the last is the length of the row |
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ MASKS = ("labels", "attention_mask", "position_ids", *LOSS_MASKS)
 LENGTHS, SUMS = ("seq_lengths", "seqlens"), ("cu_seqlens", "cu_seq_lens", "cu_seqlens_q", "cu_seq_lens_q")
 PARTS = (*LENGTHS, *SUMS)  # columns with a value for each document of a row; other columns have a value for each token
 DIVIDERS = (*SEGMENTS, *PARTS)
-BOUNDARIES = re.compile(r"seg|seq|doc|pos|bound|cu_|reset")  # found in names of columns that may hold documents of packed rows
+BOUNDARIES = re.compile(r"seg|seq|doc|pos|bound|cu_|reset")  # found in names of columns that may divide packed rows
 IGNORED = -100  # the label of a token that is not in the loss
 
 
 def id_column(names: Collection[str], options: ReadOptions, where: object) -> str:
-    """Return the name of the column that holds the ids. Raises DataError if there is no such column. Pure."""
+    """Return the name of the column that holds the ids. Raises DataError if there is no such column. `where`: the file that
+    the error names. Pure."""
     found = [name for name in ([options.column] if options.column else IDS) if name in names]
     if not found:
         wanted = f"`{options.column}`" if options.column else "of token ids (input_ids)"
@@ -57,8 +58,9 @@ def wanted_columns(names: Collection[str], options: ReadOptions, where: object, 
     others = [name for name in names if name != ids and (name in MASKS or name in DIVIDERS and name in arrays)]
     for name in arrays:
         if name not in (ids, *others) and BOUNDARIES.search(name.lower()):
-            raise DataError(f"{where}: the column `{shown_name(name)}` may hold the documents of packed rows, but mpidp does not "
-                            "know its meaning. Write it as `position_ids` or `segment_ids`, or remove it")
+            raise DataError(f"{where}: the column `{shown_name(name)}` may show where the documents of packed rows "
+                            "begin, but mpidp does not know its meaning. Write it as `position_ids` or `segment_ids`, or "
+                            "remove it")
     return [ids, *others]
 
 
@@ -66,9 +68,9 @@ def part_starts(name: str, values: np.ndarray, counts: np.ndarray, lengths: np.n
     """Return the document starts of packed rows, int64, from a column of lengths (LENGTHS) or of sums of lengths (SUMS).
     Positions are counted from the first token of the first row.
 
-    `name`: name of the column. `values`: its values in all r rows, one row after the other. `counts`: (r,) how many of these
-    values each row has. `lengths`: (r,) number of tokens of each row. `first`: number of the first row. Errors count rows from
-    this number. Raises DataError if the values do not agree with `lengths`. Pure.
+    `name`: name of the column. `values`: the values of the column in all r rows, one row after the other. `counts`: (r,) how
+    many of these values each row has. `lengths`: (r,) number of tokens of each row. `first`: number of the first row. Errors
+    count rows from this number. Raises DataError if the values do not agree with `lengths`. Pure.
     """
     ends, bases = np.cumsum(counts), np.cumsum(lengths) - lengths
     of_row = np.repeat(np.arange(len(counts)), counts)

@@ -1,9 +1,9 @@
-"""Reads and writes datatrove's token files, which nanotron reads. NAME.ds has the ids. NAME.ds.index has the end of each document
-(uint64, in tokens).
+"""Reads and writes datatrove's token files, which nanotron reads. NAME.ds contains the ids. NAME.ds.index contains the end of
+each document (uint64, in tokens).
 
-NAME.ds.loss is optional. It has one byte per token, which is 0 if the token is not in the loss. NAME.ds.metadata has three lines:
-the tokenizer and the bytes per token, separated by "|"; the number of tokens; this number in words. (Source: datatrove,
-pipeline/tokens/tokenizer.py.)
+NAME.ds.loss is optional. It has one byte per token, which is 0 if the token is not in the loss. NAME.ds.metadata has three
+lines: the tokenizer and the bytes per token, separated by "|"; the number of tokens; this number in short form, such as 1.5
+GT. (Source: datatrove, pipeline/tokens/tokenizer.py.)
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ def _has_metadata(path: Path) -> bool:
 
 
 def _token_bytes(path: Path, size: int) -> int:
-    """Return the number of bytes per token that NAME.ds.metadata states. `size`: the size of NAME.ds. Raises DataError if they
-    disagree."""
+    """Return the number of bytes per token that NAME.ds.metadata states. `path`: NAME.ds. `size`: its size in bytes. Raises
+    DataError if the metadata does not agree with `size`."""
     about = Path(f"{path}.metadata")
     with readable(about), open_regular(about) as file:
         lines = file.read(MAX_METADATA_BYTES).decode("utf-8", "replace").splitlines()
     width, tokens = (lines[0].rpartition("|")[2] if lines else ""), (lines[1] if lines[1:] else "")
     if width not in ("2", "4") or not tokens.isascii() or not tokens.isdigit() or int(tokens) * int(width) != size:
-        raise DataError(f"{about}: it states {tokens or 'no number of'} tokens of {width or 'unknown'} bytes each, but "
-                        f"{path.name} has {size} bytes. Copy both files again")
+        raise DataError(f"{about}: it states {tokens or 'an unknown number of'} tokens of {width or 'an unknown number of'} "
+                        f"bytes each, but {path.name} has {size} bytes. Copy both files again")
     return int(width)
 
 

@@ -45,13 +45,13 @@ def check_head(path: Path, head: bytes) -> None:
 
 
 def type_of_ids(path: Path, head: bytes, options: ReadOptions) -> np.dtype[Any]:
-    """Return the type of the ids in a file without header. The type is --dtype if given. Otherwise it is uint16, or uint32 if the
-    tokenizer has more than 65,536 ids. `head`: the first bytes of the file. Raises DataError if every second number of `head` is
-    0, because the type is then probably wider. Pure."""
+    """Return the type of the ids in a file without header. The type is --dtype if given. Otherwise it is uint16, or uint32 if
+    the tokenizer has more than 65,536 ids. `head`: the first bytes of the file. Raises DataError if every second number in
+    `head` is 0, because the ids then probably have a wider type. Pure."""
     kind = np.dtype(options.dtype).newbyteorder("<") if options.dtype else token_dtype(options.vocab_size)
     wider, numbers = kind.itemsize, np.frombuffer(head[: len(head) // 16 * 16], kind)
     if kind.itemsize < 8 and len(numbers) >= 8 and not numbers[1::2].any() and numbers[::2].any():
         wider = kind.itemsize * (4 if kind.itemsize == 2 and not numbers[2::4].any() else 2)
-        raise DataError(f"{path}: every second {kind.name} is 0, so the type of the ids seems to be uint{8 * wider}, not "
-                        f"{kind.name}. Give --dtype uint{8 * wider}, or another file")
+        raise DataError(f"{path}: every second {kind.name} is 0, so the ids seem to have the wider type uint{8 * wider}. "
+                        f"Give --dtype uint{8 * wider}, or another file")
     return kind

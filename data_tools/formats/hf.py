@@ -1,8 +1,8 @@
 """Reads and writes token datasets of Hugging Face. These are folders of Arrow files that save_to_disk wrote for a Dataset or a
 DatasetDict, and .parquet files with a column of ids.
 
-state.json lists the Arrow files of a Dataset. dataset_dict.json lists the splits of a DatasetDict. A row is a document, or a part
-of a stream that was cut into rows of one length. The other columns are explained in columns.py.
+state.json lists the Arrow files of a Dataset. dataset_dict.json lists the splits of a DatasetDict. A row is a document, or a
+part of a stream of tokens that was cut into rows of one length. columns.py explains the other columns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from data_tools.formats.stream import SplitTokens, whole_documents
 from mpidp.errors import DataError
 
 STATE, DICT = "state.json", "dataset_dict.json"
-CACHED = ("cache-", "tmp")  # names of cached files that the package datasets leaves beside a dataset
+CACHED = ("cache-", "tmp")  # names of cached files that the package `datasets` leaves beside a dataset
 SPLITS = {"train": "train", "val": "validation"}  # the names of the splits in Hugging Face's datasets
 
 
@@ -44,8 +44,8 @@ def _saved(folder: Path) -> list[Path]:
     """Return the Arrow files of a Dataset, in the order in which state.json lists them."""
     state = read_json(folder / STATE)
     if state.get("_indices_data_files"):
-        raise DataError(f"{folder}: an old version of datasets saved this folder with a table of indices, which mpidp does not "
-                        "apply. Load the dataset, call flatten_indices(), and save it again")
+        raise DataError(f"{folder}: an old version of the package datasets saved this folder with a table of indices, which "
+                        "mpidp does not apply. Load the dataset, call flatten_indices(), and save it again")
     try:
         found = [file_below(folder, one["filename"], folder / STATE) for one in state["_data_files"]]
     except (KeyError, TypeError):
@@ -63,9 +63,9 @@ def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write OUT/SPLIT-00000-of-00001.parquet, with one row per document. The column input_ids has the ids. If there is a loss
-    mask, the column labels has the labels. The function load_dataset of the package datasets can load the folder. Return remarks
-    for the user. Raises OSError if a file cannot be written. Independent."""
+    """Write OUT/SPLIT-00000-of-00001.parquet, with one row per document. The column `input_ids` contains the ids. If there is
+    a loss mask, the column `labels` contains the labels (see columns.py). The function load_dataset of Hugging Face's package
+    `datasets` can load the folder. Return remarks for the user. Raises OSError if a file cannot be written. Independent."""
     path = out / f"{SPLITS.get(tokens.split, tokens.split)}-00000-of-00001.parquet"
     library = pyarrow(path)
     kinds = {"input_ids": library.list_(library.int32())}

@@ -1,10 +1,10 @@
 """Reads and writes datasets of LitData: a folder with index.json and chunks. A sample is a tensor of ids, which LitData reads
 with TokensLoader, or a dict whose columns are tensors.
 
-A chunk has the number of samples (uint32), the offsets of all samples and of the end (uint32), and then the samples. A sample for
-TokensLoader has only the ids. Other samples have the sizes of their columns (uint32), and then the columns. Samples that are
-dicts of lists may be in an Arrow file at the end of a chunk. index.json names the type of each column. Columns of pickles are
-never read. (Source: litdata, streaming/writer.py, serializers.py and framed_zstd.py.)
+A chunk has the number of samples (uint32), the offsets of all samples and of the end (uint32), and then the samples. A sample
+for TokensLoader has only the ids. Other samples have the sizes of their columns (uint32), and then the columns. Samples that
+are dicts of lists may be stored as an Arrow file at the end of a chunk. index.json names the type of each column. A column
+that contains pickles is never read. (Source: litdata, streaming/writer.py, serializers.py and framed_zstd.py.)
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
 
 
 def _columns(config: dict[str, Any], index: Path) -> list[str]:
-    """Return the names of the columns of a sample. The columns of a dict are named by its keys. The only column of a single
-    tensor is named input_ids. Raises DataError for other samples."""
+    """Return the names of the columns of a sample. If a sample is a dict, these are its keys. If a sample is a single tensor,
+    or a list with one tensor, the name is input_ids. Raises DataError for other samples. `index`: the file that the error
+    names."""
     _, spec = json.loads(config["data_spec"])
     if not spec.get("children_spec"):
         return ["input_ids"]
@@ -194,9 +195,10 @@ def _decoded(data: bytes, kind: str, shown: Path) -> np.ndarray:
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write the folder OUT/SPLIT, with one sample per document. Without a loss mask, a sample is a tensor for TokensLoader. With
-    a loss mask, it is a dict of input_ids and labels. The ids are uint16, or int32 because torch has few functions for uint32.
-    Return remarks for the user. Raises OSError if a file cannot be written. Independent."""
+    """Write the folder OUT/SPLIT, with one sample per document. Without a loss mask, a sample is a tensor for TokensLoader.
+    With a loss mask, a sample is a dict of `input_ids` and `labels`. The ids are uint16 or, for larger vocabularies, int32
+    (not uint32, for which torch has few functions). Return remarks for the user. Raises OSError if a file cannot be written.
+    Independent."""
     folder, masked = out / tokens.split, tokens.has_loss_mask
     folder.mkdir()
     code = 20 if tokens.dtype.itemsize == 2 else 16
@@ -216,6 +218,6 @@ def write(tokens: SplitTokens, out: Path) -> list[str]:
         "types": {"input_ids": "tensor", "labels": "tensor"} if masked else "tensor"}
     chunks = [{"chunk_bytes": size, "chunk_size": rows, "dim": None if masked else count, "filename": path.name}
               for path, size, rows, count in files.written]
-    about = {"chunks": chunks, "config": config, "updated_at": files.digest.hexdigest()}  # names litdata's cache folder
+    about = {"chunks": chunks, "config": config, "updated_at": files.digest.hexdigest()}  # part of litdata's cache path
     (folder / "index.json").write_text(json.dumps(about, sort_keys=True))
     return []

@@ -39,8 +39,8 @@ def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
                         "a file without header, use --from nanogpt")
     wanted, kind = KINDS[first]
     if version != wanted:
-        raise DataError(f"{path} has version {version}, but of files whose first number is {first}, mpidp reads only version "
-                        f"{wanted}")
+        raise DataError(f"{path} has version {version}, but mpidp reads only version {wanted} of files whose first number is "
+                        f"{first}")
     size = path.stat().st_size - HEADER_BYTES
     if tokens < 0 or size != tokens * kind.itemsize:
         raise DataError(f"{path}: its header states {tokens} tokens of {kind.itemsize} bytes each, but {size} bytes follow. "

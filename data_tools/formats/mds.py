@@ -1,9 +1,9 @@
-"""Reads and writes MDS, the format of MosaicML Streaming: a folder with index.json and shards. A sample has its tokens in one
-column, of type bytes or ndarray.
+"""Reads and writes MDS, the format of MosaicML Streaming: a folder with index.json and shards. The token ids of a sample are
+in one column, of type bytes or ndarray.
 
 A shard has the number of samples (uint32), the offsets of all samples and of the end (uint32), a configuration, and then the
-samples. A sample has the sizes (uint32) of those columns that have no fixed size, and then all columns. An ndarray may begin with
-its type and its shape. Columns of pickles are never read. (Source: mosaicml-streaming, base/format/mds.)
+samples. A sample has the sizes (uint32) of those columns that have no fixed size, and then all columns. An ndarray may begin
+with its type and its shape. A column that contains pickles is never read. (Source: mosaicml-streaming, base/format/mds.)
 """
 
 from __future__ import annotations
@@ -137,8 +137,9 @@ def _of_bytes(data: np.ndarray, name: str, shown: Path, options: ReadOptions) ->
 
 
 def write(tokens: SplitTokens, out: Path) -> list[str]:
-    """Write the folder OUT/SPLIT, with one sample per document. The column tokens has the ids. If there is a loss mask, the
-    column labels has the labels. Return remarks for the user. Raises OSError if a file cannot be written. Independent."""
+    """Write the folder OUT/SPLIT, with one sample per document. The column `tokens` contains the ids. If there is a loss mask,
+    the column `labels` contains the labels (see columns.py). Return remarks for the user. Raises OSError if a file cannot be
+    written. Independent."""
     folder = out / tokens.split
     folder.mkdir()
     columns = {"labels": "ndarray:int64"} if tokens.has_loss_mask else {}
@@ -157,7 +158,7 @@ def write(tokens: SplitTokens, out: Path) -> list[str]:
 
 
 def _encoded(values: np.ndarray) -> bytes:
-    """Return the MDS encoding of an array of one dimension: a byte, the array's length, and the values. The lowest 2 bits of the
-    byte encode the type of the length. The other bits have the number of dimensions, 1."""
+    """Return the MDS encoding of an array of one dimension: a byte, the array's length, and the values. The lowest 2 bits of
+    the byte encode the type of the length. The other bits are the number of dimensions, 1."""
     width = sum(len(values) >= 2**bits for bits in (8, 16, 32))
     return bytes([1 << 2 | width]) + np.array([len(values)], SHAPES[width]).tobytes() + values.tobytes()

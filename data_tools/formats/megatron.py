@@ -37,7 +37,7 @@ ADVICE = "free space on its disk, or choose another prefix"
 
 
 def dtype_code(vocab_size: int) -> int:
-    """Return the number of the type of ids that Megatron-LM uses: 8 (uint16) for vocabularies below 65,500, else 4 (int32).
+    """Return Megatron-LM's code for the type of the ids: 8 (uint16) if there are fewer than 65,500 ids, else 4 (int32).
     Pure."""
     return 8 if vocab_size < 65500 else 4
 
@@ -57,7 +57,7 @@ class MegatronWriter:
             self._tokens = create_file(self._parts[0])  # close() closes the file
 
     def add(self, ids: np.ndarray) -> None:
-        """Append ids. They may be of any part of a document: close() gets the document boundaries."""
+        """Append ids. One call may append a part of a document or several documents. close() receives the document starts."""
         with writing(self._files[0], ADVICE):
             self._tokens.write(ids.astype(DTYPES[self._code]).tobytes())
 
@@ -143,9 +143,9 @@ class MegatronReader:
 
 
 def find(source: Path, remarks: list[str]) -> list[SourcePart]:
-    """Return the prefixes of a source. `source`: a prefix, a folder that contains prefixes, or PREFIX if there are
-    PREFIX_train and perhaps PREFIX_val. Add remarks for the user to `remarks`. Raises DataError if a folder contains no
-    prefix. Independent."""
+    """Return the prefixes of a source. `source`: a prefix, a folder that contains .idx files, or PREFIX if the prefixes of the
+    files are PREFIX_train and perhaps PREFIX_val. Add remarks for the user to `remarks`. Raises DataError if a folder contains
+    no .idx file. Independent."""
     if source.is_dir():
         return in_splits([path.with_suffix("") for path in files_in(source, "*.idx")], source, remarks)
     if source.suffix in (".bin", ".idx") and source.exists():

@@ -1,5 +1,5 @@
-"""Reads and writes nanoGPT's train.bin and val.bin. They have the ids of a split without a header, as uint16, or as uint32 if the
-tokenizer has more than 65,536 ids. Documents are found by their end-of-document token.
+"""Reads and writes nanoGPT's train.bin and val.bin. Each file contains the ids of one split without a header, as uint16, or as
+uint32 if the tokenizer has more than 65,536 ids. Documents are found by their end-of-document token.
 
 meta.pkl, the pickled vocabulary of nanoGPT's character-level examples, is not read. (Source: nanoGPT,
 data/openwebtext/prepare.py.)

@@ -1,8 +1,9 @@
 """Reads and writes the .npy files of OLMo, OLMo-core and dolma: ids as uint16 or uint32, without numpy's header.
 
-NAME.csv.gz has one line "start,end,..." per document. Without this file, documents are found by their end-of-document token. The
-file labels_mask_part_N.npy (bool) may exist beside token_ids_part_N.npy. It is true for tokens in the loss. Files with a header,
-which numpy.save wrote, are read too. (Source: OLMo-core, data/utils.py; open-instruct, convert_sft_data_for_olmocore.py.)
+NAME.csv.gz has one line "start,end,..." per document. Without this file, documents are found by their end-of-document token.
+If there is a loss mask, it is in the file labels_mask_part_N.npy (bool) beside token_ids_part_N.npy. The mask is true for
+tokens in the loss. Files with a header, which numpy.save wrote, are read too. (Source: OLMo-core, data/utils.py;
+open-instruct, convert_sft_data_for_olmocore.py.)
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def _in_step(
 
 def _starts(path: Path, tokens: int) -> np.ndarray | None:
     """Return the document starts that NAME.csv.gz lists, or None if there is no such file. `tokens`: the number of tokens of
-    NAME.npy. Raises DataError if the table does not fit the tokens."""
+    NAME.npy. Raises DataError if the table cannot be read or does not describe these tokens."""
     table = path.with_suffix(".csv.gz")
     if not table.exists():
         return None

@@ -60,8 +60,8 @@ class RowFiles:
 
 
 def documents(blocks: Iterable[TokenBlock]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Yield (ids, labels) of each document. labels is None if there is no loss mask. Otherwise it is an int64 array: the id of
-    each token in the loss, and -100 for the other tokens. Pure."""
+    """Yield (ids, labels) of each document. labels is None if there is no loss mask. Otherwise, labels is an int64 array: the
+    id of each token in the loss, and -100 for the other tokens. Pure."""
     for block in whole_documents(blocks):
         assert block.starts is not None
         labels = labels_of(block)
@@ -78,12 +78,12 @@ def mapped(path: Path) -> np.ndarray:
 def offsets_of(data: np.ndarray, rows: int, shown: Path, count_at: int = 0, table_at: int = 4) -> np.ndarray:
     """Return the offsets of all rows and of the end, (rows + 1,) int64.
 
-    `data`: the bytes of a file. `count_at`: where the number of rows is stored in `data`. `table_at`: where the offsets are
-    stored. `shown`: the path in error messages. Raises DataError if the stored number is not `rows`, or if the offsets are not
+    `data`: the bytes of a file. `count_at`, `table_at`: positions in `data` of the number of rows and of the first offset, in
+    bytes. `shown`: the path in error messages. Raises DataError if the stored number is not `rows`, or if the offsets are not
     valid. Pure.
     """
     if len(data) < table_at + 4 * (rows + 1) or int(data[count_at : count_at + 4].view("<u4")[0]) != rows:
-        raise DataError(f"{shown}: its header does not fit {rows} samples, the number in index.json; copy the dataset again")
+        raise DataError(f"{shown}: its header does not state {rows} samples, the number in index.json; copy the dataset again")
     offsets = np.frombuffer(data[table_at : table_at + 4 * (rows + 1)].tobytes(), "<u4").astype(np.int64)
     if (np.diff(offsets) < 0).any() or not count_at and offsets[-1] > len(data):
         raise DataError(f"{shown}: its offsets of samples decrease or lie outside the file; copy the dataset again")

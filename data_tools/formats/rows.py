@@ -21,8 +21,8 @@ def gather(rows: Iterable[Mapping[str, np.ndarray]], where: Path, options: ReadO
     """Yield blocks of whole rows. Raises DataError as block_of_rows does, and if the columns of a row have wrong shapes.
     Independent.
 
-    `rows`: the columns of each row by name, the ids first. All columns are arrays of one dimension. Those with a value for each
-    token have the same length. Rows without tokens are counted in `options`.
+    `rows`: the columns of each row by name, the ids first. All columns are arrays of one dimension. The columns with a value
+    for each token have the same length. Rows without tokens are counted in `options`.
     """
     held: list[Mapping[str, np.ndarray]] = []
     tokens = first = 0
@@ -63,8 +63,8 @@ def read_json(path: Path) -> Any:
 
 
 def file_below(folder: Path, name: Any, index: Path) -> Path:
-    """Return FOLDER/NAME. `index`: the file that names it, which is not trusted. Raises DataError if the path is not below the
-    folder. Independent."""
+    """Return FOLDER/NAME. `name`: NAME as read from the file `index`, which is not trusted. Raises DataError if NAME is not
+    the path of a file below the folder. Independent."""
     parts = name.replace("\\", "/").split("/") if isinstance(name, str) else []
     if not parts or any(part in ("", ".", "..") for part in parts):
         raise DataError(f"{index} names the file {name!r}, which is not a plain path below its folder")

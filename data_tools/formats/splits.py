@@ -18,8 +18,8 @@ WORD = re.compile(r"[^a-z0-9]+|(?<=[a-z])(?=[0-9])")
 
 
 def split_of(name: str) -> str:
-    """Return "val", "test" or "train", as the words of a name suggest. An example of a name is
-    data/validation-00000-of-00001.parquet. Pure."""
+    """Return the split that the words of a file name suggest: "val", "test" or "train". For example, the split of
+    data/validation-00000-of-00001.parquet is "val". Pure."""
     words = set(WORD.split(name.lower()))
     return "val" if words & set(VALIDATION) else TEST if TEST in words and "train" not in words else "train"
 
@@ -40,8 +40,8 @@ def in_splits(paths: Iterable[Path], root: Path, remarks: list[str]) -> list[Sou
     named = [(path, split_of(path.relative_to(root).as_posix() if path != root else "")) for path in paths]
     left_out = [path for path, split in named if split == TEST]
     if left_out:
-        remarks.append(f"{len(left_out)} of {len(named)} parts belong to a test split and were left out, for example "
-                       f"{left_out[0]}")
+        remarks.append(f"{len(left_out)} of {len(named)} files or folders belong to a test split and were left out, for "
+                       f"example {left_out[0]}")
     parts = [SourcePart(path, split) for path, split in named if split != TEST]
     if not any(part.split == "train" for part in parts):
         only = [part.path for part in parts] or left_out
@@ -99,6 +99,6 @@ def files_in(source: Path, *patterns: str) -> list[Path]:
 
 
 def finder(pattern: str) -> Callable[[Path, list[str]], list[SourcePart]]:
-    """Return a function find(source, remarks). It returns the files of the source whose names match the pattern, each with its
+    """Return a function find(source, remarks), which returns the files of a source whose names match `pattern`, each with its
     split. See files_in() and in_splits(). Pure."""
     return lambda source, remarks: in_splits(files_in(source, pattern), source, remarks)

@@ -1,4 +1,4 @@
-"""Reads the tokens of one split of shards as blocks. The writers of all formats use SplitTokens."""
+"""Reads the tokens of one split of shards as blocks (see blocks.py). The writers of all formats use SplitTokens."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class SplitTokens:
 
 
 def _without_fill(block: TokenBlock, eod: int) -> TokenBlock:
-    """Return a block of packed shards without the end-of-document tokens that fill windows. These are the tokens at the end of a
-    document that follow another end-of-document token and are not in the loss."""
+    """Return a block of packed shards without the end-of-document tokens that fill windows. A token fills a window if it is at
+    the end of a document, follows another end-of-document token, and is not in the loss."""
     ids, starts, mask = block.ids, block.starts, block.mask
     assert starts is not None
     fill = ids == eod if mask is None else (ids == eod) & (mask == 0)

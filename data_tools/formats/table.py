@@ -28,7 +28,7 @@ class TokenFormat:
     read: Callable[[Path, ReadOptions], Iterator[TokenBlock]]  # yields the tokens of one part
     write: Callable[[SplitTokens, Path], list[str]]  # writes one split, and returns remarks
     masks: bool = False  # whether the format can store a loss mask
-    eod_first: bool = False  # whether the format's usual programs write the end-of-document token before each document
+    eod_first: bool = False  # whether programs usually write the end-of-document token before each document of this format
     goes_on: bool = False  # whether a document may continue in the next file
 
 

@@ -200,7 +200,7 @@ def test_llmc(tmp_path: Path, first: int, version: int, dtype: str) -> None:
     file("x_train_000001.bin", [3, EOD, 4, 5])
     file("x_train_000002.bin", [6, EOD, 7])
     said = take("auto", tmp_path, tmp_path / "out")
-    assert said[-1] == f"documents begin with the token id {EOD}. If they end with it, give --eod-at end"
+    assert said[-1] == f"documents begin with the token id {EOD}. If documents end with this token, give --eod-at end"
     assert documents_of(tmp_path / "out", "train") == [[3], [EOD, 4, 5, 6], [EOD, 7]]
     assert documents_of(tmp_path / "out", "val") == [[EOD, 1, 2]]
     assert "The model does not learn this token" in take("llmc", tmp_path, tmp_path / "packed", seq_len=4)[-1]
@@ -391,7 +391,7 @@ def test_a_folder_with_files_of_several_kinds_is_refused(tmp_path: Path) -> None
     ({"input_ids": [[1, 2]], "cu_seqlens": [[0, 3, 1, 2]]}, "`cu_seqlens` in row 0"),
     ({"input_ids": [[1, 2]], "cu_seqlens": [[[0, 1, 2]]]}, "`cu_seqlens` holds"),
     ({"input_ids": [[1, 2]], "segment_ids": [[1.0, 2.0]]}, "`segment_ids` holds float64"),
-    ({"input_ids": [[1, 2]], "inputs_segmentation": [[1, 2]]}, "`inputs_segmentation` may hold the documents of packed rows"),
+    ({"input_ids": [[1, 2]], "inputs_segmentation": [[1, 2]]}, "`inputs_segmentation` may show where the documents of packed"),
     ({"input_ids": [[1, 2]], "segment_ids": [[1]]}, "one value per token"),
     ({"input_ids": [[1, 2], [1, 2]], "position_ids": [[0, 1], [0, 2]]}, "row 1 has the position 2 after 0"),
     ({"text": ["a"]}, r"no column of token ids \(input_ids\), only text"), ({"input_ids": ["a b"]}, "not a list of integers"),
@@ -520,7 +520,7 @@ def test_a_split_for_tests_is_left_out(tmp_path: Path) -> None:
     for name, i in (("train-0", 1), ("validation-0", 2), ("test-0", 3)):
         parquet(tmp_path / f"{name}.parquet", input_ids=[[i, EOD]])
     said = take("hf", tmp_path, tmp_path / "out")
-    assert said[2].startswith("1 of 3 parts belong to a test split and were left out")
+    assert said[2].startswith("1 of 3 files or folders belong to a test split and were left out")
     assert ids_of(tmp_path / "out") == [1, EOD] and documents_of(tmp_path / "out", "val") == [[2, EOD]]
 
 
