@@ -161,9 +161,7 @@ class Replay:
         if (begun := self.job.record.meta.get("init_from")) is not None:
             self.source = f"the weights of {begun['path']}"
             if begun["weights_sha256"] != meta.get("init_from", begun)["weights_sha256"]:
-                raise DataError.on_every_rank(
-                    f"{begun['path']} has changed since {record.path} started from it. Give the original weights with --base"
-                )
+                raise DataError.on_every_rank(f"{begun['path']} has changed since {record.path} started from it: see --base")
         if reader is not None:
             restore(self.job, reader)
             self.source = str(reader.path)
@@ -285,8 +283,7 @@ def check_method(
         numbers = ", then ".join(map(str, (record.ranks[at] for at in sorted(record.ranks) if record.ranks[at] in ranks)))
         raise UsageError(
             f"{said}. Between step {start} and step {last}, it ran on {numbers} ranks. The compression errors of the lost ranks "
-            f"were not recorded. Replay steps up to {min(at for at in record.ranks if at > start)}, or steps after the next "
-            "checkpoint"
+            f"were not recorded. Replay steps up to {min(at for at in record.ranks if at > start)}, or after the next checkpoint"
         )
     if ranks != {size}:
         (number,) = ranks
