@@ -103,7 +103,7 @@ class Origin:
     def check_tokenizer(self, data: Path | str, used: bytes) -> None:
         """Raise DataError unless `used`, the tokenizer of `data`, is the source's tokenizer, possibly with added tokens.
         Independent."""
-        if self.tokenizer is not None and not tokens.extends(self.tokenizer, used):
+        if self.tokenizer is not None and not tokens.extends(self.tokenizer, used, f"{data}/tokenizer.json"):
             raise DataError(
                 f"{data} was prepared with a different tokenizer than {self.tokenizer}, so its ids mean different text to "
                 f"the model. Prepare the text again with: python -m data_tools.prepare --tokenizer {self.tokenizer} --out DIR"

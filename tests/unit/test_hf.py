@@ -367,8 +367,12 @@ def test_the_same_tokenizer_written_otherwise_is_the_same(shards: Path, tmp_path
     (tmp_path / "c.json").write_text(json.dumps(changed))
     assert not tokens.same(tmp_path / "c.json", given.read_bytes())
     (tmp_path / "c.json").write_text("{")
-    with pytest.raises(DataError, match=r"c.json: not a readable tokenizer.json"):
-        tokens.same(tmp_path / "c.json", given.read_bytes())
+    for compare in (tokens.same, tokens.extends):
+        with pytest.raises(DataError, match=r"c.json: not a readable tokenizer.json"):
+            compare(tmp_path / "c.json", given.read_bytes())
+        for wrong in (b"{", b"\xff", b"[]"):
+            with pytest.raises(DataError, match=r"^shards/x: not a readable tokenizer.json"):
+                compare(given, wrong, "shards/x")
 
 
 def test_a_tokenizer_with_added_tokens_extends_its_original(shards: Path, tmp_path: Path) -> None:
