@@ -19,7 +19,7 @@ from mpidp.errors import DataError, UsageError
 from mpidp.evaluate import read_options as evaluate_options
 from mpidp.generate import read_options
 from mpidp.inference.decode import DecodedText, continue_prompts, decode
-from mpidp.inference.detokenize import detokenizer_of
+from mpidp.inference.detokenize import _Windowed, detokenizer_of
 from mpidp.inference.loading import Loaded
 from mpidp.inference.rows import read_prompts, read_rows
 from mpidp.inference.sampling import Sampling, nucleus, seed_of
@@ -290,9 +290,9 @@ def spoken(data: bytes, stops: list[str] | None = None) -> tuple[str, str, list[
     """Return (printed text, returned text, the pieces, stopped?)."""
     pieces: list[str] = []
     stream = StreamedText(detokenizer_of(BYTES, [65]), stops or (), pieces.append)
-    stopped = any(stream.add(token) for token in data)
+    any(stream.add(token) for token in data)
     text = stream.end()
-    return "".join(pieces), text, pieces, stopped
+    return "".join(pieces), text, pieces, stream.stopped
 
 
 @pytest.mark.parametrize("data", [TEXT.encode(), b"ab\xf0\x9f", b"\xff\xfe a\xe6\x97", b"", "🙂".encode()[1:] + b"x"], ids=repr)
@@ -315,6 +315,33 @@ def test_nothing_of_a_stop_is_said(stops: list[str], text: str) -> None:
     said, returned, _, stopped = spoken(b"hello world!", stops)
     assert said == returned == text
     assert stopped == (text != "hello world!")
+
+
+@pytest.mark.parametrize(("stops", "text"), [
+    (["b\ufffd"], "a"), (["\ufffd"], "ab"), (["\ufffdc", "ab\ufffd"], ""), (["\ufffdc"], "ab\ufffd"),
+])
+@pytest.mark.parametrize("windowed", [False, True])
+def test_a_stop_is_found_in_the_text_that_the_end_completes(stops: list[str], text: str, windowed: bool) -> None:
+    """The last character is incomplete, so it is known only when generation ends."""
+    pieces: list[str] = []
+    stream = StreamedText(_Windowed(BYTES, [65]) if windowed else detokenizer_of(BYTES, [65]), stops, pieces.append)
+    assert not any(stream.add(token) for token in b"ab\xf0\x9f")
+    assert stream.end() == "".join(pieces) == text and stream.stopped == (text != "ab\ufffd")
+
+
+def test_a_stop_at_the_end_is_the_reason_of_the_end() -> None:
+    class Half(Transformer):
+        """A model that writes the first byte of a character."""
+
+        def forward(self, tokens: Tensor, caches: Any = None) -> Tensor:
+            return torch.eye(257)[0xF0].expand(*tokens.shape, 257)
+
+        def new_cache(self, positions: int) -> None:
+            return None
+
+    for stops, ended in (["\ufffd"], "stop"), (["x"], "tokens"):
+        (_, found), = continue_prompts(loaded(Half), PLAIN, {0: [65]}, GREEDY, 1, 0, stops)
+        assert (found.text, found.ended) == ("" if ended == "stop" else "\ufffd", ended)
 
 
 def test_a_sequence_ends_at_the_end_of_a_document_or_before_a_stop() -> None:
