@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -379,6 +380,9 @@ def test_ids_beyond_the_tokenizer_are_never_drawn() -> None:
 def test_prompts_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes("one\r\n\n two\u2028 \nthree".encode())
     assert [row["prompt"] for row in read_prompts(tmp_path / "p.txt")] == ["one", " two\u2028 ", "three"]
+    for name in ("p.json.txt", "p.jsonl.bak", "json"):
+        (tmp_path / name).write_text("a line\n")
+        assert read_prompts(tmp_path / name) == [{"prompt": "a line"}]
     (tmp_path / "p.jsonl").write_text('{"prompt": "a\\nb", "id": 3}\n\n{"prompt": ""}\n')
     assert read_prompts(tmp_path / "p.jsonl") == [{"prompt": "a\nb", "id": 3}, {"prompt": ""}]
 
@@ -390,6 +394,8 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     ("p.jsonl", b"[1]", "line 1: not an object"),
     ("p.jsonl", b'{"text": "a"}', 'line 1: "prompt" is missing or not a string; the keys are text'),
     ("p.jsonl", b'{"prompt": 3}', 'line 1: "prompt" is missing or not a string'),
+    ("p.json", b"one\ntwo\n", r"p.json is JSON with neither one object per line nor an array.* like \{\"prompt\""),
+    ("p.json.gz", gzip.compress(b"[1]"), r"p.json.gz is a JSON array whose items are not objects\. Each line must be"),
     ("absent.txt", None, "cannot read .*absent.txt: No such file"),
 ])
 def test_bad_files_of_prompts(tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
