@@ -224,8 +224,9 @@ def _write(
     stored = encoder.to_json()
     sha256 = hashlib.sha256(stored.encode()).hexdigest()
     streams = _streams(writers, encoder, options)
-    share = options.val_fraction if "val" not in streams else 0.5  # without effect if the source has a split val
-    plans = plan_shards(streams, options.shards, share)
+    own_val = "val" in writers and writers["val"].tokens > 0
+    advice = "" if own_val or not options.val_fraction else ", or set --val-fraction 0"
+    plans = plan_shards(streams, options.shards, options.val_fraction, advice)
     ticker.phase("written", len(plans), "shard")
     files: list[FileRecord] = []
     learned = 0

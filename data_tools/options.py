@@ -55,6 +55,14 @@ class PrepareOptions:
         """Whether arrange.py determines the order of the documents. Otherwise they keep the order of the files."""
         return self.rows or len(self.sources) > 1 or self.tokens > 0
 
+    @property
+    def advice(self) -> str:
+        """What may help if a split is too small, for the error message."""
+        if not self.val_fraction:
+            return ""
+        whole = ", or give another --seed" + ", or --split text" * (not self.rows and not self.repeat)
+        return ", or set --val-fraction 0" + whole * self.by_document
+
     def tokens_of(self, split: str) -> int:
         """Return the largest number of tokens of a split: its fraction of --tokens, or 0 for no limit. A split ends with the
         document that reaches this number. `split`: "train" or "val"."""

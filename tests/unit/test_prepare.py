@@ -195,6 +195,10 @@ def test_a_corpus_too_small_to_split(tmp_path: Path) -> None:
     assert index.splits["train"].tokens == 2 and index.splits["val"].tokens == 2
     with pytest.raises(DataError, match="--split text"):
         prepare(str(tmp_path / "a.txt"), out=tmp_path / "out", val_fraction=0.05, shards=1, split="document")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    for options in ({"form": "prompt_completion", "seq_len": 8}, {"text_key": "prompt", "tokens": 9, "repeat": True}):
+        with pytest.raises(DataError, match="Give more text, or set --val-fraction 0, or give another --seed$"):
+            prepare(str(tmp_path / "a.jsonl"), out=tmp_path / "out", val_fraction=0.05, shards=1, **options)
 
 
 def test_our_shards_are_replaced_and_stale_ones_removed(corpus: Path, tmp_path: Path) -> None:
