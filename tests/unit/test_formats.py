@@ -5,6 +5,7 @@ of real programs."""
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import subprocess
@@ -14,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+import zstandard
 
-from data_tools.formats import row_files
+from data_tools.formats import litdata, row_files
 from data_tools.formats.table import FORMATS, recognized
 from data_tools.from_tokens import FromOptions, from_tokens
 from data_tools.prepare import prepare
@@ -134,6 +136,34 @@ def test_rows_in_several_files_come_back(
     with pytest.raises(UsageError, match="No space left"):
         to_tokens(name, shards, tmp_path / "full")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "it"]
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_compressed_samples_are_read_whole_or_refused(
+    stated: bool, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples of LitData with compression_level="sample". The compressed data may state their size."""
+    to_tokens("litdata", shards, tmp_path / "it")
+    longest = 0
+    for index in (tmp_path / "it").glob("*/index.json"):
+        about, packer = json.loads(index.read_text()), zstandard.ZstdCompressor(write_content_size=stated)
+        about["config"] |= {"compression": "zstd:3", "compression_level": "sample"}
+        for chunk in about["chunks"]:
+            data = (index.parent / chunk["filename"]).read_bytes()
+            offsets = np.frombuffer(data, "<u4", chunk["chunk_size"] + 1, 4).tolist()
+            samples = [data[a:b] for a, b in itertools.pairwise(offsets)]
+            longest = max(longest, *map(len, samples))
+            packed = [packer.compress(sample) for sample in samples]
+            places = np.cumsum([offsets[0], *map(len, packed)])
+            (index.parent / chunk["filename"]).write_bytes(data[:4] + places.astype("<u4").tobytes() + b"".join(packed))
+        index.write_text(json.dumps(about))
+    monkeypatch.setattr(litdata, "MAX_ITEM_BYTES", longest)
+    take("litdata", tmp_path / "it", tmp_path / "back")
+    assert all(documents_of(tmp_path / "back", split) == documents_of(shards, split) for split in ("train", "val"))
+    monkeypatch.setattr(litdata, "MAX_ITEM_BYTES", longest - 2)  # an id has two bytes
+    with pytest.raises(DataError, match=f"a sample has more than {longest - 2:,} bytes. Write the dataset again with shorter"):
+        take("litdata", tmp_path / "it", tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
 
 
 @pytest.mark.parametrize(("name", "stored"), [("litdata", "no_header_tensor:16"), ("mds", "ndarray:uint32")])
