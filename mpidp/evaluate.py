@@ -110,6 +110,8 @@ def _check_task_options(parser: Parser, options: argparse.Namespace) -> None:
         parser.error(f"--tasks {options.tasks!r} has an empty name. Give names of tasks, separated by commas")
     if options.limit < 0 or (options.few_shot or 0) < 0:
         parser.error("--limit and --few-shot must not be negative")
+    if options.system is not None and not options.chat:
+        parser.error("--system works only with --chat, because a system message is a part of a chat")
     if options.allow_code and options.tasks_dir is None:
         parser.error("--allow-code works only with --tasks-dir")
 

@@ -427,6 +427,7 @@ def test_wrong_options_of_generate(words: list[str], said: str) -> None:
 @pytest.mark.parametrize(("words", "said"), [
     (["--text=a", "--choices=b"], "only one of them"), (["--stride=3"], "--stride"), (["--text=a", "--stride=-1"], "--stride"),
     (["--text=a", "--system=b"], "--system works only with --tasks"),
+    (["--tasks=a", "--system=b"], "--system works only with --chat"), (["--tasks=a", "--system="], "only with --chat"),
 ])
 def test_wrong_options_of_evaluate(words: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
