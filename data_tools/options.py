@@ -10,7 +10,7 @@ from typing import Any
 
 from data_tools.mixture import Source
 from data_tools.rows import FORMATS
-from data_tools.vocabulary import check_tokenizer
+from data_tools.vocabulary import check_eod, check_tokenizer
 from mpidp.errors import UsageError
 from mpidp.runtime.options import add_out
 
@@ -126,6 +126,7 @@ def check_options(options: PrepareOptions) -> None:
         raise UsageError("--repeat cannot be combined with --split text, because the validation split would contain documents "
                          "of the training split. Use --split document, or --val-fraction 0")
     check_tokenizer(options.tokenizer)
+    check_eod(options.tokenizer, options.eod)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -169,6 +169,15 @@ def test_options_of_from_are_refused_with_to() -> None:
     assert (found.tokenizer, found.shards, found.source) == ("byte", 9, "auto")
 
 
+def test_an_end_that_a_tokenizer_cannot_have_is_refused(shards: Path, tmp_path: Path) -> None:
+    to_megatron(shards, tmp_path / "it")
+    with pytest.raises(UsageError, match="--eod x: --tokenizer byte has an end-of-document token of its own"):
+        from_megatron(tmp_path / "it_train", tmp_path / "out", "byte", 1, 0.0, "x")
+    with pytest.raises(DataError, match="tokenizer.json: --eod x: .* has an end-of-document token of its own. Omit"):
+        from_megatron(tmp_path / "it_train", tmp_path / "out", str(shards), 1, 0.0, "x")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("ids", "fraction", "words"), [
     ([1], 0.05, "the source has 1 token, but each split needs at least 2 tokens. Give more text"),
     ([1], 0.0, "the source has 1 token, but each split needs at least 2 tokens. Give more text"),

@@ -175,6 +175,9 @@ def test_options_that_cannot_be_are_refused_before_anything_is_touched(corpus: P
     for options in bad:
         with pytest.raises(UsageError):
             prepare(str(corpus), out=tmp_path / "out", **options)
+    for tokenizer in ("byte", "char", "bpe:300"):
+        with pytest.raises(UsageError, match=f"--eod x: --tokenizer {tokenizer} has an end-of-document token of its own. Omit"):
+            prepare(str(corpus), tokenizer, tmp_path / "out", eod="x")
     with pytest.raises(UsageError, match="--shards 5000"):
         prepare(str(corpus), out=tmp_path / "out", shards=5000)
     (tmp_path / "file").touch()
