@@ -108,6 +108,23 @@ def test_loss_masks_come_back(name: str, rows: Path, tmp_path: Path) -> None:
         take(name, tmp_path / "it", tmp_path / "short", seq_len=12)
 
 
+@pytest.mark.parametrize("end", [(), (EOD, EOD), (EOD, -100)], ids=["none", "learned", "masked"])
+def test_documents_of_packed_shards_keep_their_ends(end: tuple[int, ...], tmp_path: Path) -> None:
+    """Documents without an end-of-document token, as those of many chat templates, or with one that is in the loss or not."""
+    random, ids, labels = np.random.default_rng(1), [], []
+    for length in random.integers(1, 12, 200).tolist():
+        document = random.integers(1, EOD, length).tolist()
+        labels.append(np.where(random.random(length) < 0.5, document, -100).tolist() + list(end[1:]))
+        ids.append(document + list(end[:1]))
+    source = parquet(tmp_path / "a.parquet", input_ids=ids, labels=labels)
+    take("hf", source, tmp_path / "loose")
+    take("hf", source, tmp_path / "packed", seq_len=24)
+    for name in MASKED:
+        to_tokens(name, tmp_path / "packed", tmp_path / name)
+        take(name, tmp_path / name, tmp_path / f"of_{name}")
+        assert sorted(with_masks(tmp_path / f"of_{name}", "train")) == sorted(with_masks(tmp_path / "loose", "train"))
+
+
 def test_a_truncated_row_that_fills_the_last_window_keeps_its_length(tmp_path: Path) -> None:
     """The token after the last window belongs to no row."""
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "long", "completion": "abcdefgh"}))
