@@ -153,6 +153,18 @@ def head_dim(default: int = 0) -> Field:
     return Field(("head_dim",), ("head_dim",), read, lambda options: {"head_dim": head_size(options)})
 
 
+def kv_heads(usual: int = 0) -> Field:
+    """Return the `Field` object of num_key_value_heads. usual: the value if the field is missing, or 0 for num_attention_heads.
+    null also means num_attention_heads, as in transformers."""
+
+    key, option = "num_key_value_heads", "num_kv_heads"
+
+    def read(given: Given, found: Options) -> Options:
+        return {option: given.number(key, default=usual if usual and key not in given.config else found["num_heads"])}
+
+    return Field((key,), (option,), read, lambda options: {key: options[option]})
+
+
 def head_size(options: Mapping[str, Any]) -> int:
     """Return the size of a head. options: the options of a model. Pure."""
     return int(options.get("head_dim", 0) or options["model_dim"] // options["num_heads"])
