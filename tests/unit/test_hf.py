@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from data_tools.prepare import prepare
 from mpidp.checkpoint.reader import Reader
+from mpidp.config.command_line import from_args
 from mpidp.config.schema import Config
 from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer
@@ -261,6 +263,26 @@ def test_a_contradiction_is_refused_by_name(
     with pytest.raises(UsageError, match="another model: .*Leave these settings out") as caught:
         open_origin(config := begun(shards, folders["untied"], tmp_path, model=settings), WORLD).completed(config)  # type: ignore[union-attr]
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "words", "said"), [
+    ("untied", ["--model.num_layers=4"], "model.num_layers=4, but the source has 2"),
+    ("tied", ["--model.tie_embeddings=false"], "model.tie_embeddings=False, but the source has True"),
+    ("untied", ["--model.num_layers=2", "--model.num_kv_heads=0", "--model.vocab_size=0", "--model.tie_embeddings=false"], ""),
+    ("tied", [], ""),
+])
+def test_a_given_setting_counts_even_if_it_has_its_default(
+    shards: Path, folders: dict[str, Path], tmp_path: Path, name: str, words: list[str], said: str
+) -> None:
+    """On the command line or in a file. 0 means that the value is computed."""
+    place = [f"--train.init_from={folders[name]}", f"--data.path={shards}", f"--run.dir={tmp_path / 'run'}"]
+    settings = [word.removeprefix("--model.").replace("=", " = ") for word in words]
+    (tmp_path / "it.toml").write_text("\n".join(["[model]", *settings]))
+    for given in (words, [str(tmp_path / "it.toml")]):
+        origin = open_origin(config := from_args([*given, *place]), WORLD)
+        assert origin is not None
+        with pytest.raises(UsageError, match=f"another model: {said}") if said else nullcontext():
+            assert origin.completed(config).model.num_layers == 2
 
 
 def test_what_agrees_is_taken(shards: Path, folders: dict[str, Path], tmp_path: Path) -> None:
