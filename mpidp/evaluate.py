@@ -154,9 +154,7 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     seq_len = config["model.seq_len"]
     with raise_together(world):
         if options.stride > seq_len:
-            raise UsageError(
-                f"--stride {options.stride} would skip tokens: the stride must be at most {seq_len} (model.seq_len)"
-            )
+            raise UsageError(f"--stride {options.stride} would skip tokens: the stride must be at most {seq_len} (model.seq_len)")
         if world.rank == 0:
             text = read_text(options.text)
             warn_of_names([encoder.named([text])], "texts")

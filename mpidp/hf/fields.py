@@ -38,9 +38,7 @@ class Given:
             self.refuse(f"{key} is missing, so the file is damaged or belongs to another kind of model")
         plain = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not plain or not 0 < value <= most or kind(value) != value:
-            self.refuse(
-                f"{key}={short(value)} must be a positive {'integer' if kind is int else 'number'} of at most {most:,}"
-            )
+            self.refuse(f"{key}={short(value)} must be a positive {'integer' if kind is int else 'number'} of at most {most:,}")
         return kind(value)
 
     def flag(self, key: str, default: bool) -> bool:
