@@ -176,22 +176,23 @@ class Tokens(Protocol):
     def document_starts(self, start: int, stop: int) -> np.ndarray: ...
 
 
-def plan_shards(streams: Mapping[str, Tokens], shards: int, val_fraction: float) -> list[ShardPlan]:
+def plan_shards(streams: Mapping[str, Tokens], shards: int, val_fraction: float, advice: str) -> list[ShardPlan]:
     """Plan the shards of each split. If a split has N tokens and K shards, shard k starts at token k * N // K of the split.
 
     `streams`: the streams by name. If there is a stream "val", it becomes the validation split. Otherwise the end of "train"
     becomes the validation split: a fraction `val_fraction` of the tokens, but at least 2 tokens (0: no validation split).
     `shards`: the number of training shards. The number of validation shards is in proportion to the size of the validation
-    split. Raises DataError if a split is too small, and UsageError if there are more shards than tokens.
+    split. `advice`: the options that change the splits, for the error message. Raises DataError if a split is too small, and
+    UsageError if there are more shards than tokens.
     """
     total = streams["train"].tokens
     by_document = "val" in streams
     num_val = streams["val"].tokens if by_document else max(2, round(total * val_fraction)) if val_fraction else 0
     num_train = total if by_document else total - num_val
-    if num_train < 2 or (val_fraction and num_val < 2):
+    if num_train < 2 or (by_document and num_val < 2):
         found = counted(total, "training token" if by_document else "token")
         found += f" and {counted(num_val, 'validation token')}" * by_document
-        advice = ", or set --val-fraction 0" * (val_fraction > 0) + ", or give another --seed, or --split text" * by_document
+        advice = advice if num_train + num_val >= 2 else ""
         raise DataError(f"the source has {found}, but each split needs at least 2 tokens. Give more text{advice}")
     if shards > num_train:
         raise UsageError(f"--shards {shards} is more than {num_train}, the number of training tokens. Choose fewer shards")

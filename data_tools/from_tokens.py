@@ -19,6 +19,7 @@ from data_tools.formats.flat import DTYPES
 from data_tools.formats.table import FORMATS, ROWS, TokenFormat, mixed, recognized
 from data_tools.new_folder import new_folder
 from data_tools.progress import Ticker
+from data_tools.vocabulary import check_eod
 from mpidp.data.index import FileRecord, Index, SplitRecord
 from mpidp.data.special_tokens import FILE, SpecialTokens, special_tokens_of
 from mpidp.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, token_dtype
@@ -53,6 +54,7 @@ class FromOptions:
             raise UsageError(f"--dtype {self.dtype} must be one of {', '.join(DTYPES)}")
         if self.seq_len and self.seq_len < 2:
             raise UsageError(f"--seq-len {self.seq_len} must be at least 2")
+        check_eod(self.tokenizer, self.eod)
 
 
 def from_tokens(name: str, source: Path, out: Path, options: FromOptions) -> list[str]:
@@ -224,8 +226,9 @@ def _write(
     stored = encoder.to_json()
     sha256 = hashlib.sha256(stored.encode()).hexdigest()
     streams = _streams(writers, encoder, options)
-    share = options.val_fraction if "val" not in streams else 0.5  # without effect if the source has a split val
-    plans = plan_shards(streams, options.shards, share)
+    own_val = "val" in writers and writers["val"].tokens > 0
+    advice = "" if own_val or not options.val_fraction else ", or set --val-fraction 0"
+    plans = plan_shards(streams, options.shards, options.val_fraction, advice)
     ticker.phase("written", len(plans), "shard")
     files: list[FileRecord] = []
     learned = 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_tools.mixture import Source
 from data_tools.rows import FORMATS
-from data_tools.vocabulary import check_tokenizer
+from data_tools.vocabulary import check_eod, check_tokenizer
 from mpidp.errors import UsageError
 from mpidp.runtime.options import add_out
 
@@ -54,6 +54,14 @@ class PrepareOptions:
     def arranged(self) -> bool:
         """Whether arrange.py determines the order of the documents. Otherwise they keep the order of the files."""
         return self.rows or len(self.sources) > 1 or self.tokens > 0
+
+    @property
+    def advice(self) -> str:
+        """What may help if a split is too small, for the error message."""
+        if not self.val_fraction:
+            return ""
+        whole = ", or give another --seed" + ", or --split text" * (not self.rows and not self.repeat)
+        return ", or set --val-fraction 0" + whole * self.by_document
 
     def tokens_of(self, split: str) -> int:
         """Return the largest number of tokens of a split: its fraction of --tokens, or 0 for no limit. A split ends with the
@@ -118,6 +126,7 @@ def check_options(options: PrepareOptions) -> None:
         raise UsageError("--repeat cannot be combined with --split text, because the validation split would contain documents "
                          "of the training split. Use --split document, or --val-fraction 0")
     check_tokenizer(options.tokenizer)
+    check_eod(options.tokenizer, options.eod)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -150,7 +150,7 @@ def _write(
             raise DataError(counts.no_text())
         try:
             streams, mixture = _streams(raws, encoder.eod, options)
-            plans = plan_shards(streams, options.shards, options.val_fraction)
+            plans = plan_shards(streams, options.shards, options.val_fraction, options.advice)
         except DataError as error:
             raise DataError(f"{error}{counts.reasons()}") from None
         own_plans = {i: plan for i, plan in enumerate(plans) if i % team.size == team.rank}

@@ -37,9 +37,20 @@ def check_tokenizer(spec: str) -> None:
                          "existing tokenizer.json or its folder")
 
 
+def check_eod(spec: str, eod: str | None) -> None:
+    """Raise UsageError if the option --eod is given for a tokenizer that is not a file. Pure."""
+    if eod is not None and _is_made(spec):
+        raise UsageError(f"--eod {eod}: --tokenizer {spec} has an end-of-document token of its own. Omit --eod, or give a "
+                         "tokenizer.json")
+
+
 def given_tokenizer(spec: str, eod: str | None) -> Tokenizer | None:
     """Load the tokenizer at the path `spec`. Return None if spec is byte, char or bpe:VOCAB. Independent."""
-    return None if spec in ("byte", "char") or spec.startswith("bpe:") else load_tokenizer(spec, eod)
+    return None if _is_made(spec) else load_tokenizer(spec, eod)
+
+
+def _is_made(spec: str) -> bool:
+    return spec in ("byte", "char") or spec.startswith("bpe:")
 
 
 @dataclass(frozen=True)

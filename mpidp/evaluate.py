@@ -110,6 +110,8 @@ def _check_task_options(parser: Parser, options: argparse.Namespace) -> None:
         parser.error(f"--tasks {options.tasks!r} has an empty name. Give names of tasks, separated by commas")
     if options.limit < 0 or (options.few_shot or 0) < 0:
         parser.error("--limit and --few-shot must not be negative")
+    if options.system is not None and not options.chat:
+        parser.error("--system works only with --chat, because a system message is a part of a chat")
     if options.allow_code and options.tasks_dir is None:
         parser.error("--allow-code works only with --tasks-dir")
 
@@ -152,9 +154,7 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     seq_len = config["model.seq_len"]
     with raise_together(world):
         if options.stride > seq_len:
-            raise UsageError(
-                f"--stride {options.stride} would skip tokens: the stride must be at most {seq_len} (model.seq_len)"
-            )
+            raise UsageError(f"--stride {options.stride} would skip tokens: the stride must be at most {seq_len} (model.seq_len)")
         if world.rank == 0:
             text = read_text(options.text)
             warn_of_names([encoder.named([text])], "texts")

@@ -159,12 +159,18 @@ def _framed(data: np.ndarray, offsets: np.ndarray, shown: Path) -> Iterator[byte
 
 
 def _inflated(data: bytes, size: int | None, shown: Path) -> bytes:
+    """Return the decompressed bytes of a sample or a frame. `size`: the number of these bytes, or None if the file does not
+    state it."""
     library = zstandard(shown)
     try:
+        if size is None and 0 <= (stated := library.frame_content_size(data)) <= MAX_ITEM_BYTES:  # -1: not stated
+            size = stated
         with library.ZstdDecompressor().stream_reader(data) as stream:
-            found: bytes = stream.read(MAX_ITEM_BYTES if size is None else size + 1)
+            found: bytes = stream.read((MAX_ITEM_BYTES if size is None else size) + 1)
     except library.ZstdError as error:
         raise DataError(f"{shown}: damaged zstd data ({error}); copy the dataset again") from None
+    if size is None and len(found) > MAX_ITEM_BYTES:
+        raise DataError(f"{shown}: a sample has more than {MAX_ITEM_BYTES:,} bytes. Write the dataset again with shorter samples")
     if size is not None and len(found) != size:
         raise DataError(f"{shown}: a compressed part does not decompress to the stated {size} bytes; copy the dataset again")
     return found

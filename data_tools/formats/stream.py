@@ -39,7 +39,7 @@ class SplitTokens:
             stream.check_ids(at, ids)
             begins[0] |= at == 0
             block = TokenBlock(ids, np.flatnonzero(begins), None if mask is None else mask.astype(np.uint8))
-            block = _without_fill(block, stream.eod) if window else block
+            block = _without_fill(block, stream.eod, window) if window else block
             assert block.starts is not None
             last = self._count(block, last)
             self._ticker.add(len(block.starts), block.ids.nbytes)
@@ -60,13 +60,18 @@ class SplitTokens:
         return block.ids[-1:] if len(block.ids) else last
 
 
-def _without_fill(block: TokenBlock, eod: int) -> TokenBlock:
-    """Return a block of packed shards without the end-of-document tokens that fill windows. A token fills a window if it is at
-    the end of a document, follows another end-of-document token, and is not in the loss."""
+def _without_fill(block: TokenBlock, eod: int, window: int) -> TokenBlock:
+    """Return a block of packed shards without the end-of-document tokens that fill windows of `window` tokens. A token fills a
+    window if it is at the end of the window and not in the loss. If documents have such an end-of-document token of their own, a
+    token that fills a window also follows another end-of-document token. A document that is not the last of its window shows
+    whether documents have one, because no fill follows it."""
     ids, starts, mask = block.ids, block.starts, block.mask
     assert starts is not None
     fill = ids == eod if mask is None else (ids == eod) & (mask == 0)
-    fill[1:] &= ids[:-1] == eod
+    ends = np.append(starts[1:], len(ids)) - 1
+    own = fill[ends[(ends + 1) % window > 0]]
+    if own.any() or not len(own):
+        fill[1:] &= ids[:-1] == eod
     fill[starts] = False
     last = np.maximum.reduceat(np.where(fill, -1, np.arange(len(ids))), starts)  # last token of each document that is not fill
     kept = np.arange(len(ids)) <= np.repeat(last, np.diff(starts, append=len(ids)))

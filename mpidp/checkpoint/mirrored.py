@@ -38,7 +38,7 @@ class MirrorFolder:
     def __init__(self, address: str) -> None:
         self._store = open_store(address, "run.mirror")
         self.address = self._store.address
-        self._retries = Retries(RETRY_SECONDS, "run.mirror")
+        self._retries = Retries(RETRY_SECONDS)
 
     def close(self) -> None:
         """Stop repeating failed requests. Independent."""

@@ -132,12 +132,13 @@ def from_args(arguments: Sequence[str]) -> Config:
                 _assign(chosen, key, value, word)
     for key, raw in overrides:
         _assign(chosen, key, raw, "command line")
+    given = frozenset(chosen)
     chosen = RECIPES[chosen.get("model.recipe", "none")] | chosen
     sections: dict[str, dict[str, Any]] = {}
     for key, value in chosen.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
-    return checked(Config().with_values(**sections))
+    return checked(Config(given=given).with_values(**sections))
 
 
 def parse_with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:

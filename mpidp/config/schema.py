@@ -44,6 +44,7 @@ class Config:
     faults: FaultSettings = field(default_factory=FaultSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     energy: EnergySettings = field(default_factory=EnergySettings)
+    given: frozenset[str] = field(default=frozenset(), compare=False)  # section.key of the settings that the user gives
 
     def with_values(self, **sections: Mapping[str, Any]) -> Config:
         """Return a copy with the given values, for example config.with_values(train={"lanes": 8}). The values are not checked."""
@@ -60,7 +61,7 @@ def fields_of(config: Config | None = None) -> Iterator[tuple[str, dataclasses.F
     config = config or Config()
     for section in dataclasses.fields(Config):
         part = getattr(config, section.name)
-        for f in dataclasses.fields(part):
+        for f in dataclasses.fields(part) if section.name != "given" else ():
             yield f"{section.name}.{f.name}", f, getattr(part, f.name)
 
 

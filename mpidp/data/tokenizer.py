@@ -221,7 +221,8 @@ def tokenizer_from_json(text: str, eod: str | int | None = None, declared: str |
     """Make a tokenizer from `text`, the contents of a tokenizer.json (mpidp's or Hugging Face's). Raises DataError if `text`
     is malformed.
 
-    `eod` and `declared` are used only for Hugging Face's files (see HFTokenizer).
+    `eod` and `declared` are used only for Hugging Face's files (see HFTokenizer). If the file is mpidp's and `eod` is the name of
+    a token, raises DataError.
     """
     try:
         parsed = json.loads(text)
@@ -231,6 +232,8 @@ def tokenizer_from_json(text: str, eod: str | int | None = None, declared: str |
         raise DataError("not a tokenizer.json: the top level must be an object")
     if parsed.get("format") != FORMAT:
         return HFTokenizer(text, eod, declared)
+    if isinstance(eod, str):
+        raise DataError(f"--eod {eod}: a tokenizer of mpidp has an end-of-document token of its own. Omit --eod")
     kind, characters = parsed.get("kind"), parsed.get("characters")
     if parsed.get("version") != 1 or kind not in ("byte", "char"):
         raise DataError(f"version {parsed.get('version')!r} of a tokenizer of kind {kind!r} is unknown. This mpidp reads version "

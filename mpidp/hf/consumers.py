@@ -107,6 +107,10 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
             "it needs n_inner = 4 * n_embd",
         ),
         Restriction(
+            lambda facts: facts.model_type == "gpt2",
+            "for GPT-2, its GELU is a table of float16, so log-probabilities differ by about 0.004", refused=False,
+        ),
+        Restriction(
             lambda facts: facts.model_type == "gpt_neox" and "rotary_pct" not in facts.config,
             "its converter needs the key rotary_pct, which transformers 5 does not write. Add it to config.json",
         ),

@@ -12,17 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpidp.hf.fields import ACTIVATIONS, Field, activation, cap, flag, head_dim, head_size, implied, number, size, tied
-from mpidp.hf.layers import (
-    above,
-    every,
-    every_in,
-    first_window,
-    layered_window,
-    window,
-    without_rotary,
-    without_rotary_are_windows,
-)
+from mpidp.hf.fields import ACTIVATIONS, Field, activation, cap, flag, head_dim, head_size, implied, kv_heads, number, size, tied
+from mpidp.hf.layers import above, every, every_in, first_window, layered_window, window, windows_without_rotary, without_rotary
 from mpidp.hf.rope_fields import rope, two_ropes
 from mpidp.hf.tensors import Layout
 
@@ -127,12 +118,8 @@ WIDTHS = (
 
 
 def sizes(kv: int = 0) -> tuple[Field, ...]:
-    """Return the `Field` objects for the sizes of the model. kv: the number of key-value heads if config.json does not state it.
-    If `kv` is 0, this number is the number of heads."""
-    return (
-        *WIDTHS, size("num_key_value_heads", "num_kv_heads", lambda found: kv or found["num_heads"]),
-        size("intermediate_size", "hidden_dim"),
-    )
+    """Return the `Field` objects for the sizes of the model. kv: see kv_heads()."""
+    return (*WIDTHS, kv_heads(kv), size("intermediate_size", "hidden_dim"))
 
 
 def usual(
@@ -184,7 +171,7 @@ FAMILIES: tuple[Family, ...] = (
            {"qk_norm": "head"}),
     Family("SmolLM3ForCausalLM", "smollm3", "SmolLM3", (
         *usual(kv=4, ties=True), bias(), mlp_bias(), without_rotary(4),
-        layered_window(None, without_rotary_are_windows, True), rope(2e6),
+        layered_window(None, windows_without_rotary, True), rope(2e6),
     ), free=("max_window_layers",)),
     Family("Olmo2ForCausalLM", "olmo2", "OLMo 2", (*usual(eps=1e-5), bias(), rope()), OLMO2,
            {"qk_norm": "layer", "norm_place": "after"}),

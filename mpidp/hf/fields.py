@@ -38,9 +38,7 @@ class Given:
             self.refuse(f"{key} is missing, so the file is damaged or belongs to another kind of model")
         plain = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not plain or not 0 < value <= most or kind(value) != value:
-            self.refuse(
-                f"{key}={short(value)} must be a positive {'integer' if kind is int else 'number'} of at most {most:,}"
-            )
+            self.refuse(f"{key}={short(value)} must be a positive {'integer' if kind is int else 'number'} of at most {most:,}")
         return kind(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -151,6 +149,18 @@ def head_dim(default: int = 0) -> Field:
         return {"head_dim": given.number("head_dim", default=default or found["model_dim"] // found["num_heads"] or None)}
 
     return Field(("head_dim",), ("head_dim",), read, lambda options: {"head_dim": head_size(options)})
+
+
+def kv_heads(usual: int = 0) -> Field:
+    """Return the `Field` object of num_key_value_heads. usual: the value if the field is missing, or 0 for num_attention_heads.
+    null also means num_attention_heads, as in transformers."""
+
+    key, option = "num_key_value_heads", "num_kv_heads"
+
+    def read(given: Given, found: Options) -> Options:
+        return {option: given.number(key, default=usual if usual and key not in given.config else found["num_heads"])}
+
+    return Field((key,), (option,), read, lambda options: {key: options[option]})
 
 
 def head_size(options: Mapping[str, Any]) -> int:

@@ -146,7 +146,7 @@ def without_rotary(interval: int) -> Field:
     return Field(("no_rope_layers", "no_rope_layer_interval"), ("rotary_layers",), read, write)
 
 
-def without_rotary_are_windows(given: Given, found: Options, has_window: bool) -> str:
+def windows_without_rotary(given: Given, found: Options, has_window: bool) -> str:
     """Return the letters of SmolLM3's layers, as layered_window() defines them. If the model has a window, only the layers
     without rotary positions use it. Use this function as the argument `usual` of layered_window()."""
     letters = per_layer(found["rotary_layers"], found["num_layers"], "y")

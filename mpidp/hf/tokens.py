@@ -4,6 +4,7 @@ Independent."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +42,20 @@ def huggingface_json(tokenizer: Tokenizer) -> str:
     return str(made.to_str(pretty=True))
 
 
-def same(file: Path, used: bytes) -> bool:
+def same(file: Path, used: bytes, data: object = "the data") -> bool:
     """Return whether two tokenizers give the same ids. The formatting of the JSON does not matter. file: the path of a
-    tokenizer.json. used: the contents of another tokenizer.json.
+    tokenizer.json. used: the contents of another tokenizer.json, which belongs to `data`.
 
-    Raises DataError if one of them is not a readable tokenizer.json.
+    Raises DataError, which names `file` or `data`, if one of them is not a readable tokenizer.json.
     """
-    first, second = _both(file, used)
+    first, second = _read(file, file.read_bytes), _read(data, lambda: used)
     return first == second
 
 
-def extends(file: Path, used: bytes) -> bool:
+def extends(file: Path, used: bytes, data: object = "the data") -> bool:
     """Return whether the tokenizer `used` is the tokenizer in `file`, or has the same contents and more added tokens with new
-    ids. file: the path of a tokenizer.json. used: the contents of another tokenizer.json.
-
-    Raises DataError if one of them is not a readable tokenizer.json.
-    """
-    first, second = _both(file, used)
+    ids. file, used, data: see same(). Raises DataError in the cases of same()."""
+    first, second = _read(file, file.read_bytes), _read(data, lambda: used)
     known, added = first.pop("added_tokens") or [], second.pop("added_tokens") or []
     if first != second or any(one not in added for one in known):
         return False
@@ -66,11 +64,11 @@ def extends(file: Path, used: bytes) -> bool:
     return all(one in known or one["id"] not in taken for one in added)
 
 
-def _both(file: Path, used: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(where: object, content: Callable[[], bytes]) -> dict[str, Any]:
     try:
-        return _plain(file.read_bytes()), _plain(used)
+        return _plain(content())
     except (OSError, UnicodeDecodeError, DataError) as error:
-        raise DataError(f"{file}: not a readable tokenizer.json ({error})") from None
+        raise DataError(f"{where}: not a readable tokenizer.json ({error})") from None
 
 
 def names_of(tokenizer_json: str) -> dict[int, str]:

@@ -117,4 +117,7 @@ def continue_prompts(
 
     rows = {i: DecodedText(loaded.model, ids, tokens, seed_of(seed, i), stops_at(streams[i])) for i, ids in prompts.items()}
     decode(loaded, list(rows.values()), sampling, encoder.table.ends, encoder.tokenizer.vocab_size, exact)
-    return [(i, Continuation(stream.end(), len(stream.ids), rows[i].ended, rows[i].start > 0)) for i, stream in streams.items()]
+    return [  # end() may find a stop string
+        (i, Continuation(stream.end(), len(stream.ids), "stop" if stream.stopped else rows[i].ended, rows[i].start > 0))
+        for i, stream in streams.items()
+    ]

@@ -210,9 +210,7 @@ def _model_class() -> Any:
 
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
             asked = [self._text_request(*one.args) for one in requests]
-            return [
-                _text(self._encoder, ids, one.stops) for ids, one in zip(self._requests.generated(asked), asked, strict=True)
-            ]
+            return [_text(self._encoder, ids, one.stops) for ids, one in zip(self._requests.generated(asked), asked, strict=True)]
 
         def _text_request(self, context: str, given: dict[str, Any]) -> TextRequest:
             tokens, stops, sampling = _generation(given, self._encoder)

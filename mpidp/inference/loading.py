@@ -130,7 +130,7 @@ def check_same_tokenizer(reader: Source, stream: TokenStream) -> None:
     if stream.tokenizer_sha256 == reader.meta["tokenizer"]:
         return
     own = own_tokenizer(reader)
-    if not same(own, stream.index.tokenizer_bytes(stream.folder)):
+    if not same(own, stream.index.tokenizer_bytes(stream.folder), f"{stream.path}/tokenizer.json"):
         raise DataError(f"{stream.path} was prepared with another tokenizer than {own}, so its ids mean other text. Prepare the "
                         f"text again with --tokenizer {own}")
 

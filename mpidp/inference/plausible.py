@@ -6,15 +6,18 @@ Therefore, call these checks before memory is allocated and threads are started.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mpidp.errors import CheckpointError
-from mpidp.model.shape import Shape, num_parameters
+from mpidp.model.shape import Shape, shapes_of
+from mpidp.model.starting import adapters
 
 LIMITS = {  # largest plausible values, by key of the manifest's settings; the smallest is 1
     "model.seq_len": 2**22,
+    "model.num_layers": 2**16,
     "train.micro_batch": 2**20,
 }
 MAX_THREADS = 1024
@@ -39,13 +42,12 @@ def check_settings(path: Path, meta: Mapping[str, Any]) -> None:
 
 
 def check_shape(path: Path, meta: Mapping[str, Any], shape: Shape) -> None:
-    """Raise CheckpointError if a checkpoint's files are too small to contain a model of this shape. path: the checkpoint. meta:
-    the contents of its manifest, which states the sizes of the files."""
-    tensors, stored = len(meta["tensors"]), sum(int(record["bytes"]) for record in meta["files"])
-    parameters = 0 if meta["config"].get("model.lora_rank", 0) else num_parameters(shape)  # 0: LoRA, without the base model
-    if shape.num_layers > tensors or parameters > stored:
+    """Raise CheckpointError if a checkpoint's files are too small to contain a model of this shape or, for a LoRA run, its
+    adapters. path: the checkpoint. meta: the contents of its manifest, which states the sizes of the files."""
+    needed = sum(map(math.prod, (adapters(meta["config"], shape) or shapes_of(shape)).values()))
+    stored = sum(int(record["bytes"]) for record in meta["files"])
+    if needed > stored:
         raise CheckpointError(
-            f"{path / 'manifest.json'}: its shape has {shape.num_layers:,} layers and {num_parameters(shape):,} parameters, but "
-            f"its files hold {tensors:,} tensors in {stored:,} bytes. Copy the checkpoint again from a "
-            "backup, or use an older checkpoint"
+            f"{path / 'manifest.json'}: its shape has {shape.num_layers:,} layers, and {needed:,} parameters are saved, but its "
+            f"files hold {stored:,} bytes. Copy the checkpoint again from a backup, or use an older checkpoint"
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from mpidp.data.records import Row, records
 from mpidp.data.row_fields import keys_of
-from mpidp.data.text_files import NotText, TextFile, read_whole, recognize
+from mpidp.data.text_files import NotText, TextFile, kind_of, read_whole, recognize
 from mpidp.errors import DataError
 from mpidp.inference.published_rows import prompt_of
 from mpidp.runtime.log import log
@@ -67,7 +67,7 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
                 keys = keys_of(row.fields or {})
                 raise DataError(f'{path}, {row.unit} {row.number}: "prompt" is missing or not a string; the keys are {keys}')
         return set_apart(prompts, path)
-    if Path(path).name.lower().partition(".")[2].startswith("json"):
+    if kind_of(str(path))[0] != "text":  # the name promises rows
         raise DataError(f"{path} is {file.doubt}. Each line must be an object like {PROMPT}")
     _warn(file)
     lines = [line.removesuffix("\r") for line in read_whole(path).split("\n")]

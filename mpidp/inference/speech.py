@@ -27,15 +27,19 @@ class StreamedText:
     def add(self, token: int) -> bool:
         """Append a token. Return whether the text now contains a stop string."""
         self.ids.append(token)
-        text, self.stopped = self._stops.add(self._detokenizer.add(token))
-        self._say(text)
+        self._add(self._detokenizer.add(token))
         return self.stopped
 
     def end(self) -> str:
-        """Pass the rest of the text to `write`. Return the whole text, which ends before the stop string."""
+        """Pass the rest of the text to `write`. Return the whole text, which ends before the first stop string."""
         if not self.stopped:
-            self._say(self._stops.rest() + self._detokenizer.end())
+            self._add(self._detokenizer.end())
+            self._say("" if self.stopped else self._stops.rest())
         return "".join(self._certain)
+
+    def _add(self, piece: str) -> None:
+        text, self.stopped = self._stops.add(piece)
+        self._say(text)
 
     def _say(self, text: str) -> None:
         self._certain.append(text)

@@ -3,7 +3,6 @@ files. These functions run on one rank."""
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import sys
@@ -67,10 +66,9 @@ def load_tasks(options: TaskOptions) -> dict[str, Any]:
     Raises UsageError if a name is unknown, and DataError if a task or its data cannot be read. Independent.
     """
     library = harness()
-    if options.folder:
-        _check_folder(Path(options.folder), options.code)
     found: dict[str, Any] | None = None
     if options.folder:
+        _check_folder(Path(options.folder), options.code)
         with suppress(KeyError):  # KeyError: a name, or a member of a group, is one of the harness's own tasks
             found = _load(library, options, own_alone=True)
     if found is None:
@@ -115,22 +113,32 @@ def _check_folder(folder: Path, code: bool) -> None:
     if not waiting:
         raise UsageError(f"--tasks-dir {folder}: it has no task file (*.yaml)")
     while waiting:
-        file = waiting.pop()
+        file = Path(os.path.realpath(waiting.pop()))  # an included path is relative to the folder of the file behind a link
         if file in seen:
             continue
         seen.add(file)
         try:
-            events = list(yaml.parse(file.read_text(), yaml.SafeLoader))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            nodes = _nodes(yaml.compose(file.read_bytes(), yaml.SafeLoader))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             raise DataError(f"{file} is not a readable YAML file: {' '.join(str(error).split())}") from None
-        scalars = [event for event in events if isinstance(event, yaml.ScalarEvent)]
-        functions = [str(event.value) for event in events if getattr(event, "tag", None) is not None and not _is_plain(event.tag)]
+        functions = [node for node in nodes if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag]
         if functions and not code:
-            raise UsageError(f"{file} names Python code ({functions[0]}), which runs only with --allow-code. Read the code, then "
+            name = functions[0].value if isinstance(functions[0].value, str) else functions[0].tag
+            raise UsageError(f"{file} names Python code ({name}), which runs only with --allow-code. Read the code, then "
                              "add this option")
-        included = [after.value for before, after in itertools.pairwise(scalars) if before.value == "include"]
-        waiting += [path for name in included if (path := file.parent / str(name)).is_file()]
+        pairs = [pair for node in nodes if isinstance(node, yaml.MappingNode) for pair in node.value]
+        included = [one.value for key, value in pairs if key.value == "include" for one in _nodes(value)]
+        waiting += [file.parent / name for name in included if isinstance(name, str) and os.path.isfile(file.parent / name)]
 
 
-def _is_plain(tag: str) -> bool:
-    return tag == "!" or (tag.startswith("tag:yaml.org,2002:") and "python" not in tag)
+def _nodes(root: Any) -> list[Any]:
+    """Return the node `root` of a YAML document and all nodes below it, each once. An alias is the node that it names. root: a
+    node, or None for an empty document."""
+    waiting, found = [] if root is None else [root], dict[int, Any]()
+    while waiting:
+        node = waiting.pop()
+        if id(node) not in found:
+            found[id(node)] = node
+            below = node.value if isinstance(node.value, list) else []  # the nodes of a list, or pairs of nodes
+            waiting += [one for entry in below for one in (entry if isinstance(entry, tuple) else (entry,))]
+    return list(found.values())

@@ -50,7 +50,7 @@ class RemoteFolder:
         self._store = open_store(address)
         self.path: Address = self._store.address
         self.cache = BlockCache(Path(options.folder or default_folder()), int(options.gigabytes * 1e9))
-        self._retries = Retries(options.retry_seconds)
+        self._retries = Retries(options.retry_seconds, "" if options is DEFAULT_CACHE else "data.retry_seconds")
         self._fetchers: Fetchers | None = None
         self._versions: dict[str, Version] = {}  # versions of the files that this or another rank has opened
         self.local = self._fetch_small_files()

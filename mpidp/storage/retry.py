@@ -23,9 +23,9 @@ QUIET_SECONDS = 30.0  # least time between two warnings
 class Retries:
     """Sends the requests to one store, and repeats failed requests. Thread-safe. Independent."""
 
-    def __init__(self, seconds: float, setting: str = "data.retry_seconds") -> None:
+    def __init__(self, seconds: float, setting: str = "") -> None:
         """`seconds`: the time limit for repeating a failed request. `setting`: the name of the setting that contains this
-        limit, for error messages."""
+        limit, for error messages, or "" if no setting contains it."""
         self.seconds, self._setting = seconds, setting
         self._answered = False
         self._warned_at = -QUIET_SECONDS
@@ -65,8 +65,10 @@ class Retries:
             limit, spent = self.seconds if self._answered else min(FIRST_SECONDS, self.seconds), time.monotonic() - began
             if spent + pause > limit or self._closed.is_set():
                 times = "1 try" if tries == 1 else f"{tries} tries"
-                raise DataError(f"{where}: {reason}. mpidp gave up after {times} in {spent:.0f} s (the limit is {limit:g} s, "
-                                f"see {self._setting}). Nothing is lost. Start the same command again when the server answers")
+                setting = f", see {self._setting}" * bool(self._setting)
+                why = setting if limit == self.seconds else " because the server has never answered: check the address"
+                raise DataError(f"{where}: {reason}. mpidp gave up after {times} in {spent:.0f} s (the limit is {limit:g} s{why}"
+                                "). Nothing is lost. Start the same command again when the server answers")
             if tries > 1:
                 self._warn(f"warning: {where}: {reason}; try {tries} failed, trying again for up to {limit - spent:.0f} s")
             self._pause(pause * (0.5 + self._random.random()))

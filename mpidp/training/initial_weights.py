@@ -41,6 +41,8 @@ KEYS = (  # settings of section model that determine the shape and the meaning o
     "rope_scaling", "norm_eps", "head_dim", "vocab_size", *OPTIONS,
 )
 
+AUTOMATIC = ("num_kv_heads", "hidden_dim", "head_dim", "vocab_size", "position_rows", "attention_scale")  # 0: no value is given
+
 
 class _Init(TypedDict):
     """The content of RUN/init.json."""
@@ -69,10 +71,10 @@ class Origin:
         if (kind := self.settings.get("kind", plain.kind)) not in KINDS:
             check_named(kind, config.model.kind if config.model.kind != plain.kind else "", f"train.init_from={self.path}")
         wrong = [
-            f"model.{key}={given!r}, but the source has {value!r}"
+            f"model.{key}={mine!r}, but the source has {value!r}"
             for key, value in self.settings.items()
-            if (given := getattr(config.model, key)) not in (value, getattr(plain, key))
-            and not (key == "vocab_size" and kind in KINDS and given > value)
+            if (mine := getattr(config.model, key)) != value and (mine != getattr(plain, key) or f"model.{key}" in config.given)
+            and not (mine == 0 and key in AUTOMATIC) and not (key == "vocab_size" and kind in KINDS and mine > value)
         ]
         if wrong:
             raise UsageError(f"train.init_from={self.path} is another model: {'; '.join(wrong)}. Leave these settings out")
@@ -103,7 +105,7 @@ class Origin:
     def check_tokenizer(self, data: Path | str, used: bytes) -> None:
         """Raise DataError unless `used`, the tokenizer of `data`, is the source's tokenizer, possibly with added tokens.
         Independent."""
-        if self.tokenizer is not None and not tokens.extends(self.tokenizer, used):
+        if self.tokenizer is not None and not tokens.extends(self.tokenizer, used, f"{data}/tokenizer.json"):
             raise DataError(
                 f"{data} was prepared with a different tokenizer than {self.tokenizer}, so its ids mean different text to "
                 f"the model. Prepare the text again with: python -m data_tools.prepare --tokenizer {self.tokenizer} --out DIR"

@@ -35,9 +35,7 @@ class TaskEvaluation:
         try:
             requests = self._requests = self._requests or self._open()
             prefix = prefix_of(requests.encoder, (plan.run_dir / "hf").is_dir())
-            found = run_tasks(
-                requests, self.tasks, options_of(plan.config), str(plan.run_dir), prefix, plan.config.model.seq_len
-            )
+            found = run_tasks(requests, self.tasks, options_of(plan.config), str(plan.run_dir), prefix, plan.config.model.seq_len)
         except (DataError, UsageError) as error:
             if not error.everywhere:
                 raise

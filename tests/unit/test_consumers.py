@@ -56,6 +56,15 @@ def test_tokenizers_that_a_program_does_not_read_are_noted() -> None:
     assert "-1" in check("onnxruntime-genai", texts({}, char))[0]
 
 
+def test_small_differences_are_noted() -> None:
+    """docs/consumers.md has the measured differences."""
+    gpt2 = {"model_type": "gpt2", "vocab_size": 270, "n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128}
+    files = texts({}) | {"config.json": json.dumps(gpt2).encode()}
+    assert check("llama.cpp", texts({})) == check("transformers", files) == []
+    (note,) = check("llama.cpp", files)
+    assert note.startswith("llama.cpp: for GPT-2, its GELU is a table of float16")
+
+
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_note_on_bos_is_given_only_if_the_tokenizer_adds_bos(adds: bool, nested: bool) -> None:

@@ -6,7 +6,9 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from data_tools.convert import read_options
 from data_tools.formats.megatron import MAGIC, MegatronReader, dtype_code
@@ -167,15 +169,38 @@ def test_options_of_from_are_refused_with_to() -> None:
     assert (found.tokenizer, found.shards, found.source) == ("byte", 9, "auto")
 
 
+def test_an_end_that_a_tokenizer_cannot_have_is_refused(shards: Path, tmp_path: Path) -> None:
+    to_megatron(shards, tmp_path / "it")
+    with pytest.raises(UsageError, match="--eod x: --tokenizer byte has an end-of-document token of its own"):
+        from_megatron(tmp_path / "it_train", tmp_path / "out", "byte", 1, 0.0, "x")
+    with pytest.raises(DataError, match="tokenizer.json: --eod x: .* has an end-of-document token of its own. Omit"):
+        from_megatron(tmp_path / "it_train", tmp_path / "out", str(shards), 1, 0.0, "x")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("ids", "fraction", "words"), [
-    ([1], 0.05, "the source has 1 token, but each split needs at least 2 tokens. Give more text, or set --val-fraction 0"),
+    ([1], 0.05, "the source has 1 token, but each split needs at least 2 tokens. Give more text"),
     ([1], 0.0, "the source has 1 token, but each split needs at least 2 tokens. Give more text"),
-    ([1, 2, 3], 0.5, "the source has 3 tokens, but each split needs at least 2 tokens"),
+    ([1, 2, 3], 0.5, "the source has 3 tokens, but each split needs at least 2 tokens. Give more text, or set --val-fraction 0"),
 ])
 def test_too_few_tokens_are_counted_correctly(ids: list[int], fraction: float, words: str, tmp_path: Path) -> None:
     np.array(ids, "<u2").tofile(tmp_path / "train.bin")
-    with pytest.raises(DataError, match=f"^{words}"):
+    with pytest.raises(DataError, match=f"^{words}$"):
         from_tokens("nanogpt", tmp_path / "train.bin", tmp_path / "out", FromOptions("byte", 1, fraction, whole=True))
+
+
+def test_only_options_that_help_are_advised_if_a_split_is_too_small(tmp_path: Path) -> None:
+    """convert has neither --seed nor --split, and --val-fraction has no effect on data with a validation split."""
+    for name, ids in ("train", [1, 2, 3]), ("val", [4]):
+        np.array(ids, "<u2").tofile(tmp_path / f"{name}.bin")
+    said = "the source has 3 training tokens and 1 validation token, but each split needs at least 2 tokens. Give more text"
+    with pytest.raises(DataError, match=f"^{said}$"):
+        from_tokens("nanogpt", tmp_path, tmp_path / "out", FromOptions("byte", 1, whole=True))
+    table = pa.table({"input_ids": [[1, 2, 3], [4]], "labels": [[-100, 2, 3], [4]]})
+    parquet.write_table(table, tmp_path / "masked.parquet")
+    with pytest.raises(DataError, match=f"^{said}, or set --val-fraction 0$"):
+        from_tokens("hf", tmp_path / "masked.parquet", tmp_path / "out", FromOptions("byte", 1))
+    from_tokens("hf", tmp_path / "masked.parquet", tmp_path / "out", FromOptions("byte", 1, val_fraction=0.0))
 
 
 @pytest.mark.parametrize("address", ["s3://user:secret@host/x", "https://user:secret@host/x?sig=secret"])

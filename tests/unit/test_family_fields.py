@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mpidp.errors import DataError
@@ -62,6 +63,22 @@ def walk(row: str) -> list[tuple[str, Any]]:
 
 QUICK = ("llama", "gpt2", "phi3", "gemma3_text")  # rows in `make test`; the others take about a minute together
 ROWS = (*ONE_OF_EACH, "smollm3, windows", "qwen3, windows", "phi3, longrope")
+
+
+WITH_GROUPS = [family.model_type for family in FAMILIES if any("num_key_value_heads" in one.keys for one in family.fields)]
+
+
+@pytest.mark.parametrize("given", [{}, {"num_key_value_heads": None}, {"num_key_value_heads": 4}], ids=str)
+@pytest.mark.parametrize("kind", WITH_GROUPS)
+def test_the_number_of_key_value_heads_is_that_of_transformers(kind: str, given: dict[str, Any]) -> None:
+    """If the field is missing, it is the family's default. If it is null, it is the number of heads."""
+    sizes = {"vocab_size": 288, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 32, "intermediate_size": 48}
+    found = settings_of({"model_type": kind, **sizes, **given}, "config.json")["num_kv_heads"]
+    try:
+        wanted = type(AutoConfig.for_model(kind))(**sizes, **given).num_key_value_heads
+    except StrictDataclassFieldValidationError:  # some families of transformers 5 refuse null; transformers 4 accepted it
+        wanted = 32
+    assert found == wanted
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, marks=() if row in QUICK else pytest.mark.check, id=row) for row in ROWS])

@@ -148,10 +148,11 @@ def test_sizes_of_a_manifest_that_its_files_do_not_have_are_refused_at_once(plac
     body["config"] |= {f"model.{key}": value for key, value in change.items()}
     body["shape"] |= change
     (path / "manifest.json").write_bytes(_seal(body))
+    said = r"its shape has|has shape|KeyError|num_layers=\d+ is not an integer in 1\.\.65536"
     for use in ("generate", "evaluate", "train.init_from"):
-        with pytest.raises((CheckpointError, DataError), match="its shape has|do not have the sizes|has shape|KeyError"):
+        with pytest.raises((CheckpointError, DataError), match=f"{said}|do not have the sizes"):
             USES[use](place, str(path))
-    with pytest.raises(CheckpointError, match="its shape has|has shape|KeyError"):
+    with pytest.raises(CheckpointError, match=said):
         export(WORLD, str(path), str(place / "out"))
     assert not (place / "out").exists()
     shutil.rmtree(place / "small")

@@ -5,6 +5,7 @@ of real programs."""
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import subprocess
@@ -14,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+import zstandard
 
-from data_tools.formats import row_files
+from data_tools.formats import litdata, row_files
 from data_tools.formats.table import FORMATS, recognized
 from data_tools.from_tokens import FromOptions, from_tokens
 from data_tools.prepare import prepare
@@ -106,6 +108,23 @@ def test_loss_masks_come_back(name: str, rows: Path, tmp_path: Path) -> None:
         take(name, tmp_path / "it", tmp_path / "short", seq_len=12)
 
 
+@pytest.mark.parametrize("end", [(), (EOD, EOD), (EOD, -100)], ids=["none", "learned", "masked"])
+def test_documents_of_packed_shards_keep_their_ends(end: tuple[int, ...], tmp_path: Path) -> None:
+    """Documents without an end-of-document token, as those of many chat templates, or with one that is in the loss or not."""
+    random, ids, labels = np.random.default_rng(1), [], []
+    for length in random.integers(1, 12, 200).tolist():
+        document = random.integers(1, EOD, length).tolist()
+        labels.append(np.where(random.random(length) < 0.5, document, -100).tolist() + list(end[1:]))
+        ids.append(document + list(end[:1]))
+    source = parquet(tmp_path / "a.parquet", input_ids=ids, labels=labels)
+    take("hf", source, tmp_path / "loose")
+    take("hf", source, tmp_path / "packed", seq_len=24)
+    for name in MASKED:
+        to_tokens(name, tmp_path / "packed", tmp_path / name)
+        take(name, tmp_path / name, tmp_path / f"of_{name}")
+        assert sorted(with_masks(tmp_path / f"of_{name}", "train")) == sorted(with_masks(tmp_path / "loose", "train"))
+
+
 def test_a_truncated_row_that_fills_the_last_window_keeps_its_length(tmp_path: Path) -> None:
     """The token after the last window belongs to no row."""
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "long", "completion": "abcdefgh"}))
@@ -134,6 +153,34 @@ def test_rows_in_several_files_come_back(
     with pytest.raises(UsageError, match="No space left"):
         to_tokens(name, shards, tmp_path / "full")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "it"]
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_compressed_samples_are_read_whole_or_refused(
+    stated: bool, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples of LitData with compression_level="sample". The compressed data may state their size."""
+    to_tokens("litdata", shards, tmp_path / "it")
+    longest = 0
+    for index in (tmp_path / "it").glob("*/index.json"):
+        about, packer = json.loads(index.read_text()), zstandard.ZstdCompressor(write_content_size=stated)
+        about["config"] |= {"compression": "zstd:3", "compression_level": "sample"}
+        for chunk in about["chunks"]:
+            data = (index.parent / chunk["filename"]).read_bytes()
+            offsets = np.frombuffer(data, "<u4", chunk["chunk_size"] + 1, 4).tolist()
+            samples = [data[a:b] for a, b in itertools.pairwise(offsets)]
+            longest = max(longest, *map(len, samples))
+            packed = [packer.compress(sample) for sample in samples]
+            places = np.cumsum([offsets[0], *map(len, packed)])
+            (index.parent / chunk["filename"]).write_bytes(data[:4] + places.astype("<u4").tobytes() + b"".join(packed))
+        index.write_text(json.dumps(about))
+    monkeypatch.setattr(litdata, "MAX_ITEM_BYTES", longest)
+    take("litdata", tmp_path / "it", tmp_path / "back")
+    assert all(documents_of(tmp_path / "back", split) == documents_of(shards, split) for split in ("train", "val"))
+    monkeypatch.setattr(litdata, "MAX_ITEM_BYTES", longest - 2)  # an id has two bytes
+    with pytest.raises(DataError, match=f"a sample has more than {longest - 2:,} bytes. Write the dataset again with shorter"):
+        take("litdata", tmp_path / "it", tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
 
 
 @pytest.mark.parametrize(("name", "stored"), [("litdata", "no_header_tensor:16"), ("mds", "ndarray:uint32")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from mpidp.errors import DataError, UsageError
 from mpidp.evaluate import read_options as evaluate_options
 from mpidp.generate import read_options
 from mpidp.inference.decode import DecodedText, continue_prompts, decode
-from mpidp.inference.detokenize import detokenizer_of
+from mpidp.inference.detokenize import _Windowed, detokenizer_of
 from mpidp.inference.loading import Loaded
 from mpidp.inference.rows import read_prompts, read_rows
 from mpidp.inference.sampling import Sampling, nucleus, seed_of
@@ -290,9 +291,9 @@ def spoken(data: bytes, stops: list[str] | None = None) -> tuple[str, str, list[
     """Return (printed text, returned text, the pieces, stopped?)."""
     pieces: list[str] = []
     stream = StreamedText(detokenizer_of(BYTES, [65]), stops or (), pieces.append)
-    stopped = any(stream.add(token) for token in data)
+    any(stream.add(token) for token in data)
     text = stream.end()
-    return "".join(pieces), text, pieces, stopped
+    return "".join(pieces), text, pieces, stream.stopped
 
 
 @pytest.mark.parametrize("data", [TEXT.encode(), b"ab\xf0\x9f", b"\xff\xfe a\xe6\x97", b"", "🙂".encode()[1:] + b"x"], ids=repr)
@@ -315,6 +316,33 @@ def test_nothing_of_a_stop_is_said(stops: list[str], text: str) -> None:
     said, returned, _, stopped = spoken(b"hello world!", stops)
     assert said == returned == text
     assert stopped == (text != "hello world!")
+
+
+@pytest.mark.parametrize(("stops", "text"), [
+    (["b\ufffd"], "a"), (["\ufffd"], "ab"), (["\ufffdc", "ab\ufffd"], ""), (["\ufffdc"], "ab\ufffd"),
+])
+@pytest.mark.parametrize("windowed", [False, True])
+def test_a_stop_is_found_in_the_text_that_the_end_completes(stops: list[str], text: str, windowed: bool) -> None:
+    """The last character is incomplete, so it is known only when generation ends."""
+    pieces: list[str] = []
+    stream = StreamedText(_Windowed(BYTES, [65]) if windowed else detokenizer_of(BYTES, [65]), stops, pieces.append)
+    assert not any(stream.add(token) for token in b"ab\xf0\x9f")
+    assert stream.end() == "".join(pieces) == text and stream.stopped == (text != "ab\ufffd")
+
+
+def test_a_stop_at_the_end_is_the_reason_of_the_end() -> None:
+    class Half(Transformer):
+        """A model that writes the first byte of a character."""
+
+        def forward(self, tokens: Tensor, caches: Any = None) -> Tensor:
+            return torch.eye(257)[0xF0].expand(*tokens.shape, 257)
+
+        def new_cache(self, positions: int) -> None:
+            return None
+
+    for stops, ended in (["\ufffd"], "stop"), (["x"], "tokens"):
+        (_, found), = continue_prompts(loaded(Half), PLAIN, {0: [65]}, GREEDY, 1, 0, stops)
+        assert (found.text, found.ended) == ("" if ended == "stop" else "\ufffd", ended)
 
 
 def test_a_sequence_ends_at_the_end_of_a_document_or_before_a_stop() -> None:
@@ -352,6 +380,9 @@ def test_ids_beyond_the_tokenizer_are_never_drawn() -> None:
 def test_prompts_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes("one\r\n\n two\u2028 \nthree".encode())
     assert [row["prompt"] for row in read_prompts(tmp_path / "p.txt")] == ["one", " two\u2028 ", "three"]
+    for name in ("p.json.txt", "p.jsonl.bak", "json"):
+        (tmp_path / name).write_text("a line\n")
+        assert read_prompts(tmp_path / name) == [{"prompt": "a line"}]
     (tmp_path / "p.jsonl").write_text('{"prompt": "a\\nb", "id": 3}\n\n{"prompt": ""}\n')
     assert read_prompts(tmp_path / "p.jsonl") == [{"prompt": "a\nb", "id": 3}, {"prompt": ""}]
 
@@ -363,6 +394,8 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     ("p.jsonl", b"[1]", "line 1: not an object"),
     ("p.jsonl", b'{"text": "a"}', 'line 1: "prompt" is missing or not a string; the keys are text'),
     ("p.jsonl", b'{"prompt": 3}', 'line 1: "prompt" is missing or not a string'),
+    ("p.json", b"one\ntwo\n", r"p.json is JSON with neither one object per line nor an array.* like \{\"prompt\""),
+    ("p.json.gz", gzip.compress(b"[1]"), r"p.json.gz is a JSON array whose items are not objects\. Each line must be"),
     ("absent.txt", None, "cannot read .*absent.txt: No such file"),
 ])
 def test_bad_files_of_prompts(tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
@@ -394,6 +427,7 @@ def test_wrong_options_of_generate(words: list[str], said: str) -> None:
 @pytest.mark.parametrize(("words", "said"), [
     (["--text=a", "--choices=b"], "only one of them"), (["--stride=3"], "--stride"), (["--text=a", "--stride=-1"], "--stride"),
     (["--text=a", "--system=b"], "--system works only with --tasks"),
+    (["--tasks=a", "--system=b"], "--system works only with --chat"), (["--tasks=a", "--system="], "only with --chat"),
 ])
 def test_wrong_options_of_evaluate(words: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):

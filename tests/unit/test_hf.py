@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from data_tools.prepare import prepare
 from mpidp.checkpoint.reader import Reader
+from mpidp.config.command_line import from_args
 from mpidp.config.schema import Config
 from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer
@@ -263,6 +265,26 @@ def test_a_contradiction_is_refused_by_name(
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "words", "said"), [
+    ("untied", ["--model.num_layers=4"], "model.num_layers=4, but the source has 2"),
+    ("tied", ["--model.tie_embeddings=false"], "model.tie_embeddings=False, but the source has True"),
+    ("untied", ["--model.num_layers=2", "--model.num_kv_heads=0", "--model.vocab_size=0", "--model.tie_embeddings=false"], ""),
+    ("tied", [], ""),
+])
+def test_a_given_setting_counts_even_if_it_has_its_default(
+    shards: Path, folders: dict[str, Path], tmp_path: Path, name: str, words: list[str], said: str
+) -> None:
+    """On the command line or in a file. 0 means that the value is computed."""
+    place = [f"--train.init_from={folders[name]}", f"--data.path={shards}", f"--run.dir={tmp_path / 'run'}"]
+    settings = [word.removeprefix("--model.").replace("=", " = ") for word in words]
+    (tmp_path / "it.toml").write_text("\n".join(["[model]", *settings]))
+    for given in (words, [str(tmp_path / "it.toml")]):
+        origin = open_origin(config := from_args([*given, *place]), WORLD)
+        assert origin is not None
+        with pytest.raises(UsageError, match=f"another model: {said}") if said else nullcontext():
+            assert origin.completed(config).model.num_layers == 2
+
+
 def test_what_agrees_is_taken(shards: Path, folders: dict[str, Path], tmp_path: Path) -> None:
     config = begun(shards, folders["untied"], tmp_path, model={"num_layers": 2, "vocab_size": 288, "seq_len": 8})
     origin = open_origin(config, WORLD)
@@ -367,8 +389,12 @@ def test_the_same_tokenizer_written_otherwise_is_the_same(shards: Path, tmp_path
     (tmp_path / "c.json").write_text(json.dumps(changed))
     assert not tokens.same(tmp_path / "c.json", given.read_bytes())
     (tmp_path / "c.json").write_text("{")
-    with pytest.raises(DataError, match=r"c.json: not a readable tokenizer.json"):
-        tokens.same(tmp_path / "c.json", given.read_bytes())
+    for compare in (tokens.same, tokens.extends):
+        with pytest.raises(DataError, match=r"c.json: not a readable tokenizer.json"):
+            compare(tmp_path / "c.json", given.read_bytes())
+        for wrong in (b"{", b"\xff", b"[]"):
+            with pytest.raises(DataError, match=r"^shards/x: not a readable tokenizer.json"):
+                compare(given, wrong, "shards/x")
 
 
 def test_a_tokenizer_with_added_tokens_extends_its_original(shards: Path, tmp_path: Path) -> None:

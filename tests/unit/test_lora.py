@@ -3,18 +3,22 @@ parameters do not change."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from mpidp.config.schema import Config
-from mpidp.errors import UsageError
+from mpidp.errors import CheckpointError, UsageError
+from mpidp.inference.plausible import check_settings, check_shape
 from mpidp.model.frozen import trained
 from mpidp.model.lora import attach, is_adapter, merged, saved_names
 from mpidp.model.part import part_of, whole
-from mpidp.model.shape import TransformerShape
+from mpidp.model.shape import LSTMShape, TransformerShape
 from mpidp.model.starting import base_weights, prepared, trained_on_meta, trained_sizes
 from mpidp.model.transformer import Transformer
 
@@ -91,6 +95,27 @@ def test_a_checkpoint_holds_adapters_where_there_are_any() -> None:
     assert sorted(saved_names([name for name, _ in model.named_parameters()])) == sorted(
         f"blocks.{i}.attention.q.lora_{x}" for i in (0, 1) for x in "ab"
     )
+
+
+@pytest.mark.parametrize(("rank", "targets"), [(0, ""), (4, ALL), (4, "head"), (1, "v"), (2, "q,head")])
+@pytest.mark.parametrize("lies", [False, True])
+def test_a_checkpoint_of_any_adapters_is_plausible_and_a_larger_one_is_not(rank: int, targets: str, lies: bool) -> None:
+    """A LoRA run saves fewer tensors than its model has layers, for example those of the head alone."""
+    shape, how = replace(SHAPE, num_layers=40), settings(model__lora_rank=rank, model__lora_targets=targets)
+    sizes = trained_sizes(how, shape, whole(shape))
+    files = [{"bytes": 4 * sum(math.prod(size) for size in sizes.values())}]
+    shape = replace(shape, model_dim=16 * SHAPE.model_dim, vocab_size=16 * SHAPE.vocab_size) if lies else shape
+    meta = {"config": how, "fingerprint": {"threads": 1}, "shape": asdict(shape), "files": files, "tensors": sizes}
+    check_settings(Path("step_1"), meta)
+    with pytest.raises(CheckpointError, match="40 layers, and .* parameters are saved") if lies else nullcontext():
+        check_shape(Path("step_1"), meta, shape)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, LSTMShape(50, 2, 32, 16)])
+def test_layers_that_no_model_has_are_refused_before_they_are_listed(shape: Any) -> None:
+    meta = {"config": settings(), "fingerprint": {"threads": 1}, "shape": asdict(replace(shape, num_layers=2**31))}
+    with pytest.raises(CheckpointError, match=r"num_layers=2147483648 is not an integer in 1\.\.65536"):
+        check_settings(Path("step_1"), meta)
 
 
 @pytest.mark.parametrize(("rank", "targets", "words"), [

@@ -175,6 +175,9 @@ def test_options_that_cannot_be_are_refused_before_anything_is_touched(corpus: P
     for options in bad:
         with pytest.raises(UsageError):
             prepare(str(corpus), out=tmp_path / "out", **options)
+    for tokenizer in ("byte", "char", "bpe:300"):
+        with pytest.raises(UsageError, match=f"--eod x: --tokenizer {tokenizer} has an end-of-document token of its own. Omit"):
+            prepare(str(corpus), tokenizer, tmp_path / "out", eod="x")
     with pytest.raises(UsageError, match="--shards 5000"):
         prepare(str(corpus), out=tmp_path / "out", shards=5000)
     (tmp_path / "file").touch()
@@ -195,6 +198,10 @@ def test_a_corpus_too_small_to_split(tmp_path: Path) -> None:
     assert index.splits["train"].tokens == 2 and index.splits["val"].tokens == 2
     with pytest.raises(DataError, match="--split text"):
         prepare(str(tmp_path / "a.txt"), out=tmp_path / "out", val_fraction=0.05, shards=1, split="document")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    for options in ({"form": "prompt_completion", "seq_len": 8}, {"text_key": "prompt", "tokens": 9, "repeat": True}):
+        with pytest.raises(DataError, match="Give more text, or set --val-fraction 0, or give another --seed$"):
+            prepare(str(tmp_path / "a.jsonl"), out=tmp_path / "out", val_fraction=0.05, shards=1, **options)
 
 
 def test_our_shards_are_replaced_and_stale_ones_removed(corpus: Path, tmp_path: Path) -> None:

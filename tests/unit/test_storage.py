@@ -19,14 +19,16 @@ import numpy as np
 import pytest
 
 from data_tools import inspect, verify
+from mpidp.checkpoint.mirrored import MirrorFolder
 from mpidp.config.command_line import from_args
 from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError, MpidpError, UsageError
-from mpidp.storage import cache, retry
+from mpidp.storage import cache, remote, retry
 from mpidp.storage.address import address_problems, is_remote, without_secrets
 from mpidp.storage.cache import BLOCK, BlockCache
 from mpidp.storage.ranges import _groups
-from mpidp.storage.remote import CacheOptions
+from mpidp.storage.remote import DEFAULT_CACHE, CacheOptions, RemoteFolder
+from mpidp.storage.store import Unreachable
 from tests.storage_server import FaultyServer, no_faults, of_folder, serving
 from tests.unit.test_loader import make_stream
 
@@ -130,6 +132,40 @@ def test_a_server_that_is_gone_is_an_error_after_the_time_limit(server: FaultySe
         far.read(150_000, 10)
     server.faults = no_faults
     assert np.array_equal(far.read(150_000, 10), TOKENS[150_000:150_010])
+
+
+@pytest.mark.parametrize(("seconds", "setting", "answers", "says"), [
+    (0.3, "data.retry_seconds", True, r"limit is 0.3 s, see data.retry_seconds\)"),
+    (0.1, "data.retry_seconds", False, r"limit is 0.1 s, see data.retry_seconds\)"),
+    (300.0, "data.retry_seconds", False, r"limit is 0.2 s because the server has never answered: check the address\)"),
+    (60.0, "", False, r"limit is 0.2 s because the server has never answered: check the address\)"),
+    (0.3, "", True, r"limit is 0.3 s\)"),
+])
+def test_the_message_names_a_setting_only_if_it_holds_the_limit(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, setting: str, answers: bool, says: str
+) -> None:
+    monkeypatch.setattr(retry, "FIRST_SECONDS", 0.2)
+
+    def fail() -> None:
+        raise Unreachable("it is away")
+
+    retries = retry.Retries(seconds, setting)
+    if answers:
+        retries.call("x", lambda: None)
+    with pytest.raises(DataError, match=says):
+        retries.call("x", fail)
+
+
+def test_settings_are_named_only_by_commands_that_have_them(
+    server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """evaluate, inspect and verify do not have data.retry_seconds, and no setting holds the limit of a mirror."""
+    pytest.importorskip("fsspec")
+    monkeypatch.setattr(remote, "default_folder", lambda: tmp_path / "usual")
+    address = f"{server.address}/d"
+    for options, setting in ((DEFAULT_CACHE, ""), (CacheOptions(str(tmp_path)), "data.retry_seconds")):
+        assert RemoteFolder(address, options)._retries._setting == setting
+    assert MirrorFolder("memory://box/m")._retries._setting == ""
 
 
 def test_slow_answers_are_waited_for(server: FaultyServer, tmp_path: Path) -> None:

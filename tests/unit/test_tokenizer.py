@@ -108,6 +108,10 @@ def test_the_eod_of_an_unusual_file_is_named_or_in_the_index(tmp_path: Path) -> 
     with pytest.raises(DataError, match="<nothing>"):
         load_tokenizer(tmp_path, eod="<nothing>")
     assert load_tokenizer(tmp_path, eod="<stop>").eod == 0
+    for ours in (ByteTokenizer(), CharTokenizer("abc")):
+        with pytest.raises(DataError, match="--eod <stop>: a tokenizer of mpidp has an end-of-document token of its own. Omit"):
+            tokenizer_from_json(ours.to_json(), "<stop>")
+        assert tokenizer_from_json(ours.to_json(), ours.eod).eod == ours.eod
     (tmp_path / "index.json").write_text('{"eod": 0}')
     assert load_tokenizer(tmp_path).eod == 0
 
