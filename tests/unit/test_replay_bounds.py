@@ -1,5 +1,5 @@
-"""Without equal bits, a replay accepts the rounding of the optimizer, and reports larger differences. It names steps that cannot be
-replayed or compared."""
+"""Without equal bits, a replay accepts the rounding of the optimizer, and reports larger differences. It names steps that
+cannot be replayed or compared."""
 
 from __future__ import annotations
 
