@@ -1,5 +1,5 @@
 """Laws: a step sends the bytes that `mpidp plan mesh` predicts between replicas and between stages. The operations of a token,
-from which MFU is computed, do not depend on the mesh."""
+from which MFU is computed, do not depend on the mesh. The first lines of a run state the memory that a rank holds."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mpidp.config.schema import Config
 from mpidp.plan.mesh.search import model_of_config
 from mpidp.plan.mesh.sizes import Shape, Work
 from mpidp.plan.mesh.time import LinkSpeed, Machine, step_of
+from mpidp.training.run_summary import held_floats
 from mpidp.training.step import compute
 from mpidp.training.step_report import exchange_reports
 from tests.tiny import WORLD, at, corpus, everywhere, job_at, small_blocks, tiny
@@ -61,6 +62,34 @@ def test_a_step_sends_the_predicted_bytes(
     step = step_of(sizes, Shape(dp, pp, 1, shard), work, MACHINE)
     most, foretold = max(sent for sent, _ in found), step.dp_bytes + step.pp_bytes
     everywhere(foretold <= most <= 1.02 * foretold, f"{most} bytes sent, {foretold:.0f} foretold")
+
+
+def held_by(comm: MPI.Intracomm, config: Config) -> tuple[float, float]:
+    """Return (bytes that this rank holds between steps, bytes that the summary states). Collective over comm."""
+    job = job_at(comm, config)
+    level = config.mesh.shard if comm.size > 1 else 0
+    frozen = [p for name, p in job.engine.model.named_parameters() if not p.requires_grad]
+    others = [p for name, p in job.engine.model.named_parameters() if not p.requires_grad and not name.startswith("blocks.")]
+    held = sum(job.strategy.held().values()) + 4 * sum(p.numel() for p in (others if level == 3 else frozen))
+    count = sum(p.numel() for name, p in job.engine.model.named_parameters() if "lora" not in name)
+    return float(held), 4 * held_floats(job.plan, count)[0]
+
+
+@pytest.mark.parametrize("shard", [0, 1, 2, 3])
+@pytest.mark.parametrize("sections", [
+    {}, {"optim": {"name": "sgd"}}, {"optim": {"freeze": "embedding.*,blocks.0.*"}}, {"model": {"lora_rank": 8}},
+], ids=["", "sgd", "freeze", "lora"])  # fmt: skip
+def test_the_summary_states_the_memory_that_a_rank_holds(
+    shared_folder: Path, shared_tmp: Path, shard: int, sections: dict[str, dict[str, Any]]
+) -> None:
+    if WORLD.size < 2:
+        pytest.skip("needs two ranks")
+    sections = sections | {"model": {"model_dim": 128, "hidden_dim": 256} | sections.get("model", {}), "mesh": {"shard": shard}}
+    sections |= {} if shard > 1 else {"comm": {"transport": "messages"}}
+    config = tiny(corpus(shared_folder), shared_tmp / "run", **sections)
+    with small_blocks():
+        found = at(2, lambda comm: held_by(comm, config))
+    everywhere(all(abs(held - said) < 0.02 * said for held, said in found), f"bytes held, bytes stated: {found}")
 
 
 @pytest.mark.parametrize("mesh", [{"pp": 2}, {"tp": 2}])
