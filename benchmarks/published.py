@@ -30,7 +30,8 @@ class Row:
     calibrates: bool = False  # this row fixes the rate in matrix products
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "work", replace(self.work, wire_bytes=2))  # the sources send activations in 16 bits
+        # The sources send activations in 16 bits, and have one gradient buffer.
+        object.__setattr__(self, "work", replace(self.work, wire_bytes=2, slots=1, fsdp=True))
 
 
 def a100(network: float, overlap: float) -> Machine:

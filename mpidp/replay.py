@@ -104,12 +104,11 @@ def against(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     both = sorted(one.keys() & other.keys())
     different = {s: [f"{key} {one[s][key]} -> {other[s][key]}" for key in FIGURES if one[s][key] != other[s][key]] for s in both}
     first_different = next((s for s in both if different[s]), 0)
-    step, names = options.step or first_different, f"{options.run} and {options.against}"
+    step, names = first_different if options.step is None else options.step, f"{options.run} and {options.against}"
     found: dict[str, Any] = {"runs": [options.run, options.against], "step": step, "settings": [], "first": None}
-    if not step:
-        same = f"are the same up to step {both[-1]}, the last in both records"
-        verdict = f"{names} {same if both else 'have no step in common'}"
-        return found | {"same": bool(both), "verdict": verdict}
+    if options.step is None and not first_different:
+        same = f"are the same up to step {both[-1]}, the last in both records" if both else "have no recorded step in common"
+        return found | {"same": bool(both), "verdict": f"{names} {same}"}
     first_different = first_different if first_different <= step else 0
     if first_different:
         print_on_rank_0(world, f"the records differ from step {first_different}: {', '.join(different[first_different])}")

@@ -231,7 +231,8 @@ def examine(
         try_locks = storage.lock_states_in_child if world.size == 1 else storage.lock_states
         if len(handles) == world.size:
             states = measure("locks", lambda: try_locks(options.run) if world.rank or world.size == 1 else {})
-            check("locks", storage.check_locks, [one for one in states if one])
+            if tested := [one for one in states if one]:
+                check("locks", storage.check_locks, tested)
             check("room", storage.check_room, options.run)
             if world.rank == 0:
                 (options.run / storage.PROBE).unlink()

@@ -36,7 +36,11 @@ def on_this_node(environ: Mapping[str, str]) -> tuple[int, int]:
     local_ranks = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
     counts = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")
     place, count = (next((environ[name] for name in names if name in environ), "") for names in (local_ranks, counts))
-    return int(place or 0), int((count or "1").partition("(")[0])  # Slurm writes 4(x2)
+    of_nodes: list[int] = []  # Slurm lists all nodes: 4(x2),3 means 4, 4 and 3 ranks
+    for part in (count or "1").split(","):
+        ranks, _, times = part.partition("(x")
+        of_nodes += [int(ranks)] * int(times.rstrip(")") or 1)
+    return int(place or 0), of_nodes[min(int(environ.get("SLURM_NODEID") or 0), len(of_nodes) - 1)]
 
 
 def incompatible(kind: str, launcher: str) -> bool:

@@ -1,5 +1,6 @@
 """Finds session folders that killed mpirun processes of Open MPI left behind. The name of a folder contains the process id of its
-mpirun. A later mpirun with the same process id fails to start ("The PMIx server's listener thread failed to start")."""
+mpirun. It has the form BASE.PID, BASE.HOST.PID or BASE.HOST.PID.UID, depending on the version of PRRTE. A later mpirun with the
+same process id fails to start ("The PMIx server's listener thread failed to start")."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from mpidp.doctor.findings import CheckResult, listed
 
-OF_MPIRUN = re.compile(r"(?:ompi|prte\..*)\.(\d+)")
+OF_MPIRUN = re.compile(rf"(?:ompi|prte)\.(?:(?P<host>.*?)\.)?(?P<pid>\d+)(?:\.{os.getuid()})?")
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,16 @@ class Session:
 
 
 def find(host: str, folder: Path | None = None) -> list[Session]:
-    """Return the session folders of this user whose mpirun process no longer runs. `folder`: where to search for session folders
-    (default: the temporary folder). `host`: the name of this machine. Independent."""
+    """Return the session folders of this user whose mpirun process no longer runs. Folders of other machines are left out.
+    `folder`: where to search for session folders (default: the temporary folder). `host`: the name of this machine.
+    Independent."""
     found = []
     for path in sorted((folder or Path(tempfile.gettempdir())).iterdir()):
         with suppress(OSError):  # the folder was removed in the meantime
             named = OF_MPIRUN.fullmatch(path.name)
             own = path.is_dir() and not path.is_symlink() and path.lstat().st_uid == os.getuid()
-            if named and own and not Path(f"/proc/{named[1]}").exists():
+            here = named and (named["host"] or host).partition(".")[0] == host.partition(".")[0]
+            if named and here and own and not Path(f"/proc/{named['pid']}").exists():
                 found.append(Session(host, str(path)))
     return found
 

@@ -4,6 +4,7 @@ enough space."""
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ CHUNK = 4 << 20  # bytes per read
 SLOW_READ = 50e6  # bytes/s per rank; training needs far less, so a lower speed indicates a problem
 LOCKS = {"flock": fcntl.flock, "fcntl": fcntl.lockf}
 PROBE = ".doctor.lock"
-_CHILD = "import sys; from mpidp.doctor.storage import *; print(lock_states(Path(sys.argv[1])))"
+_CHILD = "import json, sys; from mpidp.doctor.storage import *; print(json.dumps(lock_states(Path(sys.argv[1]))))"
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,13 @@ def lock_states(folder: Path) -> dict[str, bool | str] | CheckResult:
 
 def lock_states_in_child(folder: Path) -> dict[str, bool | str]:
     """Run lock_states() in a child process, and return its result. A job of one rank needs this, because a process cannot test
-    its own locks. Independent."""
+    its own locks. Raises RuntimeError if the child process fails. Independent."""
     child = subprocess.run([sys.executable, "-c", _CHILD, str(folder)], capture_output=True, text=True, timeout=60, check=False)
-    return {name: f"'{name}': True" in child.stdout for name in LOCKS}
+    if child.returncode:
+        why = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"the process that tests the locks ended with code {child.returncode}: {why}")
+    found: dict[str, bool | str] = json.loads(child.stdout)
+    return found
 
 
 def check_locks(states: Sequence[Mapping[str, bool | str]]) -> CheckResult:

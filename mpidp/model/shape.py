@@ -4,7 +4,7 @@ without torch."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -113,20 +113,24 @@ def num_parameters(shape: Shape) -> int:
     return shape.num_layers * block + outside
 
 
-def flops_per_token(shape: Shape, parameters: int) -> float:
+def flops_per_token(shape: Shape, parameters: int, frozen: Collection[str] = ()) -> float:
     """Return floating-point operations per token, forward and backward: 6 N + 12 H E A (Chowdhery 2022, appendix B).
 
     N: the number of parameters, without learned positions and without an embedding that is not tied to the head. H: number of
     heads. E: head size. A: the number of positions that a position attends to, summed over the layers. In one layer this is
     seq_len, or the sliding window if that is shorter. For an LSTM or a custom model, the result is shape.flops_per_token().
-    parameters: the number of all parameters.
+    parameters: the number of all parameters. frozen: the names of frozen parameters. For each element of a frozen matrix, the
+    result is 2 less, because its gradient is not computed.
     """
+    uncounted = {"positions.weight", "" if shape.tie_embeddings else "embedding.weight"}  # tables, which are not multiplied
+    counted = frozen if isinstance(shape, CustomShape) else set(frozen) - uncounted
+    less = 2.0 * sum(math.prod(size) for name, size in shapes_of(shape).items() if name in counted and len(size) > 1)
     if not isinstance(shape, TransformerShape):
-        return shape.flops_per_token()
+        return shape.flops_per_token() - less
     width = shape.num_heads * shape.head_dim
     tables = (0 if shape.tie_embeddings else shape.vocab_size) + shape.table_rows
     attended = sum(map(shape.attended, range(shape.num_layers))) if shape.window else shape.num_layers * shape.seq_len
-    return 6.0 * (parameters - tables * shape.model_dim) + 12.0 * attended * width
+    return 6.0 * (parameters - tables * shape.model_dim) + 12.0 * attended * width - less
 
 
 def block_sizes(shape: TransformerShape) -> dict[str, tuple[int, ...]]:

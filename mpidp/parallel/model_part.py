@@ -22,7 +22,7 @@ from mpidp.checkpoint.reader import Reader
 from mpidp.comm.buffers import buf
 from mpidp.comm.group import Group
 from mpidp.comm.slices import NORM_BLOCK
-from mpidp.comm.transport import pieces
+from mpidp.comm.transport import Messages, pieces
 from mpidp.errors import UsageError
 from mpidp.model.part import Part, part_of
 from mpidp.model.shape import Shape, shapes_of
@@ -176,16 +176,19 @@ class ModelPartition:
             return ""
         return "embedding.weight" if self.part.has_embedding else "head.weight"
 
-    def tied_gradient(self, mine: Tensor) -> Tensor:
+    def tied_gradient(self, mine: Tensor, transport: Messages) -> Tensor:
         """Send `mine`, this stage's gradient (n,) of the tied embedding, to the other stage that holds this parameter. Return
-        the other stage's gradient, on the CPU. Collective over these two ranks of grid.pp."""
+        the other stage's gradient, on the CPU. transport: counts the bytes and the time. Collective over these two ranks of
+        grid.pp."""
         pp = self.grid.pp
         other, theirs = pp.size - 1 - pp.rank, torch.empty_like(mine := mine.cpu())
-        for start, stop in pieces(0, mine.numel()):
-            pp.Sendrecv(buf(mine[start:stop]), other, recvbuf=buf(theirs[start:stop]), source=other)
+        with transport.timed():
+            for start, stop in pieces(0, mine.numel()):
+                pp.Sendrecv(buf(mine[start:stop]), other, recvbuf=buf(theirs[start:stop]), source=other)
+        transport.sent_bytes += mine.nbytes
         return theirs
 
-    def tie(self, buffer: GradientBuffer, group: Group) -> None:
+    def tie(self, buffer: GradientBuffer, group: Group, transport: Messages) -> None:
         """If the embedding and the head share one parameter and are in different stages, add their gradients. In both stages,
         buffer.total then has the sum. Collective over grid.pp and group.node."""
         layout = buffer.layout
@@ -195,7 +198,7 @@ class ModelPartition:
             return
         mine = found[0].cpu()
         group.fence()  # all ranks have read the gradient before one of them writes
-        theirs = self.tied_gradient(mine)
+        theirs = self.tied_gradient(mine, transport)
         if group.node.rank == 0:
             found[0].add_(theirs.to(found[0].device))
         group.fence()

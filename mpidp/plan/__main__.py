@@ -27,7 +27,10 @@ from mpidp.runtime.command import Parser, begin, run_entry
 from mpidp.runtime.environment import launcher_rank
 from mpidp.runtime.options import add_json, add_ranks, program
 
-SAME = ("model.", "train.micro_batch", "train.dtype", "train.device", "optim.name")  # settings on which step times depend
+SAME = (  # settings on which step times depend
+    "model.", "train.micro_batch", "train.dtype", "train.device", "train.recompute", "train.compile", "optim.name",
+    "optim.freeze", "mesh.tp", "mesh.pp", "mesh.shard", "strategy.name", "strategy.quorum", "comm.compress",
+)
 
 
 TOPICS = {  # first argument: (one line of help, description)
@@ -139,9 +142,10 @@ def plan(runs: Sequence[Path], columns: Sequence[int] = (), loss: float | None =
     the target loss. If it is None, the target is the last loss of the first run. Raises UsageError if the runs cannot be
     compared, or if the first run has too few noise measurements. Independent."""
     recorded = [measured.read(run) for run in runs]
-    first = recorded[0]
+    first, usual = recorded[0], Config().flat()  # runs of earlier versions have fewer settings
     for other in recorded[1:]:
-        differ = sorted(k for k, v in first.config.items() if k.startswith(SAME) and other.config.get(k) != v)
+        mine, theirs = usual | first.config, usual | other.config
+        differ = sorted(key for key, value in mine.items() if key.startswith(SAME) and theirs.get(key) != value)
         if differ:
             raise UsageError(f"{other.path} and {first.path} differ in {', '.join(differ)}, so step times are not comparable")
     steps, reached, name = measured.steps_to(first, loss)

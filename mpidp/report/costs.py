@@ -53,13 +53,16 @@ def costs(run: RecordedRun, grams_per_kwh: float, price_per_node_hour: float) ->
 
 
 def _node_hours(run: RecordedRun) -> float | None:
-    """Return the node-hours of all jobs, or None if hosts or times were not recorded."""
+    """Return the node-hours of all jobs, or None if hosts or times were not recorded. Steps that a start removed are counted with
+    the machines of the job before this start, which computed them."""
     worked, count, before, total = run.worked(), 0, 0.0, 0.0
-    if not worked or not all(machines(start) for start in run.starts):
+    if not worked or not run.starts or not all(machines(start) for start in run.starts):
         return None
     for line, now in worked:
+        lost = number(line, "lost_seconds") or 0.0
+        total += count * lost
         count = machines(line) if line.get("event") == "start" else count
-        total, before = total + count * (now - before), now
+        total, before = total + count * (now - before - lost), now
     return total / 3600
 
 

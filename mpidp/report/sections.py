@@ -135,14 +135,14 @@ def speed(run: RecordedRun) -> str:
     parts.append(curves("Model FLOPs utilization", [Curve("MFU", mfu)], "step", "% of peak", zero=True))
     remarks = "" if mfu else paragraph("MFU is not computed, because the peak FLOP/s of this device is not known.", "soft")
     each = of_steps(run, "comm_bytes")
-    total = sum(value for _, value in each)
+    total = run.total("comm_bytes")
     if each and not total:
         remarks += paragraph(
             "Rank 0 sent no messages: gradients went through the shared memory of its node, or there was only one rank."
         )
     elif each:
         remarks += paragraph(
-            f"Rank 0 sent {short(total)}B, {short(total / len(each))}B per step. "
+            f"Rank 0 sent {short(total)}B, {short(total / len(each))}B per step. Skipped batches are counted. "
             "Steps that were lost in a restart are not counted."
         )
         if len({value for _, value in each}) > 1:

@@ -6,22 +6,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mpidp.runtime.device import is_bfloat16_slow
+
 A, B, C = 3.4445, -4.7750, 2.0315  # the coefficients of torch.optim.Muon
 STEPS, EPS = 5, 1e-7
 TOGETHER = 1 << 20  # number of elements; for larger matrices a batched product is not faster
 
 
-def _cpu_dtype() -> torch.dtype:
-    """Return bfloat16 if this CPU multiplies matrices in bfloat16 fast, else float32. On a CPU without AVX-512, torch's products
-    in bfloat16 take 20 to 50 times as long as those in float32. Pure."""
-    try:
-        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    except (AttributeError, RuntimeError):  # a build of torch without oneDNN
-        fast = False
-    return torch.bfloat16 if fast else torch.float32
-
-
-CPU_DTYPE = _cpu_dtype()  # the dtype of the iteration on this machine's CPU; on CUDA it is always bfloat16
+# The dtype of the iteration on this machine's CPU. On CUDA it is always bfloat16.
+CPU_DTYPE = torch.float32 if is_bfloat16_slow(torch.device("cpu")) else torch.bfloat16
 
 
 def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:

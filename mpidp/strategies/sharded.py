@@ -233,7 +233,7 @@ class Sharded:
         for unit, total in zip(self.units, self.sum.totals, strict=True):
             if name and any(member.name == name for member in unit.members):
                 assert self._parts is not None
-                total.add_(self._parts.tied_gradient(total).to(total.device))
+                total.add_(self._parts.tied_gradient(total, self.reducer.transport).to(total.device))
 
     def drain(self) -> None:
         """Do nothing: no update is in flight between steps. Independent."""

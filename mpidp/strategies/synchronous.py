@@ -186,7 +186,7 @@ class Synchronous:
             with self.reducer.observers.span("reduction"):
                 self.reducer.finish()
             if self._parts is not None:
-                self._parts.tie(self.buffer, self.group)
+                self._parts.tie(self.buffer, self.group, self.reducer.transport)
             self.reducer.observers.summed(self.buffer.total)
             if tokens:
                 norm = self.reducer.norm() * scale

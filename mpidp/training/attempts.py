@@ -56,7 +56,6 @@ class RunAttempts:
         self.job: Job | None = None  # the job whose state this rank holds; None on spare ranks
         self.survives = True  # whether the last job can continue from memory after a failure
         self.stop: StopRequest | None = None  # the requests to stop the last job
-        self._next_batch = 0  # the batch to resume with after a return to a checkpoint; 0: not set
         self._events: list[dict[str, Any]] = []  # events before this job, which are not recorded yet
         self._failed_at = 0.0  # time.monotonic() of the failure that is being recovered; 0: none
         if crew is None:
@@ -204,12 +203,12 @@ class RunAttempts:
             job = self._build(plan)
             if reader is not None:
                 restore(job, reader)
-        if self._next_batch:
-            job.position.skip_to(self._next_batch)
+        returns = [event for event in events[:-1] if event.get("batch", -1) >= job.position.batch]  # which skip batches now
+        if job.position.batch < self.crew.next_batch:
+            job.position.skip_to(self.crew.next_batch)
             job.state.skipped_from = job.position.step
         self.survives, job.state.full = job.strategy.survives_failures, self.crew.full
-        self._next_batch = 0
-        self.job, self._events = job, [*([{"event": "resume"}] if reader is not None else []), *events[-1:]]
+        self.job, self._events = job, [*([{"event": "resume"}] if reader is not None else []), *returns, *events[-1:]]
         return None
 
     def _can_return(self, damage: Damaged) -> bool:
@@ -220,8 +219,7 @@ class RunAttempts:
         `damage` instead. A return because of skipped batches is not counted. Independent."""
         if not self._can_return(damage):
             raise damage
-        self._next_batch = damage.next_batch
-        self.crew.returns += not self._next_batch
+        self.crew.returns += not damage.next_batch
         skips = {"event": "rolled_back", "batch": damage.next_batch - 1} if damage.next_batch else {}
         self._drop_state(str(damage), **skips)
 

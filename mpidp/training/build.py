@@ -75,9 +75,7 @@ def build(
     strategy = make_strategy(plan, model, memory, before)
     engine = make_engine(plan, model, transport, strategy, services)
     saver = make_saver(plan, model, strategy, lock)
-    record = make_run_record(
-        plan, model.module, model.origin, services.machines, state, None if before is None else before.record
-    )
+    record = make_run_record(plan, model.origin, services.machines, state, None if before is None else before.record)
     train = plan.config.train
     audit = Audit(plan.grid, train.audit_every, memory.replicas, strategy.buffer, strategy.flats(), model.parts.part.is_cut)
     schedule = schedule_of(settings)

@@ -107,12 +107,6 @@ def held_buffers(config: Config) -> int:
     return 2 * (1 + (config.comm.momentum > 0)) if config.comm.compress != "none" else 0
 
 
-def held_floats(config: Config, slots: int, size: int) -> float:
-    """Return how many float32 values a rank stores between steps per parameter of the model. These values are the parameter, two
-    moments and the gradient buffers. `slots`: number of gradient buffers. `size`: number of replicas. Pure."""
-    return (3 + slots, 1 + 2 / size + slots, 1 + (2 + slots) / size, (3 + slots) / size)[config.mesh.shard]
-
-
 def _can_steal(mesh: Topology) -> bool:
     """Return whether, on every node, a rank can take lanes (sequences of micro-batches) from another rank. Collective over
     mesh.dp."""

@@ -45,7 +45,8 @@ def log_step(job: Job, learned: dict[str, Any], report: StepReport, epoch: int) 
         job.state.step_seconds = 0.0
     slowest = int(report.seconds.argmax())
     line = {
-        "step": at.step, **learned, "tokens": at.tokens, "tokens_per_second": speed, "mfu": job.record.mfu(speed), "epoch": epoch,
+        "step": at.step, **learned, "tokens": at.tokens, "tokens_per_second": speed,
+        "mfu": job.record.mfu(speed) if report.synchronized else None, "epoch": epoch,  # between meetings, `speed` is rank 0's
         **seconds, "slowest_rank": slowest, "slowest_cost_seconds": float(report.seconds[slowest] - report.seconds.mean()),
         "skipped": at.skipped,
     }

@@ -54,6 +54,11 @@ class Crew:
     returns: int = 0  # number of returns to the last checkpoint
     events: list[dict[str, Any]] = field(default_factory=list)  # the lines in metrics.jsonl about returns to the last checkpoint
 
+    @property
+    def next_batch(self) -> int:
+        """The first batch after those that the run has returned to skip, or 0 if it skips none."""
+        return max((event.get("batch", -1) + 1 for event in self.events), default=0)
+
     def lacks(self, size: int) -> bool:
         """Return whether a job of `size` ranks needs replacement ranks. Independent."""
         return self.respawn and size < self.full

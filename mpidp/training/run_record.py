@@ -19,7 +19,9 @@ from mpidp.metrics.jsonl import MetricsFile
 from mpidp.metrics.progress import peak_flops
 from mpidp.metrics.track.sender import Trackers
 from mpidp.metrics.track.table import trackers_of
-from mpidp.model.shape import flops_per_token, num_parameters
+from mpidp.model.part import whole
+from mpidp.model.shape import flops_per_token, num_parameters, shapes_of
+from mpidp.model.starting import trained_sizes
 from mpidp.runtime.agreement import versions
 from mpidp.runtime.files import write_file
 from mpidp.runtime.log import log
@@ -85,8 +87,7 @@ class RunRecord:
 
 
 def make_run_record(
-    plan: RunPlan, model: torch.nn.Module, origin: Origin | None, machines: dict[str, Any], state: RunState,
-    before: RunRecord | None,
+    plan: RunPlan, origin: Origin | None, machines: dict[str, Any], state: RunState, before: RunRecord | None
 ) -> RunRecord:
     """Return the record of a job. `before`: the record of the job that this job continues. In a new process, `before` is None,
     and rank 0 writes config.toml and the tokenizer. Independent."""
@@ -107,7 +108,7 @@ def make_run_record(
     if first and before is None:
         _write_files(plan, origin)
     trackers = trackers_of(config.metrics.track, config.metrics.tensorboard)
-    return RunRecord(plan.run_dir, meta, _facts(plan, model, machines, meta), state, first, trackers)
+    return RunRecord(plan.run_dir, meta, _facts(plan, machines, meta), state, first, trackers)
 
 
 def _write_files(plan: RunPlan, origin: Origin | None) -> None:
@@ -140,10 +141,10 @@ def keep_special_tokens(content: bytes | None, template: str | None, run_dir: Pa
         write_file(kept, template)
 
 
-def _facts(plan: RunPlan, model: torch.nn.Module, machines: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
+def _facts(plan: RunPlan, machines: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
     everyone, data, device = plan.grid.everyone, plan.training, plan.device
-    frozen = sum(p.numel() for _, p in model.named_parameters() if p.dim() > 1 and not p.requires_grad)
-    flops = flops_per_token(plan.shape, num_parameters(plan.shape)) - 2.0 * frozen  # frozen matrices need no gradients
+    frozen = shapes_of(plan.shape).keys() - trained_sizes(meta["config"], plan.shape, whole(plan.shape)).keys()
+    flops = flops_per_token(plan.shape, num_parameters(plan.shape), frozen)
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return machines | {
         "nodes": dict(zip(everyone.hosts, everyone.node_sizes, strict=True)), "versions": versions(),

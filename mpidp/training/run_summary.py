@@ -14,9 +14,11 @@ import torch
 from mpidp.config.schema import Config, to_toml
 from mpidp.model.shape import num_parameters, shapes_of
 from mpidp.model.starting import trained_sizes
+from mpidp.runtime.device import is_bfloat16_slow
 from mpidp.runtime.environment import numbers
 from mpidp.runtime.log import VARIABLE, counted, log
-from mpidp.training.data_parallel import gradient_slots, held_buffers, held_floats
+from mpidp.strategies.optimizer import MOMENTS
+from mpidp.training.data_parallel import gradient_slots, held_buffers
 
 if TYPE_CHECKING:
     from mpidp.training.run_plan import RunPlan
@@ -46,6 +48,11 @@ def log_summary(plan: RunPlan, given: Config, everything: bool = False) -> None:
     log.info("%s", batch_line(plan))
     log.info("%s", data_line(plan))
     log.info("%s\n", ranks_line(rows))
+    if plan.config.train.dtype == "bfloat16" and is_bfloat16_slow(plan.device):
+        log.warning(
+            "warning: train.dtype=bfloat16, but this CPU has no instructions for bfloat16, so matrix products take 20 to 50 "
+            "times as long as in float32. Use train.dtype=float32"
+        )
 
 
 def changed_settings(given: Config) -> str:
@@ -81,13 +88,25 @@ def model_line(plan: RunPlan, rows: Sequence[Row]) -> str:
 
 def memory_line(plan: RunPlan, rows: Sequence[Row]) -> str:
     """Return a line with the memory that a rank needs between steps. Pure."""
-    c, size, count = plan.config, plan.mesh.dp.size, max(row[-1] for row in rows)
-    slots = gradient_slots(c, plan.lanes, 0, size)[0] + held_buffers(c)
-    trained = _trained_parameters(plan) if _is_partly_frozen(c) else count
-    floats = held_floats(c, slots, size) * trained + max(0, count - trained)
-    saved = 12 * count / plan.mesh.num_nodes / 2**20
+    count = max(row[-1] for row in rows)
+    floats, saved, slots = held_floats(plan, count)
     return (f"memory: {floats / 2**18:,.0f} MiB per rank (weights, optimizer state, {counted(slots, 'gradient buffer')}); "
-            f"{saved:,.0f} MiB per node to buffer a checkpoint while it is written")
+            f"{saved / plan.mesh.num_nodes / 2**18:,.0f} MiB per node to buffer a checkpoint while it is written")
+
+
+def held_floats(plan: RunPlan, count: int) -> tuple[float, float, int]:
+    """Return (float32 values that a rank stores between steps, float32 values of a checkpoint, number of gradient buffers).
+    `count`: the largest number of parameters of a rank, without adapters. Pure."""
+    c, size = plan.config, plan.mesh.dp.size
+    slots, shard = gradient_slots(c, plan.lanes, 0, size)[0] + held_buffers(c), c.mesh.shard if size > 1 else 0
+    trained = _trained_parameters(plan) if _is_partly_frozen(c) else count
+    states = len(MOMENTS[c.optim.name]) if c.optim.name in MOMENTS else 2
+    parameters = count + trained * (c.model.lora_rank > 0)
+    sizes = plan.part.sizes(shapes_of(plan.shape))
+    divided = parameters - sum(math.prod(size) for name, size in sizes.items() if not name.startswith("blocks."))
+    stored = parameters if shard < 3 else parameters - divided + divided / size
+    floats = stored + states * trained / (size if shard else 1) + slots * trained / (size if shard >= 2 else 1)
+    return floats, states * trained + (trained if c.model.lora_rank else count), slots
 
 
 def batch_line(plan: RunPlan) -> str:

@@ -38,7 +38,7 @@ def gradients_at(comm: MPI.Intracomm, config: Config, noise: float = 0.0) -> Fou
     loader.close()
     reducer = job.strategy.reducer
     reducer.finish()
-    job.parts.tie(reducer.buffer, reducer.group)
+    job.parts.tie(reducer.buffer, reducer.group, reducer.transport)
     layout, part, whole = reducer.buffer.layout, job.parts.part, shapes_of(job.parts.shape)
     views = zip(layout.placed(), layout.views(reducer.buffer.total), strict=True)
     found = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import mmap
 import os
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mpi4py import MPI
 
 from mpidp.comm import probe
-from mpidp.doctor import hardware, launch, memory, network, storage
+from mpidp.doctor import __main__ as doctor
+from mpidp.doctor import hardware, launch, memory, network, sessions, storage
 from mpidp.doctor.facts import MachineFacts
 from mpidp.doctor.findings import VERDICTS, CheckResult, ranks, run_check, size, table, worst
 from mpidp.doctor.job_script import check_job_script
@@ -75,6 +78,11 @@ def test_launch(case: tuple[tuple[Any, ...], str, str, str]) -> None:
         ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "Open MPI", (1, 2)),
         ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"},
          "srun", (1, 4)),
+        *(({"SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "11", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
+            "SLURM_NODEID": str(node)}, "srun", (1, ranks)) for node, ranks in enumerate((4, 4, 3))),
+        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4,3",
+          "SLURM_NODEID": "1"}, "srun", (1, 3)),
+        ({"MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "1", "SLURM_NODEID": "5"}, "MPICH", (1, 2)),
         ({"SLURM_PROCID": "0", "SLURM_JOB_ID": "1", "SLURM_LOCALID": "0"}, "", (0, 1)),  # in a batch script, outside a step
     ],
 )
@@ -291,6 +299,25 @@ def test_what_a_process_holds_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert memory.clean([found], tmp_path) == [found] and not path.exists()
 
 
+@pytest.mark.parametrize("host", ["n1", "10.0.0.7", "n1.example.org"])
+@pytest.mark.parametrize("form", ["ompi.{pid}", "ompi.{host}.{pid}", "prte.{host}.{pid}", "prte.{host}.{pid}.{uid}"])
+def test_the_session_of_a_live_mpirun_is_kept(tmp_path: Path, form: str, host: str) -> None:
+    """In every form of the name, also if the folder is that of another machine (in a shared folder). A number in the name that
+    is not the process id does not matter."""
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        live, dead = (tmp_path / form.format(pid=pid, host=host, uid=os.getuid()) for pid in (child.pid, 4194305))
+        remote = tmp_path / form.format(pid=4194306, host="n2", uid=os.getuid())
+        for folder in (live, dead, remote):
+            folder.mkdir()
+        found = sessions.find(host, tmp_path)
+        assert [one.path for one in found] == [str(dead), str(remote)][: 1 + ("{host}" not in form)]
+        assert sessions.clean([*found, sessions.Session(host, str(live))]) == found and live.exists() and not dead.exists()
+    finally:
+        child.kill()
+        child.wait()
+
+
 def test_segments_are_judged_by_whose_they_are() -> None:
     gone = memory.Segment("n1", NAMES[0], 3 << 20, "ann", True, 7200.0, "gone")
     [found] = memory.check_segments([gone, replace(gone, state="used")], [])
@@ -402,6 +429,17 @@ def test_a_lock_that_another_process_holds_is_met(tmp_path: Path) -> None:
     assert storage.lock_states_in_child(tmp_path / "run") == {"flock": True, "fcntl": True}
     os.close(handle)
     assert storage.lock_states_in_child(tmp_path / "run") == {"flock": False, "fcntl": False}
+
+
+@pytest.mark.parametrize("child", ["import sys; print('Traceback', file=sys.stderr); sys.exit('no module')", "raise OSError(5)"])
+def test_a_lock_test_that_fails_says_nothing_about_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, child: str) -> None:
+    """The table has one row for the locks: they could not be checked."""
+    monkeypatch.setattr(storage, "_CHILD", child)
+    options = argparse.Namespace(gpu=False, network=False, data=None, run=tmp_path / "run", clean=False, script=None)
+    found, _ = doctor.examine(MPI.COMM_SELF, options, {}, 0, doctor.Deadline(60.0))
+    (locks,) = (one for one in found if one.what == "locks")
+    why = "no module" if "no module" in child else "OSError: 5"
+    assert locks.verdict == "warning" and "could not be checked" in locks.words and f"code 1: {why}" in locks.words
 
 
 def test_a_run_folder_must_be_one_and_be_writable(tmp_path: Path) -> None:

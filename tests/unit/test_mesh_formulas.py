@@ -25,6 +25,8 @@ from mpidp.plan.mesh.memory import Memory, largest, layers_of, memory_of, parame
 from mpidp.plan.mesh.search import KNOWN
 from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
 from mpidp.plan.mesh.time import LinkSpeed, Machine, data_parallel, half_allreduce, measured_machine, message, step_of
+from mpidp.reducers.rounds import plan_rounds, slots_of
+from mpidp.reducers.tree import slots_needed
 
 SMALL = ModelSizes(3, 64, 192, 4, 2, 512, 32)
 BIG = KNOWN[6.74e9][1]
@@ -213,7 +215,7 @@ def test_positions_in_parts_keep_a_part(name: str, dtype: torch.dtype, tp: int, 
 
 
 def total(shape: Shape, recompute: bool = False, model: ModelSizes = BIG) -> Memory:
-    return largest(model, shape, Work(64, 1, float(recompute)))
+    return largest(model, shape, Work(64, 1, float(recompute), slots=1))
 
 
 def test_a_parameter_takes_sixteen_bytes() -> None:
@@ -230,10 +232,13 @@ def test_memory_falls_with_every_axis_and_level() -> None:
             series = [total(replace(Shape(8, 1, 1, shard), **{more: n})).total for n in (1, 2, 4, 8)]
             assert series == sorted(series, reverse=True) and len(set(series)) == 4, (shard, more)
     levels = [total(Shape(8, 1, 1, shard)) for shard in range(4)]
-    n = BIG.parameters
+    n, blocks = BIG.parameters, BIG.num_layers * BIG.block
     assert [one.optimizer for one in levels] == [8 * n, n, n, n]
     assert [one.gradients for one in levels] == [4 * n, 4 * n, n / 2, n / 2]
-    assert [one.parameters for one in levels] == [4 * n, 4 * n, 4 * n, n / 2]
+    assert [one.parameters for one in levels] == [4 * n, 4 * n, 4 * n, 4 * (n - blocks) + blocks / 2]
+    assert [one.working for one in levels[1:]] == [2 * n, 2 * n + 8 * BIG.block, 2 * n + 12 * BIG.block]
+    fsdp = memory_of(BIG, Shape(8, 1, 1, 3), Work(64, 1, slots=1, fsdp=True), 0)
+    assert (fsdp.parameters, fsdp.working) == (n / 2, 2 * (2 + 4) * BIG.block)
     assert len({one.activations for one in levels}) == 1
     assert [one.total for one in levels] == sorted((one.total for one in levels), reverse=True)
 
@@ -247,6 +252,46 @@ def test_micro_batches_in_flight_are_those_of_1f1b() -> None:
     assert largest(BIG, Shape(1, 8, 1), Work(64, 1)) == most
     kept = [total(Shape(1, 4, 1), recompute).activations for recompute in (False, True)]
     assert kept[1] < kept[0] / 4
+
+
+def test_autograd_keeps_a_16_bit_copy_of_the_weights_for_each_micro_batch_in_flight() -> None:
+    """With recompute, there is one copy, in the forward pass."""
+    real, copies = Transformer(torch_shape(SMALL)), dict[int, int]()
+    weights = {tuple(p.shape)[::turn] for p in real.blocks.parameters() if p.dim() > 1 for turn in (1, -1)}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        if tuple(x.shape) in weights and x.dtype == torch.bfloat16:
+            copies[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    kept, matrices = [], SMALL.num_layers * SMALL.matrices
+    for count in (1, 2, 3):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+            kept.append(real(torch.zeros(1, 9, dtype=torch.int64)))
+        assert sum(copies.values()) == 2 * matrices * count
+    work, shape = Work(8, 1), Shape(1, 4, 1)
+    model = replace(SMALL, num_layers=4)
+    for stage in range(4):
+        p = parameters_of(model, shape, stage)
+        assert memory_of(model, shape, work, stage).working == 2 * p * (4 - stage)
+        assert memory_of(model, shape, replace(work, recompute=1.0), stage).working == 2 * p
+
+
+@pytest.mark.parametrize(("batch", "lanes", "dp"), [(64, 0, 1), (64, 64, 1), (64, 16, 3), (60, 20, 8), (7, 7, 2), (30, 4, 6)])
+def test_micro_batches_and_gradient_buffers_are_those_of_training(batch: int, lanes: int, dp: int) -> None:
+    """With lanes=0 each replica has one lane. The plan never has fewer lanes than replicas."""
+    work = Work(batch, 1, lanes=lanes)
+    cut = work.cut(dp)
+    assert cut.num_lanes == max(lanes, dp)
+    mine = [cut.of_rank(rank, dp) for rank in range(dp)]
+    assert work.micro_batches(Shape(dp, 1, 1)) == max(sum(len(cut.micro_batches(lane)) for lane in lanes) for lanes in mine)
+    slots = max(slots_needed(cut, lanes, 0, True, False) for lanes in mine)
+    assert memory_of(SMALL, Shape(dp, 1, 1), work, 0).gradients == 4 * slots * SMALL.parameters
+    assert slots == 1 or lanes > dp
+    if dp > 1:
+        assert work.micro_batches(Shape(dp, 1, 1, 2)) == math.ceil(batch / dp)
+        slots = slots_of(plan_rounds(cut, dp))
+        assert memory_of(SMALL, Shape(dp, 1, 1, 2), work, 0).gradients == pytest.approx(4 * slots * SMALL.parameters / dp)
 
 
 def one_f_one_b(stages: int, count: int, forward: float, backward: float, late: float) -> float:
@@ -302,7 +347,10 @@ def test_operations_are_those_of_mfu() -> None:
 def test_bytes_follow_the_formulas() -> None:
     n, d, t, L = BIG.parameters, BIG.model_dim, BIG.seq_len, BIG.num_layers
     sent = [data_parallel(BIG, Shape(8, 1, 1, shard), Work(32, 1), FAST)[0].sent_bytes for shard in range(4)]  # M = 4
-    assert [one / (n * 7 / 8) for one in sent] == pytest.approx([8, 8, 4 * 4 + 4, 4 * (4 + 2 * 2)])
+    gathered = 4 * (2 * 4 * (L - 1) + 1) * BIG.block + 4 * (n - L * BIG.block)  # blocks, and once per step the rest
+    assert [one / (7 / 8) for one in sent] == pytest.approx([8 * n, 12 * n, (4 * 4 + 4) * n, 4 * 4 * n + gathered])
+    fsdp = [data_parallel(BIG, Shape(8, 1, 1, shard), Work(32, 1, fsdp=True), FAST)[0].sent_bytes for shard in range(4)]
+    assert [one / (n * 7 / 8) for one in fsdp] == pytest.approx([8, 8, 4 * 4 + 4, 4 * (4 + 2 * 2)])
     more = [data_parallel(BIG, Shape(8, 1, 1, shard), Work(32, 1, slices=2), FAST)[0].sent_bytes for shard in range(4)]
     assert [(one - other) / (n * 7 / 8) for one, other in zip(more, sent, strict=True)] == pytest.approx([0, 0, 4 / 8, 4 / 8])
     step = step_of(BIG, Shape(1, 1, 4), Work(3, 1), FAST)
@@ -314,16 +362,22 @@ def test_bytes_follow_the_formulas() -> None:
     assert wide.pp_bytes == 2 * 3 * 4 * t * d and wide.between_bytes == 0
     away = step_of(BIG, Shape(4, 4, 1), Work(12, 1), FAST)
     assert away.between_bytes == away.dp_bytes  # the four stages of a replica are on one node, replicas are not
+    joined = replace(BIG, tie_embeddings=True)  # the last stage sends its gradient of the embedding, with slices M times more
+    for pp, slices, times in ((2, 1, 1), (2, 2, 4), (4, 2, 4)):
+        tie = step_of(joined, Shape(1, pp, 1), Work(3, 1, slices=slices), FAST)
+        assert tie.pp_bytes == max(wide.pp_bytes / 2 * min(2, pp - 1), wide.pp_bytes / 2 + 4 * times * BIG.table)
+    assert step_of(replace(joined, lora_rank=1, lora_targets="q"), Shape(1, 2, 1), Work(3, 1), FAST).pp_bytes == wide.pp_bytes / 2
 
 
 def test_with_lora_replicas_exchange_only_adapters() -> None:
     """With mesh.shard=3, replicas also gather the frozen parameters. The ranks of a stage sum the gradients of the factors that
     each of them holds in full."""
     model = replace(BIG, lora_rank=8, lora_targets="q,v")
-    n, all_of_them = BIG.num_layers * 2 * 2 * 8 * BIG.model_dim, BIG.parameters
+    n = BIG.num_layers * 2 * 2 * 8 * BIG.model_dim
     assert model.trained == n
     sent = [data_parallel(model, Shape(8, 1, 1, shard), Work(32, 1), FAST)[0].sent_bytes for shard in range(4)]  # M = 4
-    assert [one / (7 / 8) for one in sent] == pytest.approx([8 * n, 8 * n, (4 * 4 + 4) * n, 4 * (4 * n + 4 * (all_of_them + n))])
+    gathered = 4 * (2 * 4 * (BIG.num_layers - 1) + 1) * (BIG.block + n / BIG.num_layers)  # blocks with frozen parameters
+    assert [one / (7 / 8) for one in sent] == pytest.approx([8 * n, 12 * n, (4 * 4 + 4) * n, 4 * 4 * n + gathered])
     plain, lora = (step_of(one, Shape(1, 1, 4), Work(3, 1), FAST) for one in (BIG, model))
     assert lora.tp_bytes - plain.tp_bytes == pytest.approx(3 * BIG.num_layers * 2 * 2 * 3 / 4 * 4 * 8 * BIG.model_dim)
     assert 2 / 3 < lora.flops / plain.flops < 0.75 and lora.update_seconds / plain.update_seconds < 0.01
@@ -359,11 +413,20 @@ def test_traffic_leaves_a_node_where_the_ranks_of_the_mesh_do(dp: int, pp: int, 
     assert message(FAST, Shape(dp, pp, tp), 1.0).between == leaves["pp"]
 
 
+def hidden_of(shape: Shape, work: Work) -> list[float]:
+    """Return the hidden seconds at three shares of overlap, relative to the compute time of a step."""
+    slow = replace(FAST, between=LinkSpeed(0.0, 1e10), inside=LinkSpeed(0.0, 1e10))
+    steps = [step_of(BIG, shape, work, replace(slow, overlap=share)) for share in (0.0, 0.5, 1.0)]
+    return [(steps[0].dp_seconds - one.dp_seconds) / one.compute_seconds for one in steps]
+
+
 def test_hidden_traffic_is_not_waited_for() -> None:
-    slow = replace(FAST, between=LinkSpeed(0.0, 1e10))
-    steps = [step_of(BIG, Shape(64, 1, 1, 3), Work(64, 1), replace(slow, overlap=share)) for share in (0.0, 0.5, 1.0)]
-    hidden = [steps[0].dp_seconds - one.dp_seconds for one in steps]
-    assert hidden == pytest.approx([0, 0.5 * steps[0].compute_seconds, steps[0].compute_seconds])
+    """In mpidp.train, sums overlap with the backward pass of the last micro-batch (here of two). Nothing else overlaps."""
+    for shard in (0, 1):
+        assert hidden_of(Shape(64, 1, 1, shard), Work(128, 1)) == pytest.approx([0, 1 / 6, 1 / 3])
+    for shape in (Shape(64, 1, 1, 2), Shape(64, 1, 1, 3), Shape(32, 1, 2), Shape(32, 2, 1, 1)):
+        assert hidden_of(shape, Work(128, 1)) == [0, 0, 0]
+    assert hidden_of(Shape(64, 1, 1, 3), Work(128, 1, fsdp=True)) == pytest.approx([0, 0.5, 1])
 
 
 def test_ranks_that_share_devices_take_as_long_as_all_their_work() -> None:
@@ -378,8 +441,10 @@ def test_a_measured_run_is_predicted_exactly() -> None:
         work = Work(8, 2, number_bytes=4)
         step = step_of(SMALL, Shape(1, 1, 1), work, machine)
         flops, memory = measured_machine(SMALL, 2, step.compute_seconds, step.update_seconds, 4, 4)
+        again = step_of(SMALL, Shape(1, 1, 1), replace(work, recompute=1.0), machine)
         if machine.flops < 1e12:
             assert (flops, memory) == pytest.approx((machine.flops, machine.memory_bytes_per_second))
+            assert measured_machine(SMALL, 2, again.compute_seconds, again.update_seconds, 4, 4, 1.0)[0] == pytest.approx(flops)
         else:  # a small model on this machine is bound by memory: no rate of products is measured, and nothing is negative
             assert flops > 0
 

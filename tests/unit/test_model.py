@@ -223,6 +223,10 @@ def test_counts() -> None:
     expected = 2 * 50 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
     assert num_parameters(SHAPE) == expected == sum(p.numel() for p in Transformer(SHAPE).parameters())
     assert flops_per_token(SHAPE, expected) == 6 * (expected - 50 * 32) + 12 * 2 * 24 * 32
+    q, tables = "blocks.1.attention.q.weight", ["embedding.weight", "norm.weight"]
+    assert flops_per_token(SHAPE, expected, [q, "head.weight", *tables]) == flops_per_token(SHAPE, expected) - 2 * (32 + 50) * 32
+    tied = replace(SHAPE, tie_embeddings=True)
+    assert flops_per_token(tied, 0, [q, *tables]) == flops_per_token(tied, 0) - 2 * (32 + 50) * 32
     assert [default_hidden_dim(d) for d in (24, 128, 384, 768)] == [64, 384, 1024, 2048]
 
 

@@ -128,6 +128,18 @@ def test_other_models_do_not_time_this_one(tmp_path: Path) -> None:
         plan([a, b])
 
 
+def test_other_methods_and_meshes_do_not_time_this_one(tmp_path: Path) -> None:
+    """A setting that is missing has its default."""
+    a = write(tmp_path / "a", [start(2), *steps(1, 100)])
+    usual = "[model]\nmodel_dim = 128\n[train]\nglobal_batch = 16\nmicro_batch = 2\nlanes = 8\n"
+    for section, key, value in [("mesh", "tp", "2"), ("strategy", "name", '"local"'), ("comm", "compress", '"int8"')]:
+        b = write(tmp_path / key, [start(4), *steps(1, 100)], f"{usual}[{section}]\n{key} = {value}\n")
+        with pytest.raises(UsageError, match=rf"differ in {section}\.{key}, so"):
+            plan([a, b])
+    b = write(tmp_path / "b", [start(4), *steps(1, 100)], f"{usual}[mesh]\ntp = 1\n")
+    assert len(plan([a, b])["measured"]) == 2
+
+
 def test_ranks_that_are_not_said_are_one_and_that_is_said(tmp_path: Path) -> None:
     run = write(tmp_path / "old", steps(1, 100, compute_seconds=0.8, comm_wait_seconds=0.0))
     found = plan([run])

@@ -76,7 +76,7 @@ def test_meshes_of_a_model_of_slices() -> None:
     found = list(shapes(heads, 16, 99, slices=2))
     assert {one.tp for one in found} == {1, 2} and max(one.pp for one in found) > 1
     assert {one.shard for one in found} == {0, 1, 2, 3}
-    assert {one.pp for one in shapes(replace(heads, tie_embeddings=True), 16, 99, slices=2)} == {1}
+    assert list(shapes(replace(heads, tie_embeddings=True), 16, 99, slices=2)) == found
 
 
 @pytest.mark.parametrize("asked", [1e7, 1.3e8, 3.5e8, 2e9, 3e10, 1.75e11, 1e12])
@@ -93,6 +93,43 @@ def test_a_config_gives_the_model_and_the_batch(tmp_path: Path, monkeypatch: pyt
     assert found["model"] == {"num_layers": 6, "model_dim": 256, "hidden_dim": 704, "num_heads": 8, "num_kv_heads": 8,
                               "vocab_size": 256, "seq_len": 128, "tie_embeddings": False}
     assert (found["global_batch"], found["number_bytes"], found["parameters_asked"]) == (32, 4, found["parameters"])
+
+
+def test_settings_that_predictions_ignore_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.toml").write_text("[optim]\nfreeze = 'embedding.*'\nname = 'sgd'\n[comm]\ncompress = 'int8'\n")
+    words = ("--config", "my.toml", "--ranks", "4", "--vocab", "256")
+    found = ask(*words)
+    assert found["ignored"] == ["comm.compress=int8", "optim.name=sgd", "optim.freeze=embedding.*"]
+    assert "These settings are ignored: comm.compress=int8, optim.name=sgd, optim.freeze=embedding.*." in mesh_table(found)
+    plain = ask(*words, "--optim.freeze=", "--optim.name=adamw", "--comm.compress=none")
+    assert plain["rows"] == found["rows"] and plain["ignored"] == [] and "ignored" not in mesh_table(plain)
+
+
+def test_the_dtype_is_that_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.toml").write_text("[train]\ndevice = 'cpu'\n")
+    (tmp_path / "cpu.json").write_text('{"ranks": 2, "gpu": null}')
+    (tmp_path / "gpu.json").write_text('{"ranks": 2, "gpu": "NVIDIA H100"}')
+    (tmp_path / "run").mkdir()
+    config, one = ("--config", "my.toml", "--vocab", "256", "--ranks", "2"), ("--params", "1b", "--ranks", "2")
+    for words, size in ((config, 4), ((*config, "--train.dtype=bfloat16"), 2), ((*config, "--dtype", "bfloat16"), 2),
+                        ((*config, "--train.device=auto"), 2), (one, 2), ((*one, "--cluster", "cpu.json"), 4),
+                        ((*one, "--cluster", "gpu.json"), 2), ((*one, "--cluster", "cpu.json", "--dtype", "bfloat16"), 2)):
+        assert ask(*words)["number_bytes"] == size, words
+
+
+def test_lanes_of_the_config_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More lanes than replicas need more gradient buffers. The settings to paste have as many lanes as the prediction."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.toml").write_text("[train]\nglobal_batch = 64\n")
+    words = ("--config", "my.toml", "--ranks", "2", "--vocab", "256", "--micro-batch", "2", "--top", "99")
+    for lanes, wanted in ((0, 2), (8, 8), (32, 32)):
+        found = ask(*words, f"--train.lanes={lanes}")
+        two = next(row for row in found["rows"] if row["dp"] == 2)
+        assert (two["lanes"], two["micro_batches"]) == (wanted, 16)
+        assert (two["memory_bytes"]["gradients"] > 4 * found["parameters"]) == (lanes > 2)
+        assert f"--train.lanes={found['rows'][0]['lanes']} " in mesh_table(found)
 
 
 def test_a_config_with_lora_trains_only_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +203,17 @@ def test_a_run_of_one_rank_says_how_fast_it_computes(tmp_path: Path, monkeypatch
     (row,) = found["rows"]
     assert (row["compute_seconds"], row["update_seconds"]) == pytest.approx((0.4, 0.002))
     assert [said for said in found["machine"] if "measured" in said] == found["machine"][:2]
+    assert "matrix products" in found["machine"][0] and "(measured" in found["machine"][0] and found["number_bytes"] == 4
+    other = ("--params", "1b", "--vocab", "300", "--ranks", "1", "--calibrate", "run")
+    assert ask(*other)["number_bytes"] == 4  # as in the run
+    with pytest.raises(UsageError, match="--calibrate=run computed in float32, but the plan is for bfloat16"):
+        ask(*other, "--dtype", "bfloat16")
+    assert ask(*other, "--dtype", "bfloat16", "--flops", "1t")["number_bytes"] == 2
+    for section, key, value in (("optim", "freeze", "embedding.*"), ("optim", "name", "sgd"), ("model", "kind", "lstm")):
+        (tmp_path / "run/config.toml").write_text(to_toml(config.with_values(**{section: {key: value}})))
+        with pytest.raises(UsageError, match=rf"--calibrate=run was trained with {section}.{key}={value}, but the speeds can be"):
+            ask(*other)
+    (tmp_path / "run/config.toml").write_text(to_toml(config))
     with pytest.raises(UsageError, match="the vocabulary size is not known"):
         ask("--params", "1b", "--ranks", "1", "--calibrate", "run")
 

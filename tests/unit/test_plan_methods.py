@@ -178,6 +178,16 @@ def test_who_says_how_fast_the_link_is(tmp_path: Path, monkeypatch: pytest.Monke
         compare_methods(config.with_values(data={"path": "none"}), TrialOptions(ranks=2, link="100,1"), alone)
 
 
+@pytest.mark.parametrize(("sections", "why"), [
+    ({"mesh": {"tp": 2, "pp": 2}}, "mesh.tp=2, mesh.pp=2: `plan methods` compares methods only for models that are not divided"),
+    ({"mesh": {"shard": 1}}, "mesh.shard=1: .* Omit these settings, or use `plan mesh`"),
+    ({"train": {"micro_batch": 0}}, "train.micro_batch=auto: `plan methods` needs a number"),
+])  # fmt: skip
+def test_what_the_formulas_do_not_cover_is_rejected(sections: dict[str, Any], why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        compare_methods(CONFIG.with_values(**sections), TrialOptions(ranks=4, link="100,1", step_seconds=0.1), MPI.COMM_SELF)
+
+
 def said_by(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["plan", "methods", *words])
     planning.main()

@@ -161,6 +161,24 @@ def test_what_a_restart_costs(tmp_path: Path) -> None:
     again.close()
 
 
+def test_bytes_of_skipped_batches_are_counted(tmp_path: Path) -> None:
+    skipped = {"event": "skipped", "step": 2, "batch": 2, "grad_norm": None, "step_seconds": 1.0, "comm_bytes": 8}
+    assert "Rank 0 sent 40B, 10B per step" in report([read(write(tmp_path / "run", [*WHOLE[:3], skipped, *WHOLE[3:]]))])
+    assert "Rank 0 sent 32B, 8B per step" in report([read(write(tmp_path / "plain", WHOLE))])
+
+
+def test_lost_steps_cost_the_machines_that_computed_them(tmp_path: Path) -> None:
+    """A job on two machines loses 2 s of steps. The next job has four machines."""
+    path = write(tmp_path / "run", [start(), *(step(n, 1000.0 + n) for n in (1, 2, 3, 4))]) / "metrics.jsonl"
+    metrics = MetricsFile(path, step=2, next_batch=2)
+    four = {"nodes": {"one": 1, "two": 1, "three": 1, "four": 1}}
+    for line in (start(2, at=4600.0, **metrics.lost, **four), step(3, 4601.0)):
+        metrics.write(line)
+    metrics.close()
+    assert costs(read(tmp_path / "run"), 0, 0).node_hours == pytest.approx((2 * (4 + 4) + 4 * (4 + 1)) / 3600)
+    assert costs(read(write(tmp_path / "cut", WHOLE[1:])), 0, 0).node_hours is None  # the line with the hosts is missing
+
+
 def test_in_one_process_the_way_back_is_counted_once(tmp_path: Path) -> None:
     """It returned at 1004.5 and began again at 1005: 2.5 s were lost, and half a second passed until it continued."""
     path = write(tmp_path / "run", [start(), *(step(n, 1000.0 + n) for n in (1, 2, 3, 4))]) / "metrics.jsonl"

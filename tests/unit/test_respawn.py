@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from mpi4py import MPI
 
-from mpidp.errors import DataError
+from mpidp.config.schema import Config
+from mpidp.errors import Damaged, DataError
 from mpidp.faults import respawn
 from mpidp.runtime import command
 from mpidp.runtime.environment import is_replacement_rank
-from mpidp.training import recovery
+from mpidp.training import attempts, recovery
+from mpidp.training.state import Position, RunState
 
 
 @pytest.mark.parametrize(
@@ -77,3 +82,32 @@ def test_new_ranks_do_not_join_on_other_data(monkeypatch: pytest.MonkeyPatch) ->
     assert recovery._planned(None, grid, recovery.Crew(config, frozenset("a"), 4, 4, True, "now")).automatic == {"a"}
     with pytest.raises(DataError, match="shards/mine was replaced during the run, so no new rank can join"):
         recovery._planned(None, grid, recovery.Crew(config, frozenset(), 4, 4, True, "before"))
+
+
+def restarted(ranks: attempts.RunAttempts, step: int, skipped: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[Any]]:
+    """Return the batch with which a rank continues from a checkpoint, and the batches of the events that it records."""
+    job: Any = SimpleNamespace(
+        position=Position(step=step, skipped=skipped), state=RunState(), strategy=SimpleNamespace(survives_failures=True)
+    )
+    plan: Any = SimpleNamespace(config=Config(), world=MPI.COMM_SELF, run_dir=Path("run"), has_ended=lambda reader: None)
+    plan.adopt = lambda reader, notes: plan
+    monkeypatch.setattr(attempts, "find_checkpoint", lambda *given: (SimpleNamespace(meta={"step": step}), []))
+    monkeypatch.setattr(attempts, "restore", lambda *given: None)
+    monkeypatch.setattr(ranks, "_build", lambda plan: job)
+    assert ranks._from_disk(plan) is None and job.state.skipped_from == (step if job.position.batch > step + skipped else -1)
+    return job.position.batch, [event["batch"] for event in ranks._events if "batch" in event]
+
+
+def test_all_ranks_skip_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run returns to step 40, to skip the batches up to 50. Another rank joins before this state is restored. Later returns
+    to the same checkpoint also skip these batches, but returns to newer checkpoints do not."""
+    monkeypatch.setattr(recovery, "abandon", lambda job, stop: None)
+    monkeypatch.setattr(attempts, "faults_from_environment", lambda *given, **more: None)
+    config = Config().with_values(run={"dir": str(tmp_path)})
+    crew = recovery.Crew(config, frozenset(), 4, 4, True, "")
+    old = attempts.RunAttempts(config, None, MPI.COMM_SELF, crew)
+    old.go_back(Damaged.at_batch("bad batches", 51))
+    newcomer = attempts.RunAttempts(config, None, MPI.COMM_SELF, pickle.loads(pickle.dumps(old.crew)))
+    assert restarted(old, 40, 0, monkeypatch) == restarted(newcomer, 40, 0, monkeypatch) == (51, [50])
+    old.go_back(Damaged.on_every_rank("a flipped bit"))
+    assert restarted(old, 40, 0, monkeypatch) == (51, [50]) and restarted(old, 45, 11, monkeypatch) == (56, [])

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+import torch
+
+from mpidp.config.schema import Config
+from mpidp.runtime import device
+from mpidp.runtime.log import log
+from mpidp.training import run_summary
 from mpidp.training.run_summary import ranks_line
 
 
@@ -16,3 +24,26 @@ from mpidp.training.run_summary import ranks_line
 ])
 def test_a_run_on_one_rank_names_the_faster_launch(rows: list[tuple[str, str, str, int, int, int]], tip: str) -> None:
     assert ranks_line(rows).startswith(f"ranks: {len(rows)} on here, {tip}")
+
+
+@pytest.mark.parametrize(("dtype", "fast", "on", "warned"), [
+    ("bfloat16", False, "cpu", True), ("bfloat16", True, "cpu", False), ("bfloat16", False, "meta", False),
+    ("float32", False, "cpu", False),
+])
+def test_bfloat16_on_a_cpu_without_such_instructions_names_float32(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, fast: bool, on: str, warned: bool
+) -> None:
+    said: list[str] = []
+    lines = [f"{what}_line" for what in ("model", "memory", "batch", "data", "ranks")]
+    for name in ("changed_settings", "rank_table", "_parameters", *lines):
+        monkeypatch.setattr(run_summary, name, lambda *given: "")
+    monkeypatch.setattr(log, "warning", said.append)
+    monkeypatch.setattr(device.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast, raising=False)
+    dp = SimpleNamespace(rank=0, size=1)
+    plan: Any = SimpleNamespace(
+        config=Config().with_values(train={"dtype": dtype}), device=torch.device(on), mesh=SimpleNamespace(dp=dp),
+        lanes=SimpleNamespace(of_rank=lambda rank, size: range(1)), world=SimpleNamespace(gather=lambda row, root: [row]),
+        grid=SimpleNamespace(everyone=SimpleNamespace(host="here")),
+    )
+    run_summary.log_summary(plan, plan.config)
+    assert len(said) == warned and all("Use train.dtype=float32" in words for words in said)

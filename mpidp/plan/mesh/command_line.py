@@ -15,6 +15,7 @@ from mpidp.plan.cluster_file import read_cluster
 from mpidp.plan.mesh.search import (
     MICRO_BATCHES,
     GivenFigures,
+    ignored_of,
     machine_of,
     machine_of_run,
     model_of,
@@ -64,8 +65,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cluster", metavar="FILE", help="cluster.json of mpidp.doctor (default: ./cluster.json, if it exists)")
     parser.add_argument("--calibrate", metavar="RUN", help="compute the speed of a device from RUN, a run on one rank that used "
                         "the same type of device")
-    parser.add_argument("--dtype", choices=list(BYTES),
-                        help="type of matrix products (default: that of --config, else bfloat16)")
+    parser.add_argument("--dtype", choices=list(BYTES), help="type of matrix products (default: that of --config or "
+                        "--calibrate, else float32 on CPUs and bfloat16 on GPUs)")
     parser.add_argument("--recompute", choices=["true", "false"], help="whether activations are recomputed (default: try both)")
     parser.add_argument("--sequence", choices=["true", "false"], help="value of mesh.sequence (default: try both)")
     parser.add_argument("--overlap", type=float, help="how well data-parallel traffic overlaps with compute, from 0 (not "
@@ -109,9 +110,14 @@ def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> d
         model, taken = model_of(parameters, whole["vocab"], whole["seq-len"])
         taken = f"assumed, {taken}"
     default = values.get("train.global_batch") or max(1, TOKENS[model.parameters >= 1e9] // model.seq_len)
-    number_bytes = BYTES[options.dtype or ("float32" if values.get("train.dtype") == "float32" else "bfloat16")]
-    loss, slices = values.get("train.loss", "auto"), values.get("model.slices", 1)
-    base = Work(whole["global-batch"] or default, 1, number_bytes=number_bytes, loss=loss, slices=slices)
+    measured = _dtype_of_run(options.calibrate) if options.calibrate else "auto"
+    dtype = options.dtype or _dtype(values, cluster, measured)
+    if measured not in (dtype, "auto") and "flops" not in given:
+        raise UsageError(f"--calibrate={options.calibrate} computed in {measured}, but the plan is for {dtype}. Give a run with "
+                         f"train.dtype={dtype}, or --dtype {measured}, or --flops")
+    number_bytes = BYTES[dtype]
+    loss, slices, lanes = (values.get(*one) for one in (("train.loss", "auto"), ("model.slices", 1), ("train.lanes", 0)))
+    base = Work(whole["global-batch"] or default, 1, number_bytes=number_bytes, loss=loss, slices=slices, lanes=lanes)
     figures = GivenFigures(
         given.get("flops"), given.get("memory-gbyte"), given.get("link-gbit"), given.get("node-gbit"), given.get("latency-us"),
         whole["ranks-per-node"] or None, whole["gpus-per-node"] or None, options.overlap,
@@ -120,8 +126,24 @@ def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> d
     machine, sources = machine_of(figures, cluster, run, number_bytes)
     micro = [whole["micro-batch"]] if whole["micro-batch"] else MICRO_BATCHES
     again, parts = ([choice == "true"] if choice else [False, True] for choice in (options.recompute, options.sequence))
-    return plan_mesh(model, taken, parameters, ranks, given.get("memory", 80e9), machine, sources, base, micro, again,
-                     parts, given.get("samples"), options.top)
+    found = plan_mesh(model, taken, parameters, ranks, given.get("memory", 80e9), machine, sources, base, micro, again,
+                      parts, given.get("samples"), options.top)
+    return found | {"ignored": ignored_of(values)}
+
+
+def _dtype(values: Mapping[str, Any], cluster: Mapping[str, Any], measured: str) -> str:
+    """Return the dtype that a run would have: that of train.dtype, or `measured`, the dtype of a run on the same type of device.
+    If both are auto, return float32 for a CPU, and bfloat16 for a GPU. values: {section.key: value}. cluster: the content of
+    cluster.json, or {}. Pure."""
+    on_cpu = values.get("train.device") == "cpu" or cluster.get("gpu", "not known") is None
+    wanted = (values.get("train.dtype", "auto"), measured, "float32" if on_cpu else "bfloat16")
+    return next(str(dtype) for dtype in wanted if dtype != "auto")
+
+
+def _dtype_of_run(run: str) -> str:
+    """Return train.dtype of the run in the folder `run`, or auto if it is not recorded. Independent."""
+    file = Path(run) / "config.toml"
+    return str(read_run_config(file).get("train.dtype", "auto")) if file.is_file() else "auto"
 
 
 def _reject_uncut(values: Mapping[str, Any]) -> None:

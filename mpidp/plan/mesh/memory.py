@@ -4,14 +4,16 @@ p is the number of parameters of a rank, and q is the number of its trained para
 trained. The rank has the parameters of its stage, and 1 / tp of each matrix. w is the number of bytes per number in matrix
 products. n = micro_batch x seq_len is the number of tokens of a micro-batch. M is the number of micro-batches per replica.
 f = min(M, pp - stage) is the largest number of micro-batches that have finished their forward pass but not their backward pass
-(1F1B, Narayanan 2021, section 2.2.1).
+(1F1B, Narayanan 2021, section 2.2.1). A slot is a gradient buffer. If each replica has one lane (sequence of micro-batches), a
+rank has one slot. With mesh.shard=2 or 3, or with more lanes, the tree over lanes needs more slots (reducers/tree_order.py).
 
 | use | bytes | divided by dp with |
 |---|---|---|
-| parameters | 4 p, float32 master weights | mesh.shard=3 |
+| parameters | 4 p, float32 master weights | mesh.shard=3, except parameters outside blocks |
 | gradients | 4 q per slot | mesh.shard=2 or 3 |
 | optimizer | 8 q, the moments of AdamW | mesh.shard=1, 2 or 3 |
-| working | 16 bits: a copy of the weights, 2 p; shard 2 and 3: gathered gradients and weights of two blocks | |
+| working, 16 bits | 2 p f; with recompute 2 p; autograd keeps a 16-bit copy of the weights for each micro-batch | |
+| working, shard 2 and 3 | the gradients of two blocks or of the embedding; shard 3: also the parameters of one block | |
 | activations | f n layers (W + S / tp), by default W = 24 D + 8 (16 bits: 26 D + 8), S = w (4 D + 4 F) + 4 H | |
 | with recompute | f n layers 4 D, and the activations of one block as above | |
 | logits | on the last stage 12 n V / tp, for log-probabilities and two gradients | |
@@ -24,7 +26,8 @@ that several products share is saved once. activations.py computes W and S for a
 train.loss=auto, the loss is computed in chunks of r tokens if the logits are large (model/loss_chunks.py). With LoRA, g is
 4 n D, and W and S are upper bounds, because they are computed as if all parameters were trained. Embedding and head are divided
 by tp along the vocabulary. The last stage also computes the head. Layers are assigned to stages so that the slowest stage is as
-fast as possible.
+fast as possible. With Work.fsdp, all parameters are divided by mesh.shard=3, there is one copy of the weights in 16 bits, and
+shard 3 keeps the gathered weights of two blocks in w bytes instead.
 """
 
 from __future__ import annotations
@@ -32,9 +35,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
+from mpidp.data.lanes import Lanes
 from mpidp.model.part import stage_layers
 from mpidp.plan.mesh.activations import kept_of_block, kept_of_last_norm, loss_bytes
 from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
+from mpidp.reducers.rounds import plan_rounds, slots_of
+from mpidp.reducers.tree_order import held_after
 
 MASTER, MOMENTS = 4, 8  # bytes per parameter
 
@@ -79,42 +85,57 @@ def parameters_of(model: ModelSizes, shape: Shape, stage: int) -> float:
     matrices, but not the norms or the learned positions. If embedding and head are tied and pp is above 1, the first and the last
     stage both have the embedding. Pure."""
     first, last = stage == 0, stage == shape.pp - 1
-    tables = first + last - (model.tie_embeddings and shape.pp == 1)
-    cut = layers_of(model, shape, stage) * model.matrices + tables * model.table
-    in_full = layers_of(model, shape, stage) * (model.block - model.matrices)
-    return cut / shape.tp + in_full + last * model.norm + first * model.positions + _adapters_of(model, shape, stage)
+    tables = (first + last - (model.tie_embeddings and shape.pp == 1)) * model.table / shape.tp
+    return layers_of(model, shape, stage) * block_of(model, shape) + tables + last * model.norm + first * model.positions
+
+
+def block_of(model: ModelSizes, shape: Shape) -> float:
+    """Return the number of parameters of one block on each rank, before sharding over dp. Pure."""
+    return model.matrices / shape.tp + model.block - model.matrices + model.adapters_per_rank(shape.tp)
 
 
 def trained_of(model: ModelSizes, shape: Shape, stage: int) -> float:
     """Return the number of trained parameters of each rank of stage `stage`. With LoRA, these are the adapters. Pure."""
-    return _adapters_of(model, shape, stage) if model.lora_rank else parameters_of(model, shape, stage)
+    adapters = layers_of(model, shape, stage) * model.adapters_per_rank(shape.tp)
+    return adapters if model.lora_rank else parameters_of(model, shape, stage)
 
 
-def _adapters_of(model: ModelSizes, shape: Shape, stage: int) -> float:
-    return layers_of(model, shape, stage) * model.adapters_per_rank(shape.tp)
+@lru_cache(maxsize=4096)
+def tree_of(lanes: Lanes, dp: int, in_turn: bool) -> tuple[int, int]:
+    """Return (number of gradient buffers of a rank, number of tree nodes that a rank sends). Both are the maximum over `dp`
+    replicas. in_turn: whether the micro-batches are dealt to the replicas in turn (mesh.shard=2|3). Pure."""
+    if in_turn:
+        return slots_of(plan_rounds(lanes, dp)), 1
+    if lanes.num_lanes == dp:
+        return 1, 1
+    share = lanes.num_lanes == lanes.num_micro_batches
+    held = [held_after(lanes.of_rank(rank, dp), lanes.num_lanes, share) for rank in range(dp)]
+    return max(slots for _, slots in held), max(len(nodes) for nodes, _ in held)
 
 
 def memory_of(model: ModelSizes, shape: Shape, work: Work, stage: int) -> Memory:
     """Return the memory of each rank of stage `stage`. Pure."""
-    p, q, small = parameters_of(model, shape, stage), trained_of(model, shape, stage), work.number_bytes == 2
+    p, q, shard = parameters_of(model, shape, stage), trained_of(model, shape, stage), shape.shard if shape.dp > 1 else 0
     tokens, last = work.micro_batch * model.seq_len, stage == shape.pp - 1
-    working = 0.0
-    largest = max(model.block, model.table) / shape.tp  # largest number of parameters that are gathered at a time
-    if shape.shard >= 3 and shape.dp > 1:
-        working += min(p, 2 * largest) * work.number_bytes
-    elif small:
-        working += 2 * p
-    if shape.shard >= 2 and shape.dp > 1:
-        working += min(q, 2 * largest) * MASTER
     in_flight = min(work.micro_batches(shape), shape.pp - stage)
     block, layers = kept_of_block(model, shape, work), layers_of(model, shape, stage)
+    whole = 0.0 if work.fsdp else p - layers * block_of(model, shape)  # parameters that mesh.shard=3 does not divide
+    working = 0.0
+    largest = max(model.block, model.table) / shape.tp  # number of parameters of the largest unit
+    if shard == 3:
+        working += min(p, 2 * largest) * work.number_bytes if work.fsdp else MASTER * block_of(model, shape)
+    if work.number_bytes == 2 and not (work.fsdp and shard == 3):
+        working += 2 * p * (1 if work.fsdp else work.recompute + (1 - work.recompute) * in_flight)
+    if shard >= 2:
+        working += min(q, 2 * largest) * MASTER
+    slots = work.slots or tree_of(work.cut(shape.dp), shape.dp, shard >= 2)[0]
     share = shape.tp if work.sequence else 1
     entry = 4 * model.model_dim / share
     kept = in_flight * layers * (work.recompute * entry + (1 - work.recompute) * block) + (work.recompute > 0) * block
     final_norm = last * kept_of_last_norm(model, work.number_bytes) / share
     return Memory(
-        MASTER * p / shape.over_dp(3), MASTER * work.slots * q / shape.over_dp(2), MOMENTS * q / shape.over_dp(1), working,
-        tokens * (kept + final_norm), last * loss_bytes(model, shape, work),
+        MASTER * (whole + (p - whole) / shape.over_dp(3)), MASTER * slots * q / shape.over_dp(2), MOMENTS * q / shape.over_dp(1),
+        working, tokens * (kept + final_norm), last * loss_bytes(model, shape, work),
     )
 
 

@@ -39,6 +39,10 @@ SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 FLOPS, MEMORY = {2: 500e12, 4: 50e12}, 2.5e12  # assumed of an H100: FLOP/s by bytes per number, and bytes/s
 INSIDE, BETWEEN, LATE, RANKS_A_NODE, OVERLAP = 300e9, 400e9, 10e-6, 8, 0.8  # assumed: bytes/s, bytes/s, s, ranks, a fraction
 OF_PEAK = 0.5  # assumed fraction of the datasheet's FLOP/s
+IGNORED: dict[str, tuple[Any, ...]] = {  # settings that predictions ignore, and the values for which predictions hold
+    "strategy.name": ("synchronous",), "strategy.quorum": (1.0,), "comm.compress": ("none",), "optim.name": ("adamw", "adam"),
+    "optim.freeze": ("",), "mesh.interleave": (1,), "model.kind": ("transformer",),
+}  # fmt: skip
 
 
 def number(given: str, name: str) -> float:
@@ -134,14 +138,14 @@ def machine_of(
     def most(key: str) -> int | None:
         return max(cluster.get(key) or [0]) or None
 
-    file, assumed = "cluster.json", "assumed"
+    file, assumed, h100 = "cluster.json", "assumed", "assumed: an H100"
     speed, nodes = cluster.get("bandwidth_bytes_per_second"), cluster.get("between") != "ranks of one node"
     gpu = cluster.get("gpu") or ""
     peak = peak_flops(gpu) if number_bytes == 2 else None
     flops = choose("matrix products", "TFLOP/s per rank", 1e12, ("given", given.flops), ("measured", run and run[0]),
-                   (f"assumed: half of the peak of {gpu}", OF_PEAK * peak if peak else None), (assumed, FLOPS[number_bytes]))
+                   (f"assumed: half of the peak of {gpu}", OF_PEAK * peak if peak else None), (h100, FLOPS[number_bytes]))
     memory = choose("memory bandwidth", "GB/s", 1e9, ("given", given.memory_bytes_per_second), ("measured", run and run[1]),
-                    (assumed, MEMORY))
+                    (h100, MEMORY))
     ranks = int(choose("ranks per node", "", 1, ("given", given.ranks_a_node), (file, most("ranks_per_node")),
                        (assumed, RANKS_A_NODE)))
     devices = most("gpus_per_node") or most("cores_per_node")
@@ -159,15 +163,26 @@ def machine_of(
 
 def machine_of_run(run: Path, vocab_size: int) -> tuple[float, float]:
     """Return (FLOP/s, memory bytes/s), computed from the step times of a run of mpidp.train on one rank. run: its folder.
-    vocab_size: 0 means that of the run. Raises UsageError if the run recorded no step times on one rank. Independent."""
+    vocab_size: 0 means that of the run. Raises UsageError if the run recorded no step times on one rank, or if its settings
+    do not permit to compute the speeds. Independent."""
     found = measured.read(run)
+    if other := ignored_of({key: value for key, value in found.config.items() if key.startswith(("optim.", "model.kind"))}):
+        raise UsageError(f"--calibrate={run} was trained with {other[0]}, but the speeds can be computed only from a run of a "
+                         "Transformer in which AdamW updates all parameters. Give another run")
     times = [one for one in measured.seconds([found]) if one.ranks == 1]
     if not times or not times[0].update or "model.num_layers" not in found.config:
         raise UsageError(f"--calibrate={run} has no usable step times of one rank. Give a run on one rank, because its step "
                          "times contain no waiting for other ranks")
     model = model_of_config(found.config, vocab_size or vocab_size_of(found.config))
     count, size = found.lanes.num_micro_batches, 4 if found.config.get("train.dtype") == "float32" else 2
-    return measured_machine(model, found.lanes.micro_batch, count * times[0].micro_batch, times[0].update, count, size)
+    again = float(found.config.get("train.recompute", False))
+    return measured_machine(model, found.lanes.micro_batch, count * times[0].micro_batch, times[0].update, count, size, again)
+
+
+def ignored_of(values: Mapping[str, Any]) -> list[str]:
+    """Return the settings ["section.key=value"] that change the memory or the time of a step, but that the predictions ignore.
+    values: {section.key: value}. Pure."""
+    return [f"{key}={values[key]}" for key, usual in IGNORED.items() if key in values and values[key] not in usual]
 
 
 @dataclass(frozen=True)
@@ -183,6 +198,7 @@ class MeshRow:
         """Return the row as plain values, for JSON."""
         return {
             **asdict(self.shape), "micro_batch": self.work.micro_batch, "micro_batches": self.work.micro_batches(self.shape),
+            "lanes": self.work.cut(self.shape.dp).num_lanes,
             "recompute": self.work.recompute > 0, "sequence": self.work.sequence,
             "memory_bytes": {**asdict(self.memory), "total": self.memory.total},
             **asdict(self.step), "step_seconds": self.step.seconds,
@@ -191,13 +207,11 @@ class MeshRow:
 
 def shapes(model: ModelSizes, ranks: int, most_dp: int, slices: int = 1) -> Iterator[Shape]:
     """Yield all possible meshes of `ranks` ranks. tp divides the number of key-value heads, and each stage has at least one
-    layer. dp is at most `most_dp`. If `slices` (model.slices) is above 1, tp also divides `slices`, and a model with tied
-    embeddings has one stage, because with more stages, the first and the last stage would exchange the gradient of the
-    embedding for every micro-batch. Pure."""
+    layer. dp is at most `most_dp`. If `slices` (model.slices) is above 1, tp also divides `slices`. Pure."""
     for tp in range(1, min(ranks, model.num_kv_heads) + 1):
         if ranks % tp or model.num_kv_heads % tp or (slices > 1 and slices % tp):
             continue
-        for pp in range(1, min(ranks // tp, 1 if slices > 1 and model.tie_embeddings else model.num_layers) + 1):
+        for pp in range(1, min(ranks // tp, model.num_layers) + 1):
             dp, rest = divmod(ranks // tp, pp)
             if rest == 0 and dp <= most_dp:
                 yield from (Shape(dp, pp, tp, shard) for shard in range(1 if dp == 1 else 4))

@@ -7,10 +7,12 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
+from mpidp.data.lanes import Lanes
 from mpidp.model.adapter_sizes import adapter_sizes
 from mpidp.model.options import TransformerOptions
 from mpidp.model.part import part_of
 from mpidp.model.shape import TransformerShape, block_sizes, num_parameters
+from mpidp.plan.ranks.predict import most_micro_batches
 
 
 @dataclass(frozen=True)
@@ -143,13 +145,21 @@ class Work:
     micro_batch: int  # sequences
     recompute: float = 0.0  # fraction of the blocks that save only their inputs; mpidp.train supports 0 and 1
     number_bytes: int = 2  # bytes per number in matrix products: 2 for bfloat16, 4 for float32
-    slots: int = 1  # number of gradient buffers
+    slots: int = 0  # number of gradient buffers; 0: as many as comm.reducer=tree needs
     fused: bool = True  # whether the attention kernel does not store the T x T scores
     wire_bytes: int = 4  # bytes per number in messages within tp and pp; mpidp.train sends float32
     sequence: bool = False  # mesh.sequence: whether norms and residuals are divided by tp
     loss: str = "auto"  # train.loss: whether the loss is computed in chunks
     slices: int = 1  # model.slices: number of slices of each layer
+    lanes: int = 0  # smallest number of lanes (sequences of micro-batches); every replica has at least one lane
+    fsdp: bool = False  # whether sharding and overlap are those of PyTorch's FSDP, instead of those of mpidp.train
+
+    def cut(self, dp: int) -> Lanes:
+        """Return the lanes of a step on `dp` replicas. Pure."""
+        return Lanes(self.global_batch, self.micro_batch, min(-(-self.global_batch // self.micro_batch), max(self.lanes, dp)))
 
     def micro_batches(self, shape: Shape) -> int:
-        """Return M, the number of micro-batches per replica in a step. Pure."""
+        """Return M, the number of micro-batches of the replica that has the most micro-batches in a step. Pure."""
+        if self.lanes > shape.dp and shape.shard < 2:
+            return most_micro_batches(self.cut(shape.dp), shape.dp)
         return -(-self.global_batch // (self.micro_batch * shape.dp))

@@ -36,6 +36,8 @@ def mesh_table(found: dict[str, Any]) -> str:
         *([f"LoRA: {many(found['trained'])} parameters of adapters are trained"] if model.get("lora_rank") else []),
         f"step: {found['global_batch']:,} sequences of {model['seq_len']:,} tokens ({many(found['tokens_a_step'])} in total), "
         f"{'float32' if found['number_bytes'] == 4 else 'bfloat16'} products with float32 weights",
+        *([f"These settings are ignored: {', '.join(found['ignored'])}. The predictions are for training of all parameters with "
+           "AdamW and strategy.name=synchronous, without compression and interleaving"] if found.get("ignored") else []),
         "",
         f"{'':<18}" + "".join(f"{way['kind']:>34}" for way in ways),
         f"{'mesh':<18}" + "".join(f"{way['mesh'] or 'none':>34}" for way in ways),
@@ -56,7 +58,7 @@ def mesh_table(found: dict[str, Any]) -> str:
         per_rank = found["tokens_a_step"] / best["step_seconds"] / found["ranks"]
         settings = [f"--mesh.{axis}={best[axis]}" for axis in ("dp", "pp", "tp", "shard")]
         settings += ["--mesh.sequence=true"] * best["sequence"]
-        settings += [f"--train.micro_batch={best['micro_batch']}", f"--train.recompute={str(best['recompute']).lower()}"]
+        settings += [f"--train.{key}={str(best[key]).lower()}" for key in ("micro_batch", "lanes", "recompute")]
         useful = best["flops"] / best["step_seconds"] / 1e12
         lines += ["", f"The first mesh: {many(per_rank)} tokens/s and {useful:.4g} TFLOP/s per rank. "
                       f"Settings: {' '.join(settings)}"]

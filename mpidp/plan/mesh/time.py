@@ -16,12 +16,15 @@ replica.
 | pp | m is the time of a float32 message of (B, T, D); mesh.sequence divides the size of the message by tp |
 | micro-batch | max c over the stages + 2 m (pp - 1) / pp |
 | pipeline | M - 1 micro-batches + sum of c over stages + 2 m (pp - 1); equal stages have a bubble of (pp - 1) / (M + pp - 1) |
-| dp, shard 0 | an allreduce of 4 q, which overlaps with 2/3 of a micro-batch (its backward) |
-| dp, shard 1 | a reduce_scatter of 4 q and an allgather of 4 q, which overlap with a micro-batch |
-| dp, shard 2 | a reduce_scatter of 4 q per micro-batch and an allgather of 4 q, which overlap with all micro-batches |
-| dp, shard 3 | a reduce_scatter of 4 q and two allgathers of w p per micro-batch, which overlap with all of them (Zhao 2023) |
+| pp, tied | the first and the last stage exchange the gradient of the embedding; with model.slices also for each micro-batch |
+| dp, shard 0 | an allreduce of 4 q; if tp = pp = 1, it overlaps with 2/3 of a micro-batch (its backward) |
+| dp, shard 1 | as with shard 0, and an allgather of 4 q, which does not overlap |
+| dp, shard 2 | a reduce_scatter of 4 q per micro-batch and an allgather of 4 q; no overlap |
+| dp, shard 3 | a reduce_scatter of 4 q per micro-batch, and an allgather of the trained parameters outside blocks; no overlap |
+| dp, shard 3 | per micro-batch also two allgathers of each block in float32; a block is not gathered twice in a row |
 | dp, shard 2 and 3 | with model.slices above 1: also a gather of 4 q / dp, for the norm of the gradient |
-| dp, shard 2 and 3 | also `gather_seconds` (host time that does not overlap) for each of these exchanges of each block |
+| dp, shard 2 and 3 | also `gather_seconds` (host time) for each of these exchanges of each block |
+| dp, Work.fsdp | shard 1: as shard 0; shard 3: two allgathers of w p per micro-batch; see `_overlaps` (Zhao 2023) |
 | update | 28 bytes per parameter that a rank updates / memory bandwidth |
 
 An allgather or reduce_scatter takes (g - 1)/g n / b + ceil(log2 g) a, where b is the bandwidth and a the latency of a link. An
@@ -37,7 +40,7 @@ import math
 from dataclasses import dataclass
 
 from mpidp.plan.mesh.activations import kept_of_block, logits_bytes
-from mpidp.plan.mesh.memory import MASTER, layers_of, parameters_of, stages_of, trained_of
+from mpidp.plan.mesh.memory import MASTER, block_of, layers_of, parameters_of, stages_of, trained_of, tree_of
 from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
 
 BACKWARD = 2 / 3  # fraction of the compute time that backward takes
@@ -196,24 +199,57 @@ class Step:
         return self.compute_seconds + self.tp_seconds + self.pipeline_seconds + self.dp_seconds + self.update_seconds
 
 
-def data_parallel(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tuple[Traffic, float]:
-    """Predict the data-parallel exchanges of one step, for the stage with the most parameters. Return (Traffic of a rank, host
-    seconds of a rank for gathers and scatters). Pure."""
-    p, stage = max((parameters_of(model, shape, stage), stage) for stage in stages_of(model, shape))
-    m, units = work.micro_batches(shape), layers_of(model, shape, stage) + 1
-    gradients = MASTER * max(trained_of(model, shape, one) for one in stages_of(model, shape))
+def data_parallel(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tuple[Traffic, float, float]:
+    """Predict the data-parallel exchanges of one step, for the stage that sends the most bytes. Return (Traffic of a rank,
+    seconds of this traffic that can overlap with compute, host seconds of a rank for gathers and scatters). Pure."""
+    found = [_data_parallel_of(model, shape, work, machine, stage) for stage in stages_of(model, shape)]
+    return max(found, key=lambda one: one[0].sent_bytes)
 
-    def half(num_bytes: float, count: int, pieces: int = units) -> Traffic:
+
+def _data_parallel_of(
+    model: ModelSizes, shape: Shape, work: Work, machine: Machine, stage: int
+) -> tuple[Traffic, float, float]:
+    m, layers, p = work.micro_batches(shape), layers_of(model, shape, stage), parameters_of(model, shape, stage)
+    units, gradients = layers + 1, MASTER * trained_of(model, shape, stage)
+
+    def half(num_bytes: float, count: float, pieces: int = 1) -> Traffic:
         return half_allreduce(machine, shape.dp, shape.tp * shape.pp, num_bytes / pieces).times(count * pieces)
 
     if shape.shard < 2:
-        return half(gradients, 2, 1), 0.0
-    scatters, gathers = m, 2 * m if shape.shard == 3 else 1
-    each = machine.gather_seconds * (shape.dp > 1)
-    traffic = half(gradients, scatters) + half(work.number_bytes * p if shape.shard == 3 else gradients, gathers)
+        nodes = 1 if work.slots else tree_of(work.cut(shape.dp), shape.dp, False)[1]
+        total, publish = half(gradients, 1 + nodes), half(gradients, shape.shard * (not work.fsdp))
+        return total + publish, total.seconds if work.fsdp or shape.tp * shape.pp == 1 else 0.0, 0.0
+    scatter, exchanges = half(gradients, m, units), units * m
+    if shape.shard == 2 or work.fsdp:
+        gathers = 2 * m if shape.shard == 3 else 1
+        traffic = scatter + half(work.number_bytes * p if shape.shard == 3 else gradients, gathers, units)
+        exchanges += units * gathers
+    else:  # the last block of a forward pass is still gathered when its backward pass begins, and so on (strategies/gathered.py)
+        warm, block = min(m, shape.pp - stage), block_of(model, shape)
+        gathers = 2 * m * (layers - 1) + 2 * warm - 1 if layers > 1 else 1
+        outside = 0.0 if model.lora_rank else MASTER * (p - layers * block)
+        traffic = scatter + half(MASTER * block, gathers) + half(outside, 1)
+        exchanges += gathers + 1
     if work.slices > 1:  # for the norm, each element is sent to one rank (strategies/sharded_norm.py)
-        traffic += half(gradients / shape.dp, 1)
-    return traffic, each * units * (scatters + gathers)
+        traffic += half(gradients / shape.dp, 1, units)
+    return traffic, traffic.seconds * work.fsdp, machine.gather_seconds * (shape.dp > 1) * exchanges
+
+
+def _overlaps(shape: Shape, work: Work, micro_batch: float) -> float:
+    """Return the compute time with which data-parallel traffic can overlap. micro_batch: the compute time of a micro-batch."""
+    if shape.shard == 0 or not work.fsdp:
+        return BACKWARD * micro_batch
+    return micro_batch * (1 if shape.shard == 1 else work.micro_batches(shape))
+
+
+def tied(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> Traffic:
+    """Predict the exchanges of one step with which the first and the last stage add the gradients of a tied embedding. Return the
+    Traffic of a rank of the last stage. Pure."""
+    if not model.tie_embeddings or model.lora_rank or shape.pp == 1:
+        return Traffic()
+    size = MASTER * model.table / shape.tp
+    traffic = message(machine, shape, size / shape.over_dp(2))
+    return traffic + message(machine, shape, size).times(work.micro_batches(shape)) if work.slices > 1 else traffic
 
 
 def step_of(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> Step:
@@ -235,16 +271,16 @@ def step_of(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> St
     path += whole.seconds(machine) + whole.tp.seconds + 2 * (pp - 1) * between.seconds
     crowd = max(1.0, min(machine.ranks_a_node, shape.ranks) / machine.devices_a_node)  # ranks per device
     shared = m * (crowd * whole.seconds(machine) + whole.tp.seconds) / pp
-    path = max(path, shared)
-    dp, hosts = data_parallel(model, shape, work, machine)
-    behind = {0: BACKWARD, 1: 1.0}.get(shape.shard, float(m)) * slowest.seconds(machine)
+    tie = tied(model, shape, work, machine)
+    path = max(path, shared) + tie.seconds
+    dp, hideable, hosts = data_parallel(model, shape, work, machine)
+    waited = dp.seconds - min(hideable, machine.overlap * _overlaps(shape, work, slowest.seconds(machine)))
     q = max(trained_of(model, shape, stage) for stage in stages_of(model, shape))
     update = crowd * UPDATE * q / shape.over_dp(1) / machine.memory_bytes_per_second
     tp_bytes, pp_bytes = m * slowest.tp.sent_bytes, m * between.sent_bytes * (2 if pp > 2 else 1)
+    pp_bytes = max(pp_bytes, m * between.sent_bytes + tie.sent_bytes)  # of a middle stage, or of the last stage
     return Step(
-        compute, m * slowest.tp.seconds, path - m * one, max(0.0, dp.seconds - machine.overlap * behind) + hosts, update,
-        tp_bytes,
-        pp_bytes, dp.sent_bytes,
+        compute, m * slowest.tp.seconds, path - m * one, waited + hosts, update, tp_bytes, pp_bytes, dp.sent_bytes,
         tp_bytes * slowest.tp.between + pp_bytes * between.between + dp.sent_bytes * dp.between,
         m * (whole.flops - work.recompute * _forward_flops(model, shape, work) * model.num_layers) / pp,
     )
@@ -252,12 +288,13 @@ def step_of(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> St
 
 def measured_machine(
     model: ModelSizes, micro_batch: int, compute_seconds: float, update_seconds: float, micro_batches: int, number_bytes: int,
+    recompute: float = 0.0,
 ) -> tuple[float, float]:
     """Return (FLOP/s, memory bytes/s), computed from times that were measured on one rank. The memory bandwidth follows from
     `update_seconds`, the time of the update. The time of matrix products is `compute_seconds`, the compute time of a step,
     minus the time of memory traffic. micro_batches: the number of micro-batches in a step. number_bytes: bytes per number in
-    matrix products. Pure."""
-    alone, work = Shape(1, 1, 1), Work(micro_batches * micro_batch, micro_batch, number_bytes=number_bytes)
+    matrix products. recompute: as in Work. Pure."""
+    alone, work = Shape(1, 1, 1), Work(micro_batches * micro_batch, micro_batch, recompute, number_bytes)
     memory = UPDATE * trained_of(model, alone, 0) / update_seconds
     nothing = LinkSpeed(0.0, math.inf)
     block, embedding, head = _parts(model, alone, work, Machine(1.0, memory, nothing, nothing, 1, 1))

@@ -88,6 +88,15 @@ def compare_methods(config: Config, options: TrialOptions, world: MPI.Intracomm)
         raise UsageError.on_every_rank(
             f"--ranks={options.ranks}, but --run trains on the {world.size} ranks of this launch. Omit --ranks"
         )
+    if divided := [f"{key}={value}" for key, usual, value in (
+        ("mesh.tp", 1, config.mesh.tp), ("mesh.pp", 1, config.mesh.pp), ("mesh.shard", 0, config.mesh.shard)
+    ) if value != usual]:
+        raise UsageError.on_every_rank(
+            f"{', '.join(divided)}: `plan methods` compares methods only for models that are not divided among ranks. Omit these "
+            "settings, or use `plan mesh`"
+        )
+    if not config.train.micro_batch:
+        raise UsageError.on_every_rank("train.micro_batch=auto: `plan methods` needs a number. Set train.micro_batch to a number")
     if options.seconds and launched_with_ulfm():
         raise UsageError.on_every_rank(
             "--run trains one method after the other, but with ULFM the shared memory of a run is freed only when the job ends. "
