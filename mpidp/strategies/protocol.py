@@ -94,7 +94,8 @@ class Strategy(GradientSink, Protocol):
         rank computes. Independent."""
 
     def discard(self) -> None:
-        """Discard the gradients of the current step, so that they can be computed again. Independent."""
+        """Discard the gradients of the current step, so that they can be computed again. Collective over compute_comm if
+        gradients are summed during backward, else independent."""
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
         """Make an update from the step's gradients. `tokens`: number of target tokens in the global batch if all ranks

@@ -86,8 +86,7 @@ class Synchronous:
             self._spare = [memory(flat.numel()) for flat in self.flats().values()]
         self.torn = False  # whether the last update of shared tensors is incomplete because a rank failed
         self._late: MPI.Exception | None = None  # a failure that the next micro_batch() raises
-        self._last = False
-        self.buffer.on_full(lambda: self._last and reducer.overlaps(), reducer.begin)
+        self.buffer.on_full(reducer.begin)
 
     def optimizer_share(self) -> dict[str, Any] | None:
         """Return keyword arguments for the class `Optimizer`. The arguments state the share of the parameters that this rank
@@ -161,11 +160,11 @@ class Synchronous:
         rank's last micro-batch of the step. `chunk`: the group of layers that the pass computes. Independent."""
         if self._late is not None:
             raise self._late
-        self._last = last
         self.reducer.open(v, last, chunk)
+        self.buffer.expect(last and self.reducer.overlaps())
         yield
+        self.buffer.expect(False)
         self.reducer.close(v, chunk)
-        self._last = False
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
         """In the next step, call each observer with the gradient of every lane (sequence of micro-batches) that this rank
@@ -173,7 +172,11 @@ class Synchronous:
         self.reducer.observe_lanes(observers)
 
     def discard(self) -> None:
-        """Discard the gradients of the current step. Independent."""
+        """Discard the gradients of the current step. Collective over compute_comm if the reducer overlaps with backward, else
+        independent."""
+        if self.reducer.overlaps():  # ranks may have begun to sum, so they finish the sum, and do not use it
+            self.reducer.finish()
+            self.reducer.end_round(applied=False)
         self.reducer.discard()
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -148,6 +149,56 @@ def test_resumed_in_the_middle_of_an_epoch_is_uninterrupted(settings: dict[str, 
             return optimizer.sha256()
 
         assert set(at(sizes(1, 3)[-1], elsewhere)) == {found[0][0]}
+
+
+class Branching(nn.Module):
+    """A model with a layer that is not always used. Its gradients are computed before those of the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.last, self.extra = nn.Linear(3, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+        self.uses_extra = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.first(x))
+        return self.last(hidden) + self.extra(hidden) if self.uses_extra else self.last(hidden)
+
+
+def test_a_layer_that_some_batches_do_not_use() -> None:
+    """Sums during backward include all gradients, also after a step in which a layer had no gradient."""
+    def work(comm: MPI.Intracomm, overlap: str) -> str:
+        items = mpidp.from_dataset(DATA, BATCH, MICRO, seed=5)
+        model = Branching()
+        optimizer = mpidp.DataParallel(model, torch.optim.AdamW, items, {"comm.overlap": overlap}, threads=1, comm=comm)
+        for _ in range(2):
+            for x, y in optimizer.micro_batches():
+                model.uses_extra = items.next_batch % 2 == 1
+                optimizer.backward(F.cross_entropy(model(x), y))
+                optimizer.step()
+        optimizer.close()
+        return optimizer.sha256()
+
+    assert len({one for n in sizes(1, 2, 3) for way in ("none", "thread", "poll") for one in at(n, partial(work, overlap=way))}) == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"comm.reducer": "allreduce"}, {"comm.compress": "int8"}], ids=str)
+@pytest.mark.parametrize("overlap", ["none", "thread"])
+def test_a_batch_that_was_left_is_computed_again(overlap: str, settings: dict[str, Any]) -> None:
+    """The loop is left after the first backward(), and then after the last, when ranks may already have added gradients."""
+    def work(comm: MPI.Intracomm) -> str:
+        optimizer = begun(comm, settings | {"comm.overlap": overlap})
+        for last in (1, len(optimizer._own_micro_batches)):
+            for i, (x, y) in enumerate(optimizer.micro_batches(), 1):
+                optimizer.backward(F.cross_entropy(optimizer.model(x), y))
+                if i == last:
+                    break
+        epochs(optimizer)
+        optimizer.close()
+        return optimizer.sha256()
+
+    for n in sizes(1, 2, 3):
+        assert at(n, work) == [sha for sha, _ in at(n, whole(settings | {"comm.overlap": overlap}))]
 
 
 def test_afterwards_the_model_is_an_ordinary_one() -> None:
