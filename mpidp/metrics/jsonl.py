@@ -34,6 +34,7 @@ class Line(TypedDict, total=False):
     step: Required[int]
     event: str
     batch: int
+    late: int
     skipped: int
     train_loss: float | None
     val_loss: float | None
@@ -209,5 +210,6 @@ def _kind(line: Mapping[str, Any]) -> tuple[Any, ...]:
 def _belongs(line: bytes, step: int, next_batch: int) -> bool:
     with suppress(ValueError):
         record = parse_json(line, Line)
-        return record["step"] <= step and record.get("batch", -1) < next_batch and record.get("event") != "end"
+        known = record.get("batch", -1) + record.get("late", 0)  # the newest batch when the line was written
+        return record["step"] <= step and known < next_batch and record.get("event") != "end"
     return False

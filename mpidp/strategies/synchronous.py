@@ -249,8 +249,9 @@ class Synchronous:
         moments = self.optimizer.moments().values() if self.optimizer is not None else []
         return bytes_by_use(parameters=[self.flat], gradients=[self.buffer.flat], optimizer=moments)
 
-    def drain(self) -> None:
-        """Do nothing: no update is in flight between steps. Independent."""
+    def drain(self) -> list[StepStats]:
+        """Return [], because no update is in flight between steps. Independent."""
+        return []
 
     def state_dict(self) -> dict[str, Entry]:
         """Return the optimizer state and the reducer's state. With comm.reducer=root, return {} on ranks other than 0.

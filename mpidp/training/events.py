@@ -7,6 +7,7 @@ from typing import Any
 
 from mpidp.metrics.gradient_noise import Noise
 from mpidp.runtime.environment import BEGAN
+from mpidp.strategies.protocol import StepStats
 from mpidp.training.job import Job
 from mpidp.training.step_report import StepReport
 
@@ -59,9 +60,11 @@ def log_step(job: Job, learned: dict[str, Any], report: StepReport, epoch: int) 
     job.services.progress.step(line)
 
 
-def log_skipped(job: Job, batch: int, grad_norm: float) -> None:
+def log_skipped(job: Job, batch: int, stats: StepStats) -> None:
     """Write the line of a batch that made no update. Independent."""
-    job.record.write({"event": "skipped", "step": job.position.step, "batch": batch, "grad_norm": grad_norm, **spent(job)})
+    late = {"late": stats.late} if stats.late else {}
+    line = {"event": "skipped", "step": job.position.step, "batch": batch, **late, "grad_norm": stats.grad_norm}
+    job.record.write(line | spent(job))
 
 
 def record_end(job: Job, end: dict[str, Any]) -> None:
