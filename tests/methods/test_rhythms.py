@@ -177,6 +177,16 @@ def test_bytes_are_those_of_the_averages(shared_folder: Path, shared_tmp: Path) 
     assert sum(sent("fragments", name="local", sync_every=4, meet_every=12, fragments=2)[:10]) < 3 * whole
 
 
+def test_a_run_of_fewer_steps_than_sync_every_averages_at_its_end(shared_folder: Path, shared_tmp: Path) -> None:
+    """The default of sync_every is 50. Such a run can resume with more steps."""
+    data = corpus(shared_folder)
+    short = train_at(2, tiny(data, shared_tmp / "short", strategy={"name": "local"}))
+    once = train_at(2, tiny(data, shared_tmp / "once", strategy={"name": "local", "sync_every": 6}))
+    assert short.sha256 == once.sha256
+    longer = train_at(2, tiny(data, shared_tmp / "short", strategy={"name": "local"}, train={"steps": 60, "eval_every": 0}))
+    assert longer.events("resume")[0]["step"] == 6 and longer.end["step"] == 60
+
+
 def test_the_speed_at_a_meeting_is_that_of_all_steps_since_the_last(shared_folder: Path, shared_tmp: Path) -> None:
     config = tiny(corpus(shared_folder), shared_tmp / "run", strategy={"name": "local", "sync_every": 3})
     lines = [line for line in _raw(config, 2) if "train_loss" in line]
