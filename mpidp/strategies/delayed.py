@@ -68,9 +68,10 @@ class Delayed(Synchronous):
         self._in_flight: deque[PendingUpdate] = deque()
         self._slot, self._fresh, self._lr = 1, True, 0.0
 
-    def more_slots(self, options: StrategyOptions) -> int:
+    @staticmethod
+    def more_slots(options: StrategyOptions, rank: int, size: int) -> int:
         """Return staleness + 1: one gradient buffer (slot) for the current batch, and one for each batch that is not applied
-        yet. Independent."""
+        yet. Pure."""
         return options.staleness + 1
 
     @contextmanager

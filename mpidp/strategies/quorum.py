@@ -62,8 +62,7 @@ class Quorum(Synchronous):
     holds the gradient of the update. Another slot accumulates the gradient of the current batch. The other `staleness` slots
     hold gradients that have not been applied yet."""
 
-    survives_failures = False
-    synchronizes_always = False
+    survives_failures = synchronizes_always = False
 
     def __init__(self, *parts: Any, **more: Any) -> None:
         """Take the arguments of Synchronous. The reducer must be a FlatReducer. Raises UsageError if there are several ranks and
@@ -94,8 +93,9 @@ class Quorum(Synchronous):
         self._sends: list[tuple[MPI.Request, np.ndarray]] = []
         self._notices, self._received = 0, [0] * len(self._lanes)  # notices sent to rank 0; received by rank 0 from each rank
 
-    def more_slots(self, options: StrategyOptions) -> int:
-        """Return staleness + 1: the number of gradient buffers (slots) in addition to slot 0. Independent."""
+    @staticmethod
+    def more_slots(options: StrategyOptions, rank: int, size: int) -> int:
+        """Return staleness + 1: the number of gradient buffers (slots) in addition to slot 0. Pure."""
         return options.staleness + 1
 
     def start(self) -> None:

@@ -52,7 +52,7 @@ class Synchronous:
         Collective over comm. With `parts`, collective over parts.grid.world."""
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, one_copy
         self.options = options or StrategyOptions.of()
-        spare_slots += self.more_slots(self.options)
+        spare_slots += self.more_slots(self.options, comm.rank, comm.size)
         self.parameters = [p for _, p in named_parameters]
         self.clip, self.nominal_tokens = clip, nominal_tokens
         device = self.parameters[0].device
@@ -100,8 +100,10 @@ class Synchronous:
         the number of elements. No bound is inside a matrix whose update is a function of the whole matrix. Independent."""
         return bounds_outside(self.buffer.layout, count, multiple, self._rule.matrices)
 
-    def more_slots(self, options: StrategyOptions) -> int:
-        """Return the number of gradient buffers that the strategy needs in addition to those of the reducer. Independent."""
+    @staticmethod
+    def more_slots(options: StrategyOptions, rank: int, size: int) -> int:
+        """Return the number of gradient buffers that rank `rank` of `size` ranks needs in addition to those of the reducer.
+        Pure."""
         return 0
 
     def resume_after_failure(self, before: Synchronous) -> None:

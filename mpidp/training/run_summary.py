@@ -7,16 +7,20 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
 
+from mpidp.config.defaults import kind
 from mpidp.config.schema import Config, to_toml
 from mpidp.model.shape import num_parameters, shapes_of
 from mpidp.model.starting import trained_sizes
 from mpidp.runtime.environment import numbers
 from mpidp.runtime.log import VARIABLE, counted, log
-from mpidp.training.data_parallel import gradient_slots, held_buffers, held_floats
+from mpidp.strategies import STRATEGIES
+from mpidp.strategies.protocol import StrategyOptions
+from mpidp.training.data_parallel import gradient_slots, held_buffers, held_floats, ranks_per_copy
 
 if TYPE_CHECKING:
     from mpidp.training.run_plan import RunPlan
@@ -81,13 +85,26 @@ def model_line(plan: RunPlan, rows: Sequence[Row]) -> str:
 
 def memory_line(plan: RunPlan, rows: Sequence[Row]) -> str:
     """Return a line with the memory that a rank needs between steps. Pure."""
-    c, size, count = plan.config, plan.mesh.dp.size, max(row[-1] for row in rows)
-    slots = gradient_slots(c, plan.lanes, 0, size)[0] + held_buffers(c)
+    c, count = plan.config, max(row[-1] for row in rows)
     trained = _trained_parameters(plan) if _is_partly_frozen(c) else count
-    floats = held_floats(c, slots, size) * trained + max(0, count - trained)
+    per_parameter, slots, others, sharing = held(plan)
+    floats = per_parameter * trained + max(0, count - trained)
     saved = 12 * count / plan.mesh.num_nodes / 2**20
-    return (f"memory: {floats / 2**18:,.0f} MiB per rank (weights, optimizer state, {counted(slots, 'gradient buffer')}); "
+    what = ["weights", "optimizer state"] if sharing == 1 else ["its share of the node's weights and optimizer state"]
+    what += [counted(slots, "gradient buffer")] + [counted(others, "other buffer")] * (others > 0)
+    return (f"memory: {floats / 2**18:,.0f} MiB per rank ({', '.join(what)}); "
             f"{saved:,.0f} MiB per node to buffer a checkpoint while it is written")
+
+
+def held(plan: RunPlan) -> tuple[float, int, int, int]:
+    """Return (float32 values that a rank stores per parameter, number of gradient buffers, number of other buffers, number of
+    ranks that share one copy of parameters and optimizer state). Pure."""
+    c, size = plan.config, plan.mesh.dp.size
+    more_slots = STRATEGIES[kind(c.strategy.name, c.strategy.quorum)].more_slots
+    slots = gradient_slots(c, plan.lanes, 0, size)[0] + (c.train.audit_every > 0)
+    slots += more_slots(StrategyOptions.of(asdict(c.strategy)), size - 1, size)
+    others, sharing = held_buffers(c), ranks_per_copy(c, plan.mesh, plan.device)
+    return held_floats(c, slots, size, sharing) + others, slots, others, sharing
 
 
 def batch_line(plan: RunPlan) -> str:

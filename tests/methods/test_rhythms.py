@@ -187,6 +187,15 @@ def test_a_run_of_fewer_steps_than_sync_every_averages_at_its_end(shared_folder:
     assert longer.events("resume")[0]["step"] == 6 and longer.end["step"] == 60
 
 
+def test_the_cost_of_the_slowest_rank_is_per_step(shared_folder: Path, shared_tmp: Path) -> None:
+    """Reports compare it with the time that one step waits."""
+    config = tiny(corpus(shared_folder), shared_tmp / "run", strategy={"name": "local", "sync_every": 3})
+    for line in [line for line in _raw(config, 2) if "rank_compute_seconds" in line]:
+        one, other = line["rank_compute_seconds"]
+        assert line["slowest_cost_seconds"] == pytest.approx(abs(one - other) / 2, abs=2e-6)
+        assert line["slowest_rank"] == int(other > one) or one == other
+
+
 def test_the_speed_at_a_meeting_is_that_of_all_steps_since_the_last(shared_folder: Path, shared_tmp: Path) -> None:
     config = tiny(corpus(shared_folder), shared_tmp / "run", strategy={"name": "local", "sync_every": 3})
     lines = [line for line in _raw(config, 2) if "train_loss" in line]
