@@ -54,6 +54,12 @@ class Crew:
     returns: int = 0  # number of returns to the last checkpoint
     events: list[dict[str, Any]] = field(default_factory=list)  # the lines in metrics.jsonl about returns to the last checkpoint
 
+    @property
+    def needed(self) -> int:
+        """The smallest number of ranks that can train: one replica, or one worker and all parameter servers."""
+        mesh, strategy = self.config.mesh, self.config.strategy
+        return int(mesh.tp * mesh.pp + strategy.servers * (strategy.name == "server"))
+
     def lacks(self, size: int) -> bool:
         """Return whether a job of `size` ranks needs replacement ranks. Independent."""
         return self.respawn and size < self.full
@@ -120,6 +126,8 @@ def regroup(
     command.continue_in(world)
     tp, pp = crew.config.mesh.tp, crew.config.mesh.pp
     if tp * pp == 1:
+        if world.size < crew.needed:
+            return plan, Replicas([], [])
         mesh = make_topology(world, plan.mesh if plan is not None else None, number)
         return _planned(plan, whole(mesh), crew), Replicas(list(range(world.size)), mesh.numbers)
     seat = None if job is None else (job.comm.rank // job.grid.parts, job.grid.model.rank)
