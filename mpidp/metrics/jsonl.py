@@ -27,6 +27,11 @@ class _Data(TypedDict, total=False):
     val_tokens: int
 
 
+_Schedule = TypedDict("_Schedule", {
+    "train.steps": int, "optim.schedule": str, "optim.lr": float, "optim.min_lr": float, "optim.warmup_steps": int,
+})  # fmt: skip
+
+
 class Line(TypedDict, total=False):
     """The keys whose types are checked when a line is read. The values of other keys may have any type. Read them with
     number()."""
@@ -50,6 +55,7 @@ class Line(TypedDict, total=False):
     versions: dict[str, str]
     fingerprint: dict[str, Any]
     data: _Data
+    schedule: _Schedule
     parameters: int
     energy_of: list[str]
     rank_compute_seconds: list[float]

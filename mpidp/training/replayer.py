@@ -154,7 +154,8 @@ class Replay:
                     at.skip_to(passed + 1)
                 batch, seen = next(loader), Seen(at.step + 1, at.batch)
                 seen.micro_batches = self._inside(batch) if inside and seen.step == self.last else []
-                report, lr = exchange_reports(job, compute(job, batch), 0.0, False), job.schedule.lr_at(seen.step)
+                report = exchange_reports(job, compute(job, batch), 0.0, False)
+                lr = (record.schedule_of(seen.step) or job.schedule).lr_at(seen.step)
                 stats = job.strategy.step(lr, report.tokens, at.norm_limit(spike))
                 seen.skipped, seen.gradient = stats.skipped, {} if inside else sums.checksums(job.strategy.buffer.layout)
                 seen.figures = dict(zip(FIGURES, map(_finite, (report.loss, stats.grad_norm, lr)), strict=True))
