@@ -224,7 +224,7 @@ class DataParallel:
         self._updated = True
         self.items.next_batch += 1
         self.steps += not self.stats.skipped
-        if self.steps == self._total:
+        if self._total in (self.steps, self.items.next_batch):  # if batches were skipped, the loop can end at either
             strategy.drain()
         return True
 

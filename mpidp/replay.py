@@ -56,7 +56,8 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
 def inspect_step(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     """Replay the steps up to options.step, compare the results with the run's log and checkpoints, and list the micro-batches
     of options.step. Return the results as plain values. Collective over world."""
-    from mpidp.training.replayer import Replay, print_on_rank_0, read_record
+    from mpidp.training.replay_record import read_record
+    from mpidp.training.replayer import Replay, print_on_rank_0
 
     record = read_record(options.run, world)
     step = record.last if options.step is None else options.step
@@ -97,7 +98,8 @@ def against(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     """Compare two runs, options.run and options.against: first the values in their logs, then the tensors of their replays.
     Return the results as plain values, with the first step and tensor that differ. Collective over world."""
     from mpidp.faults.audit import checksum
-    from mpidp.training.replayer import FIGURES, Replay, print_on_rank_0, read_record
+    from mpidp.training.replay_record import FIGURES, read_record
+    from mpidp.training.replayer import Replay, print_on_rank_0
 
     records = [read_record(run, world) for run in (options.run, options.against)]
     one, other = (record.lines for record in records)

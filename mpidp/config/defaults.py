@@ -26,10 +26,10 @@ def method_of(settings: Settings) -> str:
     return kind(settings["strategy.name"], settings["strategy.quorum"])
 
 
-def sync_intervals(settings: Settings, steps: int) -> tuple[int, int]:
+def sync_intervals(settings: Settings) -> tuple[int, int]:
     """Return (sync_every, meet_every): the steps between two averages, and the steps between two synchronizations of all
-    ranks. Automatic values are filled in. `steps`: the number of steps of the run. Raises ValueError if sync_every is more
-    than `steps`. Independent."""
+    ranks. Automatic values are filled in. They do not depend on the length of the run, which can change when a run resumes. The
+    last step of a run is always a synchronization. Pure."""
     name, every, meet = method_of(settings), settings["strategy.sync_every"], settings["strategy.meet_every"]
     if name == "synchronous":
         return 1, 1
@@ -37,10 +37,7 @@ def sync_intervals(settings: Settings, steps: int) -> tuple[int, int]:
     global_average = settings["strategy.group"] == "all" and not overlapping
     if name in ("delayed", "server", "quorum"):
         return 1, meet or 10
-    if every > steps:
-        raise ValueError(f"strategy.sync_every={every} is more than the {steps} steps of the run, so the ranks would never "
-                         "average their parameters. Set a smaller value")
-    every = every or min(50 if settings["strategy.group"] == "all" else 1, steps)
+    every = every or (50 if settings["strategy.group"] == "all" else 1)
     return every, meet or (every if global_average else every * max(4 if overlapping else 1, -(-50 // every)))
 
 

@@ -80,7 +80,7 @@ def model_shape(config: Config, vocab_size: int) -> Shape:
 def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, device: torch.device, dtype: torch.dtype) -> Config:
     """Return the config with all automatic values filled in. `device`, `dtype`: where and in which precision the run computes.
 
-    Raises UsageError if sharding is combined with ULFM, or if strategy.sync_every is more than the number of steps. Pure."""
+    Raises UsageError if sharding is combined with ULFM. Pure."""
     check_shards(config.mesh.shard)
     t, m = config.train, config.model
     steps = t.steps or 300
@@ -91,10 +91,7 @@ def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, de
     warmup = config.optim.warmup_steps
     settings = config.flat()
     outer_lr, outer_momentum = outer(settings)
-    try:
-        every, meet = sync_intervals(settings, steps)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    every, meet = sync_intervals(settings)
     return config.with_values(
         strategy=known_settings(
             kind_of(config), sync_every=every, meet_every=meet, servers=config.strategy.servers or 1, outer_lr=outer_lr,

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from mpidp.config.defaults import DEFAULTS, METHODS, Settings, kind, method_of
+from mpidp.config.defaults import DEFAULTS, METHODS, Settings, kind, method_of, sync_intervals
 from mpidp.model.options import DEFAULTS as OPTIONS
 
 KINDS = ("transformer", "lstm")  # built-in values of model.kind; other values are MODULE:FACTORY
-TRANSFORMER_ONLY = {"num_heads": 4, "num_kv_heads": 0, "hidden_dim": 0, "rope_theta": 10000.0, **OPTIONS}  # settings and defaults
+TRANSFORMER_ONLY = {  # settings and defaults
+    "num_heads": 4, "num_kv_heads": 0, "head_dim": 0, "hidden_dim": 0, "rope_theta": 10000.0, "rope_scaling": "",
+    "norm_eps": 1e-5, **OPTIONS,
+}
 
 
 @dataclass(frozen=True)
@@ -189,12 +192,13 @@ def problems(settings: Settings) -> Iterator[str]:
     for rule in RULES:
         if rule.has_one(settings) and rule.has_other(settings):
             yield f"{rule.one} cannot be combined with {rule.other}: {rule.why}"
-    every, meet = settings["strategy.sync_every"], settings["strategy.meet_every"]
-    if every and meet % every:
-        yield f"strategy.meet_every={meet} must be a multiple of strategy.sync_every={every}"
-    if settings["strategy.fragments"] > (every or 50):
-        yield (f"strategy.fragments={settings['strategy.fragments']} is more than the {every or 50} steps between two averages, "
-               "but each fragment (part of the model) must be averaged at a different step")
+    every, meet = sync_intervals(settings)
+    if meet % every:
+        chosen = "" if settings["strategy.sync_every"] else ", its automatic value. Set strategy.sync_every, too"
+        yield f"strategy.meet_every={meet} must be a multiple of strategy.sync_every={every}{chosen}"
+    if name == "local" and settings["strategy.fragments"] > every:
+        yield (f"strategy.fragments={settings['strategy.fragments']} is more than the {every} steps between two averages, but "
+               "each fragment (part of the model) must be averaged at a different step")
     try:
         first, last = steps_of(settings["metrics.timeline"])
         if settings["metrics.kernels"] and not last:

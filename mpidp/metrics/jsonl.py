@@ -27,6 +27,11 @@ class _Data(TypedDict, total=False):
     val_tokens: int
 
 
+_Schedule = TypedDict("_Schedule", {
+    "train.steps": int, "optim.schedule": str, "optim.lr": float, "optim.min_lr": float, "optim.warmup_steps": int,
+})  # fmt: skip
+
+
 class Line(TypedDict, total=False):
     """The keys whose types are checked when a line is read. The values of other keys may have any type. Read them with
     number()."""
@@ -34,6 +39,7 @@ class Line(TypedDict, total=False):
     step: Required[int]
     event: str
     batch: int
+    late: int
     skipped: int
     train_loss: float | None
     val_loss: float | None
@@ -49,6 +55,7 @@ class Line(TypedDict, total=False):
     versions: dict[str, str]
     fingerprint: dict[str, Any]
     data: _Data
+    schedule: _Schedule
     parameters: int
     energy_of: list[str]
     rank_compute_seconds: list[float]
@@ -209,5 +216,6 @@ def _kind(line: Mapping[str, Any]) -> tuple[Any, ...]:
 def _belongs(line: bytes, step: int, next_batch: int) -> bool:
     with suppress(ValueError):
         record = parse_json(line, Line)
-        return record["step"] <= step and record.get("batch", -1) < next_batch and record.get("event") != "end"
+        known = record.get("batch", -1) + record.get("late", 0)  # the newest batch when the line was written
+        return record["step"] <= step and known < next_batch and record.get("event") != "end"
     return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -112,6 +113,7 @@ class GradientBuffer:
         self.buckets = self.layout.cut(bucket_bytes)
         self.cut_chunks(lambda name: 0, 1)
         self._hooks: list[RemovableHandle] = []
+        self._missing: list[set[str]] = [set() for _ in self.buckets]  # parameters whose gradients are not complete, by bucket
 
     def cut_chunks(self, chunk_of: Callable[[str], int], count: int) -> None:
         """Divide the parameters into `count` chunks (groups of layers) for point(). chunk_of: returns the index of a
@@ -132,22 +134,27 @@ class GradientBuffer:
                     self.layout.parameters[i][1].grad = self.views[i][slot]
                 self._pointing_at[one] = slot
 
-    def on_full(self, armed: Callable[[], bool], begin: Callable[[Bucket], None]) -> None:
+    def on_full(self, begin: Callable[[Bucket], None]) -> None:
         """Register hooks that call begin(bucket) during backward, as soon as all gradients of the bucket are complete. The hooks
-        do nothing while armed() returns False."""
-        for bucket in self.buckets:
-            waiting = set(bucket.names)
+        do nothing until expect(True) is called."""
+        parameters = dict(self.layout.parameters)
+        for bucket, missing in zip(self.buckets, self._missing, strict=True):
 
-            def hook(_: torch.Tensor, name: str, bucket: Bucket = bucket, waiting: set[str] = waiting) -> None:
-                if armed():
-                    waiting.discard(name)
-                    if not waiting:
-                        waiting.update(bucket.names)
+            def hook(_: torch.Tensor, name: str, bucket: Bucket = bucket, missing: set[str] = missing) -> None:
+                if name in missing:
+                    missing.remove(name)
+                    if not missing:
                         begin(bucket)
 
-            for name, p in self.layout.parameters:
-                if name in waiting:
-                    self._hooks.append(p.register_post_accumulate_grad_hook(lambda grad, name=name, hook=hook: hook(grad, name)))
+            for name in bucket.names:
+                self._hooks.append(parameters[name].register_post_accumulate_grad_hook(partial(hook, name=name)))
+
+    def expect(self, full: bool) -> None:
+        """If `full` is true, the next backward pass completes the gradients of all parameters that it reaches. Otherwise, it
+        completes none, and the hooks of on_full() do nothing. Independent."""
+        for bucket, missing in zip(self.buckets, self._missing, strict=True):
+            missing.clear()  # a parameter that the last backward pass did not reach can still be in it
+            missing.update(bucket.names if full else ())
 
     def forget(self) -> None:
         """Remove the hooks of on_full()."""

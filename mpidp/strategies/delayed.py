@@ -68,9 +68,10 @@ class Delayed(Synchronous):
         self._in_flight: deque[PendingUpdate] = deque()
         self._slot, self._fresh, self._lr = 1, True, 0.0
 
-    def more_slots(self, options: StrategyOptions) -> int:
+    @staticmethod
+    def more_slots(options: StrategyOptions, rank: int, size: int) -> int:
         """Return staleness + 1: one gradient buffer (slot) for the current batch, and one for each batch that is not applied
-        yet. Independent."""
+        yet. Pure."""
         return options.staleness + 1
 
     @contextmanager
@@ -119,18 +120,18 @@ class Delayed(Synchronous):
         if pending.then is not None:
             total.addcmul_(total * total, self.flat - pending.then, value=self.options.compensation)
         norm = self.reducer.norm_of(total)
+        late = len(self._in_flight)
         if not (tokens and math.isfinite(norm) and norm <= pending.limit):
-            return StepStats(grad_norm=norm, skipped=True)
+            return StepStats(grad_norm=norm, skipped=True, late=late, late_tokens=int(tokens) if self.options.staleness else 0)
         if self.clip and norm > self.clip:
             total.mul_(self.clip / norm)
         assert self.optimizer is not None
         self.optimizer.step(lr)
-        return StepStats(grad_norm=norm, skipped=False)
+        return StepStats(grad_norm=norm, skipped=False, late=late)
 
-    def drain(self) -> None:
-        """Apply the remaining sums. Collective over compute_comm."""
-        while self._in_flight:
-            self._apply(self._lr, self._in_flight.popleft())
+    def drain(self) -> list[StepStats]:
+        """Apply the remaining sums, and return the results, in order. Collective over compute_comm."""
+        return [self._apply(self._lr, self._in_flight.popleft()) for _ in range(len(self._in_flight))]
 
     def state_dict(self) -> dict[str, Entry]:
         """Wait until all sums that have been started are complete. Return the state, including these sums, so that a resumed

@@ -75,9 +75,9 @@ class Local(Synchronous):
         self._anchor = self.flat.clone() if self._outer else torch.empty(0)
         self._momentum = torch.zeros_like(self._anchor)
 
-    def more_slots(self, options: StrategyOptions) -> int:
-        """Return 2 with `overlap` (one gradient buffer for the sum, and one for this rank's contribution), else 0.
-        Independent."""
+    @staticmethod
+    def more_slots(options: StrategyOptions, rank: int, size: int) -> int:
+        """Return 2 with `overlap` (one gradient buffer for the sum, and one for this rank's contribution), else 0. Pure."""
         return 2 * options.overlap
 
     def start(self) -> None:

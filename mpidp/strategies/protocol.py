@@ -29,6 +29,8 @@ class StepStats:
     grad_norm: float  # norm of the averaged gradient before clipping; 0 if no update was due
     skipped: bool  # whether no update was made: the gradient was not finite or above the limit, or there were no target tokens
     extra: Mapping[str, Any] = field(default_factory=dict)  # further entries of the step's line in metrics.jsonl
+    late: int = 0  # the gradient is of the batch this number of batches before the newest computed batch
+    late_tokens: int = 0  # target tokens of a skipped batch that was counted as trained on when it was computed
 
 
 @dataclass(frozen=True)
@@ -94,16 +96,17 @@ class Strategy(GradientSink, Protocol):
         rank computes. Independent."""
 
     def discard(self) -> None:
-        """Discard the gradients of the current step, so that they can be computed again. Independent."""
+        """Discard the gradients of the current step, so that they can be computed again. Collective over compute_comm if
+        gradients are summed during backward, else independent."""
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
         """Make an update from the step's gradients. `tokens`: number of target tokens in the global batch if all ranks
         synchronize at every step, else in this rank's micro-batches. `limit`: if the gradient norm is larger, the update is
         skipped. Collective over compute_comm."""
 
-    def drain(self) -> None:
-        """Apply all gradients that have not been applied yet. Afterwards all ranks have the same model. Collective over
-        compute_comm."""
+    def drain(self) -> list[StepStats]:
+        """Apply all gradients that have not been applied yet. Return the results of these updates, in order. Afterwards all ranks
+        have the same model. Collective over compute_comm."""
 
     def state_dict(self) -> dict[str, Entry]:
         """Return the state that an exact resume needs in addition to the parameters. Independent."""

@@ -62,8 +62,7 @@ class Quorum(Synchronous):
     holds the gradient of the update. Another slot accumulates the gradient of the current batch. The other `staleness` slots
     hold gradients that have not been applied yet."""
 
-    survives_failures = False
-    synchronizes_always = False
+    survives_failures = synchronizes_always = False
 
     def __init__(self, *parts: Any, **more: Any) -> None:
         """Take the arguments of Synchronous. The reducer must be a FlatReducer. Raises UsageError if there are several ranks and
@@ -82,7 +81,7 @@ class Quorum(Synchronous):
         self._needed = max(1, math.ceil(self.options.quorum * sum(self._lanes) - 1e-9))  # in floating point, 0.1 x 30 exceeds 3
         self._free = deque(range(1, self.options.staleness + 2))
         self._slot = 0  # the slot of the current batch; 0: no slot so far
-        self._steps = 0
+        self._steps, self._lr = 0, 0.0
         self._joined: list[list[int]] = []  # number of contributions of each rank in each round since the last meeting
         self._background = Background()
         self._serving = self._closing = False  # whether the thread runs _serve(); whether the thread must end
@@ -94,8 +93,9 @@ class Quorum(Synchronous):
         self._sends: list[tuple[MPI.Request, np.ndarray]] = []
         self._notices, self._received = 0, [0] * len(self._lanes)  # notices sent to rank 0; received by rank 0 from each rank
 
-    def more_slots(self, options: StrategyOptions) -> int:
-        """Return staleness + 1: the number of gradient buffers (slots) in addition to slot 0. Independent."""
+    @staticmethod
+    def more_slots(options: StrategyOptions, rank: int, size: int) -> int:
+        """Return staleness + 1: the number of gradient buffers (slots) in addition to slot 0. Pure."""
         return options.staleness + 1
 
     def start(self) -> None:
@@ -137,13 +137,22 @@ class Quorum(Synchronous):
             self.buffer.flat[self._slot].zero_()
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Contribute this rank's gradient of the batch. Wait until the round of this batch (the sum of the contributions that
-        have arrived) is complete, and make the update. `tokens`: number of target tokens in this rank's micro-batches.
-        Collective over compute_comm at a meeting (a step at which all ranks synchronize). At other steps, a rank waits only
-        for the contributions that the quorum requires."""
+        """Contribute this rank's gradient of the batch. Wait until the round of this batch is complete, and make the update.
+        `tokens`: number of target tokens in this rank's micro-batches. Collective over compute_comm at a meeting. At other
+        steps, a rank waits only for the contributions that the quorum requires."""
+        self._lr = lr
+        stats = self._round(tokens, limit, self.synchronizes_at(self._steps + 1))
+        self._steps += not stats.skipped
+        return stats
+
+    def drain(self) -> list[StepStats]:
+        """Make a round with all late contributions, unless the last step was a meeting. Collective over compute_comm."""
+        self.discard()
+        return [self._round(0, math.inf, synchronizes=True)] if self._serving else []
+
+    def _round(self, tokens: int, limit: float, synchronizes: bool) -> StepStats:
         self.reducer.observers.enter("reduce")
         self._begin()  # needed if this rank had no lane to compute
-        synchronizes = self.synchronizes_at(self._steps + 1)
         self._given.put((self._slot, tokens, synchronizes))
         self._slot = 0
         if self._alone:
@@ -153,8 +162,7 @@ class Quorum(Synchronous):
         if isinstance(found, BaseException):
             raise found
         self.reducer.observers.enter("apply")
-        stats = self._apply(lr, found, limit)
-        self._steps += not stats.skipped
+        stats = self._apply(self._lr, found, limit)
         self._joined.append(found.joined)
         if not synchronizes:
             return stats

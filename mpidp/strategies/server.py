@@ -77,10 +77,10 @@ class Server(Synchronous):
         self._bounds = self.bounds(servers, NORM_BLOCK)
         return {"share": (index, servers), "bounds": self._bounds} if index >= 0 else None
 
-    def more_slots(self, options: StrategyOptions) -> int:
-        """Return 1 on servers, which receive gradients in an additional gradient buffer (slot). Return 0 on workers.
-        Independent."""
-        return int(self.compute_comm.rank >= self.compute_comm.size - options.servers)
+    @staticmethod
+    def more_slots(options: StrategyOptions, rank: int, size: int) -> int:
+        """Return 1 on servers, which receive gradients in an additional gradient buffer (slot). Return 0 on workers. Pure."""
+        return int(rank >= size - options.servers)
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
         """On a worker, push the gradient and wait for the answers. On a server, receive, apply and answer pushes, until the

@@ -235,8 +235,9 @@ class Sharded:
                 assert self._parts is not None
                 total.add_(self._parts.tied_gradient(total, self.reducer.transport).to(total.device))
 
-    def drain(self) -> None:
-        """Do nothing: no update is in flight between steps. Independent."""
+    def drain(self) -> list[StepStats]:
+        """Return [], because no update is in flight between steps. Independent."""
+        return []
 
     def flats(self) -> dict[str, Tensor]:
         """Return {}, because the state is not replicated. Independent."""

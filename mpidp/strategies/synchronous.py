@@ -52,7 +52,7 @@ class Synchronous:
         Collective over comm. With `parts`, collective over parts.grid.world."""
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, one_copy
         self.options = options or StrategyOptions.of()
-        spare_slots += self.more_slots(self.options)
+        spare_slots += self.more_slots(self.options, comm.rank, comm.size)
         self.parameters = [p for _, p in named_parameters]
         self.clip, self.nominal_tokens = clip, nominal_tokens
         device = self.parameters[0].device
@@ -86,8 +86,7 @@ class Synchronous:
             self._spare = [memory(flat.numel()) for flat in self.flats().values()]
         self.torn = False  # whether the last update of shared tensors is incomplete because a rank failed
         self._late: MPI.Exception | None = None  # a failure that the next micro_batch() raises
-        self._last = False
-        self.buffer.on_full(lambda: self._last and reducer.overlaps(), reducer.begin)
+        self.buffer.on_full(reducer.begin)
 
     def optimizer_share(self) -> dict[str, Any] | None:
         """Return keyword arguments for the class `Optimizer`. The arguments state the share of the parameters that this rank
@@ -101,8 +100,10 @@ class Synchronous:
         the number of elements. No bound is inside a matrix whose update is a function of the whole matrix. Independent."""
         return bounds_outside(self.buffer.layout, count, multiple, self._rule.matrices)
 
-    def more_slots(self, options: StrategyOptions) -> int:
-        """Return the number of gradient buffers that the strategy needs in addition to those of the reducer. Independent."""
+    @staticmethod
+    def more_slots(options: StrategyOptions, rank: int, size: int) -> int:
+        """Return the number of gradient buffers that rank `rank` of `size` ranks needs in addition to those of the reducer.
+        Pure."""
         return 0
 
     def resume_after_failure(self, before: Synchronous) -> None:
@@ -161,11 +162,11 @@ class Synchronous:
         rank's last micro-batch of the step. `chunk`: the group of layers that the pass computes. Independent."""
         if self._late is not None:
             raise self._late
-        self._last = last
         self.reducer.open(v, last, chunk)
+        self.buffer.expect(last and self.reducer.overlaps())
         yield
+        self.buffer.expect(False)
         self.reducer.close(v, chunk)
-        self._last = False
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
         """In the next step, call each observer with the gradient of every lane (sequence of micro-batches) that this rank
@@ -173,7 +174,11 @@ class Synchronous:
         self.reducer.observe_lanes(observers)
 
     def discard(self) -> None:
-        """Discard the gradients of the current step. Independent."""
+        """Discard the gradients of the current step. Collective over compute_comm if the reducer overlaps with backward, else
+        independent."""
+        if self.reducer.overlaps():  # ranks may have begun to sum, so they finish the sum, and do not use it
+            self.reducer.finish()
+            self.reducer.end_round(applied=False)
         self.reducer.discard()
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
@@ -246,8 +251,9 @@ class Synchronous:
         moments = self.optimizer.moments().values() if self.optimizer is not None else []
         return bytes_by_use(parameters=[self.flat], gradients=[self.buffer.flat], optimizer=moments)
 
-    def drain(self) -> None:
-        """Do nothing: no update is in flight between steps. Independent."""
+    def drain(self) -> list[StepStats]:
+        """Return [], because no update is in flight between steps. Independent."""
+        return []
 
     def state_dict(self) -> dict[str, Entry]:
         """Return the optimizer state and the reducer's state. With comm.reducer=root, return {} on ranks other than 0.

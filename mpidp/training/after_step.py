@@ -24,16 +24,18 @@ def log_update(job: Job, lr: float, stats: StepStats, report: StepReport, epoch:
     log_step(job, learned | noise(job, noise_of(job, report, stats.grad_norm)), report, epoch)
 
 
-def skip(job: Job, batch: int, grad_norm: float) -> None:
-    """Log batch number `batch`, for which no rank updated its parameters. After train.max_skipped skipped batches in a row,
-    raise Damaged. Then the run returns to the last checkpoint, and skips all batches up to number `batch`. If the run has no
-    checkpoint, or has written none since it last returned to a checkpoint, raise MpidpError instead. All ranks make the same
-    decision. Independent."""
+def skip(job: Job, newest: int, stats: StepStats) -> None:
+    """Log a batch for which no rank updated its parameters. This is batch number `newest` - stats.late. `newest`: number of the
+    newest batch that was computed. After train.max_skipped skipped batches in a row, raise Damaged. Then the run returns to the
+    last checkpoint, and skips all batches up to the logged one. If the run has no checkpoint, or has written none since it last
+    returned to a checkpoint, raise MpidpError instead. All ranks make the same decision. Independent."""
     at, progress, train = job.position, job.services.progress, job.config.train
+    batch, grad_norm = newest - stats.late, stats.grad_norm
+    at.tokens -= stats.late_tokens
     why = "its gradient is not finite" if grad_norm else "it has no target token"
     if grad_norm and math.isfinite(grad_norm):
         why = f"its gradient norm {grad_norm:.3g} is more than {train.spike:g} times the usual norm (train.spike)"
-    log_skipped(job, batch, grad_norm)
+    log_skipped(job, batch, stats)
     progress.print(f"step {at.step}  batch {batch} skipped: {why}")
     if at.skipped_in_a_row < train.max_skipped:
         return

@@ -125,10 +125,13 @@ class RunAttempts:
                 break
             self.growing = True
         if not self.replicas.order:
+            what, change = f"mesh.tp={mesh.tp} x mesh.pp={mesh.pp}", "mesh.*"
+            if (strategy := self.crew.config.strategy).name == "server":
+                what, change = f"strategy.name=server with strategy.servers={strategy.servers}", "strategy.servers"
             raise MpidpError.on_every_rank(
-                f"{self.world.size} of {self.crew.full} ranks are left, but mesh.tp={mesh.tp} x mesh.pp={mesh.pp} needs "
-                f"{mesh.tp * mesh.pp} ranks, so the job ends. To resume from the last checkpoint, run the command again. You may "
-                "change mesh.* and the number of ranks"
+                f"{self.world.size} of {self.crew.full} ranks are left, but {what} needs {self.crew.needed} ranks, so the job "
+                "ends. To resume from the last checkpoint, run the command again. You may change "
+                f"{change} and the number of ranks"
             )
         if mesh.tp * mesh.pp == 1 and self.plan is not None:
             self.world = self.plan.world

@@ -101,10 +101,31 @@ def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at
 
 
 def held_buffers(config: Config) -> int:
-    """Return how many buffers of the size of a gradient comm.compress needs. They hold the residual (the compression error,
-    which is added to the next gradient) and its previous value. With momentum, they also hold the velocity and its previous
-    value. Pure."""
-    return 2 * (1 + (config.comm.momentum > 0)) if config.comm.compress != "none" else 0
+    """Return how many other buffers of the size of a gradient a rank needs. With comm.compress, they hold the residual (the
+    compression error, which is added to the next gradient) and its previous value. With comm.momentum, they also hold the
+    velocity and its previous value. With strategy.name=local, they hold the parameters after the last average and the outer
+    momentum. With strategy.compensation, they hold the parameters of the batches in flight. Pure."""
+    comm, strategy = config.comm, config.strategy
+    compression = 2 * (1 + (comm.momentum > 0)) * (comm.compress != "none")
+    outer = 2 * (strategy.name == "local" and strategy.group == "all")
+    return compression + outer + strategy.staleness * (strategy.compensation > 0)
+
+
+def ranks_per_copy(config: Config, mesh: Topology, device: torch.device) -> int:
+    """Return how many ranks share one copy of parameters and optimizer state, on the node with the fewest ranks. This assumes
+    that the ranks of a node can share memory. Pure."""
+    windows = _transport(config) != "messages" and device.type == "cpu"
+    return min(mesh.node_sizes) if windows and _copy_per_node(config, mesh) else 1
+
+
+def _transport(config: Config) -> str:
+    return config.comm.transport if config.comm.reducer == "tree" and config.mesh.shard < 2 else "messages"
+
+
+def _copy_per_node(config: Config, mesh: Topology) -> bool:
+    # An audit compares replicas, so on one node each rank must have a replica of its own.
+    audited_node = config.train.audit_every > 0 and mesh.num_nodes == 1
+    return config.comm.copies == "node" or (config.comm.copies == "auto" and not audited_node)
 
 
 def _can_steal(mesh: Topology) -> bool:
@@ -131,18 +152,16 @@ def share_memory(
     world = mesh.dp
     if c.comm.compress == "powersgd" and world.size == 1 and before is None:
         raise UsageError("comm.compress=powersgd on one rank: there is nothing to send. Start more ranks, or omit comm.compress")
-    tree = c.comm.reducer == "tree"
     kind, note = c.train.balance if world.size > 1 else "even", ""
     if kind == "steal" and not launched_with_ulfm() and not _can_steal(mesh):
         kind, c = "measured", c.with_values(train={"balance": "measured"})
         note = "; train.balance=measured, because with this MPI library a rank cannot take work from a rank that is computing"
     slots, max_lanes = gradient_slots(c, lanes, world.rank, world.size, looked_at)
     audited = c.train.audit_every > 0
-    # An audit compares replicas, so on one node each rank must have a replica of its own.
-    by_node = c.comm.copies == "node" or (c.comm.copies == "auto" and not (audited and mesh.num_nodes == 1))
+    by_node = _copy_per_node(c, mesh)
     copies = 3 if by_node and mesh.local_rank == 0 else 0  # parameters and two moments
     elements = num_parameters + (plan.shape.num_layers + 4) * (NORM_BLOCK + 16 * ALIGN)  # with padding
-    wanted = c.comm.transport if tree and c.mesh.shard < 2 else "messages"
+    wanted = _transport(c)
     if before is not None:
         group, how, by_node = regroup(mesh, before[0]), "as before", before[1]
     else:

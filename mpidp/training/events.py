@@ -7,6 +7,7 @@ from typing import Any
 
 from mpidp.metrics.gradient_noise import Noise
 from mpidp.runtime.environment import BEGAN
+from mpidp.strategies.protocol import StepStats
 from mpidp.training.job import Job
 from mpidp.training.step_report import StepReport
 
@@ -36,19 +37,19 @@ def spent(job: Job) -> dict[str, Any]:
 
 def log_step(job: Job, learned: dict[str, Any], report: StepReport, epoch: int) -> None:
     """Write the line of a step. A field that ends in _seconds is this rank's time, or a list with the time of every rank. The
-    field slowest_cost_seconds is the mean time that ranks waited for the slowest rank. `learned`: the loss and other fields for
-    the line. Independent."""
+    field slowest_cost_seconds is the mean time per step that ranks waited for the slowest rank. `learned`: the loss and other
+    fields for the line. Independent."""
     at, seconds = job.position, spent(job)
     job.state.step_seconds += seconds["step_seconds"]
     speed = report.tokens / (job.state.step_seconds if report.synchronized else seconds["step_seconds"])
     if report.synchronized:
         job.state.step_seconds = 0.0
     slowest = int(report.seconds.argmax())
+    cost = float(report.seconds[slowest] - report.seconds.mean()) / report.steps
     line = {
         "step": at.step, **learned, "tokens": at.tokens, "tokens_per_second": speed,
         "mfu": job.record.mfu(speed) if report.synchronized else None, "epoch": epoch,  # between meetings, `speed` is rank 0's
-        **seconds, "slowest_rank": slowest, "slowest_cost_seconds": float(report.seconds[slowest] - report.seconds.mean()),
-        "skipped": at.skipped,
+        **seconds, "slowest_rank": slowest, "slowest_cost_seconds": cost, "skipped": at.skipped,
     }
     if report.synchronized and at.step % -(-len(report.seconds) // NAMED_RANKS) == 0:
         line["rank_compute_seconds"] = [round(one / report.steps, 6) for one in report.seconds.tolist()]
@@ -60,9 +61,11 @@ def log_step(job: Job, learned: dict[str, Any], report: StepReport, epoch: int) 
     job.services.progress.step(line)
 
 
-def log_skipped(job: Job, batch: int, grad_norm: float) -> None:
+def log_skipped(job: Job, batch: int, stats: StepStats) -> None:
     """Write the line of a batch that made no update. Independent."""
-    job.record.write({"event": "skipped", "step": job.position.step, "batch": batch, "grad_norm": grad_norm, **spent(job)})
+    late = {"late": stats.late} if stats.late else {}
+    line = {"event": "skipped", "step": job.position.step, "batch": batch, **late, "grad_norm": stats.grad_norm}
+    job.record.write(line | spent(job))
 
 
 def record_end(job: Job, end: dict[str, Any]) -> None:

@@ -44,26 +44,29 @@ def fit(job: Job, loader: Loader, stop: StopRequest) -> dict[str, Any]:
                 stats = job.strategy.step(lr, report.divisor, at.norm_limit(job.config.train.spike))
         at.count(stats, report.tokens if report.synchronized else 0)
         if stats.skipped:
-            take_back(job, report, earlier)
-            skip(job, batch.batch, stats.grad_norm)
+            take_back(job, report, earlier, stats.late > 0)
+            skip(job, batch.batch, stats)
         else:
             log_update(job, lr, stats, report, batch.epoch)
             audit_weights(job)
         if report.synchronized:
             rebalance(job, report, loader)
             follow_up(job, stop, report.saving, report.stop)
-    job.strategy.drain()
-    if at.evaluated_step != at.step:
+    drained = job.strategy.drain()
+    skipped = [stats for stats in drained if stats.skipped]
+    for stats in skipped:
+        skip(job, at.batch - 1, stats)
+    if at.evaluated_step != at.step or len(skipped) < len(drained):
         evaluate(job)
-    return end_run(job, reason)
+    return end_run(job, reason, len(skipped))
 
 
-def end_run(job: Job, reason: str) -> dict[str, Any]:
-    """Write the last checkpoint and the `end` line. Return the content of this line. `reason`: why the run is over. Collective
-    over job.comm."""
+def end_run(job: Job, reason: str, skipped: int) -> dict[str, Any]:
+    """Write the last checkpoint and the `end` line. Return the content of this line. `reason`: why the run is over. `skipped`:
+    number of batches that were skipped after the last step. Collective over job.comm."""
     at, peak = job.position, job.engine.peak_bytes()
     end = {
-        "event": "end", "step": at.step, "reason": reason, "tokens": at.tokens, "skipped": at.skipped,
+        "event": "end", "step": at.step, "reason": reason, "tokens": at.tokens, "skipped": at.skipped + skipped,
         "val_loss": at.val_loss, "weights_sha256": job.parts.sha256(job.engine.model),
         **({} if peak is None else {"gpu_peak_bytes": job.comm.allgather(peak)}),
     }

@@ -59,6 +59,12 @@ class Crew:
         """The first batch after those that the run has returned to skip, or 0 if it skips none."""
         return max((event.get("batch", -1) + 1 for event in self.events), default=0)
 
+    @property
+    def needed(self) -> int:
+        """The smallest number of ranks that can train: one replica, or one worker and all parameter servers."""
+        mesh, strategy = self.config.mesh, self.config.strategy
+        return int(mesh.tp * mesh.pp + strategy.servers * (strategy.name == "server"))
+
     def lacks(self, size: int) -> bool:
         """Return whether a job of `size` ranks needs replacement ranks. Independent."""
         return self.respawn and size < self.full
@@ -125,6 +131,8 @@ def regroup(
     command.continue_in(world)
     tp, pp = crew.config.mesh.tp, crew.config.mesh.pp
     if tp * pp == 1:
+        if world.size < crew.needed:
+            return plan, Replicas([], [])
         mesh = make_topology(world, plan.mesh if plan is not None else None, number)
         return _planned(plan, whole(mesh), crew), Replicas(list(range(world.size)), mesh.numbers)
     seat = None if job is None else (job.comm.rank // job.grid.parts, job.grid.model.rank)

@@ -18,16 +18,15 @@ from typing import Any
 from mpidp.config import rules
 from mpidp.config.defaults import kind
 from mpidp.errors import CheckpointError, DataError, UsageError
-from mpidp.metrics.jsonl import read_lines
 from mpidp.runtime.log import counted
 from mpidp.runtime.observers import StepObserver
 from mpidp.storage.address import is_remote
 from mpidp.training.checkpoints import restore
+from mpidp.training.replay_record import FIGURES, Record
 from mpidp.training.run_plan import plan
 
 # Largest relative difference that counts as close: by default, for Muon (rounds to bfloat16), and for NorMuon's row means
 CLOSE, CLOSE_MUON, CLOSE_ROWS = 1e-5, 1e-3, 2e-2
-FIGURES = ("train_loss", "grad_norm", "lr")  # the keys of metrics.jsonl that are compared
 PLAIN = {"train.balance": "even", "train.audit_every": 0, "train.noise_every": 0, "comm.transport": "messages",
          "comm.copies": "rank", "comm.gpu": "staged", "comm.overlap": "none", "mesh.shard": 0,
          "mesh.tp": 1, "mesh.pp": 1, "mesh.dp": 0, "mesh.sequence": False, "mesh.interleave": 1,
@@ -39,46 +38,6 @@ def print_on_rank_0(world: Any, text: str) -> None:
     """Print `text` on rank 0, unless it is empty. Independent."""
     if world.rank == 0 and text:
         print(text, flush=True)
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a replay needs from the files of a run."""
-
-    path: Path
-    lines: dict[int, dict[str, Any]]  # lines of metrics.jsonl, by step
-    skipped: list[int]  # numbers of the batches that made no update
-    passed: dict[int, int]  # step to which the run returned -> last batch that it then skipped
-    checkpoints: dict[int, Path]  # folders of checkpoints, by step
-    last: int  # last step that can be replayed, even if its update was skipped
-    ranks: dict[int, int] = field(default_factory=dict)  # step after which the number of ranks was set -> number of ranks
-
-    def ranks_in(self, start: int, last: int) -> set[int]:
-        """Return the numbers of ranks with which the run computed steps start + 1 to last, or an empty set if unknown. Pure."""
-        begun = max((at for at in self.ranks if at <= start), default=0)
-        return {ranks for at, ranks in self.ranks.items() if at == begun or start < at < last}
-
-
-def read_record(run: str, world: Any) -> Record:
-    """Return the record of a run. `run`: the folder of the run. Rank 0 reads the record, and all ranks return it. Raises
-    UsageError if there is no such run. Collective over world."""
-    from mpidp.checkpoint.manifest import committed
-    from mpidp.runtime.world import raise_together
-
-    with raise_together(world):
-        file = Path(run) / "metrics.jsonl"
-        records = read_lines(file)
-        lines = {line["step"]: line for line in records if all(key in line for key in FIGURES)}
-        skipped = [line["batch"] for line in records if line.get("event") == "skipped" and "batch" in line]
-        passed = {line["step"]: line["batch"] for line in records if line.get("event") == "rolled_back" and "batch" in line}
-        begun = [line for line in records if line.get("event") in ("start", "recovered", "respawned")]
-        ranks = {line["step"]: line["ranks"] for line in begun if isinstance(line.get("ranks"), int)}
-        saved = {int(p.name.rpartition("_")[2]): p for p in reversed(committed(file.with_name("checkpoints")))}
-        last = max([*lines, *saved], default=0)
-        last += max(skipped, default=-1) >= last + lines.get(last, {}).get("skipped", 0)
-        if not last:
-            raise UsageError(f"{run} is not a run: it has neither a step in metrics.jsonl nor a checkpoint")
-    return world.bcast(Record(Path(run), lines, skipped, passed, saved, last, ranks), root=0)
 
 
 @dataclass
@@ -195,7 +154,8 @@ class Replay:
                     at.skip_to(passed + 1)
                 batch, seen = next(loader), Seen(at.step + 1, at.batch)
                 seen.micro_batches = self._inside(batch) if inside and seen.step == self.last else []
-                report, lr = exchange_reports(job, compute(job, batch), 0.0, False), job.schedule.lr_at(seen.step)
+                report = exchange_reports(job, compute(job, batch), 0.0, False)
+                lr = (record.schedule_of(seen.step) or job.schedule).lr_at(seen.step)
                 stats = job.strategy.step(lr, report.tokens, at.norm_limit(spike))
                 seen.skipped, seen.gradient = stats.skipped, {} if inside else sums.checksums(job.strategy.buffer.layout)
                 seen.figures = dict(zip(FIGURES, map(_finite, (report.loss, stats.grad_norm, lr)), strict=True))

@@ -26,6 +26,7 @@ from mpidp.runtime.agreement import versions
 from mpidp.runtime.files import write_file
 from mpidp.runtime.log import log
 from mpidp.training.initial_weights import Origin
+from mpidp.training.lr_schedule import SETTINGS
 from mpidp.training.run_plan import RunPlan
 from mpidp.training.state import RunState
 
@@ -150,6 +151,7 @@ def _facts(plan: RunPlan, machines: dict[str, Any], meta: dict[str, Any]) -> dic
         "nodes": dict(zip(everyone.hosts, everyone.node_sizes, strict=True)), "versions": versions(),
         "fingerprint": meta["fingerprint"], "parameters": num_parameters(plan.shape), "flops_per_token": flops,
         "peak_flops_per_second": peak and peak * machines["devices"],
+        "schedule": {key: meta["config"][key] for key in SETTINGS},
         "data": {"path": plan.config.data.path, "index_sha256": meta["data"], "train_tokens": data.num_tokens,
                  "val_tokens": plan.validation.num_tokens if plan.validation else 0, "vocab_size": data.vocab_size},
     }

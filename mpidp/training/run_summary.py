@@ -7,18 +7,22 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
 
+from mpidp.config.defaults import kind
 from mpidp.config.schema import Config, to_toml
 from mpidp.model.shape import num_parameters, shapes_of
 from mpidp.model.starting import trained_sizes
 from mpidp.runtime.device import is_bfloat16_slow
 from mpidp.runtime.environment import numbers
 from mpidp.runtime.log import VARIABLE, counted, log
+from mpidp.strategies import STRATEGIES
 from mpidp.strategies.optimizer import MOMENTS
-from mpidp.training.data_parallel import gradient_slots, held_buffers
+from mpidp.strategies.protocol import StrategyOptions
+from mpidp.training.data_parallel import gradient_slots, held_buffers, ranks_per_copy
 
 if TYPE_CHECKING:
     from mpidp.training.run_plan import RunPlan
@@ -89,24 +93,39 @@ def model_line(plan: RunPlan, rows: Sequence[Row]) -> str:
 def memory_line(plan: RunPlan, rows: Sequence[Row]) -> str:
     """Return a line with the memory that a rank needs between steps. Pure."""
     count = max(row[-1] for row in rows)
-    floats, saved, slots = held_floats(plan, count)
-    return (f"memory: {floats / 2**18:,.0f} MiB per rank (weights, optimizer state, {counted(slots, 'gradient buffer')}); "
+    floats, saved = held_floats(plan, count)
+    slots, others, sharing = held_copies(plan)
+    what = ["weights", "optimizer state"] if sharing == 1 else ["its share of the node's weights and optimizer state"]
+    what += [counted(slots, "gradient buffer")] + [counted(others, "other buffer")] * (others > 0)
+    return (f"memory: {floats / 2**18:,.0f} MiB per rank ({', '.join(what)}); "
             f"{saved / plan.mesh.num_nodes / 2**18:,.0f} MiB per node to buffer a checkpoint while it is written")
 
 
-def held_floats(plan: RunPlan, count: int) -> tuple[float, float, int]:
-    """Return (float32 values that a rank stores between steps, float32 values of a checkpoint, number of gradient buffers).
-    `count`: the largest number of parameters of a rank, without adapters. Pure."""
+def held_floats(plan: RunPlan, count: int) -> tuple[float, float]:
+    """Return (float32 values that a rank stores between steps, float32 values of a checkpoint). If ranks share one copy of
+    parameters and optimizer state, each counts an equal part of it. `count`: the largest number of parameters of a rank, without
+    adapters. Pure."""
     c, size = plan.config, plan.mesh.dp.size
-    slots, shard = gradient_slots(c, plan.lanes, 0, size)[0] + held_buffers(c), c.mesh.shard if size > 1 else 0
+    slots, others, sharing = held_copies(plan)
+    shard = c.mesh.shard if size > 1 else 0
     trained = _trained_parameters(plan) if _is_partly_frozen(c) else count
     states = len(MOMENTS[c.optim.name]) if c.optim.name in MOMENTS else 2
     parameters = count + trained * (c.model.lora_rank > 0)
     sizes = plan.part.sizes(shapes_of(plan.shape))
     divided = parameters - sum(math.prod(size) for name, size in sizes.items() if not name.startswith("blocks."))
-    stored = parameters if shard < 3 else parameters - divided + divided / size
-    floats = stored + states * trained / (size if shard else 1) + slots * trained / (size if shard >= 2 else 1)
-    return floats, states * trained + (trained if c.model.lora_rank else count), slots
+    stored = parameters / sharing if shard < 3 else parameters - divided + divided / size
+    floats = stored + states * trained / (size if shard else sharing) + (slots + others) * trained / (size if shard >= 2 else 1)
+    return floats, states * trained + (trained if c.model.lora_rank else count)
+
+
+def held_copies(plan: RunPlan) -> tuple[int, int, int]:
+    """Return (number of gradient buffers of a rank, number of other buffers of this size, number of ranks that share one copy of
+    parameters and optimizer state). Pure."""
+    c, size = plan.config, plan.mesh.dp.size
+    more_slots = STRATEGIES[kind(c.strategy.name, c.strategy.quorum)].more_slots
+    slots = gradient_slots(c, plan.lanes, 0, size)[0] + (c.train.audit_every > 0)
+    slots += more_slots(StrategyOptions.of(asdict(c.strategy)), size - 1, size)
+    return slots, held_buffers(c), ranks_per_copy(c, plan.mesh, plan.device)
 
 
 def batch_line(plan: RunPlan) -> str:

@@ -81,11 +81,16 @@ def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> St
     return StepReport(flat, losses, num_tokens, spent, data, counts, squares, saving, any_stop, True, divisor, *rest)
 
 
-def take_back(job: Job, report: StepReport, earlier: np.ndarray | None) -> None:
+def take_back(job: Job, report: StepReport, earlier: np.ndarray | None, late: bool) -> None:
     """Remove the report of a skipped batch, but keep its energy. Also keep the reports of earlier steps that were exchanged at
     the same time, so that the next exchange reports these steps again. `report`: the result of exchange_reports(). `earlier`:
-    the value of state.unreported before the call of exchange_reports(). Independent."""
+    the value of state.unreported before the call of exchange_reports(). `late`: whether the skipped batch is earlier than the
+    batch of this step. Then keep the report of this step, too. Independent."""
     state, kept = job.state, np.zeros_like(report.numbers) if earlier is None else earlier.copy()
+    if late:
+        if report.synchronized:  # rank 0 keeps the sum over all ranks
+            state.unreported = report.numbers.copy() if job.comm.rank == 0 else np.zeros_like(report.numbers)
+        return
     # the last number is the energy
     kept[-1] = report.joules * (job.comm.rank == 0) if state.unreported is None else state.unreported[-1]
     state.unreported = kept

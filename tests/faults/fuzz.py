@@ -139,7 +139,7 @@ def metrics(place: Path) -> str:
     from mpidp.plan.ranks import measured
     from mpidp.report.__main__ import report
     from mpidp.report.read import read
-    from mpidp.training.replayer import read_record
+    from mpidp.training.replay_record import read_record
 
     run = place / "run"
     content = (run / "metrics.jsonl").read_bytes()

@@ -6,7 +6,8 @@
 | rank 0; two at once; two in a row; all but one; a whole node; an exception or sys.exit of one rank | same | same |
 | another rank during a recovery, at any of its communications | same | same |
 | with background reductions, messages, one copy per rank, measured balance, audits | same | same |
-| strategy local or delayed, a quorum | 0, return to the last checkpoint in the same processes | end, a `went_back` event |
+| strategy local, delayed or server, a quorum | 0, return to the last checkpoint, same processes | end, a `went_back` event |
+| all workers, with strategy server | 1; the same command with fewer servers resumes | code, output |
 | rank 0, with comm.reducer=root | same | same |
 | with compression | 0, each step once | lines, and losses that are close |
 | in the first build, before a job exists | 0, start with fewer ranks | final hash |
@@ -274,7 +275,7 @@ def test_an_error_that_people_must_mend(shell: Shell) -> None:
     assert not still_there(members), ended
 
 
-@pytest.mark.parametrize("word", ["name=local", "name=delayed", "quorum=0.5"])
+@pytest.mark.parametrize("word", ["name=local", "name=delayed", "name=server", "quorum=0.5"])
 def test_methods_that_go_back(shell: Shell, word: str) -> None:
     """Gradients in flight are lost with the failed rank."""
     method = (f"--strategy.{word}", "--strategy.meet_every=2", "--train.lanes=4", "--train.save_every=2")
@@ -286,6 +287,17 @@ def test_methods_that_go_back(shell: Shell, word: str) -> None:
     assert sorted({line["step"] for line in lines if "train_loss" in line}) == [1, 2, 3, 4, 5, 6], lines
     (back,) = [line for line in lines if line.get("event") == "went_back"]
     assert f"strategy.{word} cannot continue in the middle of a step" in back["why"] and lines[-1]["step"] == 6
+
+
+def test_only_servers_are_left(shell: Shell) -> None:
+    words = ("--strategy.name=server", "--strategy.servers=2", "--strategy.meet_every=2", "--train.save_every=2")
+    ended = start(shell, 3, "kill:0:3:reduce", *words).wait()
+    assert ended.code == 1 and "Traceback" not in ended.said, ended
+    said = "mpidp: 2 of 3 ranks are left, but strategy.name=server with strategy.servers=2 needs 3 ranks, so the job ends."
+    assert ended.err.count(said) == 1, ended
+    again = shell.start_command(["mpirun", "-n", "2", "python", "-m", "mpidp.train", "tiny.toml", *SETTINGS,
+                                 *words, "--strategy.servers=1"]).wait()
+    assert again.code == 0 and [line["event"] for line in lines_of(shell.folder / "run") if "event" in line][-1] == "end", again
 
 
 def test_fewer_than_min_ranks_after_a_return(shell: Shell) -> None:

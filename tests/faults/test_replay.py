@@ -132,6 +132,15 @@ def test_other_settings_after_a_resume(place: Path, forks: Forks) -> None:
         assert told(forks, place, "run", "--step", step)["differences"] == []
 
 
+def test_a_longer_schedule_after_a_resume(place: Path, forks: Forks) -> None:
+    """No checkpoint of the shorter run is left."""
+    expect(forks.run(place, "mpidp.train", "tiny.toml", "--train.steps=4"), 0)
+    expect(forks.run(place, "mpidp.train", "tiny.toml", "--run.keep=1", "--optim.warmup_steps=1", "--optim.lr=0.002"), 0)
+    assert [path.name for path in (place / "run/checkpoints").iterdir()] == ["step_00000006"]
+    for step in (1, 3, 6):
+        assert told(forks, place, "run", "--step", step)["differences"] == []
+
+
 def test_a_step_that_was_tried_in_vain(place: Path, forks: Forks) -> None:
     ended = forks.run(place, "mpidp.train", "tiny.toml", "--optim.lr=1e38", "--train.max_skipped=3")
     expect(ended, 1, "3 batches in a row")

@@ -177,6 +177,25 @@ def test_bytes_are_those_of_the_averages(shared_folder: Path, shared_tmp: Path) 
     assert sum(sent("fragments", name="local", sync_every=4, meet_every=12, fragments=2)[:10]) < 3 * whole
 
 
+def test_a_run_of_fewer_steps_than_sync_every_averages_at_its_end(shared_folder: Path, shared_tmp: Path) -> None:
+    """The default of sync_every is 50. Such a run can resume with more steps."""
+    data = corpus(shared_folder)
+    short = train_at(2, tiny(data, shared_tmp / "short", strategy={"name": "local"}))
+    once = train_at(2, tiny(data, shared_tmp / "once", strategy={"name": "local", "sync_every": 6}))
+    assert short.sha256 == once.sha256
+    longer = train_at(2, tiny(data, shared_tmp / "short", strategy={"name": "local"}, train={"steps": 60, "eval_every": 0}))
+    assert longer.events("resume")[0]["step"] == 6 and longer.end["step"] == 60
+
+
+def test_the_cost_of_the_slowest_rank_is_per_step(shared_folder: Path, shared_tmp: Path) -> None:
+    """Reports compare it with the time that one step waits."""
+    config = tiny(corpus(shared_folder), shared_tmp / "run", strategy={"name": "local", "sync_every": 3})
+    for line in [line for line in _raw(config, 2) if "rank_compute_seconds" in line]:
+        one, other = line["rank_compute_seconds"]
+        assert line["slowest_cost_seconds"] == pytest.approx(abs(one - other) / 2, abs=2e-6)
+        assert line["slowest_rank"] == int(other > one) or one == other
+
+
 def test_the_speed_at_a_meeting_is_that_of_all_steps_since_the_last(shared_folder: Path, shared_tmp: Path) -> None:
     config = tiny(corpus(shared_folder), shared_tmp / "run", strategy={"name": "local", "sync_every": 3})
     lines = [line for line in _raw(config, 2) if "train_loss" in line]
@@ -217,14 +236,28 @@ def spoiled(rank: int, batches: Container[int]) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_not_finite_reaches_nobody(shared_folder: Path, shared_tmp: Path, name: str) -> None:
-    """The tokens of all updates are counted, also if a skipped batch (batch 11 of `delayed`) would have ended at a meeting."""
+    """The tokens of all updates are counted, also if a skipped batch (batch 11 of `delayed`) would have ended at a meeting. The
+    skipped batches are named, also the last one, which `delayed` skips after the last step."""
     data = corpus(shared_folder, 12000)  # longer than the run, so that all batches have the same number of tokens
     config = tiny(data, shared_tmp / "run", **with_train(METHODS[name], steps=24, max_skipped=9))
-    with spoiled(1, {3, 4, 5, 11}):
+    with spoiled(1, {3, 4, 5, 11, 27}):
         run = train_at(3, config)
     assert math.isfinite(run.end["val_loss"])
-    assert run.end["skipped"] == (4 if name.startswith("delayed") else 0)
-    assert run.end["tokens"] == 24 * 16 * 16
+    skipped = [3, 4, 5, 11, 27] if name.startswith("delayed") else []
+    assert [event["batch"] for event in run.events("skipped")] == skipped and run.end["skipped"] == len(skipped)
+    assert run.end["tokens"] == (23 if skipped else 24) * 16 * 16
+
+
+def test_a_batch_in_flight_at_a_checkpoint_is_skipped_again_and_logged_once(shared_folder: Path, shared_tmp: Path) -> None:
+    """The run crashes after batch 5 was skipped. It resumes from step 6, at which the gradient of batch 5 was in flight."""
+    data = corpus(shared_folder)
+    with spoiled(0, {5}):
+        whole, config = (tiny(data, shared_tmp / name, **with_train(METHODS["delayed"], steps=12)) for name in ("whole", "run"))
+        with crash_in(8), pytest.raises(FailedElsewhere, match="Crash"):
+            train_at(2, config)
+        run, uninterrupted = train_at(2, config), train_at(2, whole)
+    assert run.events("resume")[0]["step"] == 6 and run.sha256 == uninterrupted.sha256
+    assert [event["batch"] for event in run.events("skipped")] == [5] and run.learned == uninterrupted.learned
 
 
 DELAYED: dict[str, Any] = {"optim": {"schedule": "constant"}, "strategy": {"name": "delayed", "meet_every": 2, "staleness": 2}}
@@ -235,6 +268,15 @@ def test_the_last_evaluation_follows_the_last_update(shared_folder: Path, shared
     data = corpus(shared_folder)
     ends = [train_at(2, tiny(data, shared_tmp / str(every), **DELAYED, train={"eval_every": every})).end for every in (0, 2)]
     assert ends[0] == ends[1]
+
+
+def test_a_run_that_ends_early_evaluates_the_weights_that_it_saves(shared_folder: Path, shared_tmp: Path) -> None:
+    """The gradients in flight are applied after the evaluation at which the run ends. The run is then evaluated again."""
+    data = corpus(shared_folder)
+    early = train_at(2, tiny(data, shared_tmp / "early", **DELAYED, train={"eval_every": 2, "target_loss": 100.0}))
+    planned = train_at(2, tiny(data, shared_tmp / "planned", **DELAYED, train={"eval_every": 0, "steps": 2}))
+    assert (early.end["reason"], early.end["step"]) == ("target_loss", 2)
+    assert early.sha256 == planned.sha256 and early.end["val_loss"] == planned.end["val_loss"]
 
 
 def test_a_run_that_resumes_at_its_last_step_applies_what_is_in_flight(shared_folder: Path, shared_tmp: Path) -> None:

@@ -4,7 +4,9 @@ resumed run equals an uninterrupted run. Every strategy ends with one common mod
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -122,6 +124,31 @@ def test_every_strategy_ends_with_one_model(settings: dict[str, Any]) -> None:
     assert sum(losses[-1] for _, losses in found) < sum(losses[0] for _, losses in found)
 
 
+@pytest.mark.parametrize("settings", [
+    {"strategy.name": "delayed", "strategy.staleness": 3}, {"strategy.quorum": 0.5, "strategy.staleness": 2},
+], ids=str)  # fmt: skip
+def test_no_gradient_is_dropped_after_a_skipped_batch(settings: dict[str, Any]) -> None:
+    """The loop makes as many batches as announced, so fewer updates. Afterwards no gradient waits, and ranks have one model."""
+    def work(comm: MPI.Intracomm) -> tuple[str, int]:
+        optimizer = begun(comm, settings)
+        for _ in range(3):
+            for x, y in optimizer.micro_batches():
+                spoilt = math.nan if optimizer.items.next_batch == 4 else 1.0
+                optimizer.backward(F.cross_entropy(optimizer.model(x), y) * spoilt)
+                optimizer.step()
+        left = optimizer.strategy.drain()
+        assert optimizer.steps < 12 and left == []
+        updates = optimizer.strategy.optimizer.updates
+        optimizer.close()
+        return optimizer.sha256(), updates
+
+    for n in sizes(1, 2, 3):
+        found = at(n, work)
+        assert len(set(found)) == 1
+        if "strategy.name" in settings:
+            assert found[0][1] == 11
+
+
 @pytest.mark.parametrize("settings", [{}, {"comm.compress": "int8"}, {"strategy.name": "local", "strategy.sync_every": 2}, {
     "strategy.name": "delayed", "strategy.meet_every": 2,
 }], ids=str)  # fmt: skip
@@ -148,6 +175,57 @@ def test_resumed_in_the_middle_of_an_epoch_is_uninterrupted(settings: dict[str, 
             return optimizer.sha256()
 
         assert set(at(sizes(1, 3)[-1], elsewhere)) == {found[0][0]}
+
+
+class Branching(nn.Module):
+    """A model with a layer that is not always used. Its gradients are computed before those of the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.last, self.extra = nn.Linear(3, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+        self.uses_extra = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.first(x))
+        return self.last(hidden) + self.extra(hidden) if self.uses_extra else self.last(hidden)
+
+
+def test_a_layer_that_some_batches_do_not_use() -> None:
+    """Sums during backward include all gradients, also after a step in which a layer had no gradient."""
+    def work(comm: MPI.Intracomm, overlap: str) -> str:
+        items = mpidp.from_dataset(DATA, BATCH, MICRO, seed=5)
+        model = Branching()
+        optimizer = mpidp.DataParallel(model, torch.optim.AdamW, items, {"comm.overlap": overlap}, threads=1, comm=comm)
+        for _ in range(2):
+            for x, y in optimizer.micro_batches():
+                model.uses_extra = items.next_batch % 2 == 1
+                optimizer.backward(F.cross_entropy(model(x), y))
+                optimizer.step()
+        optimizer.close()
+        return optimizer.sha256()
+
+    runs = [at(n, partial(work, overlap=way)) for n in sizes(1, 2, 3) for way in ("none", "thread", "poll")]
+    assert len({sha for run in runs for sha in run}) == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"comm.reducer": "allreduce"}, {"comm.compress": "int8"}], ids=str)
+@pytest.mark.parametrize("overlap", ["none", "thread"])
+def test_a_batch_that_was_left_is_computed_again(overlap: str, settings: dict[str, Any]) -> None:
+    """The loop is left after the first backward(), and then after the last, when ranks may already have added gradients."""
+    def work(comm: MPI.Intracomm) -> str:
+        optimizer = begun(comm, settings | {"comm.overlap": overlap})
+        for last in (1, len(optimizer._own_micro_batches)):
+            for i, (x, y) in enumerate(optimizer.micro_batches(), 1):
+                optimizer.backward(F.cross_entropy(optimizer.model(x), y))
+                if i == last:
+                    break
+        epochs(optimizer)
+        optimizer.close()
+        return optimizer.sha256()
+
+    for n in sizes(1, 2, 3):
+        assert at(n, work) == [sha for sha, _ in at(n, whole(settings | {"comm.overlap": overlap}))]
 
 
 def test_afterwards_the_model_is_an_ordinary_one() -> None:

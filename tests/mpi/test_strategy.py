@@ -21,7 +21,8 @@ from mpidp.strategies import STRATEGIES
 from mpidp.strategies.optimizer import Optimizer
 from mpidp.strategies.protocol import StepStats
 from mpidp.training.job import Job
-from tests.tiny import WORLD, at, corpus, job_at, masked_corpus, micro_batches_of, pretended, tiny
+from mpidp.training.run_summary import held
+from tests.tiny import WORLD, at, corpus, job_at, masked_corpus, micro_batches_of, pretended, sizes, tiny
 
 pytestmark = pytest.mark.mpi
 
@@ -193,3 +194,31 @@ def test_names_become_classes_in_one_place() -> None:
         "start", "micro_batch", "observe_lanes", "discard", "step", "drain", "state_dict", "load_state_dict", "close", "flats",
     }
     assert all(needed <= set(dir(kind)) for kind in STRATEGIES.values())
+
+
+def vectors(job: Job) -> float:
+    """Return the bytes of this rank's gradient buffers, its share of the parameters and moments, and all other flat tensors."""
+    found, sharing = job.strategy.held(), len(job.memory.group.members[job.memory.group.index]) if job.memory.one_copy else 1
+    others = [*getattr(job.strategy.reducer, "held", {}).values(), *getattr(job.strategy.reducer, "_before", {}).values()]
+    others += [getattr(job.strategy, name, torch.empty(0)) for name in ("_anchor", "_momentum")]
+    return found["gradients"] + (found["parameters"] + found["optimizer"]) / sharing + 4 * sum(one.numel() for one in others)
+
+
+@pytest.mark.parametrize("sections", [
+    {}, {"comm": {"copies": "rank"}}, {"comm": {"transport": "messages"}}, {"train": {"audit_every": 2}},
+    {"comm": {"compress": "topk", "momentum": 0.9}}, {"comm": {"compress": "int8"}, "strategy": {"name": "local"}},
+    {"strategy": {"name": "delayed", "staleness": 3}}, {"strategy": {"quorum": 0.5, "staleness": 2}},
+    {"strategy": {"name": "local", "overlap": True}}, {"strategy": {"name": "local", "group": "pairs"}},
+], ids=str)  # fmt: skip
+def test_the_memory_that_a_run_prints_is_what_a_rank_holds(
+    shared_folder: Path, shared_tmp: Path, sections: dict[str, Any]
+) -> None:
+    data = corpus(shared_folder)
+
+    def one(comm: MPI.Intracomm) -> tuple[float, float]:
+        job = job_at(comm, tiny(data, shared_tmp / str(comm.size), **sections))
+        return 4 * held(job.plan)[0] * job.strategy.buffer.num_elements, vectors(job)
+
+    for n in sizes(1, 2, 4):
+        foretold, found = at(n, one)[0]  # on rank 0
+        assert foretold == pytest.approx(found)

@@ -112,7 +112,7 @@ def test_a_bucket_is_begun_once_when_its_last_gradient_is_in() -> None:
     named = parameters()
     buffer = GradientBuffer(named, 1, 300)
     buffer.point(0)
-    armed, begun = False, []
+    begun = []
 
     def begin(bucket: Bucket) -> None:
         flat = buffer.flat[0, bucket.start : bucket.stop]
@@ -120,14 +120,36 @@ def test_a_bucket_is_begun_once_when_its_last_gradient_is_in() -> None:
                    for o, s in zip(bucket.offsets, bucket.shapes, strict=True)) == 0
         begun.append(bucket.index)
 
-    buffer.on_full(lambda: armed, begin)
+    buffer.on_full(begin)
     backward(named)
     assert begun == []  # it is not the last backward of the step
-    armed = True
     for _ in range(2):
         begun.clear()
+        buffer.expect(True)
         backward(named)
         assert sorted(begun) == [bucket.index for bucket in buffer.buckets]
+        backward(named)
+        assert len(begun) == len(buffer.buckets)
+    buffer.expect(True)
+    buffer.expect(False)
+    backward(named)
+    assert len(begun) == len(buffer.buckets)
+
+
+@pytest.mark.parametrize("unused", range(len(SHAPES)))
+def test_a_parameter_without_a_gradient_does_not_affect_the_next_step(unused: int) -> None:
+    """In the next step, each bucket is begun only after all of its gradients are in."""
+    named = parameters()
+    buffer, full = GradientBuffer(named, 1, 10**9), []
+    buffer.point(0)
+    buffer.on_full(lambda bucket: full.append(all(bool((view[0] != 0).all()) for view in buffer.views)))
+    buffer.expect(True)
+    backward([one for i, one in enumerate(named) if i != unused])
+    assert full == []
+    buffer.flat.zero_()
+    buffer.expect(True)
+    backward(named)
+    assert full == [True]
 
 
 @given(st.integers(0, 5000), st.integers(1, 40), st.sampled_from([ALIGN, 256]))

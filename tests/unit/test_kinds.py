@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from mpidp.config.command_line import from_args
+from mpidp.config.model_settings import ModelSettings
 from mpidp.config.resolve import model_shape
+from mpidp.config.rules import TRANSFORMER_ONLY
 from mpidp.config.schema import to_toml
 from mpidp.errors import UsageError
 from mpidp.model.kinds import make_model, saved_shape
@@ -22,6 +24,7 @@ from mpidp.model.part import check_split
 from mpidp.model.shape import CustomShape, LSTMShape, flops_per_token, num_parameters, shapes_of
 
 V, D, T = 11, 8, 6
+FOR_LSTM = {"options", "slices", "zero_init", "recipe", "lora_rank", "lora_alpha", "lora_targets"}  # other rules refuse these
 TOKENS = torch.arange(2 * T).view(2, T) * 5 % V
 
 
@@ -61,6 +64,13 @@ def test_dropout_is_a_function_of_the_key(i: int) -> None:
     one, two, again = (model(TOKENS, key=key) for key in keys)
     assert torch.equal(one, again) and not torch.equal(one, two)
     assert torch.equal(model.eval()(TOKENS), model(TOKENS))  # no dropout in evaluation
+
+
+def test_every_setting_of_the_model_has_an_effect_on_an_lstm_or_is_refused() -> None:
+    used = {"kind", *(field.name for field in dataclasses.fields(LSTMShape))}
+    plain = {field.name: field.default for field in dataclasses.fields(ModelSettings)}
+    refused = {name: value for name, value in plain.items() if name not in used | FOR_LSTM}
+    assert refused == TRANSFORMER_ONLY
 
 
 def test_an_lstm_begins_each_window_anew_and_sees_no_later_token() -> None:
@@ -122,7 +132,8 @@ def test_options() -> None:
 @pytest.mark.parametrize(("words", "said"), [
     (("--model.kind=gpt",), "model.kind=gpt must be transformer, lstm, or MODULE:FACTORY"), (("--model.kind=a.:b",), "must be"),
     (("--model.options=a=1",), "requires model.kind=MODULE:FACTORY"),
-    (("--model.kind=lstm", "--model.num_heads=2"), "no effect with lstm"),
+    *((("--model.kind=lstm", f"--model.{name}"), "no effect with lstm") for name in
+      ("num_heads=2", "head_dim=8", "rope_scaling=linear:2", "norm_eps=0.1")),
 ])  # fmt: skip
 def test_settings_of_other_kinds(words: tuple[str, ...], said: str) -> None:
     with pytest.raises(UsageError, match=said):

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mpidp.config import rules
 from mpidp.config.command_line import from_args
 from mpidp.config.defaults import METHODS, outer, ratio, sync_intervals
-from mpidp.config.schema import Config
+from mpidp.config.resolve import resolve
+from mpidp.config.schema import Config, to_toml
+from mpidp.data.lanes import Lanes
 from mpidp.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,18 +89,13 @@ def test_each_rule_refuses(rule: rules.Rule) -> None:
     (("strategy.name=delayed", "strategy.group=pairs"), "requires strategy.name=local; it has no effect with delayed"),
     (("strategy.name=delayed", "strategy.staleness=-1"), "must be at least 0"),
     (("strategy.name=local", "strategy.sync_every=4", "strategy.meet_every=6"), "must be a multiple of strategy.sync_every=4"),
+    (("strategy.name=local", "strategy.meet_every=30"), "must be a multiple of strategy.sync_every=50, its automatic value. Set"),
     (("strategy.name=local", "strategy.sync_every=4", "strategy.fragments=5"), "more than the 4 steps between two averages"),
+    (("strategy.name=local", "strategy.fragments=51"), "more than the 50 steps between two averages"),
     (("strategy.name=locl",), "did you mean 'local'"),
 ])  # fmt: skip
 def test_what_means_nothing_is_refused(words: tuple[str, ...], said: str) -> None:
     assert said in refused(*words)
-
-
-def test_ranks_that_would_never_average() -> None:
-    settings = PLAIN | {"strategy.name": "local", "strategy.sync_every": 50}
-    with pytest.raises(ValueError, match="more than the 49 steps of the run"):
-        sync_intervals(settings, 49)
-    assert sync_intervals(settings, 50) == (50, 50)
 
 
 @pytest.mark.parametrize(("settings", "found"), [
@@ -107,11 +105,27 @@ def test_ranks_that_would_never_average() -> None:
     ({"name": "local", "overlap": True, "sync_every": 20}, (20, 80)), ({"name": "local", "meet_every": 150}, (50, 150)),
 ])  # fmt: skip
 def test_what_is_left_open(settings: dict[str, Any], found: tuple[int, int]) -> None:
-    assert sync_intervals(PLAIN | {f"strategy.{key}": value for key, value in settings.items()}, 300) == found
+    assert sync_intervals(PLAIN | {f"strategy.{key}": value for key, value in settings.items()}) == found
 
 
-def test_a_short_run_averages_at_its_end() -> None:
-    assert sync_intervals(PLAIN | {"strategy.name": "local"}, 20) == (20, 20)
+@pytest.mark.parametrize("words", [
+    (), ("group=pairs",), ("overlap=true",), ("fragments=4",), ("meet_every=100",), ("sync_every=400",),
+    ("group=node", "meet_every=7"),
+])  # fmt: skip
+def test_what_was_filled_in_is_accepted_and_depends_on_no_number_of_steps(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """Otherwise a run could not resume with more steps, and a new rank could not read the settings of the run."""
+    config, found = from_args(["--strategy.name=local", *(f"--strategy.{word}" for word in words)]), []
+    for steps in (20, 60, 1000):
+        resolved = filled_in(config.with_values(train={"steps": steps}))
+        (tmp_path / "config.toml").write_text(to_toml(resolved))
+        again = from_args([str(tmp_path / "config.toml")])
+        assert again == resolved == filled_in(again)
+        found.append(resolved.strategy)
+    assert found == found[:1] * 3
+
+
+def filled_in(config: Config) -> Config:
+    return resolve(config, 100, Lanes(16, 2, 8), 1, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize(("settings", "found"), [

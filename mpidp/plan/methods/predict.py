@@ -45,7 +45,6 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {  # settings by section; the me
     "server-async": {"strategy": {"name": "server"}},
 }
 WORTH = 1.1  # another method is recommended only if its speed, relative to synchronous, is at least this
-LONG = 1 << 30  # number of steps of a run that is so long that its end has no influence on means
 BACKWARD = 2 / 3  # share of backward in the compute time
 
 
@@ -66,17 +65,13 @@ def to_paste(config: Config, other: Config) -> list[str]:
     return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changed]
 
 
-def _sync_intervals(config: Config, steps: int) -> tuple[int, int]:
-    return sync_intervals(config.flat(), steps)
-
-
 def sent_bytes(config: Config, sizes: Sizes, cluster: Cluster, steps: int) -> int:
     """Return the bytes that rank 0 sends in a run of `steps` steps, as metrics.jsonl counts them. The last step counts as a
     meeting (a step at which all ranks synchronize). Pure."""
     if cluster.ranks == 1:
         return 0
     strategy, a_sum = config.strategy, one_sum(config, sizes, cluster).sent_bytes
-    every, meet = _sync_intervals(config, steps)
+    every, meet = sync_intervals(config.flat())
     if strategy.name == "server":
         return steps * sizes.num_bytes
     if strategy.name != "local":
@@ -96,7 +91,7 @@ def step_seconds(config: Config, sizes: Sizes, cluster: Cluster, compute: float)
     if cluster.ranks == 1:
         return compute
     a_sum, small = one_sum(config, sizes, cluster).seconds(cluster), cluster.small_exchange_seconds
-    every, meet = _sync_intervals(config, LONG)
+    every, meet = sync_intervals(config.flat())
     k, name, most = cluster.ranks_a_node, config.strategy.name, most_micro_batches(lanes_of(config), cluster.ranks)
     once = sizes.num_bytes / cluster.bandwidth_bytes_per_second
     if name == "synchronous":
@@ -146,7 +141,7 @@ def predict(config: Config, vocab_size: int, cluster: Cluster, compute: float, w
                                  "rank needs at least one). Raise train.global_batch")
             if chosen.comm.compress == "powersgd" and cluster.ranks == 1:
                 raise UsageError("comm.compress=powersgd needs at least two ranks, because with one rank nothing is sent")
-            steps = _sync_intervals(chosen, LONG)[1]
+            steps = sync_intervals(chosen.flat())[1]
             sent = sent_bytes(chosen, sizes, cluster, steps) / steps
             rows.append(MethodRow(name, settings, "", sent, step_seconds(chosen, sizes, cluster, compute)))
         except UsageError as error:
