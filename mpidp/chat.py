@@ -95,7 +95,7 @@ def talk(world: Any, options: argparse.Namespace) -> None:
 
     if world.size > options.tp * options.pp:
         raise UsageError.on_every_rank(
-            f"a chat on the terminal uses only --tp times --pp ranks, but {world.size} ranks were started. Start "
+            f"a chat on the terminal needs exactly --tp x --pp ranks, but {world.size} ranks were started. Start "
             f"{options.tp * options.pp}, or give the chats in a file (--messages FILE --out FILE)"
         )
     reader, loaded, encoder = open_model(options, world, "tokens")

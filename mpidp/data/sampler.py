@@ -184,8 +184,8 @@ class Sampler:
         return [Pool(lane, epoch, number) for number in range(first, last + 1)]
 
     def mixed(self, pool: Pool, positions: range) -> np.ndarray:
-        """Return the numbers of the windows that a lane reads at `positions` of its section. All these positions must be in
-        `pool`."""
+        """Return the indices of the windows that a lane (a sequence of micro-batches) reads. `positions`: places in the lane's
+        section of the shuffled order, all of them in `pool`."""
         extent, part = self._extent(pool), self.part(pool.lane)
         at = np.arange(positions.start - extent.start, positions.stop - extent.start, dtype=np.uint64)
         mixed = permute(at, len(extent), keys_of(self.seed, "window", *pool)).astype(np.int64) + extent.start

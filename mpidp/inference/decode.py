@@ -63,9 +63,9 @@ def decode(
     """Generate tokens until all sequences in `rows` have ended. Collective over loaded.grid.model.
 
     ends: the ids that end a sequence. vocab_size: number of tokens of the tokenizer. Ids from `vocab_size` on are never drawn.
-    exact: if True, only sequences with one new position form a batch, and longer inputs run alone. After by_rows()
-    (rowwise.py), a sequence on the CPU then gets the same bits in every batch. If False, all inputs of equal length form a
-    batch. Raises DataError if a logit is nan or +inf, or if all logits are -inf.
+    exact: if True, only inputs of one token form a batch, and each longer input (a prompt) runs alone. If by_rows()
+    (rowwise.py) was applied to the model, a sequence on the CPU then has the same bits in every batch. If False, all inputs of
+    equal length form a batch. Raises DataError if a logit is nan or +inf, or if all logits are -inf.
     """
     while live := [row for row in rows if not row.ended]:
         unseen = {row: row.unseen() for row in live}

@@ -27,7 +27,7 @@ def form_replicas(seats: Sequence[Seat | None], numbers: Sequence[int], parts: i
     state. numbers: the permanent number of each living rank. parts: number of parts of the model.
 
     Replicas whose ranks are all alive come first, in ascending order. Ranks of other replicas keep their parts where possible.
-    Therefore, if the living ranks hold every part, each rank of the first replica already holds the part that it is assigned.
+    So if every part is held by at least one living rank, each rank of the first replica already holds its part.
     Pure."""
     held = {seat: rank for rank, seat in enumerate(seats) if seat is not None}
     lost = bool(held) and len({part for _, part in held}) < parts

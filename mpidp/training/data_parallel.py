@@ -145,8 +145,8 @@ def share_memory(
     reducer (which sums gradients). Rank 0 logs what was chosen.
 
     `parts`: this rank's part of the model. `looked_at`: whether injected faults need the gradients of single lanes (sequences
-    of micro-batches). `before`: None, or after a failure (the group before the failure, whether its ranks shared one copy).
-    The surviving ranks keep the memory of this group. Raises UsageError if the configuration is not possible with this launch.
+    of micro-batches). `before`: None at the start. After a failure, a tuple: the group before the failure, and whether its ranks
+    shared one copy of the parameters. The surviving ranks continue to use the memory of the old group. Raises UsageError if the configuration is not possible with this launch.
     Collective over plan.mesh.dp."""
     mesh, c, lanes = plan.mesh, plan.config, plan.lanes
     world = mesh.dp
