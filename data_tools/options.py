@@ -108,7 +108,7 @@ def check_options(options: PrepareOptions) -> None:
         raise UsageError("--seq-len and --truncate apply only to --format prompt_completion and --format chat, because plain "
                          "text is not packed into windows")
     if rows and options.text_key != "text":
-        raise UsageError("--text-key applies only to --format text, because rows have fixed fields")
+        raise UsageError("--text-key applies only to --format text. With --format rows, the names of the fields are fixed")
     if (options.chat_template or options.template_arg) and options.form != "chat":
         raise UsageError(f"{'--chat-template' if options.chat_template else '--template-arg'} applies only to --format chat")
     if options.bos not in ("auto", "none"):

@@ -64,7 +64,7 @@ def _rows(folder: Path, options: ReadOptions) -> Iterator[dict[str, np.ndarray]]
                                                         int(raw["bytes"]), options.scratch))
                 yield from _samples(path, folder / raw["basename"], samples, names, encodings, sizes, options)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"{index}: shard {number} has no valid description of an MDS shard ({error!r}); restore the "
+            raise DataError(f"{index}: the entry of shard {number} is not a valid MDS entry ({error!r}). Restore this "
                             "file") from None
 
 

@@ -188,7 +188,7 @@ def by_node(mesh: Topology) -> Group:
 
 def regroup(mesh: Topology, before: Group) -> Group:
     """Make new groups of the remaining ranks after a failure, and return this rank's group. The new groups share memory if the
-    previous groups did, and keep the contents. `before`: the previous group of this rank. Collective over mesh.dp."""
+    previous groups did, and keep its contents. `before`: the previous group of this rank. Collective over mesh.dp."""
     group = by_node(mesh) if before.shares else alone(mesh)
     group.reuse_memory(before)
     return group

@@ -68,8 +68,8 @@ class Index:
         return _content(folder, "tokenizer.json", self.tokenizer_sha256)
 
     def special_tokens_bytes(self, folder: Path) -> bytes | None:
-        """Return the contents of special_tokens.json, or None if these shards have no such file (special_tokens.py). Raises
-        DataError if the file is missing or has changed."""
+        """Return the contents of special_tokens.json (special_tokens.py), or None if the shards were prepared without this file.
+        Raises DataError if they were prepared with it, but it is missing now or has changed."""
         return _content(folder, "special_tokens.json", self.special_tokens_sha256) if self.special_tokens_sha256 else None
 
     def to_json(self) -> str:

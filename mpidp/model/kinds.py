@@ -36,8 +36,8 @@ def check_named(kind: Any, named: str, where: object) -> None:
     if not isinstance(kind, str):
         raise DataError(f"{where} is damaged: its model.kind={kind!r} is not a string")
     if named not in ("", kind):
-        raise UsageError(f"{where} has model.kind={kind}, but you gave --model.kind={named}. Correct this option, or omit it "
-                         "for a built-in kind")
+        raise UsageError(f"{where} has model.kind={kind}, but you gave --model.kind={named}. Give --model.kind={kind}. You may "
+                         "also omit a built-in kind")
     if kind not in SHAPES and named != kind:
         raise UsageError(
             f"{where} has model.kind={kind}. To open it, mpidp must import this module and call its factory. mpidp does not "

@@ -152,7 +152,7 @@ class SlicedNormAttention(SlicedBranch):
         self, name: str, slices: Mapping[str, Sequence[Tensor]], inputs: Sequence[Tensor]
     ) -> tuple[list[Tensor], Sequence[Tensor]]:
         """Return (queries or keys, sums of squares). Both are sequences with one tensor per slice of this rank. name: "q" for
-        queries, "k" for keys. Each sum of squares is a copy of the sum over the slices of all ranks."""
+        queries, "k" for keys. All sums of squares are equal: each is the sum over the slices of all ranks."""
         held = {key.partition(".")[2]: of for key, of in slices.items() if key.partition(".")[0] == name}
         found: list[Tensor] = [
             _functional_call(self._layers[name], {key: of[s] for key, of in held.items()}, (x,)) for s, x in enumerate(inputs)

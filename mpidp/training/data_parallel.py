@@ -146,8 +146,8 @@ def share_memory(
 
     `parts`: this rank's part of the model. `looked_at`: whether injected faults need the gradients of single lanes (sequences
     of micro-batches). `before`: None at the start. After a failure, a tuple: the group before the failure, and whether its ranks
-    shared one copy of the parameters. The surviving ranks continue to use the memory of the old group. Raises UsageError if the configuration is not possible with this launch.
-    Collective over plan.mesh.dp."""
+    shared one copy of the parameters. The surviving ranks continue to use the memory of the old group. Raises UsageError if the
+    configuration is not possible with this launch. Collective over plan.mesh.dp."""
     mesh, c, lanes = plan.mesh, plan.config, plan.lanes
     world = mesh.dp
     if c.comm.compress == "powersgd" and world.size == 1 and before is None:

@@ -21,7 +21,7 @@ from mpidp.strategies import STRATEGIES
 from mpidp.strategies.optimizer import Optimizer
 from mpidp.strategies.protocol import StepStats
 from mpidp.training.job import Job
-from mpidp.training.run_summary import held
+from mpidp.training.run_summary import held_floats
 from tests.tiny import WORLD, at, corpus, job_at, masked_corpus, micro_batches_of, pretended, sizes, tiny
 
 pytestmark = pytest.mark.mpi
@@ -217,7 +217,7 @@ def test_the_memory_that_a_run_prints_is_what_a_rank_holds(
 
     def one(comm: MPI.Intracomm) -> tuple[float, float]:
         job = job_at(comm, tiny(data, shared_tmp / str(comm.size), **sections))
-        return 4 * held(job.plan)[0] * job.strategy.buffer.num_elements, vectors(job)
+        return 4 * held_floats(job.plan, job.strategy.buffer.num_elements)[0], vectors(job)
 
     for n in sizes(1, 2, 4):
         foretold, found = at(n, one)[0]  # on rank 0
