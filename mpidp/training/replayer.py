@@ -62,7 +62,7 @@ class Record:
 def read_record(run: str, world: Any) -> Record:
     """Return the record of a run. `run`: the folder of the run. Rank 0 reads the record, and all ranks return it. Raises
     UsageError if there is no such run. Collective over world."""
-    from mpidp.checkpoint.manifest import committed
+    from mpidp.checkpoint.manifest import committed, step_of
     from mpidp.runtime.world import raise_together
 
     with raise_together(world):
@@ -73,7 +73,7 @@ def read_record(run: str, world: Any) -> Record:
         passed = {line["step"]: line["batch"] for line in records if line.get("event") == "rolled_back" and "batch" in line}
         begun = [line for line in records if line.get("event") in ("start", "recovered", "respawned")]
         ranks = {line["step"]: line["ranks"] for line in begun if isinstance(line.get("ranks"), int)}
-        saved = {int(p.name.rpartition("_")[2]): p for p in reversed(committed(file.with_name("checkpoints")))}
+        saved = {step_of(p): p for p in reversed(committed(file.with_name("checkpoints")))}
         last = max([*lines, *saved], default=0)
         last += max(skipped, default=-1) >= last + lines.get(last, {}).get("skipped", 0)
         if not last:
