@@ -65,7 +65,7 @@ class Manifest(TypedDict, total=False):
 
 def commit(temporary: Path, body: Mapping[str, Any], keep: int) -> Path:
     """Write the manifest into the folder `temporary`, rename the folder to step_XXXXXXXX, and return the new path. Then delete
-    all but the newest `keep` checkpoints.
+    old checkpoints (see _prune).
 
     `body`: the content of the manifest. Raises OSError if a file that the manifest lists is missing or incomplete, or if the
     rename fails. Errors after the rename are ignored. Independent.
@@ -85,7 +85,7 @@ def commit(temporary: Path, body: Mapping[str, Any], keep: int) -> Path:
         sync_directory(folder)
         shutil.rmtree(replaced, ignore_errors=True)
         write_file(folder.parent / "latest", final.name.encode())
-        _prune(folder, keep)
+        _prune(folder, body["step"], keep)
     return final
 
 
@@ -101,12 +101,13 @@ def _seal(body: Mapping[str, Any]) -> bytes:
     return f'{{"crc32": {zlib.crc32(text.encode())}, "body":\n{text}}}\n'.encode()
 
 
-def _prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and the unfinished folders of killed jobs. Each folder is renamed before it
-    is deleted. A folder with a final name is therefore always complete."""
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Of the checkpoints up to `step`, delete all but the newest `keep`. Checkpoints of later steps are neither deleted nor counted,
+    because the run resumed from an earlier one, so they are invalid. Also delete the unfinished folders of killed jobs. Each
+    folder is renamed before it is deleted. A folder with a final name is therefore always complete."""
     for path in [*folder.glob(".old_*"), *folder.glob(".writing_*")]:  # left behind by killed jobs
         shutil.rmtree(path, ignore_errors=True)
-    for path in committed(folder)[keep:]:
+    for path in [path for path in committed(folder) if step_of(path) <= step][keep:]:
         old = folder / f".old_{path.name}"
         os.rename(path, old)
         shutil.rmtree(old, ignore_errors=True)
@@ -118,7 +119,12 @@ def committed(folder: Path) -> list[Path]:
     If a checkpoint is being replaced, its old folder is also in the list, after its new folder.
     """
     found = [p for p in folder.iterdir() if _STEP_DIR.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda p: (int(p.name.rpartition("_")[2]), not p.name.startswith(".")), reverse=True)
+    return sorted(found, key=lambda p: (step_of(p), not p.name.startswith(".")), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint folder with a final name. Pure."""
+    return int(path.name.rpartition("_")[2])
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from mpidp.checkpoint.manifest import committed
-from mpidp.checkpoint.mirrored import RUN_FILES, MirrorFolder, open_mirror_folder
-from mpidp.errors import DataError, MpidpError
+from mpidp.checkpoint.manifest import step_of
+from mpidp.checkpoint.mirrored import RUN_FILES, MirrorFolder
+from mpidp.errors import MpidpError
 from mpidp.runtime.files import open_regular
 from mpidp.runtime.log import log
 from mpidp.storage.address import without_secrets
@@ -34,8 +34,9 @@ class Mirror:
     def __init__(self, run_dir: Path, folder: MirrorFolder, keep: int) -> None:
         """`run_dir`: RUN. `folder`: the mirror. `keep`: the number of checkpoints to keep on the mirror."""
         self._run_dir, self._folder, self._keep = run_dir, folder, keep
-        self._waiting: Path | None = None  # the newest committed checkpoint, if its copying has not begun
-        self._failed: Path | None = None  # the newest checkpoint, if it could not be copied
+        # A checkpoint, and whether to copy it even if the mirror has it
+        self._waiting: tuple[Path, bool] | None = None  # the newest valid checkpoint, if its copying has not begun
+        self._failed: tuple[Path, bool] | None = None  # the newest valid checkpoint, if it could not be copied
         self._changed = threading.Condition()
         self._busy = self._ending = False
         self._thread = threading.Thread(target=self._run, name="mpidp-mirror", daemon=True)
@@ -45,7 +46,14 @@ class Mirror:
         """Tell the thread to copy `checkpoint` next. If an earlier checkpoint is still waiting, the earlier one is not
         copied."""
         with self._changed:
-            self._waiting = checkpoint
+            self._waiting = (checkpoint, True)
+            self._changed.notify_all()
+
+    def resumed_from(self, checkpoint: Path) -> None:
+        """Tell the thread to copy `checkpoint`, the newest valid one, if the mirror lacks it. If a checkpoint is already waiting, do
+        nothing."""
+        with self._changed:
+            self._waiting = self._waiting or (checkpoint, False)
             self._changed.notify_all()
 
     def finish(self, seconds: float) -> bool:
@@ -76,16 +84,18 @@ class Mirror:
             with self._changed:
                 while self._waiting is None:
                     self._changed.wait()
-                checkpoint, self._waiting, self._failed, self._busy = self._waiting, None, None, True
-            copied = self._try(checkpoint)
+                task, self._waiting, self._failed, self._busy = self._waiting, None, None, True
+            copied = self._try(*task)
             with self._changed:
                 self._busy = False
-                self._failed = None if copied or self._waiting else checkpoint
+                self._failed = None if copied or self._waiting else task
                 self._changed.notify_all()
 
-    def _try(self, checkpoint: Path) -> bool:
+    def _try(self, checkpoint: Path, always: bool) -> bool:
         began = time.monotonic()
         try:
+            if not always and step_of(checkpoint) in self._folder.steps():
+                return True
             size = self._copy(checkpoint)
         except FileNotFoundError as error:
             with self._changed:
@@ -120,25 +130,9 @@ class Mirror:
                 length = os.fstat(file.fileno()).st_size
                 self._folder.write(target, file, length)
                 size += length
-        self._folder.prune(self._keep)
+        self._folder.prune(step_of(checkpoint), self._keep)
         return size
 
     def _of_run(self) -> Iterator[Path]:
         for pattern in RUN_FILES:
             yield from (path for path in sorted(self._run_dir.glob(pattern)) if path.is_file())
-
-
-def open_mirror(run_dir: Path, address: str, resume: str, keep: int) -> Mirror:
-    """Open the mirror of a run as open_mirror_folder() does, and return it. If the mirror lacks the newest checkpoint of RUN,
-    start to copy this checkpoint. `resume`: the value of run.resume. `keep`: the number of checkpoints to keep on the mirror.
-    Independent."""
-    folder = open_mirror_folder(run_dir, address, resume)
-    mirror = Mirror(run_dir, folder, keep)
-    newest = committed(run_dir / "checkpoints") if resume != "never" else []
-    if newest:
-        try:
-            if int(newest[0].name.rpartition("_")[2]) not in folder.steps():
-                mirror.add(newest[0])
-        except DataError:
-            mirror.add(newest[0])
-    return mirror

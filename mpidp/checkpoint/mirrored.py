@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from mpidp.checkpoint.manifest import check_file, committed, read_manifest
+from mpidp.checkpoint.manifest import check_file, committed, read_manifest, step_of
 from mpidp.errors import CheckpointError, DataError, MpidpError, UsageError
 from mpidp.runtime.files import create_file, write_file
 from mpidp.runtime.json_file import parse_json
@@ -23,7 +23,7 @@ from mpidp.storage.opening import open_store
 from mpidp.storage.retry import Retries
 from mpidp.storage.store import Missing
 
-RUN_FILES = ("config.toml", "tokenizer.json", "special_tokens.json", "init.json", "metrics.jsonl", "hf/*")
+RUN_FILES = ("config.toml", "tokenizer.json", "special_tokens.json", "init.json", "metrics.jsonl", "hf/**/*")
 RETRY_SECONDS = 60.0  # how long a failing request is repeated; the mirror then continues with the next checkpoint
 PIECE = 16 << 20  # bytes fetched at a time
 _OURS = re.compile(r"checkpoints/step_(\d{8,})/(manifest\.json|rank_\d{5}\.safetensors)")
@@ -66,12 +66,12 @@ class MirrorFolder:
         names = list(names)
         self._retries.call(self.address, lambda: self._store.delete(names))
 
-    def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep` complete checkpoints. Also delete incomplete checkpoints that are older than the
-        newest complete one. Independent."""
-        names = self.names()
+    def prune(self, step: int, keep: int) -> None:
+        """Of the complete checkpoints up to `step`, which is complete, delete all but the newest `keep`. Also delete the incomplete
+        checkpoints up to `step`. Checkpoints of later steps stay, because the run has resumed from an earlier one. Independent."""
+        names = [name for name in self.names() if _step_of(name) <= step]
         complete = sorted({_step_of(name) for name in names if name.endswith("/manifest.json")})
-        old = [name for name in names if complete and _step_of(name) < complete[-1] and _step_of(name) not in complete[-keep:]]
+        old = [name for name in names if _step_of(name) not in complete[-keep:]]
         if old:
             self.delete(sorted(old, key=lambda name: not name.endswith("/manifest.json")))
 
@@ -113,7 +113,7 @@ def open_mirror_folder(run_dir: Path, address: str, resume: str) -> MirrorFolder
     belongs to a mirror. In that case, logs a warning instead. Independent.
     """
     folder = MirrorFolder(address)
-    local = [int(path.name.rpartition("_")[2]) for path in committed(run_dir / "checkpoints")]
+    local = [step_of(path) for path in committed(run_dir / "checkpoints")]
     own = _own_id(run_dir)
     try:
         theirs = _id_of(folder)

@@ -86,7 +86,7 @@ def set_aside(run_dir: Path) -> Path | None:
     """Move the files of an earlier run in RUN to RUN/previous_N. Return the path of this folder, or None if RUN has no files
     of an earlier run. Independent."""
     own = "checkpoints", "latest", "tries.json", "timeline.json", "tensorboard", "track"
-    names = [name for one in (*RUN_FILES, *own) if (run_dir / (name := one.removesuffix("/*"))).exists()]
+    names = [name for one in (*RUN_FILES, *own) if (run_dir / (name := one.removesuffix("/**/*"))).exists()]
     if not names:
         return None
     number = 1

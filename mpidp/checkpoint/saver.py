@@ -74,6 +74,11 @@ class Saver:
         """Record the step of the newest checkpoint. `step`: this step, or -1 if there is no checkpoint. Independent."""
         self.step = step
 
+    def newest(self) -> tuple[int, int]:
+        """Return the steps of the newest save and of the save before it. The first may not be committed. A step is -1 if there is no
+        such save. Independent."""
+        return self.step, self._before
+
     def seen_before(self, failures: int, trained: float) -> None:
         """Record the number of failures and the seconds of training so far, which are read from metrics.jsonl. Independent."""
         self.failures, self.trained = failures, trained
@@ -191,10 +196,13 @@ class Saver:
                      f"and takes {seconds:.2g} s; {self.failures} failures so far")
 
     def close(self) -> None:
-        """Drop the current save on this rank. Return when its thread no longer reads the state."""
+        """Drop the current save on this rank, unless it is being committed. Return when its thread no longer reads the state and
+        will not commit the checkpoint later."""
         if self._save:
             self._save.dropping.set()
             self._save.released.wait()
+            with self._save.committing:
+                pass
 
     def _drop(self) -> Exception | None:
         """Drop the failed save, and return this rank's error or None. All ranks must call this method, at a time when no thread

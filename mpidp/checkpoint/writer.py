@@ -82,6 +82,7 @@ class Save:
     saved: dict[str, float] | None = None  # on rank 0 after the commit: seconds and CPU seconds of the save
     dropping: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)  # set when the thread no longer reads the state
+    committing: threading.Lock = field(default_factory=threading.Lock)  # held by the thread while it commits the checkpoint
     began: float = field(default_factory=time.monotonic)  # start of the save
 
     def __post_init__(self) -> None:
@@ -123,10 +124,11 @@ class Save:
 
     def _fail(self, error: Exception, pause: float | None) -> None:
         """Print a warning if `error` is the first error of this save, unless the main thread waits for the save. Then sleep for
-        `pause` seconds (None: forever). Raises Dropped as soon as the save is dropped."""
+        `pause` seconds (None: this save is not retried). Raises Dropped as soon as the save is dropped."""
         if self.error is None and not self.wait:
-            log.warning("warning: rank %d: the checkpoint of step %d could not be written (%s). Training continues, and the save "
-                        "is retried", self.rank, self.step, describe_error(error))
+            log.warning("warning: rank %d: the checkpoint of step %d could not be written (%s). Training continues, and %s",
+                        self.rank, self.step, describe_error(error),
+                        "the next checkpoint is written when it is due" if pause is None else "the save is retried")
         self.error, self.state = error, FAILS
         if self.dropping.wait(pause):
             raise Dropped
@@ -213,8 +215,12 @@ class Save:
         records = [self._records[rank] for rank in self.writers]
         tensors = {name: about for record in records for name, about in record["tensors"].items()}
         files = [record["file"] for record in records]
-        commit(self.folder, {"step": self.step, **self.meta, "tensors": dict(sorted(tensors.items())), "files": files}, self.keep)
-        self.saved = {"seconds": time.monotonic() - self.began, "cpu_seconds": time.thread_time()}
+        body = {"step": self.step, **self.meta, "tensors": dict(sorted(tensors.items())), "files": files}
+        with self.committing:
+            if self.dropping.is_set():
+                raise Dropped
+            commit(self.folder, body, self.keep)
+            self.saved = {"seconds": time.monotonic() - self.began, "cpu_seconds": time.thread_time()}
 
 
 def _bytes_of(tensor: Tensor) -> np.ndarray:

@@ -2,9 +2,10 @@
 name the ranks that block the other ranks.
 
 The ranks of a node share a small memory segment with one record for each rank. Writing a record takes microseconds and does not
-access the disk. The record of a rank can be read even if the rank is stopped or its interpreter is blocked. When no rank of a
-node makes progress, one of its ranks copies the segment to RUN/.board/HOST.json, which the other nodes read. If RUN/.board cannot
-be written, a report has no information about the ranks of other nodes.
+access the disk. The record of a rank can be read even if the rank is stopped or its interpreter is blocked. If there are several
+nodes, one rank of each node copies the segment to RUN/.board/HOST.json every `run.hang_seconds` / 4, and more often when a rank
+waits. A node with a rank that waits reads the files of the other nodes. If RUN/.board cannot be written, a node has no information
+about the ranks of other nodes, so a long wait for a slower node counts as a hang.
 """
 
 from __future__ import annotations
@@ -63,8 +64,9 @@ class HeartbeatRow:
 
     def __str__(self) -> str:
         parts = [f"rank {self.rank} ({self.host}, pid {self.pid})"]
-        parts += [f"{self.doing} for {self.entered:.0f} s"] if self.phase else []
-        parts += [f"last heartbeat {self.heard:.0f} s ago"] if self.entered - self.heard >= 2 else []
+        if self.phase:  # without a heartbeat, the rank may have made progress after its node last wrote its file
+            parts += [f"last seen {self.doing}" if self.state == SILENT else f"{self.doing} for {self.entered:.0f} s"]
+        parts += [f"last heartbeat {self.heard:.0f} s ago"] if self.entered - self.heard >= 2 and self.state != SILENT else []
         parts += [STATES[self.state]] if self.state in STATES else []
         return ", ".join(parts)
 
@@ -146,9 +148,9 @@ class HeartbeatBoard:
         here = [SLOT.unpack_from(self._memory, at)[3] for at in self._slots.values()]
         return time.monotonic() - max(here + [NODE.unpack_from(self._memory, at)[2] for at in self._nodes.values()])
 
-    def exchange(self, every_seconds: float) -> None:
-        """Write the file of this node, and read the files of other nodes. If a rank of this node has already done this in the
-        last `every_seconds` seconds, do nothing."""
+    def exchange(self, every_seconds: float, read: bool = True) -> None:
+        """Write the file of this node. If `read` is true, also read the files of other nodes. If a rank of this node has written
+        the file in the last `every_seconds` seconds, do nothing."""
         now = time.monotonic()
         if not self._nodes or now - CLOCK.unpack_from(self._memory)[0] < every_seconds:
             return
@@ -159,7 +161,7 @@ class HeartbeatBoard:
             content = {"token": self._token, "stamp": now, "rows": [asdict(row) for row in self._here()]}
             temporary.write_text(json.dumps(content))
             os.replace(temporary, self._folder / f"{self.host}.json")
-        for host, at in self._nodes.items():
+        for host, at in self._nodes.items() if read else ():
             stamp, rows = self._read(host)
             if rows and stamp != NODE.unpack_from(self._memory, at)[0]:
                 NODE.pack_into(self._memory, at, stamp, now, now - min(row.heard for row in rows))

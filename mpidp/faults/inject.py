@@ -19,10 +19,11 @@ the run returns to a checkpoint or continues without failed ranks. This module i
 
 The kinds nan and wrong need comm.reducer=tree, which keeps the gradients of lanes (sequences of micro-batches) separate.
 During training, only audits find the faults wrong and flip. The kinds wrong and flip are rejected with settings that audits do
-not support (docs/methods.md). Faults of the first three rows occur when the phase begins. The default phase is compute. With
-`after=SECONDS`, they occur this many seconds later, even if another phase has begun. The kinds sysexit, raise and hang do not
-support `after`. A step has the phases data, compute, comm_wait and update. An update has the phases reduce, apply and publish.
-After the update, the phases evaluate and checkpoint may follow. In the phase respawn, failed ranks are replaced.
+not support (docs/methods.md). With audits, the kind flip needs at least two copies of the parameters. Faults of the first three
+rows occur when the phase begins. The default phase is compute. With `after=SECONDS`, they occur this many seconds later, even if
+another phase has begun. The kinds sysexit, raise and hang do not support `after`. A step has the phases data, compute, comm_wait
+and update. An update has the phases reduce, apply and publish. After the update, the phases evaluate and checkpoint may follow.
+In the phase respawn, failed ranks are replaced.
 """
 
 from __future__ import annotations
@@ -137,11 +138,18 @@ class InjectedFaults(StepObserver):
         keep the gradients of lanes separate."""
         return any(fault.kind in ("nan", "wrong") for fault in self.of_all_ranks)
 
-    def check(self, keeps_lanes: bool, unaudited: str = "") -> None:
+    def check(self, keeps_lanes: bool, unaudited: str = "", compares: bool = True) -> None:
         """Raise UsageError if a fault on any rank is not possible in this job. `keeps_lanes`: whether the job keeps the
         gradients of single lanes or micro-batches, so that a fault can change these gradients. `unaudited`: a setting of the
-        job that audits do not support, with the reason, or "" if there is no such setting."""
+        job that audits do not support, with the reason, or "" if there is no such setting. `compares`: False if the job has
+        audits, but only one copy of the parameters."""
         for fault in self.of_all_ranks:
+            if fault.kind == "flip" and not compares:
+                raise UsageError.on_every_rank(
+                    f"{VARIABLE}: {fault.word!r} is not possible with train.audit_every, because this job has only one copy of the "
+                    "parameters, so no audit can find the fault. Start several ranks, with --comm.copies=rank on one node, or "
+                    f"remove the fault from {VARIABLE}"
+                )
             if unaudited and fault.kind in ("wrong", "flip"):
                 raise UsageError.on_every_rank(
                     f"{VARIABLE}: {fault.word!r} is not possible with {unaudited}, so no audit can find the fault. Choose "
@@ -179,15 +187,16 @@ class InjectedFaults(StepObserver):
             or (fault.kind == "nan" and fault.step <= step and attempt == 0 and self._once(fault))
         ]
 
-    def flip(self, step: int, parameters: Sequence[Any]) -> None:
+    def flip(self, step: int, parameters: Sequence[Any]) -> bool:
         """Cause this rank's faults of the kind flip for this step. Call this method after the update of the step.
-        `parameters`: all parameters, in order."""
+        `parameters`: all parameters, in order. Return whether a rank has such a fault in this step."""
         for fault in self.of_this_rank:
             if fault.kind == "flip" and fault.step == step and self._once(fault):
                 first = parameters[fault.tensor].detach().view(-1)[:1]
                 host = first.cpu()
                 host.numpy().view("uint32")[0] ^= 1 << fault.bit
                 first.copy_(host)
+        return any(fault.kind == "flip" and fault.step == step for fault in self.of_all_ranks)
 
     def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[None] | None:
         """Return a context for the computation of a micro-batch. At its end, the context sleeps for the injected delay. Return

@@ -25,6 +25,7 @@ class RestartLog:
     def __init__(self, run_dir: Path, begun: bool = False) -> None:
         """`begun`: True in a process that joins a running job, because the start of this job is already counted."""
         self.path, self._begun = run_dir / "tries.json", begun
+        self._before: dict[str, Any] | None = None  # on rank 0: the content of the file before this start
 
     def begin(self, step: int, most: int, rank: int) -> None:
         """On rank 0, count a start from the checkpoint of `step`, or from the beginning if `step` is -1. Raises UsageError on
@@ -32,7 +33,7 @@ class RestartLog:
         self._begun = True
         if rank:
             return
-        record = self._read()
+        record = self._before = self._read()
         tries = int(record["tries"]) if record.get("step") == step else 0
         if tries >= most:
             self._begun = False
@@ -52,13 +53,19 @@ class RestartLog:
 
     def ended(self, error: BaseException | None, rank: int) -> None:
         """Record how this start ended. `error`: the exception that ended the job, or None. If there is no error, or the job was
-        stopped on request, rank 0 removes the file. If all ranks have the same error, rank 0 records it. Otherwise each rank with
-        an error records its own error."""
+        stopped on request, rank 0 removes the file. If all ranks have the same UsageError, the start was refused, so rank 0 does not
+        count it. If all ranks have the same other error, rank 0 records it. Otherwise each rank with an error records its own
+        error."""
         if not self._begun:
             return
         everywhere = isinstance(error, MpidpError) and error.everywhere
         if error is None or isinstance(error, (Stopped, KeyboardInterrupt)):
             if rank == 0:
+                self.path.unlink(missing_ok=True)
+        elif everywhere and isinstance(error, UsageError):
+            if self._before:
+                self._write(self._before)
+            elif self._before is not None:
                 self.path.unlink(missing_ok=True)
         elif rank == 0 or not everywhere:
             kind = "" if isinstance(error, MpidpError) else f"{type(error).__name__}: "

@@ -65,9 +65,6 @@ class RunLock:
         try:
             self._acquire(patience_seconds, watch_seconds, ours)
         except OSError as error:
-            if self._handle is not None:  # the lock was acquired, but the file could not be written
-                self.path.unlink(missing_ok=True)
-                os.close(self._handle)
             raise UsageError(f"{option}={run_dir} cannot be written to ({error}). Choose another --{option}=DIR") from error
         self._thread = threading.Thread(target=self._count, name="lock", daemon=True)
         self._thread.start()
@@ -99,8 +96,7 @@ class RunLock:
             if not holder or all(holder.get(key, self._me[key]) == self._me[key] for key in ("host", "boot")):
                 who = f"process {holder['pid']} on this host" if _alive(holder) else "" if free else "another process"
                 if not who and self._is(handle):  # otherwise the file was removed after it was opened
-                    self._handle = handle
-                    return self._write(handle)
+                    return self._hold(handle, self.path)
                 who, give_up = who or "another process", waited >= patience
                 if first is None and patience == math.inf:
                     log.info("%s: the lock is held by %s. Waiting until that process has finished", self.path, who)
@@ -136,17 +132,29 @@ class RunLock:
         that a replacement by another job at the same time is noticed. Raises UsageError if another job has replaced the file,
         too."""
         temporary = self.path.with_name(f".lock.{self._me['token']}")
-        self._handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-        _lock_file(self._handle)
-        self._write(self._handle)
-        os.replace(temporary, self.path)
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+        _lock_file(handle)
+        self._hold(handle, temporary)
         if confirm:
             time.sleep(2 * COUNT_SECONDS)
         if not self.held():
-            os.close(self._handle)
+            os.close(handle)
             raise UsageError(
                 f"{self.path}: another job acquired the lock at the same time. Choose another folder with --{self._option}=DIR"
             )
+
+    def _hold(self, handle: int, path: Path) -> None:
+        """Write this job's content to the lock file, and keep the file open. `path`: the present name of the open file. If it is a
+        temporary name, the file then replaces RUN/lock. After an OSError, the file `path` does not exist."""
+        try:
+            self._write(handle)
+            os.replace(path, self.path)
+        except OSError:
+            os.close(handle)
+            with suppress(OSError):
+                path.unlink()
+            raise
+        self._handle = handle
 
     def _write(self, handle: int) -> None:
         os.pwrite(handle, json.dumps(self._me).encode().ljust(LOCK_BYTES), 0)

@@ -28,9 +28,10 @@ class Watchdog(StepObserver):
     `hang_seconds` or for the time of 20 usual steps, whichever is longer. One rank of each node then prints a report, and all
     processes exit with code 6.
 
-    A Python thread checks the heartbeats, also during blocking MPI calls. If the GIL is never released, faulthandler's timer ends
-    the process. The first occurrence of a phase may take `first_times` times as long, for example to compile code, to open
-    connections or to read files. Checks begin with the first phase. Independent.
+    A Python thread checks the heartbeats, also during blocking MPI calls. The time in which this process was stopped (SIGSTOP)
+    does not count. If a rank never releases the GIL, other ranks report it. If all ranks hold their GILs, no rank reports the hang.
+    The first occurrence of a phase may take `first_times` times as long, for example to compile code, to open connections or to
+    read files. Checks begin with the first phase. Independent.
     """
 
     def __init__(
@@ -94,7 +95,6 @@ class Watchdog(StepObserver):
         if self.board is not None:
             self.enter(self._at[0] + 1, "end")
             self.board.close()
-            faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
         assert self.board is not None
@@ -107,9 +107,10 @@ class Watchdog(StepObserver):
             before = now
             self._write()  # since the last heartbeat, the rank may have begun to wait for other ranks
             usual, deadline = self.timeouts()
-            faulthandler.dump_traceback_later(1.5 * deadline + 5, exit=True)  # ends the process if this thread cannot run again
             if now - self._entered > usual / 4:
                 self.board.exchange(usual / 20)
+            else:  # a rank of another node may wait for this rank, and look for its heartbeats
+                self.board.exchange(self.hang_seconds / 4, read=False)
             if now - self._heard > deadline and (quiet := self.board.quiet_seconds()) > deadline:
                 if self.board.claim_report():
                     self._report(self.board, quiet, usual)
@@ -117,7 +118,6 @@ class Watchdog(StepObserver):
                     threading.Timer(3.0, os._exit, (HANG_EXIT_CODE,)).start()  # in case MPI itself hangs
                     self._abort(HANG_EXIT_CODE)
                 os._exit(HANG_EXIT_CODE)
-        faulthandler.cancel_dump_traceback_later()
 
     def _report(self, board: HeartbeatBoard, quiet: float, usual: float) -> None:
         message, blamed = blame(board.rows(silent_seconds=usual / 5))

@@ -17,7 +17,7 @@ from mpidp.runtime.json_file import parse_json, parse_json_lines, read_json_line
 from mpidp.runtime.log import log
 
 LARGEST = 1e100  # larger numbers are ignored, because their sums and products could overflow
-TAIL_BYTES = 1 << 16  # bytes at the end of the file that are searched for the last lines of a failed rank 0
+TAIL_BYTES = 1 << 16  # bytes at the end of the file that are searched first for the last lines of a failed rank 0
 
 
 class _Data(TypedDict, total=False):
@@ -134,13 +134,11 @@ class MetricsFile:
     def _repair(self, latest: Sequence[Mapping[str, Any]]) -> None:
         """Delete an incomplete last line and the `end` line. Add the lines of `latest` that the file lacks."""
         with open(self._path, "rb+") as file:
-            start = max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES)
-            file.seek(start)
-            lines = file.read().splitlines(keepends=True)
+            start, lines = _last_lines(file, min((line["step"] for line in latest), default=math.inf))
             while lines and (not lines[-1].endswith(b"\n") or b'"event": "end"' in lines[-1]):
                 lines.pop()
             file.truncate(start + sum(map(len, lines)))
-        known = {_kind(line) for line in parse_json_lines(lines[bool(start) :], Line)}
+        known = {_kind(line) for line in parse_json_lines(lines, Line)}
         self._file, self._late, self._warned = open(self._path, "ab", buffering=0), b"", False  # noqa: SIM115
         for line in latest:
             if _kind(line) not in known:
@@ -206,6 +204,22 @@ def lost(lines: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]) 
 def id_of(line: Mapping[str, Any]) -> str:
     """Return a string that is equal for equal lines. Pure."""
     return json.dumps(line, sort_keys=True)
+
+
+def _last_lines(file: IO[bytes], step: float) -> tuple[int, list[bytes]]:
+    """Return (start, lines). lines: the last lines of a metrics.jsonl, from a line of an earlier step than `step` to the end of the
+    file. If there is no such line, these are all lines. start: the offset of the first of them in the file."""
+    size, length = file.seek(0, os.SEEK_END), TAIL_BYTES
+    while True:
+        start = max(0, size - length)
+        file.seek(start)
+        lines = file.read().splitlines(keepends=True)
+        if not start:
+            return 0, lines
+        start += len(lines.pop(0))  # it may be a part of a line
+        if any(line["step"] < step for line in parse_json_lines(lines, Line)):
+            return start, lines
+        length *= 2
 
 
 def _kind(line: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -13,7 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpidp.checkpoint.mirror import Mirror, open_mirror
+from mpidp.checkpoint.mirror import Mirror
+from mpidp.checkpoint.mirrored import open_mirror_folder
 from mpidp.checkpoint.resume import find_checkpoint
 from mpidp.config.rules import method_setting
 from mpidp.config.schema import Config
@@ -171,7 +172,8 @@ class RunAttempts:
                 self.lock = RunLock(plan.run_dir, ours=True)
             if world.rank == 0 and self.mirror is None and plan.config.run.mirror:
                 run, failed = plan.config.run, bool(self.crew.events) or self.job is not None
-                self.mirror = open_mirror(plan.run_dir, run.mirror, "auto" if failed else run.resume, run.keep)
+                folder = open_mirror_folder(plan.run_dir, run.mirror, "auto" if failed else run.resume)
+                self.mirror = Mirror(plan.run_dir, folder, run.keep)
         held = world.allgather(self.job is not None and self.survives)
         if self.job is not None and self.job.comm is world:
             return None  # no rank joined
@@ -196,6 +198,8 @@ class RunAttempts:
         reader, notes = find_checkpoint(plan.run_dir, "auto" if events else run.resume, plan.world)
         self.plan = plan = plan.adopt(reader, notes)
         self.crew.config = plan.config
+        if reader is not None and self.mirror is not None:
+            self.mirror.resumed_from(reader.path)
         if reader is not None and (end := plan.has_ended(reader)) is not None:
             plan.print_end(end)
             return end

@@ -12,8 +12,8 @@ def audit_weights(job: Job, now: bool = False) -> None:
     differ from the majority. `now`: whether to check at this step even if no audit is due (only with train.audit_every above
     0). Raises Damaged if a repair is not possible. Collective over job.comm."""
     step = job.position.step
-    if not now:
-        job.services.faults.flip(step, list(job.engine.model.parameters()))
+    if not now and job.services.faults.flip(step, list(job.engine.model.parameters())):
+        job.memory.group.fence()  # another rank may compute the checksums of the copy in which this rank flipped a bit
     if not (job.audit.due(step) or (now and job.audit.every)):
         return
     finding = job.audit.weights()

@@ -71,7 +71,10 @@ def build(
     )
     settings = plan.config.flat()
     unaudited = [f"{rule.one}: {rule.why}" for rule in RULES if rule.other == "train.audit_every" and rule.has_one(settings)]
-    services.faults.check(memory.level >= 2 or isinstance(memory.reducer, Tree), *unaudited[:1])
+    # Audits compare copies of the parameters: those of replicas, and with mesh.tp also those within a stage. A job that continues
+    # after a failure may have only one copy.
+    compares = not plan.config.train.audit_every or len(memory.replicas) > 1 or plan.grid.tp.size > 1 or before is not None
+    services.faults.check(memory.level >= 2 or isinstance(memory.reducer, Tree), "".join(unaudited[:1]), compares)
     strategy = make_strategy(plan, model, memory, before)
     engine = make_engine(plan, model, transport, strategy, services)
     saver = make_saver(plan, model, strategy, lock)

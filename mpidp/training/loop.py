@@ -102,6 +102,9 @@ def run_to_end(job: Job, stop: StopRequest, events: list[dict[str, Any]]) -> dic
         raise
     finally:
         loader.close()
+        if lost:  # the next job does not report the saves of this job
+            job.saver.close()
+            report_saves(job)
         services.close()
         job.record.close()
         if not lost:  # after a failure, the services stay in use until the next job has its own

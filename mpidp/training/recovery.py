@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from mpi4py import MPI
 
-from mpidp.checkpoint.manifest import committed
+from mpidp.checkpoint.manifest import committed, step_of
 from mpidp.errors import Damaged, DataError, MpidpError
 from mpidp.faults.respawn import add_rank
 from mpidp.faults.stop import StopRequest
@@ -217,12 +217,17 @@ def _take_over(job: Job, before: Job | None) -> list[tuple[int, str]]:
     first = reached.index(max(known))  # a rank that did the most work after the step, for example an evaluation
     mesh = before.grid.everyone if before is not None else job.grid.everyone
     hosts = [host for host, size in zip(mesh.hosts, mesh.node_sizes, strict=True) for _ in range(size)]
-    held = None if before is None else (before.state.portable(), list(zip(mesh.numbers, hosts, strict=True)))
-    state, old = job.comm.bcast(held, root=first)
+    held = None if before is None else (
+        before.state.portable(), list(zip(mesh.numbers, hosts, strict=True)), before.saver.newest()
+    )
+    state, old, saves = job.comm.bcast(held, root=first)
     job.state.adopt(state)
     job.state.recovered = True
-    names = [path.name for path in committed(job.run_dir / "checkpoints")] if job.comm.rank == 0 else []
-    job.saver.resumed_at(job.comm.bcast(int(names[0].rpartition("_")[2]) if names else -1))
+    # Folders of other steps do not count. They may be invalid checkpoints, before which the run resumed.
+    there = [path for path in committed(job.run_dir / "checkpoints") if step_of(path) in saves] if job.comm.rank == 0 else []
+    if there and job.services.mirror is not None:
+        job.services.mirror.resumed_from(there[0])
+    job.saver.resumed_at(job.comm.bcast(step_of(there[0]) if there else -1))
     return old  # type: ignore[no-any-return]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpidp.checkpoint.manifest import committed
+from mpidp.checkpoint.manifest import committed, step_of
 from mpidp.errors import UsageError
 from mpidp.metrics.jsonl import read_lines
 from mpidp.runtime.world import raise_together
@@ -51,7 +51,7 @@ def read_record(run: str, world: Any) -> Record:
         begun = [line for line in records if line.get("event") in ("start", "recovered", "respawned")]
         ranks = {line["step"]: line["ranks"] for line in begun if isinstance(line.get("ranks"), int)}
         schedules = {line["step"]: schedule_of(line["schedule"]) for line in begun if "schedule" in line}
-        saved = {int(p.name.rpartition("_")[2]): p for p in reversed(committed(file.with_name("checkpoints")))}
+        saved = {step_of(p): p for p in reversed(committed(file.with_name("checkpoints")))}
         last = max([*lines, *saved], default=0)
         last += max(skipped, default=-1) >= last + lines.get(last, {}).get("skipped", 0)
         if not last:

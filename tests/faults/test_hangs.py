@@ -10,7 +10,8 @@
 | it sleeps, alone on its node | 6; ranks of other nodes name its phase | output |
 | run.dir is removed, then it is stopped | 6; rank 1, compute of step 4, stopped | output |
 | each batch of an evaluation takes 3 s, and all of it 12 s | 0: slow, not hung | code, hash |
-| all ranks are stopped for longer than the deadline, then continue | 0: they were suspended | code, hash |
+| it is slow, alone on its node, and the other rank waits 10 s for it at a meeting | 0: slow, not hung | code, steps |
+| all ranks are stopped for three times the deadline, then continue | 0: they were suspended | code, hash |
 """
 
 from __future__ import annotations
@@ -123,14 +124,25 @@ def test_an_evaluation_that_is_slow_is_no_hang(place: Path) -> None:
     assert steps_logged(place / "run") == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_slow_rank_on_another_node_is_no_hang(place: Path) -> None:
+    """Ranks meet every 20 steps. A step of rank 1 takes 0.5 s, so each of its phases is short, and rank 0 waits for 10 s."""
+    words = ("--strategy.name=local", "--strategy.sync_every=20", "--train.steps=40", "--train.save_every=20",
+             "--run.hang_seconds=3")
+    fault = "delay:1:1,seconds=0.25"  # a step of rank 1 has two micro-batches
+    ended = Shell(place, "mpich").train(*words, ranks=2, MPIDP_PRETEND_NODES="2", MPIDP_FAULT=fault)
+    assert ended.code == 0 and ended.seconds > 20, ended
+    assert end_record(place / "run")["step"] == 40, ended
+
+
 def test_a_job_that_is_suspended_for_a_while(place: Path, whole_hash: str) -> None:
-    slowly = faulty("time.sleep(14)", range(2), batches=[2]) + ENTER  # it is stopped for 10 s of these
-    started = Shell(place, "mpich").start("-c", slowly, "tiny.toml", "--run.hang_seconds=6", ranks=2)
+    """No timer ends it: neither while it is stopped, nor when it continues."""
+    slowly = faulty("time.sleep(14)", range(2), batches=[2]) + ENTER  # it is stopped for 12 s of these
+    started = Shell(place, "mpich").start("-c", slowly, "tiny.toml", "--run.hang_seconds=4", ranks=2)
     started.until_exists(place / "run" / "checkpoints" / "step_00000002")
     ranks = started.ranks()
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for pid in ranks:
             os.kill(pid, number)
-        time.sleep(10 * (number == signal.SIGSTOP))
+        time.sleep(12 * (number == signal.SIGSTOP))
     ended = started.wait()
     assert ended.code == 0 and end_record(place / "run")["weights_sha256"] == whole_hash, ended

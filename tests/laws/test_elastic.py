@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from mpidp.comm.work_stealing import Tickets
-from mpidp.errors import MpidpError
+from mpidp.errors import MpidpError, UsageError
 from mpidp.training import balance
 from tests.registries import OPTIMIZERS
 from tests.tiny import WORLD, Ran, corpus, pretended, sizes, small_blocks, tiny, train_at
@@ -244,7 +244,8 @@ def at_least(n: int) -> None:
 @pytest.mark.parametrize(
     ("n", "nodes", "copies", "rank", "seen"),
     [(3, 1, "rank", 2, [2]), (3, 1, "auto", 0, [0]), (5, 1, "rank", 3, [3]),
-     (5, 3, "node", 2, [2, 3]), (4, 3, "node", 0, [0, 1])],  # 5 ranks on 3 nodes: 2, 2 and 1; 4 ranks on 3 nodes: 2, 1, 1
+     (5, 3, "node", 2, [2, 3]), (5, 3, "node", 3, [2, 3]),  # 5 ranks on 3 nodes: 2, 2 and 1
+     (4, 3, "node", 0, [0, 1])],  # 4 ranks on 3 nodes: 2, 1, 1
 )
 def test_a_flipped_bit_is_mended_from_the_majority(
     shared_folder: Path, shared_tmp: Path, alone: Ran, n: int, nodes: int, copies: str, rank: int, seen: list[int]
@@ -268,6 +269,16 @@ def test_of_two_replicas_the_run_goes_back_to_its_last_checkpoint(
     same(run, alone)
     back = run.events("went_back")
     assert len(back) == 1 and f"step {step}" in back[0]["why"] and back[0]["step"] == (0 if step == 2 else 3)
+
+
+@pytest.mark.parametrize(("n", "copies"), [(1, "rank"), (2, "node")])
+def test_a_flipped_bit_in_the_only_copy_is_refused(shared_folder: Path, shared_tmp: Path, n: int, copies: str) -> None:
+    """No audit could find it. The start does not count as one of run.tries."""
+    at_least(n)
+    inject = f"flip:{n - 1}:2,tensor=3,bit=20"
+    with pytest.raises(UsageError, match=f"'{inject}' is not possible with train.audit_every, because this job has only one copy"):
+        train(n, corpus(shared_folder), shared_tmp, 1, inject, train={"audit_every": 2}, comm={"copies": copies})
+    assert not list(shared_tmp.rglob("tries.json")) and not list(shared_tmp.rglob("step_*"))
 
 
 def test_a_checkpoint_is_never_of_replicas_that_differ(shared_folder: Path, shared_tmp: Path, alone: Ran) -> None:

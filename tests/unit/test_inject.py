@@ -74,7 +74,7 @@ def test_a_bit_is_flipped_once(bit: int) -> None:
     parameters = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(3)]
     faults = parse(f"flip:0:5,tensor=1,bit={bit}")
     for step in (4, 5, 5, 6):
-        faults.flip(step, parameters)
+        assert faults.flip(step, parameters) == parse(f"flip:0:5,tensor=1,bit={bit}", 1).flip(step, parameters) == (step == 5)
         bits = [p.detach().view(torch.int32).reshape(-1).tolist() for p in parameters]
         one = torch.ones(1).view(torch.int32).item()
         flipped = one ^ (1 << bit if bit < 31 else -(1 << 31))
@@ -205,3 +205,6 @@ def test_faults_that_no_audit_can_find_are_rejected_with_the_reason(kind: str) -
     said = f"'{text}' is not possible with x=1: y, so no audit can find the fault"
     with nullcontext() if kind == "nan" else pytest.raises(UsageError, match=said):
         parse(text).check(keeps_lanes=True, unaudited="x=1: y")
+    said = f"'{text}' is not possible with train.audit_every, because this job has only one copy of the parameters"
+    with pytest.raises(UsageError, match=said) if kind == "flip" else nullcontext():
+        parse(text).check(keeps_lanes=True, compares=False)

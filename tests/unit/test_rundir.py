@@ -84,6 +84,24 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         RunLock(tmp_path / "file" / "run")
 
 
+def test_a_lock_that_cannot_be_taken_over_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full. The lock of the earlier holder, on another machine, is not removed, and no other file is left."""
+    run = held(tmp_path / "run", host="elsewhere")
+    before = (run / "lock").read_bytes()
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(UsageError, match="cannot be written to .*No space left.*--run.dir"):
+        RunLock(run, watch_seconds=0.2)
+    assert (run / "lock").read_bytes() == before and [path.name for path in run.iterdir()] == ["lock"]
+    (run / "lock").unlink()
+    with pytest.raises(UsageError, match="cannot be written to"):
+        RunLock(run)
+    assert not list(run.iterdir())
+
+
 def test_two_that_find_a_dead_holder_do_not_both_take_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One job examines a dead holder while another one takes the lock over."""
     run, pid = tmp_path / "run", dead_pid()

@@ -62,6 +62,20 @@ def test_a_clean_end_is_no_try(tmp_path: Path, end: BaseException | None) -> Non
     assert not (tmp_path / "tries.json").exists()
 
 
+def test_a_start_that_is_refused_is_no_try(tmp_path: Path) -> None:
+    """For example, a setting or MPIDP_FAULT is not possible with this launch. What was known before is kept."""
+    refusal = UsageError.on_every_rank("comm.transport=window is not possible here")
+    for _ in range(9):
+        start(tmp_path, 4, error=refusal)
+    assert not (tmp_path / "tries.json").exists()
+    start(tmp_path, 4, error=ValueError("x"))
+    for _ in range(9):
+        start(tmp_path, 4, error=refusal)
+        start(tmp_path, -1, error=refusal)
+    with pytest.raises(UsageError, match="started 1 times in a row from .* step 4.*error was: rank 0: ValueError: x"):
+        start(tmp_path, 4, most=1)
+
+
 def test_one_rank_tells_of_an_error_that_all_have(tmp_path: Path) -> None:
     others = RestartLog(tmp_path)
     others.begin(4, 3, rank=1)

@@ -169,7 +169,7 @@ def serve(name: str, stream: Any, warnings: Warnings, seconds: float) -> int:
     ended, failures, next_try = False, 0, 0.0
     what = "a call of the tracker"
     for batch in inbox.batches():
-        waiting += [one for one in batch if tracker.purges or one["step"] > before.get(kind_of(one), -1)]
+        waiting += [one for one in batch if tracker.purges or "event" in one or one["step"] > before.get(kind_of(one), -1)]
         ended = ended or any(one.get("event") == "end" for one in batch)
         if len(waiting) > MAX_LINES:
             inbox.left_out += len(waiting) - MAX_LINES
