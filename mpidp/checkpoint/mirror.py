@@ -50,8 +50,8 @@ class Mirror:
             self._changed.notify_all()
 
     def resumed_from(self, checkpoint: Path) -> None:
-        """Tell the thread to copy `checkpoint`, the newest valid one, if the mirror lacks it. If a checkpoint is already waiting, do
-        nothing."""
+        """Tell the thread to copy `checkpoint`, the newest valid one, if the mirror lacks it. Do nothing if a checkpoint is
+        already waiting."""
         with self._changed:
             self._waiting = self._waiting or (checkpoint, False)
             self._changed.notify_all()

@@ -67,8 +67,9 @@ class MirrorFolder:
         self._retries.call(self.address, lambda: self._store.delete(names))
 
     def prune(self, step: int, keep: int) -> None:
-        """Of the complete checkpoints up to `step`, which is complete, delete all but the newest `keep`. Also delete the incomplete
-        checkpoints up to `step`. Checkpoints of later steps stay, because the run has resumed from an earlier one. Independent."""
+        """Of the complete checkpoints up to `step`, which is complete, delete all but the newest `keep`. Also delete the
+        incomplete checkpoints up to `step`. Checkpoints of later steps stay, because the run has resumed from an earlier one.
+        Independent."""
         names = [name for name in self.names() if _step_of(name) <= step]
         complete = sorted({_step_of(name) for name in names if name.endswith("/manifest.json")})
         old = [name for name in names if _step_of(name) not in complete[-keep:]]

@@ -75,8 +75,8 @@ class Saver:
         self.step = step
 
     def newest(self) -> tuple[int, int]:
-        """Return the steps of the newest save and of the save before it. The first may not be committed. A step is -1 if there is no
-        such save. Independent."""
+        """Return the steps of the newest save and of the save before it. The first may not be committed. A step is -1 if there is
+        no such save. Independent."""
         return self.step, self._before
 
     def seen_before(self, failures: int, trained: float) -> None:

@@ -3,9 +3,9 @@ name the ranks that block the other ranks.
 
 The ranks of a node share a small memory segment with one record for each rank. Writing a record takes microseconds and does not
 access the disk. The record of a rank can be read even if the rank is stopped or its interpreter is blocked. If there are several
-nodes, one rank of each node copies the segment to RUN/.board/HOST.json every `run.hang_seconds` / 4, and more often when a rank
-waits. A node with a rank that waits reads the files of the other nodes. If RUN/.board cannot be written, a node has no information
-about the ranks of other nodes, so a long wait for a slower node counts as a hang.
+nodes, one rank of each node copies the segment to RUN/.board/HOST.json every `run.hang_seconds` / 4, and more often if a rank
+waits. A node with a rank that waits reads the files of the other nodes. If RUN/.board cannot be written, a node has no
+information about the ranks of other nodes, so a long wait for a slower node counts as a hang.
 """
 
 from __future__ import annotations

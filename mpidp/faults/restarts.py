@@ -53,8 +53,8 @@ class RestartLog:
 
     def ended(self, error: BaseException | None, rank: int) -> None:
         """Record how this start ended. `error`: the exception that ended the job, or None. If there is no error, or the job was
-        stopped on request, rank 0 removes the file. If all ranks have the same UsageError, the start was refused, so rank 0 does not
-        count it. If all ranks have the same other error, rank 0 records it. Otherwise each rank with an error records its own
+        stopped on request, rank 0 removes the file. If all ranks have the same UsageError, the start was refused, so rank 0 does
+        not count it. If all ranks have the same other error, rank 0 records it. Otherwise each rank with an error records its own
         error."""
         if not self._begun:
             return

@@ -144,8 +144,8 @@ class RunLock:
             )
 
     def _hold(self, handle: int, path: Path) -> None:
-        """Write this job's content to the lock file, and keep the file open. `path`: the present name of the open file. If it is a
-        temporary name, the file then replaces RUN/lock. After an OSError, the file `path` does not exist."""
+        """Write this job's content to the lock file, and keep the file open. `path`: the present name of the open file. If it is
+        a temporary name, the file then replaces RUN/lock. After an OSError, the file `path` does not exist."""
         try:
             self._write(handle)
             os.replace(path, self.path)

@@ -207,8 +207,8 @@ def id_of(line: Mapping[str, Any]) -> str:
 
 
 def _last_lines(file: IO[bytes], step: float) -> tuple[int, list[bytes]]:
-    """Return (start, lines). lines: the last lines of a metrics.jsonl, from a line of an earlier step than `step` to the end of the
-    file. If there is no such line, these are all lines. start: the offset of the first of them in the file."""
+    """Return (start, lines). lines: the last lines of a metrics.jsonl, from a line of an earlier step than `step` to the end of
+    the file. If there is no such line, these are all lines. start: the offset of the first of them in the file."""
     size, length = file.seek(0, os.SEEK_END), TAIL_BYTES
     while True:
         start = max(0, size - length)

@@ -276,7 +276,7 @@ def test_a_flipped_bit_in_the_only_copy_is_refused(shared_folder: Path, shared_t
     """No audit could find it. The start does not count as one of run.tries."""
     at_least(n)
     inject = f"flip:{n - 1}:2,tensor=3,bit=20"
-    with pytest.raises(UsageError, match=f"'{inject}' is not possible with train.audit_every, because this job has only one copy"):
+    with pytest.raises(UsageError, match=f"'{inject}' is not possible with train.audit_every, because .* only one copy"):
         train(n, corpus(shared_folder), shared_tmp, 1, inject, train={"audit_every": 2}, comm={"copies": copies})
     assert not list(shared_tmp.rglob("tries.json")) and not list(shared_tmp.rglob("step_*"))
 

@@ -24,7 +24,8 @@ def save(run: Path, step: int) -> Path:
 
 
 def test_every_file_of_the_run_is_copied(tmp_path: Path, folder: MirrorFolder) -> None:
-    names = ["config.toml", "tokenizer.json", "metrics.jsonl", "hf/tokenizer_config.json", "hf/additional_chat_templates/rag.jinja"]
+    names = ["config.toml", "tokenizer.json", "metrics.jsonl", "hf/tokenizer_config.json"]
+    names.append("hf/additional_chat_templates/rag.jinja")
     for name in names:
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).write_text(name)
