@@ -103,8 +103,8 @@ def _seal(body: Mapping[str, Any]) -> bytes:
 
 def _prune(folder: Path, step: int, keep: int) -> None:
     """Of the checkpoints up to `step`, delete all but the newest `keep`. Checkpoints of later steps are neither deleted nor
-    counted, because the run resumed from an earlier one, so they are invalid. Also delete the unfinished folders of killed jobs. Each
-    folder is renamed before it is deleted. A folder with a final name is therefore always complete."""
+    counted, because the run resumed from an earlier one, so they are invalid. Also delete the unfinished folders of killed jobs.
+    Each folder is renamed before it is deleted. A folder with a final name is therefore always complete."""
     for path in [*folder.glob(".old_*"), *folder.glob(".writing_*")]:  # left behind by killed jobs
         shutil.rmtree(path, ignore_errors=True)
     for path in [path for path in committed(folder) if step_of(path) <= step][keep:]:

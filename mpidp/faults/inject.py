@@ -147,8 +147,8 @@ class InjectedFaults(StepObserver):
             if fault.kind == "flip" and not compares:
                 raise UsageError.on_every_rank(
                     f"{VARIABLE}: {fault.word!r} is not possible with train.audit_every, because this job has only one copy of "
-                    "the parameters, so no audit can find the fault. Start several ranks, with --comm.copies=rank on one node, or "
-                    f"remove the fault from {VARIABLE}"
+                    "the parameters, so no audit can find the fault. Start several ranks, with --comm.copies=rank on one node, "
+                    f"or remove the fault from {VARIABLE}"
                 )
             if unaudited and fault.kind in ("wrong", "flip"):
                 raise UsageError.on_every_rank(

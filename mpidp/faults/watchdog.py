@@ -29,7 +29,7 @@ class Watchdog(StepObserver):
     processes exit with code 6.
 
     A Python thread checks the heartbeats, also during blocking MPI calls. The time in which this process was stopped (SIGSTOP)
-    does not count. If a rank never releases the GIL, other ranks report it. If all ranks hold their GILs, no rank reports the hang.
+    does not count. If a rank never releases the GIL, other ranks report it. If all ranks hold their GILs, no rank does.
     The first occurrence of a phase may take `first_times` times as long, for example to compile code, to open connections or
     to read files. Checks begin with the first phase. Independent.
     """
