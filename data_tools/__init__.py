@@ -1,1 +1,1 @@
-"""Tools that convert text to shards and inspect shards. The shard format is documented in mpidp/data/shards.py."""
+"""Converts text to shards (HDF5 files of tokens), and inspects shards. mpidp/data/shards.py documents the format."""

@@ -5,8 +5,8 @@ far is divided by the weight of the source. The next document comes from the sou
 of the sources are therefore about right at every point of the mixture.
 
 Packing puts documents into windows of a fixed number of tokens. No document crosses a window boundary. The documents are
-placed one after the other. Each document goes into the first of the newest OPEN windows that has enough room. If none of these
-windows has enough room, a new window begins. The free space of a window is filled with end-of-document tokens that are
+placed one after the other. Each document goes into the first window with enough room among the last `OPEN` windows. If none of
+these windows has enough room, a new window begins. The free space of a window is filled with end-of-document tokens that are
 excluded from the loss. Packing needs about 100 bytes of memory per document.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from data_tools.cut import PIECE_TOKENS, Stream
 
-OPEN = 64  # number of windows that can receive further documents
+OPEN = 64  # only this many windows, the newest, can receive further documents
 
 
 def lengths_of(stream: Stream) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,5 @@
-"""Writes blocks of tokens to raw files (see cut.py), which are temporary. Shards are later written from the raw files. For a
-format that does not store document starts, the starts are found later, and replaced in the raw files."""
+"""Writes blocks of tokens to raw files (see cut.py), which are temporary. Shards are later written from the raw files. If a
+format does not store where documents start, boundaries.py finds the document starts, and replace_documents() stores them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class BlockWriter:
         return Raw(self.path, self.dtype.itemsize, self.tokens, self.documents, self._masked or self.left_out > 0)
 
     def replace_documents(self, pieces: Iterator[np.ndarray]) -> None:
-        """Replace the document starts. `pieces`: int64 arrays which together list the new starts in ascending order."""
+        """Replace the document starts. `pieces`: int64 arrays that contain all new starts, in ascending order."""
         documents = 0
         with writing(self.path, ADVICE), self._open("found") as file:
             for starts in pieces:
@@ -74,7 +74,7 @@ class BlockWriter:
 
     def pieces(self, start: int = 0, stop: int = -1) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the tokens [start, stop) as several pairs (position, ids), in order. position: the position of the first token
-        in the array `ids`. By default, yield all tokens."""
+        of the array `ids` in the split. By default, yield all tokens."""
         raw, end = self.raw(), self.tokens if stop < 0 else stop
         for at in range(start, end, BLOCK_TOKENS):
             yield at, raw.read(at, min(at + BLOCK_TOKENS, end))

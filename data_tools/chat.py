@@ -8,10 +8,10 @@ by the first rule that gives an end.
    with A, the turn starts after A. End: let B be the text of the messages up to and including the turn. If the text of the
    chat begins with B, the turn ends after B.
 3. The turn starts where the template writes the content of its message, and ends after this content. To find the two places, a
-   mark is inserted into the content, and the chat is rendered again. If a mark at the end of the content does not work, the
-   turn ends after the name of the last tool call of the message. The template may write more text after this end, such as the
-   name of a special token. Let C be the text after the end if the chat is cut off after the turn, and D the text after the end
-   in the whole chat. The turn also includes the common beginning of C and D.
+   mark (a special character) is inserted into the content, and the chat is rendered again. If a mark at the end of the content
+   does not work, the turn ends after the name of the last tool call of the message. The template may write more text after
+   this end, such as the name of a special token. Let C be the text after the end if the chat is cut off after the turn, and D
+   the text after the end in the whole chat. The turn also includes the common beginning of C and D.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def render(template: Template, chat: Chat) -> tuple[str, Spans]:
     if not all(chat.learned[i] for i in turns):
         if len(spans) != len(turns):
             raise RowSkipped("malformed", f"some of its {len(turns)} assistant turns are not in the loss, but the template marks "
-                                          f"{len(spans)} parts of the text, so the text of each turn is unknown")
+                                          f"{len(spans)} parts of the text, so it is unknown which part is which turn")
         spans = [span for span, i in zip(spans, turns, strict=True) if chat.learned[i]]
     return text, spans
 
@@ -63,9 +63,9 @@ def _turn(template: Template, chat: Chat, text: str, i: int) -> tuple[int, int]:
 
 
 def _beginning(template: Template, chat: Chat, text: str, count: int, prompt: bool) -> int | None:
-    """Render the first `count` messages alone, and return the length of their text. Return None if `text`, the text of the
-    whole chat, does not begin with this text, or if the template rejects these messages. `prompt`: whether to add the
-    generation prompt."""
+    """Render the first `count` messages alone, and return the length of the result in characters. Return None if `text`, the
+    text of the whole chat, does not begin with this result, or if the template rejects these messages. `prompt`: whether to
+    add the generation prompt."""
     if count == len(chat.messages):
         return len(text)
     try:

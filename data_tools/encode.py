@@ -23,7 +23,7 @@ from mpidp.data.tokenizer import token_dtype
 
 T = TypeVar("T")
 BATCH_CHARACTERS = 2**20  # number of characters that are encoded at once
-MAX_CHARACTERS = 64  # a row with more characters than this for each token of the window is cut (see encode_rows)
+MAX_CHARACTERS = 64  # a row is cut if it has more characters than this times the number of tokens of a window
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _drawn(seed: int, name: str, number: int) -> float:
 @dataclass(frozen=True)
 class Document:
     """A document of a source. A document of more than WINDOW characters is divided: `text` is its beginning, and `rest` yields
-    the other pieces. Read these pieces before the next document. If the document is shorter, `rest` is None."""
+    the other parts. Read these parts before the next document. If the document is shorter, `rest` is None."""
 
     stream: str
     text: str

@@ -82,9 +82,9 @@ def find_files(source: str, leave_out: Path) -> tuple[list[SourceFile], dict[str
 def _walk(root: Path, leave_out: Path, skipped: frozenset[str], outside: list[str]) -> list[SourceFile]:
     """Return the files below the folder `root`. Add the links that point outside this folder to `outside`.
 
-    `skipped`: names of folders that are left out. Links to folders are followed only if `skipped` is empty. They are followed
-    last, so that a folder which can also be reached without a link is read under its own path. A link to a folder that contains
-    `root` is never followed.
+    `skipped`: names of folders that are left out. Links to folders are followed only if `skipped` is empty, and after all
+    other folders, so that a folder which can also be reached without a link is read under its own path. A link to a
+    folder that contains `root` is never followed.
     """
     real = os.path.realpath(root)
     seen = {_identity(folder) for folder in Path(real).parents}
@@ -133,7 +133,7 @@ def _identity(folder: str | Path) -> tuple[int, int]:
 
 def _text_files(folder: str, names: list[str]) -> list[str]:
     """Return the names of those files of a folder that may contain text. `names`: the names of its files. If save_to_disk
-    wrote the folder, only those Arrow files are returned that state.json lists.
+    wrote the folder, return only the Arrow files that state.json lists.
 
     Raises DataError if the folder has a dataset in a format that prepare does not read.
     """

@@ -185,8 +185,8 @@ def _find_documents(
 
 
 def _streams(writers: dict[str, BlockWriter], encoder: Tokenizer, options: FromOptions) -> dict[str, Tokens]:
-    """Return the tokens of each split by name. If the source has no validation split, the result has no key "val", with one
-    exception: if the data is packed or has a loss mask, "val" contains the last documents of the source."""
+    """Return the tokens of each split by name. If the source has no validation split, the last documents become "val" if
+    the data is packed or has a loss mask. Otherwise the result has no key "val", and plan_shards() cuts the end of "train"."""
     streams = {split: Stream([writer.raw()]) for split, writer in writers.items() if writer.tokens}
     if "train" not in streams:
         raise DataError("the source has no tokens to train on. Give another file or folder")

@@ -50,7 +50,7 @@ class OutFolder:
     def open(self, wait: bool) -> bool:
         """Lock OUT and make the scratch folder. Return True.
 
-        With `wait`, first wait until no other process prepares OUT. If OUT then has an index, return False instead, without a
+        With `wait`, first wait until no other process prepares OUT. If OUT then has an index, return False, and make no
         scratch folder. Raises UsageError if OUT cannot be written, or has shards that prepare did not write. Without `wait`, also
         raises UsageError if another process prepares OUT. Independent.
         """

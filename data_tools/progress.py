@@ -29,7 +29,7 @@ class Ticker:
         self.documents = self.bytes = self.part = 0
 
     def add(self, documents: int = 0, size: int = 0, parts: int = 0) -> None:
-        """Add to the counts of finished documents (`documents`), finished bytes (`size`), and units that have been started
+        """Add to the three counts: finished documents (`documents`), finished bytes (`size`), and started units, such as files
         (`parts`; see phase()). Print a line if the last line is older than the interval."""
         self.documents, self.bytes, self.part = self.documents + documents, self.bytes + size, self.part + parts
         now = time.monotonic()

@@ -22,9 +22,10 @@ def to_tokens(name: str, shards: Path, out: Path) -> list[str]:
     """Write every split of `shards` in the format `name`. Return lines of text for the user: one about each split, then
     remarks.
 
-    `out`: a folder that does not exist, or a prefix for Megatron-LM. A document that begins in the split train and ends in the
-    split val becomes two documents. Raises UsageError if a file exists or cannot be written. Raises DataError if the shards
-    are damaged, or have a loss mask that the format cannot store. After an error, no incomplete file is left. Independent.
+    `out`: a folder that does not exist, or a prefix for Megatron-LM. A document that begins in the split "train" and ends in
+    the split "val" becomes two documents. Raises UsageError if a file exists or cannot be written. Raises DataError if the
+    shards are damaged, or have a loss mask that the format cannot store. After an error, no incomplete file is left.
+    Independent.
     """
     kind = FORMATS[name]
     streams = [TokenStream(shards, split) for split in TokenStream(shards).index.splits]
@@ -46,5 +47,5 @@ def to_tokens(name: str, shards: Path, out: Path) -> list[str]:
         lines.append(f"{shown}: {counted(split.tokens, 'token')}, {counted(split.documents, 'document')}")
     if kind.documents == IDS and not kind.masks and (lost := sum(split.lost for split in splits)):
         remarks.append(f"{kind.what} does not store where documents end. At {counted(lost, 'place')}, a program "
-                       "that finds documents by their end-of-document token will find other boundaries")
+                       "that finds documents by their end-of-document token will find different boundaries than mpidp")
     return lines + list(dict.fromkeys(remarks))

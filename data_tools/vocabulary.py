@@ -24,7 +24,7 @@ from mpidp.data.tokenizer import (
 from mpidp.errors import DataError, UsageError
 
 BPE_TRAINING_CHARACTERS = 64 * 2**20  # limit of the training text; files are read in the order of the hash of their names
-SLOW_CHARACTERS = 16 * 10**6  # length of a training text from which the training takes many seconds
+SLOW_CHARACTERS = 16 * 10**6  # training on a text of at least this length takes many seconds
 
 
 def check_tokenizer(spec: str) -> None:

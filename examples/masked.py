@@ -2,9 +2,8 @@
 
     mpirun -np 2 python -m mpi4py examples/masked.py shards/stdlib
 
-15% of the tokens are predicted. Of these, 80% are masked, 10% are replaced by a random token, and 10% stay the same. The
-random choices depend on the epoch and the micro-batch, not on the rank. The loss is the mean over the predicted tokens of the
-whole batch.
+15% of the tokens are predicted. Of these, 80% are masked, 10% are replaced by a random token, and 10% stay the same. The random
+choice depends on the epoch and the micro-batch, not on the rank. The loss is the mean over the predicted tokens of the batch.
 """
 
 from __future__ import annotations

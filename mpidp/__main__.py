@@ -1,4 +1,5 @@
-"""`mpidp COMMAND ...` and `python -m mpidp COMMAND ...` start a command. Other commands are not imported."""
+"""`mpidp COMMAND ...` and `python -m mpidp COMMAND ...` start a command. Only the module of
+this command is imported."""
 
 from __future__ import annotations
 

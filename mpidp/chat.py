@@ -48,9 +48,9 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add_run(parser)
     add("--system", metavar="TEXT", help="the system message")
-    add("--messages", metavar="FILE", help="answer a file of chats instead: rows with the list messages of {role, content}, "
+    add("--messages", metavar="FILE", help="answer a file of chats instead: rows with a list 'messages' of {role, content}, "
         "or rows of ShareGPT or Alpaca (.jsonl, .json, .parquet). The chats are divided among the ranks")
-    add_out(parser, "with --messages: the file to write, with the same rows. The last message of each is the answer", "FILE")
+    add_out(parser, "with --messages: the file to write. Each row is a chat whose last message is the answer", "FILE")
     add_batch(parser, "chats of --messages")
     add_sampling(parser)
     add_seq_len(parser)

@@ -31,32 +31,32 @@ class MpidpError(Exception):
 
 
 class UsageError(MpidpError):
-    """Raised if the command line, the configuration or the launch is wrong."""
+    """An error in the command line, the configuration or the launch."""
 
     exit_code = 2
 
 
 class DataError(MpidpError):
-    """Raised if shards, texts, a model's files or other input data are invalid."""
+    """An error in input data, such as shards, texts or a model's files."""
 
     exit_code = 3
 
 
 class CheckpointError(MpidpError):
-    """Raised if there is no checkpoint that can be used."""
+    """Says that there is no checkpoint that can be used."""
 
     exit_code = 4
 
 
 class Stopped(MpidpError):
-    """Raised if the run stopped on request. A training run first saves a checkpoint, from which the same command resumes the
+    """Says that the run stopped on request. A training run first saves a checkpoint, from which the same command resumes the
     run."""
 
     exit_code = 75
 
 
 class Damaged(MpidpError):
-    """Raised if the run must return to its last checkpoint. For example, replicas differ and there is no majority, or too many
+    """Says that the run must return to its last checkpoint. For example, replicas differ and there is no majority, or too many
     batches in a row were skipped."""
 
     next_batch = 0  # number of the batch with which the run resumes; 0: the first batch after the checkpoint

@@ -55,9 +55,9 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add_sampling(parser)
     add_batch(parser, "prompts")
     add("--stream", action="store_true", help="with one prompt: print the text while it is generated (default on a terminal)")
-    add("--chat", action="store_true", help="answer chats. --prompt is one message of the user. In --prompts, a row has the "
-                                            "list messages of {role, content}. The run's chat template makes the prompt, and "
-                                            "only the answer is printed")
+    add("--chat", action="store_true", help="answer chats. --prompt is one message of the user. In --prompts, a row has a "
+                                            "list 'messages' of {role, content}. The run's chat template makes the prompt, "
+                                            "and only the answer is printed")
     add_texts(parser, "default: 'tokens' if the tokenizer comes with a model, else 'text'")
     add_tokenizer(parser)
     add_compute(parser)

@@ -53,7 +53,7 @@ from mpidp.training.data_parallel import share_memory
 
 @dataclass(frozen=True)
 class SharingPlan:
-    """The first argument of share_memory(), which follows the protocol MemoryRequest (training/data_parallel.py)."""
+    """The object that is passed to share_memory(). It implements the protocol MemoryRequest (training/data_parallel.py)."""
 
     config: Config
     mesh: Topology

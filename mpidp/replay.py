@@ -1,6 +1,7 @@
 """Recomputes steps of a run and checks the results: `[mpirun -np N] python -m mpidp.replay RUN [--step S | --against RUN2]`.
 
-The steps are recomputed in memory, on any number of ranks, from the newest checkpoint before them or from the initial weights.
+The steps are recomputed in memory, on any number of ranks, from the newest checkpoint before these steps, or from the
+initial weights.
 The results are compared with the record of the run, which is its metrics.jsonl and its checkpoints. No file is written.
 docs/replay.md describes the output.
 """

@@ -69,8 +69,8 @@ def part_starts(name: str, values: np.ndarray, counts: np.ndarray, lengths: np.n
     Positions are counted from the first token of the first row.
 
     `name`: name of the column. `values`: the values of the column in all r rows, one row after the other. `counts`: (r,) how
-    many of these values each row has. `lengths`: (r,) number of tokens of each row. `first`: number of the first row. Errors
-    count rows from this number. Raises DataError if the values do not agree with `lengths`. Pure.
+    many of these values each row has. `lengths`: (r,) number of tokens of each row. `first`: number of the first row,
+    for error messages. Raises DataError if the values do not agree with `lengths`. Pure.
     """
     ends, bases = np.cumsum(counts), np.cumsum(lengths) - lengths
     of_row = np.repeat(np.arange(len(counts)), counts)
@@ -110,7 +110,7 @@ def block_of_rows(
     `columns`: the columns with a value for each token, by name, the ids first. Each column is an array (n,) with the values of
     all rows, one row after the other. `lengths`: (r,) number of tokens of each row. `parts`: the columns with a value for each
     document, by name. Each is a pair of arrays: the values of all rows, and the number of values of each row, (r,). `first_row`:
-    number of the first row. Errors count rows from this number.
+    number of the first row, for error messages.
 
     Raises DataError if a column does not hold integers, or if a label is neither -100 nor the id. Also raises DataError if
     positions do not count from 0 in each document, or if the lengths of documents do not add up to the length of their row.

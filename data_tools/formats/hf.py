@@ -2,7 +2,7 @@
 DatasetDict, and .parquet files with a column of ids.
 
 state.json lists the Arrow files of a Dataset. dataset_dict.json lists the splits of a DatasetDict. A row is a document, or a
-part of a stream of tokens that was cut into rows of one length. columns.py explains the other columns.
+part of a stream of tokens that was cut into rows of equal length. columns.py explains the other columns.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def split_of(name: str) -> str:
 
 
 def in_splits(paths: Iterable[Path], root: Path, remarks: list[str]) -> list[SourcePart]:
-    """Assign the files or folders of a dataset to the splits train and val. Leave out the split test. Also leave out folders that
+    """Assign the files or folders of a dataset to the splits "train" and "val". Leave out the split "test", and folders that
     repeat a part of another folder (SUBSETS). Add a remark about what was left out to `remarks`.
 
     `root`: the folder of the dataset, whose own name is ignored. Raises DataError if nothing is left for training. Pure.
@@ -45,8 +45,8 @@ def in_splits(paths: Iterable[Path], root: Path, remarks: list[str]) -> list[Sou
     parts = [SourcePart(path, split) for path, split in named if split != TEST]
     if not any(part.split == "train" for part in parts):
         only = [part.path for part in parts] or left_out
-        raise DataError(f"{root} has only {only[0].relative_to(root)}{' and others' * (len(only) > 1)} and no training data. "
-                        "To train on one of these, give the file or folder itself as the source")
+        raise DataError(f"{root} has no training data, only {only[0].relative_to(root)}{' and others' * (len(only) > 1)}. To "
+                        "train on one of these, give the file or folder itself as the source")
     return parts
 
 

@@ -12,7 +12,7 @@ from mpidp.data.shards import TokenStream
 
 
 class SplitTokens:
-    """One split of shards. blocks() yields its tokens, and counts tokens and documents meanwhile. Independent."""
+    """One split of shards. blocks() yields its tokens, and counts the tokens and documents that it yields. Independent."""
 
     def __init__(self, stream: TokenStream, bos: int | None, ticker: Ticker) -> None:
         """`stream`: the tokens of the split. `bos`: the id of BOS, which may begin documents, or None."""

@@ -20,7 +20,7 @@ from mpidp.comm.buffers import memory
 from mpidp.comm.transport import pieces
 
 SMALL_BYTES = 1 << 16  # smaller collectives always poll, even with blocking=True
-NEAR_BYTES = 1 << 20  # least size of collectives in shared memory; half-precision reductions use it from SMALL_BYTES on
+NEAR_BYTES = 1 << 20  # smallest tensor that uses shared memory; for half-precision reductions, the limit is SMALL_BYTES
 LARGEST_BYTES = 1 << 30  # largest total size of all ranks' data in one MPI call
 
 
@@ -70,7 +70,7 @@ class Calls:
 
     def __init__(self, comm: MPI.Intracomm, blocking: bool) -> None:
         """`blocking`: whether to use MPI's blocking calls for large reductions. With Open MPI, blocking calls are up to 2.7 times
-        as fast, but a rank that waits in one keeps its core busy."""
+        as fast as non-blocking calls, but a rank that waits in one keeps its core busy."""
         self.comm = comm
         self.blocking = blocking
         self.aborted: Callable[[], bool] = lambda: False

@@ -57,7 +57,8 @@ def world() -> MPI.Intracomm:
 
 
 def rendezvous(url: str, timeout: timedelta = MEETING_TIMEOUT, **_: Any) -> Iterator[tuple[Any, int, int]]:
-    """Yield (store, rank, size). torch calls this function for init_method="mpi://". Collective over world().
+    """Start a store on rank 0, and yield (store, rank, size). torch calls this function for init_method="mpi://". Collective
+    over world().
 
     The store is a TCPStore on rank 0 at a free port (comm/store.py). Raises RuntimeError on all ranks if any rank cannot connect
     to the store.
@@ -67,7 +68,7 @@ def rendezvous(url: str, timeout: timedelta = MEETING_TIMEOUT, **_: Any) -> Iter
     try:
         store = open_store(comm, timeout, os.environ.get(HOST, ""))
     except RuntimeError as error:
-        raise RuntimeError(f"mpi://: {error}. Set {HOST} to another address of rank 0's host") from error
+        raise RuntimeError(f"mpi://: {error}. Set {HOST} to an address at which all nodes can reach rank 0's host") from error
     _server = store if comm.rank == 0 else None
     yield store, comm.rank, comm.size
 

@@ -98,7 +98,7 @@ class SharedMemory:
                 raise RuntimeError(
                     f"mpi4py: the ranks do not agree in {call}: rank {rank} has {found[0]} bytes and rank 0 has {table[0][0]} "
                     "bytes"
-                    + (", and their dtypes or reductions differ" if found[1] != table[0][1] else "")
+                    + (", and their collectives, dtypes or reductions differ" if found[1] != table[0][1] else "")
                 )
 
     def _run(self, count: int, *phases: Phase) -> None:

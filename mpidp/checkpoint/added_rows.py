@@ -35,8 +35,8 @@ class AddedRows:
         self._means: dict[str, Tensor] = {}
 
     def box(self, name: str, entry: Entry) -> Tensor:
-        """Return the box that `entry` describes, as Reader.box() does. The box may contain added rows. `name`: "model/"
-        followed by the parameter's name."""
+        """Return the box (rectangular block) that `entry` describes, as Reader.box() does. The box may contain added rows.
+        `name`: "model/" followed by the parameter's name."""
         if name.removeprefix("model/") not in MATRICES:
             return self._weights.box(name, entry)
         columns = (entry.tensor.shape if entry.shape is None else entry.shape)[1]

@@ -29,14 +29,14 @@ Box = list[list[int]]  # [start, stop) along each dimension; empty for a scalar
 
 
 def tensor_of(key: str) -> str:
-    """Return the name of the tensor to which the box named `key` belongs. If a tensor NAME has one box, the box is also named
-    NAME. If the tensor has several boxes, they are named NAME#0, NAME#1 and so on. Pure."""
+    """Return the name of the tensor to which the box (rectangular block) named `key` belongs. If a tensor NAME has one box,
+    the box is also named NAME. If the tensor has several boxes, they are named NAME#0, NAME#1 and so on. Pure."""
     return key.partition("#")[0]
 
 
 def boxes_of_run(shape: tuple[int, ...], low: int, high: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Divide the elements [low, high) of a tensor, counted in row-major order, into boxes. Return one pair per box: (indices of
-    its first element, shape of the box).
+    """Divide the elements [low, high) of a tensor, counted in row-major order, into boxes (rectangular blocks). Return one
+    pair per box: (indices of its first element, shape of the box).
 
     A range of a matrix gives at most three boxes: the end of one row, complete rows, and the beginning of another row. Pure.
     """
@@ -80,8 +80,8 @@ def share_out(shapes: Mapping[str, tuple[int, ...]], rank: int, size: int) -> di
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a global tensor, which this rank writes to its file. `at`: the indices of the box's first element in the global
-    tensor. `tensor`: the values of the box."""
+    """A box (rectangular block) of a global tensor. This rank writes the box to its file. `at`: the indices of the box's first
+    element in the global tensor. `tensor`: the values of the box."""
 
     name: str  # name in the file: the tensor's name, or NAME#0, NAME#1, ... for several boxes of a tensor
     tensor: Tensor

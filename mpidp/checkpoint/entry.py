@@ -22,7 +22,7 @@ class Entry:
     sharded: no other rank holds the box.
 
     additive: the global tensor is the sum of one tensor per rank. Examples are the residuals of a compression. If a checkpoint
-    is loaded on the same number of ranks, each rank gets its own tensor back. Otherwise rank 0 gets the sum.
+    is loaded on as many ranks as wrote it, each rank gets its own tensor back. Otherwise rank 0 gets the sum.
     """
 
     tensor: Tensor

@@ -20,7 +20,8 @@ class Shards(Protocol):
     parameter. The tensor of the parameter itself may then be empty."""
 
     def entries(self, name: str) -> dict[str, Entry]:
-        """Return this rank's boxes of the parameter `name`. The boxes are named NAME#0, NAME#1 and so on. Independent."""
+        """Return this rank's boxes (rectangular blocks) of the parameter `name`. The boxes are named NAME#0, NAME#1 and so on.
+        Independent."""
 
     def whole(self) -> Tensor:
         """Return the whole parameter. Collective over the ranks that hold shards of the parameter."""
@@ -57,7 +58,8 @@ def weights_sha256(model: torch.nn.Module) -> str:
 
 
 def boxes_held(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
-    """Return those entries that are boxes of sharded tensors, as {tensor's name: {box's name: entry}}. Pure."""
+    """Return the entries that are boxes (rectangular blocks) of sharded tensors, as {tensor's name: {box's name: entry}}.
+    Pure."""
     found: dict[str, dict[str, Entry]] = {}
     for key, entry in entries.items():
         if entry.shape is not None and entry.layout == "sharded":
@@ -66,9 +68,9 @@ def boxes_held(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
 
 
 def load_boxes(state: Mapping[str, Tensor], held: Mapping[str, Entry], optimizer: Any) -> None:
-    """Copy loaded optimizer state into the optimizer: the boxes into the tensors of `held`, and the step counter into
-    `optimizer`. `state`: {name: loaded value}. `held`: {name: entry with the tensor to fill}. Raises ValueError if a name in
-    `state` belongs to no parameter. Independent."""
+    """Copy loaded optimizer state into the optimizer: the boxes (rectangular blocks of tensors) into the tensors of `held`,
+    and the step counter into `optimizer`. `state`: {name: loaded value}. `held`: {name: entry with the tensor to fill}. Raises
+    ValueError if a name in `state` belongs to no parameter. Independent."""
     for name, value in state.items():
         if name.endswith("/step"):
             optimizer.set_updates(int(value))

@@ -163,13 +163,13 @@ def _own_id(run_dir: Path) -> str | None:
 
 
 def _id_of(folder: MirrorFolder) -> str | None:
-    """Return the id of the run to which the mirror belongs, or None if the mirror is new. Raises UsageError if the folder has
+    """Return the id of the run to which the mirror belongs, or None if the mirror is new. Raises UsageError if the mirror has
     checkpoints but no id."""
     content = folder.read(MARK)
     if content is None:
         if folder.names():
-            raise UsageError(f"run.mirror={folder.address} has checkpoints but no file {MARK}, which would name their run. "
-                             "Choose another address")
+            raise UsageError(f"run.mirror={folder.address} has checkpoints, but no file {MARK} that says to which run "
+                             "they belong. Choose another address")
         return None
     try:
         return str(parse_json(content, dict[str, str])["run"])

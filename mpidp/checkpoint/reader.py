@@ -42,15 +42,16 @@ class Reader(Mapping[str, Tensor]):
         return self.part(name)
 
     def part(self, name: str, at: Sequence[int] = (), shape: Sequence[int] | None = None) -> Tensor:
-        """Return the box of the tensor `name` that begins at the indices `at` and has the shape `shape`. By default, return
-        the whole tensor. Only the box is read. Raises CheckpointError if elements of the box are missing."""
+        """Return the box (rectangular block) of the tensor `name` that begins at the indices `at` and has the shape `shape`.
+        By default, return the whole tensor. Only the box is read. Raises CheckpointError if elements of the box are
+        missing."""
         with readable(self.path):
             whole = tuple(self.meta["tensors"][name]["shape"])
             return self._assembled(name, self._pieces[name], tuple(at) or (0,) * len(whole), whole if shape is None else shape)
 
     def box(self, name: str, entry: Entry) -> Tensor:
-        """Return the box that `entry` describes, from the tensor `name`. Raises CheckpointError if the tensor does not have
-        the global shape of `entry`, or if elements of the box are missing."""
+        """Return the box (rectangular block) of the tensor `name` that `entry` describes. Raises CheckpointError if the tensor
+        does not have the global shape of `entry`, or if elements of the box are missing."""
         with readable(self.path):
             there, shape = tuple(self.meta["tensors"][name]["shape"]), entry.tensor.shape if entry.shape is None else entry.shape
             if there != tuple(shape):
@@ -90,11 +91,11 @@ class Reader(Mapping[str, Tensor]):
     def under(
         self, prefix: str, rank: int = 0, size: int = 1, boxes: Mapping[str, Mapping[str, Entry]] | None = None
     ) -> dict[str, Tensor]:
-        """Return {name without prefix: tensor} for all tensors whose names begin with `prefix`. Tensors are read as own()
-        reads them for `rank` and `size`.
+        """Return {name without prefix: tensor} for all tensors whose names begin with `prefix`. Each tensor is the result of
+        own() for `rank` and `size`.
 
-        `boxes`: the tensors of which this rank holds only some boxes, as {tensor's name: {box's name: entry}}, without prefix.
-        For each of these tensors, only the boxes are read, and the result contains {box's name: box}.
+        `boxes`: the tensors of which this rank holds only some boxes (rectangular blocks), as {tensor's name: {box's name:
+        entry}}, without prefix. For each of these tensors, only the boxes are read, and the result contains {box's name: box}.
         """
         found = {}
         for name in (name for name in self if name.startswith(prefix)):

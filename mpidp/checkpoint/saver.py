@@ -71,7 +71,7 @@ class Saver:
         self._events: list[dict[str, Any]] = []
 
     def resumed_at(self, step: int) -> None:
-        """Record that the checkpoint of `step` is the newest, or that there is no checkpoint (step -1). Independent."""
+        """Record the step of the newest checkpoint. `step`: this step, or -1 if there is no checkpoint. Independent."""
         self.step = step
 
     def seen_before(self, failures: int, trained: float) -> None:
@@ -87,8 +87,8 @@ class Saver:
         return np.array([*(state == one for one in (WAITS, WRITES, FAILS)), late], dtype=float)
 
     def wait_for_recent_save(self, step: int) -> None:
-        """If a save is due after this step, wait until the previous save has finished, or until YOUNG_SECONDS after its start.
-        Call this method before the ranks exchange the step report."""
+        """If a save is due after this step, wait until the previous save has finished, but not longer than YOUNG_SECONDS after
+        the start of the previous save. Call this method before the ranks exchange the step report."""
         if self.every < 1 or step % self.every:
             return
         while (save := self._save) and save.state in (WAITS, WRITES) and time.monotonic() - save.began < YOUNG_SECONDS:
@@ -105,8 +105,8 @@ class Saver:
         elif waits or writes:
             self._events.append({"event": "save_skipped", "step": step, "writing": self.step})
             if self.comm.rank == 0 and not self._warned:
-                log.info("step %d  not saved: step %d is still being written; the disk is too slow for train.save_every "
-                         "(logged once)", step, self.step)
+                log.info("step %d  no checkpoint, because that of step %d is still being written. The disk is too slow for "
+                         "train.save_every: raise this setting, or use a faster disk (logged once)", step, self.step)
             self._warned, self._next = True, time.monotonic() + self._interval / 10
             return False
         return True
@@ -129,8 +129,8 @@ class Saver:
         self._stalled = time.monotonic() - began
 
     def wait_for_copy(self) -> None:
-        """Wait until this rank's state has been copied. The state may change after this call has returned on all ranks and the
-        ranks have synchronized."""
+        """Wait until this rank's state has been copied. The caller may change the state when this call has returned on all
+        ranks and the ranks have synchronized."""
         if self._save and not self._save.released.is_set():
             began = time.monotonic()
             self._save.released.wait()
@@ -166,7 +166,7 @@ class Saver:
                 ) from error
 
     def pop_events(self) -> list[dict[str, Any]]:
-        """Return the events since the last call of pop_events(). Ranks other than rank 0 return an empty list."""
+        """On rank 0, return the saving events since the last call of pop_events(). On other ranks, return an empty list."""
         self._note()
         events, self._events = self._events, []
         return events if self.comm.rank == 0 else []

@@ -26,7 +26,7 @@ def memory(tensor: torch.Tensor) -> Any:
     silently sends old values.
     """
     if not tensor.is_contiguous():
-        raise ValueError(f"MPI needs contiguous memory, got strides {tensor.stride()} for shape {tuple(tensor.shape)}")
+        raise ValueError(f"MPI needs a contiguous tensor, but got strides {tensor.stride()} for shape {tuple(tensor.shape)}")
     return MPI.memory.fromaddress(tensor.data_ptr(), tensor.nbytes)
 
 
@@ -34,7 +34,7 @@ def datatype(tensor: torch.Tensor) -> Any:
     """Return the MPI datatype of a tensor's elements. Raises TypeError if not every MPI library can sum this dtype. Examples are
     bfloat16 and float16."""
     if tensor.dtype not in _DATATYPES:
-        raise TypeError(f"MPI has no portable sum for {tensor.dtype}: reduce in float32, or send bytes and add in torch")
+        raise TypeError(f"MPI has no portable sum for {tensor.dtype}. Convert to float32, or send bytes and add with torch")
     return _DATATYPES[tensor.dtype]
 
 

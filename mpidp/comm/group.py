@@ -27,7 +27,7 @@ from mpidp.runtime.ulfm import revocable
 from mpidp.runtime.world import raise_together
 
 SHARED_MEMORY = "/dev/shm"  # where MPI keeps shared-memory windows
-# Bytes of SHARED_MEMORY that an MPI library allocates for messages on each rank, after the windows. If they are not free, the
+# Bytes of SHARED_MEMORY that an MPI library allocates for messages on each rank, after the windows. Without this space, the
 # rank ends with a bus error. Intel MPI 2021.18 and 2021.19 allocated up to 16 MiB. MPICH and Open MPI allocate at their start.
 FOR_MESSAGES = {"Intel MPI": 16 << 20}
 
@@ -55,15 +55,15 @@ class Group:
         return self.node.rank < self.num_rails
 
     def slice_of(self, num_elements: int) -> slice:
-        """Return this rank's slice of a flat tensor with `num_elements` elements. The slice consists of whole norm blocks. It is
-        empty if the rank owns no slice. Independent."""
+        """Return the slice (range of elements) that this rank owns in a flat tensor with `num_elements` elements. The slice
+        consists of whole norm blocks (4,096 elements). It is empty if the rank owns no slice. Independent."""
         if not self.owns:
             return slice(0, 0)
         bounds = slice_bounds(num_elements, self.num_rails, NORM_BLOCK)
         return slice(bounds[self.node.rank], bounds[self.node.rank + 1])
 
     def fence(self, wait: Wait | None = None) -> None:
-        """Synchronize the ranks of the group. After this call, every rank sees what the others wrote to shared memory before it.
+        """Synchronize the ranks of the group. Then every rank sees what the others wrote to shared memory before the call.
         `wait`: the function that waits for the other ranks. By default, this is the attribute `wait`. Collective over node."""
         if self.node.size > 1:
             for window in self._windows:
@@ -75,10 +75,10 @@ class Group:
     def memory(self, elements: int, device: torch.device, room: int = 0) -> list[torch.Tensor]:
         """Return one float32 tensor (n,) per rank of the group, in order of ranks. Every rank sees all of them. This rank's
         tensor has `elements` elements, which are 0. Other ranks may request other sizes. With fault tolerance, this rank's tensor
-        has `room` elements if `room` is larger. Collective over node.
+        has `room` elements if `room` is larger than `elements`. Collective over node.
 
         If the group reuses the memory of a previous group, return that group's tensors with their contents. Successive calls
-        return them in the order in which that group allocated them.
+        return the tensors of that group in the order in which they were allocated.
         """
         room = max(elements, room) if launched_with_ulfm() else elements
         if found := self._found(elements):
@@ -130,8 +130,8 @@ class Group:
         return self._given[-1][0]
 
     def _found(self, elements: int) -> list[torch.Tensor]:
-        """Return the tensors of the previous group's next allocation. Return [] if there is none, or if this rank's tensor is too
-        small."""
+        """Take the oldest allocation of the previous group that is left, and return its tensors. Return [] if no allocation is
+        left, or if this rank's tensor in the allocation has fewer than `elements` elements."""
         if not self._before:
             return []
         found = self._before.pop(0)
@@ -188,7 +188,7 @@ def by_node(mesh: Topology) -> Group:
 
 def regroup(mesh: Topology, before: Group) -> Group:
     """Make new groups of the remaining ranks after a failure, and return this rank's group. The new groups share memory if the
-    previous groups did, and keep its contents. `before`: the previous group of this rank. Collective over mesh.dp."""
+    previous groups did, and keep the contents. `before`: the previous group of this rank. Collective over mesh.dp."""
     group = by_node(mesh) if before.shares else alone(mesh)
     group.reuse_memory(before)
     return group
@@ -204,7 +204,7 @@ def make_group(mesh: Topology, transport: str, needed_bytes: int, device: torch.
     if transport == "messages":
         return alone(mesh), "messages"
     if device.type != "cpu":
-        return alone(mesh), "messages (shared-memory windows need CPU gradients)"
+        return alone(mesh), "messages (shared-memory windows work only for gradients on the CPU)"
     if max(mesh.node_sizes) == 1:
         return alone(mesh), "messages (one rank per node)" if mesh.dp.size > 1 else "none (one rank)"
     if launched_with_ulfm():

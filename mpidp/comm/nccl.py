@@ -151,7 +151,7 @@ def check_nccl(wanted: str, device: torch.device, mesh: Topology) -> None:
     if shared := shared_gpus(mesh.dp.allgather((mesh.host.partition("#")[0], gpu_name(device)))):
         raise UsageError.on_every_rank(
             f"comm.gpu=nccl, but {'; '.join(shared)}, and NCCL supports one rank per GPU. Start at most one rank per GPU, make a "
-            "different GPU visible to each, or use comm.gpu=auto"
+            "different GPU visible to each rank, or use comm.gpu=auto"
         )
 
 

@@ -53,8 +53,8 @@ def gradient_path(wanted: str, device: torch.device, comm: MPI.Intracomm) -> str
     """Return how gradients are exchanged. "host": the tensors are on the CPU. "staged": MPI reads pinned host memory. "device":
     MPI reads device memory. "nccl": NCCL is used instead of MPI.
 
-    `wanted`: "staged", "device", "nccl" or "auto". For CPU tensors the result is always "host". Otherwise it is `wanted`. "auto"
-    means "device" if the probe succeeds on every node, else "staged". Collective over comm.
+    `wanted`: "staged", "device", "nccl" or "auto". For CPU tensors the result is always "host". For CUDA tensors it is `wanted`,
+    but "auto" becomes "device" if the probe succeeds on every node, else "staged". Collective over comm.
     """
     if device.type == "cpu":
         return "host"

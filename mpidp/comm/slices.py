@@ -1,4 +1,4 @@
-"""Cuts flat buffers into slices, and computes the norm of a gradient block by block."""
+"""Cuts flat buffers into slices (ranges of elements), and computes the norm of a gradient block by block."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ NORM_BLOCK = 1 << 12  # elements; the gradient norm is summed over blocks of thi
 
 
 def round_up(number: int, multiple: int) -> int:
-    """Return the smallest multiple of `multiple` that is at least `number`. Pure."""
+    """Return the smallest integer that is at least `number` and divisible by `multiple`. Pure."""
     return -(-number // multiple) * multiple
 
 
 def slice_bounds(length: int, size: int, multiple: int = ALIGN) -> list[int]:
-    """Divide `length` elements into `size` slices that begin at multiples of `multiple`. Return the bounds, which are size + 1
-    numbers. Slice r is [bounds[r], bounds[r + 1]). Pure."""
+    """Divide `length` elements into `size` slices. The start of each slice is divisible by `multiple`. Return the size + 1
+    bounds of the slices. Slice r is [bounds[r], bounds[r + 1]). Pure."""
     units = -(-length // multiple)
     return [min(length, r * units // size * multiple) for r in range(size)] + [length]
 
 
 def squares_of_blocks(flat: torch.Tensor) -> torch.Tensor:
-    """Return the sum of squares of each norm block: (blocks,), float64. `flat`: (n,), n a multiple of NORM_BLOCK. The bits of a
-    block's sum depend only on its elements, and not on the number of threads. Independent."""
+    """Return the sum of squares of each norm block (NORM_BLOCK elements): (blocks,), float64. `flat`: (n,), n a multiple of
+    NORM_BLOCK. The bits of a block's sum depend only on its elements, and not on the number of threads. Independent."""
     rows = torch.linalg.vector_norm(flat.view(-1, 256), dim=1)  # short rows: torch splits a single long row over threads
     return rows.double().square().view(-1, NORM_BLOCK // 256).sum(1)
 

@@ -38,8 +38,8 @@ class Messages:
         self._scratch: dict[object, torch.Tensor] = {}
 
     def scratch(self, key: object, elements: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return a wire buffer of shape (elements,). Calls with the same `key` return the same memory, and must pass the same
-        `dtype`."""
+        """Return a buffer of shape (elements,) that MPI can read and write. Calls with the same `key` return the same memory,
+        and must pass the same `dtype`."""
         held = self._scratch.get(key)
         if held is None or held.numel() < elements:
             staged = self.mode == "staged"
@@ -48,8 +48,8 @@ class Messages:
         return held[:elements]
 
     def load(self, piece: torch.Tensor, key: object) -> torch.Tensor:
-        """Return a wire tensor with the current values of `piece`. If the values must be copied, they are copied to the wire
-        buffer named `key`."""
+        """Return a wire tensor (one that MPI can read and write) with the current values of `piece`. If the values must be
+        copied, they are copied to the buffer named `key`."""
         if piece.device.type == "cpu":
             return piece
         if self.mode == "staged":
@@ -61,7 +61,7 @@ class Messages:
         return piece
 
     def store(self, wire: torch.Tensor, piece: torch.Tensor) -> None:
-        """Copy the values of a wire tensor into `piece`. Later work on the device's stream sees the new values."""
+        """Copy the values of `wire`, a result of load(), into `piece`. Later work on the device's stream sees the new values."""
         if wire.data_ptr() != piece.data_ptr():
             piece.copy_(wire)
 
@@ -84,8 +84,8 @@ class Messages:
 
     def allreduce(self, comm: MPI.Intracomm, wait: Wait, wire: torch.Tensor, blocking: bool) -> None:
         """Sum `wire` over the ranks, in place. MPI chooses the order of addition. `blocking`: whether to use MPI's blocking call.
-        With Open MPI, this call is up to 2.7 times as fast, but adds in another order. All ranks must pass the same value.
-        Collective over comm."""
+        With Open MPI, it is up to 2.7 times as fast as the non-blocking call, but adds in another order. All ranks must pass the
+        same value. Collective over comm."""
         if blocking:
             comm.Allreduce(MPI.IN_PLACE, buf(wire))
         else:

@@ -29,7 +29,8 @@ SLEEP_SECONDS = 1.0  # the longest time for which steals_freely() makes no MPI c
 
 
 class Tickets:
-    """Assigns the lanes of this node to the ranks of the node. Independent, except for the constructor and close().
+    """Assigns the lanes (sequences of micro-batches) of this node to the ranks of the node. Independent, except for the
+    constructor and close().
 
     All ranks of the node must synchronize between two steps: after their last call of next_own() or steal() in a step, and before
     their first call in the next step. The allreduce in every training step synchronizes them.
@@ -51,10 +52,10 @@ class Tickets:
         node.Barrier()
 
     def begin(self, ranges: Sequence[range]) -> None:
-        """Begin a step in which rank i of the node owns the lanes ranges[i]. All ranks of the node must call this method with the
-        same `ranges`. Raises ValueError unless there is one range per rank."""
+        """Begin a step. `ranges`: the range of lanes (sequences of micro-batches) that each rank of the node owns, in order of
+        ranks. All ranks must call this method with the same `ranges`. Raises ValueError unless there is one range per rank."""
         if len(ranges) != self.size:
-            raise ValueError(f"this node has {self.size} ranks, but begin() got {len(ranges)} ranges of lanes. Give one per rank")
+            raise ValueError(f"this node has {self.size} ranks, but begin() got {len(ranges)} ranges of lanes. Pass one per rank")
         self._ranges, self._taken = ranges, 0
         self._set ^= 1
         self._zero(self._set ^ 1)  # the previous step's set, which is no longer in use

@@ -39,13 +39,14 @@ def sync_intervals(settings: Settings, steps: int) -> tuple[int, int]:
         return 1, meet or 10
     if every > steps:
         raise ValueError(f"strategy.sync_every={every} is more than the {steps} steps of the run, so the ranks would never "
-                         "average their parameters. Make it smaller")
+                         "average their parameters. Set a smaller value")
     every = every or min(50 if settings["strategy.group"] == "all" else 1, steps)
     return every, meet or (every if global_average else every * max(4 if overlapping else 1, -(-50 // every)))
 
 
 def outer(settings: Settings) -> tuple[float, float]:
-    """Return (outer_lr, outer_momentum). With strategy.name=local and strategy.group=all, automatic values are filled in.
+    """Return (outer_lr, outer_momentum), for the outer step of local SGD. With strategy.name=local and
+    strategy.group=all, automatic values are filled in.
 
     The default momentum is smaller with strategy.overlap, and 0 with comm.compress=topk or randomk. With each of these
     settings, some updates arrive late, and momentum would repeat the late updates even later (SparseLoCo, Sarfi 2025, section

@@ -64,7 +64,7 @@ class BatchEncoder:
             try:
                 fast = FastBPE(self._text, self._library)
                 if not all(map(np.array_equal, fast.encode_batch(texts), found)):
-                    raise NotEqual("tiktoken gives other ids for a sample of the text")
+                    raise NotEqual("tiktoken gives different ids for a sample of the text")
                 self._fast, self.program = fast, "tiktoken"
             except NotEqual as reason:
                 self._stop(reason)

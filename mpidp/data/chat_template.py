@@ -30,7 +30,7 @@ STANDARD = frozenset(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "p
 
 
 class TemplateRejection(ValueError):  # noqa: N818
-    """Raised if a template raises an error for a chat, or exceeds a limit."""
+    """A template cannot render a chat, because the template raises an error or exceeds a limit."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 If `shuffle` is True, item permute(k) of the dataset is at position k of epoch e. permute() is a Feistel permutation whose key
 is computed from (seed, e). A global batch consists of the items at the next `batch` positions. As in training
-(mpidp/data/lanes.py), the batch is divided into micro-batches, and each lane consists of consecutive micro-batches. The last
-batch of an epoch may be shorter. The only state is the number of the next batch.
+(mpidp/data/lanes.py), the batch is divided into micro-batches, and consecutive micro-batches form a lane (a unit of work).
+The last batch of an epoch may be shorter. The only state is the number of the next batch.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Items:
                 "shuffle": self.shuffle}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue with the batch whose number is in `state`. The number of ranks may differ from the run that made `state`.
+        """Continue with the batch whose number is in `state`. The run that made `state` may have had another number of ranks.
         Raises UsageError if the number of items, the size of a global batch, the seed or `shuffle` differs."""
         now = self.state_dict()
         state = {"shuffle": self.shuffle} | state  # earlier versions did not save `shuffle`

@@ -48,8 +48,7 @@ class Encoder:
         return self.tokenizer.encode(text) if self.special == "text" else np.concatenate(list(self.pieces([text])))
 
     def begins(self, ids: np.ndarray) -> np.ndarray:
-        """Return `ids` with BOS in front, if the training data has BOS. If `ids` already begins with BOS, return it unchanged.
-        Pure."""
+        """Return `ids`, with BOS in front if the training data has BOS and `ids` does not already begin with BOS. Pure."""
         return ids if self.table.bos is None or self._has_bos(ids) else np.insert(ids, 0, self.table.bos)
 
     def document(self, text: str) -> np.ndarray:
@@ -66,7 +65,7 @@ class Encoder:
 
     def chat(self, text: str) -> list[int]:
         """Return the ids of a chat. `text`: the chat as the template has rendered it. No BOS is added, because the template
-        contains it if the model needs it. If the text is empty, return BOS or the end-of-document id. Independent."""
+        writes BOS if the model needs it. If the text is empty, return BOS or the end-of-document id. Independent."""
         found: list[int] = self.ids(text).tolist()
         return found or [self.begin]
 

@@ -19,9 +19,9 @@ def find_eod(vocab: Mapping[str, int], eod: str | int | None, declared: str | No
     """Return the id of the end-of-document token. Raises DataError if there is no such token.
 
     `vocab`: the id of each token. `eod`: the end-of-document token, its id, or None if it is not known. `declared`: the
-    model's eos_token, or None. If `eod` is None, `declared` is chosen or, if it is not in `vocab`, the first token of
-    USUAL_EOD that is in `vocab`. `declared` is ignored if this token ends a turn of a chat, because pretraining data end
-    documents with another token.
+    model's eos_token, or None. If `eod` is None, `declared` is chosen if it is in `vocab`. Otherwise the first
+    token of USUAL_EOD that is in `vocab` is chosen. `declared` is ignored if it ends a turn of a chat, because in pretraining
+    data, documents end with another token.
     """
     if isinstance(eod, int) and eod in vocab.values():
         return eod

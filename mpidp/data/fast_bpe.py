@@ -39,7 +39,7 @@ KNOWN = {"type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_wo
 
 
 class NotEqual(Exception):
-    """Raised if tiktoken would give other ids, or if it is unknown whether the ids are equal. The message is the reason."""
+    """It is not proved that tiktoken gives the same ids as the `tokenizers` library. The message is the reason."""
 
 
 class FastBPE:
@@ -134,7 +134,7 @@ class FastBPE:
         words = [_bytes(word) for word, _ in self._library.pre_tokenizer.pre_tokenize_str(sample)]
         ids = [i for word in words for i in self._words._core_bpe.encode_single_piece(word)]
         if ids != self._words.encode_ordinary(sample):  # each pair of bytes is a token, so different words give different ids
-            raise NotEqual("tiktoken splits text into other words at a character in the range "
+            raise NotEqual("tiktoken splits text into different words at a character in the range "
                            f"{chr(new[0])!r} to {chr(new[-1])!r}")
         self._seen[new] = True
 
@@ -152,7 +152,7 @@ def check_pairs(pairs: Mapping[bytes, Collection[tuple[bytes, bytes]]], ranks: M
                 break
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if tuple(parts) not in listed:
-            raise NotEqual(f"tiktoken forms the token {word!r} from another pair of tokens")
+            raise NotEqual(f"tiktoken forms the token {word!r} from another pair of tokens than the tokenizers library")
 
 
 def _pairs_of_tokens(parsed: dict[str, Any]) -> dict[bytes, list[tuple[bytes, bytes]]]:

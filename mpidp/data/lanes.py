@@ -1,4 +1,4 @@
-"""Divides the global batch into lanes, which are sequences of micro-batches. The lanes do not depend on the number of ranks.
+"""Divides the global batch into lanes (fixed sequences of micro-batches). The lanes do not depend on the number of ranks.
 Pure.
 
 A global batch of G sequences is split into V = ceil(G / micro_batch) micro-batches. The last micro-batch may be shorter. The
@@ -21,7 +21,7 @@ def even_ranges(num_lanes: int, size: int) -> list[range]:
 
 @dataclass(frozen=True)
 class Lanes:
-    """The partition of one global batch into micro-batches and lanes. Independent."""
+    """The partition of one global batch into micro-batches, and of the micro-batches into lanes. Independent."""
 
     global_batch: int  # sequences per step
     micro_batch: int  # sequences per forward pass

@@ -153,8 +153,8 @@ class Loader:
         """Set the micro-batches that the thread prefetches from now on. The set of tokens in the device's memory does not
         change.
 
-        Batches that were prefetched before contain the previous micro-batches. In these batches, the new micro-batches are read
-        on demand.
+        Batches that the thread has already prefetched contain other micro-batches. In these batches, the micro-batches that
+        this call sets are read on demand.
         """
         self._micro_batches = tuple(micro_batches)
 
@@ -216,8 +216,8 @@ class Loader:
         return found.pinned() if self._device.type == "cuda" else found
 
     def _advise(self, batch: int, v: int) -> None:
-        """Start reading ahead the pools (groups of 16 blocks, see sampler.py) that contain this micro-batch, and the pool
-        after each of these pools. Each pool is read ahead only once."""
+        """Start reading ahead the pools (groups of 16 blocks, see sampler.py) that contain this micro-batch, and for each of
+        these pools also the next pool. Each pool is read ahead only once."""
         if self._is_resident(v):
             return
         for pool in self._sampler.pools(batch, v):

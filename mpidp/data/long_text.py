@@ -2,7 +2,7 @@
 
 If two pieces of a text are encoded separately, their ids can differ from the ids of the whole text. A tokenizer may put a
 space before each piece, and a token may cross the border between the pieces. Therefore consecutive windows overlap. The cut
-between two windows is at a character at which a token begins in both windows. From this character on, both windows must have
+between two windows is at a character at which a token begins in both windows. From the cut on, both windows must have
 the same tokens. The last tokens of the first window are not compared, because the end of this window may change them. Tokens
 before the cut are taken from the first window, and tokens after the cut from the second window. In byte-pair encoding, a
 sequence of tokens is the encoding of its text if each pair of neighbouring tokens is the encoding of the pair's text.
@@ -103,8 +103,9 @@ def _starts_of_window(text: str, starts: np.ndarray, low: int, width: int) -> It
 
 
 def _agreement(first: Placed, second: Placed, start: int, stop: int) -> int | None:
-    """Return the position of the first character from which two windows have the same tokens, up to character `stop`. Return
-    None if there is no such character. Positions are counted in the first window. `start`: where the second window begins."""
+    """Return the position of the first character from which on two windows have the same tokens, or None if there is no such
+    character. Tokens that begin at character `stop` or later are not compared. Positions are counted in the first window.
+    `start`: the position at which the second window begins."""
     ids, starts, stops = first.ids, first.starts, first.stops
     other_ids, other_starts = second.ids, second.starts + start
     end = _first(starts, stop)

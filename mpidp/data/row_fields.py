@@ -10,7 +10,7 @@ MAX_NAME = 40  # characters of a name that are shown
 
 
 class RowSkipped(ValueError):  # noqa: N818
-    """Raised for a row that cannot be used. `kind`: the counter in data_tools.counts.Counts that counts this row."""
+    """A row cannot be used. `kind`: the counter in data_tools.counts.Counts that counts this row."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)

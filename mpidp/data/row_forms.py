@@ -98,7 +98,7 @@ def _refuse_unwanted(row: Mapping[str, Any]) -> None:
 
 
 def _refuse_preferences(row: Mapping[str, Any], messages: list[Any] | None) -> None:
-    """Raise RowSkipped if the row has the fields `chosen` and `rejected`. If the last message is from the assistant, do nothing.
+    """Raise RowSkipped if the row has the fields `chosen` and `rejected`, unless its last message is from the assistant.
     `messages`: the messages of the row, or None if it has none."""
     last = messages[-1] if messages else None
     ends = isinstance(last, dict) and last.get("role") == "assistant"

@@ -33,7 +33,7 @@ ORDERS = ("shuffled", "sequential")
 
 
 class Pool(NamedTuple):
-    """Identifies the blocks that are read together. The pools of a lane are read in the order of their numbers in each epoch."""
+    """Identifies a pool (blocks that are read together). In each epoch, a lane reads its pools in the order of `number`."""
 
     lane: int  # with sequential order: the micro-batch v
     epoch: int  # with sequential order: the batch
@@ -85,14 +85,14 @@ class Sampler:
         return min(self.lanes.global_batch, self.num_windows - step * self.lanes.global_batch)
 
     def part(self, lane: int) -> range:
-        """Return the range of windows that lane number `lane` reads in each epoch. Use this method only if `order` is
-        "shuffled"."""
+        """Return the range of windows that lane (sequence of micro-batches) number `lane` reads in each epoch. Use this method
+        only if `order` is "shuffled"."""
         places, full = self._places(lane), self.steps_per_epoch - 1
         rest = self.batch_sequences(full)  # an epoch's last batch has positions 0..rest-1
         return range(full * places.start + min(places.start, rest), full * places.stop + min(places.stop, rest))
 
     def windows(self, batch: int, v: int) -> np.ndarray:
-        """Return the numbers of the windows in micro-batch v of global batch number `batch`: int64 (b,). In the last batch of
+        """Return the numbers of the windows in micro-batch `v` of global batch `batch`: int64 (b,). In the last batch of
         an epoch, b may be smaller than usual, or 0."""
         epoch, lane, positions = self._positions(batch, v)
         if self.order == "sequential":
@@ -110,7 +110,7 @@ class Sampler:
         return np.concatenate(pieces)
 
     def pools(self, batch: int, v: int) -> list[Pool]:
-        """Return the pools that contain the windows of micro-batch v of global batch number `batch`. Usually, it is one
+        """Return the pools that contain the windows of micro-batch `v` of global batch `batch`. Usually, this is a single
         pool."""
         epoch, lane, positions = self._positions(batch, v)
         if not positions:
@@ -120,7 +120,7 @@ class Sampler:
         return self._pools_of(self.part(lane), positions, epoch, lane)
 
     def following(self, pool: Pool) -> Pool | None:
-        """Return the pool that the lane reads after `pool` in the same epoch, or None if `pool` is the last pool."""
+        """Return the pool (group of blocks) that the lane reads after `pool` in the same epoch, or None if it is the last."""
         if self.order == "sequential" or (pool.number + 1) * POOL_BLOCKS >= self._num_blocks(self.part(pool.lane)):
             return None
         return pool._replace(number=pool.number + 1)
@@ -146,8 +146,8 @@ class Sampler:
                      min(micro_batches.stop * self.lanes.micro_batch, self.lanes.global_batch))
 
     def _positions(self, batch: int, v: int) -> tuple[int, int, range]:
-        """Return (epoch, lane, positions) of micro-batch v. If `order` is "shuffled", the positions of its windows are counted
-        from the beginning of the lane's section. If it is "sequential", they are counted from the beginning of the epoch."""
+        """Return (epoch, lane, positions) of micro-batch `v`. If `order` is "shuffled", the positions of its windows are
+        counted from the beginning of the lane's section, and otherwise from the beginning of the epoch."""
         epoch, step = divmod(batch, self.steps_per_epoch)
         lane, places = self.lanes.lane_of(v), self.lanes.sequences(v)
         stop = max(places.start, min(places.stop, self.batch_sequences(batch)))

@@ -45,8 +45,8 @@ MAX_TEXT_BYTES = 2**30  # largest file that is read as one text
 
 
 class NotText(ValueError):  # noqa: N818
-    """Raised for a file that cannot be read as text. `kind`: "empty" or "binary". To form a sentence, put the name of the file
-    before the message."""
+    """A file cannot be read as text. `kind`: "empty" or "binary". The message continues a sentence that begins with
+    the name of the file."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)

@@ -125,8 +125,8 @@ def _sentencepiece(token: str, steps: list[dict[str, Any]], falls_back: bool) ->
 
 
 def _prefix(parsed: dict[str, Any]) -> tuple[bool, bool]:
-    """Return two booleans. The first is whether encoding puts a space before a text. The second is whether encoding also puts
-    a space after each added token in a text. `parsed`: the contents of tokenizer.json."""
+    """Return (first, again). first: whether encoding puts a space before a text. again: whether encoding also puts a space
+    after each added token in a text. `parsed`: the contents of tokenizer.json."""
     first = again = False
     for step in [*_nested(parsed.get("normalizer"), "normalizers"), *_nested(parsed.get("pre_tokenizer"), "pretokenizers")]:
         if step["type"] == "Prepend":
@@ -139,6 +139,6 @@ def _prefix(parsed: dict[str, Any]) -> tuple[bool, bool]:
 
 
 def _scheme(step: dict[str, Any]) -> str:
-    """Return where a Metaspace step adds a space in encoding, and removes it in decoding. Added tokens divide a text into parts.
-    "always": before each part. "first": before the first part. "never": nowhere."""
+    """Return where a Metaspace step adds a space in encoding, and removes it in decoding. The added tokens in a text divide
+    it into parts. "always": before each part. "first": before the first part. "never": nowhere."""
     return str(step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never"))

@@ -30,7 +30,7 @@ def check_nodes(facts: Sequence[MachineFacts]) -> CheckResult:
         each = f"{len(facts) // len(counts)} rank{'s' * (len(facts) > len(counts))}{' each' * (len(counts) > 1)}"
         return CheckResult("nodes", "ok", f"{total}, {each}: {', '.join(list(counts)[:8])}{' ...' * (len(counts) > 8)}")
     words = f"{total} with unequal numbers of ranks:\n" + listed([f"{host} {count}" for host, count in counts.items()])
-    fix = "start equally many ranks on each node (Slurm --ntasks-per-node, mpirun -ppn), so that each has as many cores"
+    fix = "start equally many ranks on each node (Slurm --ntasks-per-node, mpirun -ppn), so that ranks have equally many cores"
     return CheckResult("nodes", "note", words, fix)
 
 

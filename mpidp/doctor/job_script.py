@@ -23,7 +23,7 @@ def check_job_script(text: str, name: str) -> CheckResult:
             "request the same GPUs twice" if same else "are two different requests for GPUs"
         )
         return CheckResult("job script", "warning", f"{words}; since 26.05 Slurm rejects a job with both",
-                           f"remove --gres, and keep {others[0]}; or the reverse, if your site wants --gres")
+                           f"remove --gres, and keep {others[0]}; if your site wants --gres, remove {others[0]}")
     requests = [*(f"--gres={one}" for one in gres), *others]
     return CheckResult("job script", "ok", f"{name}: {', '.join(requests) or 'no GPUs requested'}")
 

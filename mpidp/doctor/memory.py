@@ -111,7 +111,7 @@ def _state_by_lease(path: Path) -> str:
 
 
 def check_segments(segments: Sequence[Segment], removed: Sequence[Segment]) -> list[CheckResult]:
-    """Report the segments that ended jobs left in /dev/shm. `segments`: all segments found. `removed`: those that were removed.
+    """Report the segments that ended jobs left in /dev/shm. `segments`: all segments found. `removed`: the removed segments.
     Pure."""
     left = [one for one in segments if one.state != "used" and one not in removed]
     own = [one for one in left if one.own and one.state == "gone"]
@@ -125,7 +125,8 @@ def check_segments(segments: Sequence[Segment], removed: Sequence[Segment]) -> l
         found.append(CheckResult("old segments", verdict, words, "--clean removes them; no process has them open"))
     if others:
         words = f"of other users, or of unknown state: {_these(others)}"
-        found.append(CheckResult("old segments", "note", words, "ask their owners; check with `fuser` before you remove any"))
+        found.append(CheckResult("old segments", "note", words, "ask the owners; before you remove a segment, check with "
+                                                                "`fuser` that no process uses it"))
     return found or [CheckResult("old segments", "ok", f"none left by ended jobs; {len(segments)} in use")]
 
 
@@ -135,8 +136,9 @@ def _these(segments: Sequence[Segment]) -> str:
 
 
 def check_shm(rooms: Mapping[str, tuple[int, int]], starting: int = 0) -> CheckResult:
-    """Check that /dev/shm has enough free space for the shared memory of a run, and, before MPI has started, for the start of
-    MPI. `starting`: the number of ranks per node that MPI is about to start, or 0 if MPI has started.
+    """Check that /dev/shm has enough free space for the shared memory of a run. Before MPI has started, also check that the
+    space is enough for MPI to start. `starting`: the number of ranks per node that MPI is about to start, or 0 if MPI has
+    started.
 
     `rooms`: (size, free space) of /dev/shm in bytes, by host. Pure."""
     host = min(rooms, key=lambda name: rooms[name][1])

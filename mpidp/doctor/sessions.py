@@ -55,8 +55,8 @@ def clean(sessions: Sequence[Session]) -> list[Session]:
 
 
 def check_sessions(sessions: Sequence[Session], removed: Sequence[Session]) -> CheckResult:
-    """Report the session folders that killed mpirun processes left. `sessions`: all that were found. `removed`: those that were
-    removed. Pure."""
+    """Report the session folders that killed mpirun processes left. `sessions`: all folders found. `removed`: the removed
+    folders. Pure."""
     left = [one for one in sessions if one not in removed]
     if left:
         words = f"session folders that your killed mpirun processes left: {len(left)}\n{listed([str(one) for one in left])}"

@@ -116,7 +116,8 @@ def lock_states_in_child(folder: Path) -> dict[str, bool | str]:
 
 
 def check_locks(states: Sequence[Mapping[str, bool | str]]) -> CheckResult:
-    """Check that a lock in run.dir keeps other processes out. `states`: the results of lock_states() on the other ranks. Pure."""
+    """Check that a process cannot acquire a lock in run.dir that rank 0 holds. `states`: the results of lock_states() on the
+    other ranks. Pure."""
     bad = {name: next((one[name] for one in states if one[name] is not True), True) for name in LOCKS}
     if all(answer is True for answer in bad.values()):
         return CheckResult("locks", "ok", f"flock and fcntl exclude other processes (number tested: {len(states)})")

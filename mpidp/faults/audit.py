@@ -8,8 +8,8 @@ is computed a second time by another rank. Where possible, the lanes and the pai
 If the two results of a lane are not bit-identical, the step is repeated.
 
 On a mesh, each part of the model is compared with the same part of the other replicas. Some parameters, such as the gains of
-norms, are held by each rank of a pipeline stage. These parameters are also compared between the ranks of the stage. If they
-differ only within a stage, the run returns to its last checkpoint.
+norms, are stored by each rank of a pipeline stage. These parameters are also compared between the ranks of the stage. If
+parameters differ only within a stage, the run returns to its last checkpoint.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ def vote(rows: Sequence[tuple[int, ...]]) -> tuple[int | None, list[int]]:
 
 
 def suspects(disagreements: Sequence[tuple[int, int]]) -> list[int]:
-    """Return the ranks that occur in the most pairs of `disagreements`, the pairs of ranks whose results for the same lane
-    differ. With three or more ranks, each rank is in two of the compared pairs. A rank that computes wrong results therefore
-    occurs more often than other ranks. Pure."""
+    """Return the ranks that occur in the most pairs of `disagreements`. Each pair consists of two ranks that computed the same
+    lane (sequence of micro-batches) with different results. With three or more ranks, each rank is in two of the compared
+    pairs. A rank that computes wrong results therefore occurs more often than other ranks. Pure."""
     seen = Counter(rank for pair in disagreements for rank in set(pair))
     return sorted(rank for rank, count in seen.items() if count == max(seen.values()))
 
 
 class SpareSlot:
-    """Takes the place of the strategy while a rank computes a lane only for comparison. Gradients are written to a spare slot,
-    which is a flat gradient buffer."""
+    """Takes the place of the strategy while a rank computes a lane (sequence of micro-batches) only for comparison. Gradients
+    are written to a spare slot, which is a flat gradient buffer."""
 
     def __init__(self, buffer: GradientBuffer, slot: int) -> None:
         self._buffer, self._slot = buffer, slot
@@ -89,8 +89,8 @@ class Audit:
     ) -> None:
         """`every`: number of steps from one audit to the next, or 0 for no audits. `replicas`: for each replica, the ranks that
         share its flat tensors. `flats`: {suffix: flat tensor} of the parameters and the optimizer state. In messages, the suffix
-        follows a parameter's name. `is_cut`: a function that returns whether the parameter of a given name is divided among the
-        ranks of a stage."""
+        follows a parameter's name. `is_cut`: a function that gets a parameter's name, and returns whether the ranks of a stage
+        divide this parameter."""
         self.comm, self.every, self.replicas, self.buffer = grid.replicas.dp, every, replicas, buffer
         self._flats, self._grid, self._is_cut = flats, grid, is_cut
         self._lanes: dict[int, int] = {}  # {lane audited in this step: the rank to which the lane is assigned}
@@ -122,8 +122,8 @@ class Audit:
     # Computing -----------------------------------------------------------------------------------------------------------
 
     def begin(self, step: int, ranges: Sequence[range]) -> tuple[int, list[int]]:
-        """Begin the audit of a step. Return (the lane that this rank computes a second time, all audited lanes). `ranges`: the
-        lanes of each rank. Independent."""
+        """Begin the audit of a step. Return (the lane that this rank computes a second time, all audited lanes). A lane is a
+        sequence of micro-batches. `ranges`: the lanes of each rank. Independent."""
         size, round_ = self.comm.size, step // self.every
         # Each rank checks the rank that is `offset` ranks before it. The offset size / 2 is skipped, because the two ranks of
         # a pair would then check only each other. A difference would not show which of the two is wrong.
@@ -135,15 +135,16 @@ class Audit:
         return of_rank[(self.comm.rank - offset) % size], of_rank
 
     def record(self, lane: int, gradient: Tensor) -> None:
-        """Record the checksum of `gradient`, the gradient of a lane that this rank computed in the step. If the lane is not
-        audited, do nothing. Independent."""
+        """Record the checksum of `gradient`, the gradient of a lane (sequence of micro-batches) that this rank computed in the
+        step. If the lane is not audited, do nothing. Independent."""
         if lane in self._lanes:
             self._table[0, self._lanes[lane]] = checksum(gradient)
             self._table[2, self._lanes[lane]] += self.comm.rank
 
     def compare(self, lane: int, gradient: Tensor) -> AuditFinding | None:
-        """Compare the two computations of each audited lane, on all ranks. Return the difference found, or None. `lane`,
-        `gradient`: the lane that this rank computed a second time, and its gradient. Collective over the job's ranks."""
+        """Compare the two computations of each audited lane (sequence of micro-batches), on all ranks. Return the finding, or
+        None if there is no difference. `lane`: the lane that this rank computed a second time. `gradient`: the gradient of
+        this second computation. Collective over the job's ranks."""
         whose = self._lanes[lane]
         self._table[1, whose] = checksum(gradient)
         again = np.zeros(self.comm.size, dtype=np.int64)
@@ -164,8 +165,8 @@ class Audit:
     # Weights -------------------------------------------------------------------------------------------------------------
 
     def weights(self) -> AuditFinding | None:
-        """Compare the replicas, and repair those that differ from the majority. Return the difference found, or None. Collective
-        over the job's ranks."""
+        """Compare the replicas, and repair the replicas that differ from the majority. Return the finding, or None if there is
+        no difference. Collective over the job's ranks."""
         return self._combine(self._between_replicas(), self._within_stage())
 
     def _views(self) -> dict[str, Tensor]:

@@ -85,7 +85,7 @@ def blame(rows: list[HeartbeatRow]) -> tuple[str, list[HeartbeatRow]]:
 
     There are four groups of ranks. The first group that is not empty contains the blocking ranks. Group 1: ranks whose
     processes are stopped or have exited. Group 2: the ranks with the least progress, not counting ranks that wait for a
-    message during their computation. If these ranks are in a phase in which ranks wait for each other, the group is empty.
+    message during their computation. If these ranks are in a phase in which ranks wait for each other, group 2 is empty.
     Group 3: ranks without a heartbeat. Group 4: of all ranks with a heartbeat, those with the least progress. Pure."""
     heard = [row for row in rows if row.state != SILENT]
     behind = _least([row for row in heard if row.works or row.phase in WAITS])

@@ -4,8 +4,8 @@
 
 Faults are separated by spaces. The form of a fault is `kind:rank:step[:phase][,name=value...]`. `rank`: the rank's number when
 the job started. `step`: the number of the step that is being computed, counted from 1. In the phases evaluate, checkpoint and
-respawn, `step` is the last completed step. Without times= and until=, all kinds except delay occur once per process, also if the
-run returns to a checkpoint or continues without failed ranks. This module imports neither torch nor MPI.
+respawn, `step` is the last completed step. Without times= and until=, all kinds except delay occur once per process, even if
+the run returns to a checkpoint or continues without failed ranks. This module imports neither torch nor MPI.
 
 | kind | what happens |
 |---|---|
@@ -69,12 +69,12 @@ def _raise() -> NoReturn:
 
 
 def make_nan(lane: int, gradient: Any) -> None:
-    """Set the first element of `gradient`, the gradient of one lane, to NaN."""
+    """Set the first element of `gradient`, the gradient of lane number `lane` (a sequence of micro-batches), to NaN."""
     gradient[0] = math.nan
 
 
 def make_wrong(lane: int, gradient: Any) -> None:
-    """Add 1 to the first element of `gradient`, the gradient of one lane."""
+    """Add 1 to the first element of `gradient`, the gradient of lane number `lane` (a sequence of micro-batches)."""
     gradient[0] += 1.0
 
 
@@ -133,14 +133,14 @@ class InjectedFaults(StepObserver):
 
     @property
     def changes_gradients(self) -> bool:
-        """Whether a fault on any rank changes gradients of single lanes. If so, the reducer must keep the gradients of lanes
-        separate."""
+        """Whether a fault on any rank changes gradients of single lanes (sequences of micro-batches). If so, the reducer must
+        keep the gradients of lanes separate."""
         return any(fault.kind in ("nan", "wrong") for fault in self.of_all_ranks)
 
     def check(self, keeps_lanes: bool, unaudited: str = "") -> None:
         """Raise UsageError if a fault on any rank is not possible in this job. `keeps_lanes`: whether the job keeps the
-        gradients of single lanes or micro-batches, so that a fault can change them. `unaudited`: a setting of the job that
-        audits do not support, with the reason, or "" if there is no such setting."""
+        gradients of single lanes or micro-batches, so that a fault can change these gradients. `unaudited`: a setting of the
+        job that audits do not support, with the reason, or "" if there is no such setting."""
         for fault in self.of_all_ranks:
             if unaudited and fault.kind in ("wrong", "flip"):
                 raise UsageError.on_every_rank(
@@ -168,9 +168,10 @@ class InjectedFaults(StepObserver):
                     ACTIONS[fault.kind]()
 
     def gradient_faults(self, step: int, attempt: int = 0) -> list[Callable[[int, Any], None]]:
-        """Return functions that change gradients in this step. Call each of them with (lane, gradient) for every lane.
-        `attempt`: 0 when the step is first computed, and more when it is repeated. The kind nan, and the kind wrong without
-        until=, occur only in attempt 0. The kind wrong with until= occurs in every attempt."""
+        """Return functions that change gradients in this step. For every lane (sequence of micro-batches), call each function
+        with the arguments (number of the lane, its gradient). `attempt`: 0 when the step is first computed, and more when it
+        is repeated. The kind nan, and the kind wrong without until=, occur only in attempt 0. The kind wrong with until=
+        occurs in every attempt."""
         return [
             make_nan if fault.kind == "nan" else make_wrong for fault in self.of_this_rank
             if (fault.kind == "wrong" and fault.until > fault.step and fault.step <= step <= fault.until)

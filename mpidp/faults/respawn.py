@@ -122,8 +122,8 @@ def _broadcast(world: MPI.Intracomm, message: Any) -> Any:
 
 
 def _with_timeout(call: Callable[[threading.Event], Any], seconds: float, alive: Callable[[], None]) -> Any:
-    """Run `call` in a thread and return its result. Return None if `call` fails or takes longer than `seconds`. In the second
-    case, the thread keeps running. `call` gets an event, which is set when the time limit has passed or `call` has ended.
+    """Run `call` in a thread and return its result. Return None if `call` fails or takes longer than `seconds`. After a
+    timeout, the thread keeps running. `call` gets an event, which is set when the time limit has passed or `call` has ended.
     `alive`: a function that is called repeatedly during the wait."""
     found: list[Any] = []
     late = threading.Event()

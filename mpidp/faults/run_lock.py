@@ -53,10 +53,10 @@ class RunLock:
     ) -> None:
         """Acquire the lock. Raises UsageError if the folder is not writable, or if a running job holds the lock.
 
-        `patience_seconds`: how long to wait for a holder on this machine to exit. If it is infinity, wait until the holder has
-        finished, also if the holder is on another machine. `watch_seconds`: how long to watch the counter of a holder on another
-        machine. `ours`: whether the holder was a failed rank of this job. `name`: the name of the lock file. `option`: the
-        setting that determines the folder. Error messages name this setting."""
+        `patience_seconds`: how long to wait for a holder on this machine to exit. If `patience_seconds` is infinity, wait
+        until the holder has finished, even if the holder is on another machine. `watch_seconds`: how long to watch the counter
+        of a holder on another machine. `ours`: whether the holder was a failed rank of this job. `name`: the name of the lock
+        file. `option`: the setting that determines the folder. Error messages name this setting."""
         self.path, self._option = run_dir / name, option
         self.lost = False  # True once another job has taken the lock
         self._handle: int | None = None
@@ -73,7 +73,7 @@ class RunLock:
         self._thread.start()
 
     def held(self) -> bool:
-        """Return whether this job still holds the lock. A job also holds the lock if the lock file has been deleted."""
+        """Return whether this job still holds the lock. If the lock file has been deleted, the job still holds the lock."""
         return not self.lost and self._check(write=False)
 
     def release(self) -> None:
@@ -127,7 +127,7 @@ class RunLock:
 
     def _follows(self, holder: Mapping[str, Any], ours: bool) -> bool:
         """Return whether this job may take over the lock from `holder`. If `ours` is False, this job must be a later launch of
-        the holder's Slurm job. If `ours` is True, it must be the same launch."""
+        the holder's Slurm job. If `ours` is True, this job must be the same launch."""
         job, restart = self._me["job"], self._me["restart"]
         return holder["job"] == job and (holder["restart"] == restart if ours else bool(job) and holder["restart"] < restart)
 

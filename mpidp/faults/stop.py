@@ -56,8 +56,8 @@ class StopRequest:
 
 
 def stop_time(end: float | None, now: float, early_seconds: float) -> float:
-    """Return the time at which a job should stop, `early_seconds` before `end`. If `early_seconds` is more than a tenth of the
-    time from `now` to `end`, this tenth is used instead. `end`: the time at which Slurm ends the job, or None.
+    """Return the time at which a job should stop, `early_seconds` before `end`. `early_seconds` is limited to a tenth of the
+    time from `now` to `end`. `end`: the time at which Slurm ends the job, or None.
 
     Times are in seconds since 1970. Returns infinity if `end` is None or in the past, or if `early_seconds` is 0. Pure."""
     if end is None or end <= now or not early_seconds:

@@ -25,7 +25,7 @@ STACKS = 8  # maximum number of ranks per node that print their stacks
 
 class Watchdog(StepObserver):
     """Records this rank's step and phase on the heartbeat board. The job counts as hung if no rank has a heartbeat for
-    `hang_seconds`, and for the time of 20 usual steps if that is longer. One rank of each node then prints a report, and all
+    `hang_seconds` or for the time of 20 usual steps, whichever is longer. One rank of each node then prints a report, and all
     processes exit with code 6.
 
     A Python thread checks the heartbeats, also during blocking MPI calls. If the GIL is never released, faulthandler's timer ends

@@ -34,6 +34,7 @@ def _check(folder: Path, path: Path) -> None:
     home, real = folder.resolve(), path.resolve()
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(real.is_relative_to(one) for one in homes):
-        raise DataError(f"{path} is a link to {real}, which is outside the folder. If you trust it, replace the link by a copy")
+        raise DataError(f"{path} is a link to {real}, which is outside the folder. If you trust this file, put "
+                        "a copy in place of the link")
     if path.stat().st_size > MAX_BYTES:
         raise DataError(f"{path} has more than {MAX_BYTES} bytes, which is too large for such a file. Restore the file")

@@ -190,5 +190,5 @@ def check(consumer: str, texts: Mapping[str, bytes]) -> list[str]:
     facts = Facts(config, tokenizer, about, settings_of(config, "config.json"), frozenset(texts))
     found = [one for one in CONSUMERS[consumer] if one.applies(facts)]
     if refused := [one.says for one in found if one.refused]:
-        raise UsageError(f"--for {consumer}: {'; '.join(refused)}. Without --for, the folder is written for other programs")
+        raise UsageError(f"--for {consumer}: {'; '.join(refused)}. To write the folder for other programs, omit --for")
     return [f"{consumer}: {one.says}" for one in found]

@@ -184,12 +184,13 @@ def longrope_notes(where: object, scaling: str, seq_len: int) -> list[str]:
         return []
     return [
         f"{where}: its rope scaling longrope has other factors for inputs above {found.original:.0f} tokens. With "
-        f"model.seq_len={seq_len}, mpidp uses these factors for all inputs. transformers uses them only for such long inputs"
+        f"model.seq_len={seq_len}, mpidp uses these factors for all inputs. transformers uses these factors only for "
+        f"inputs above {found.original:.0f} tokens"
     ]
 
 
 def whole(sizes: dict[str, tuple[int, ...]], name: str) -> Entry:
-    """Return an `Entry` object. Given this object, ModelFolder.box() reads the whole parameter `name`. sizes: the shapes of all
+    """Return the `Entry` object with which ModelFolder.box() reads the whole parameter `name`. sizes: the shapes of all
     parameters. Pure."""
     return Entry(torch.empty(sizes[name], device="meta"))
 

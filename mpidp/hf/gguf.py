@@ -78,7 +78,7 @@ def _byte_level(text: str) -> str:
 def as_gguf(write: Callable[[Path], str], out: Path, dtype: str, llama_cpp: str = "") -> str:
     """Convert a model to the file `out`, and return the result of `write`. write: a function that gets the path of a folder, and
     writes the model there. dtype: a key of OUTTYPES. llama_cpp: see write_gguf(). Raises UsageError if `out` exists, and in the
-    cases of write_gguf(). Independent."""
+    same cases as write_gguf(). Independent."""
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out} exists and is not overwritten. Choose another file, or remove it")
     with work_folder(out) as temporary:

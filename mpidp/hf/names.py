@@ -177,7 +177,7 @@ def _written(
     family: Family, shape: TransformerShape, options: Options, dtype: str, ids: Mapping[str, int | None], kept: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the contents of config.json for a model of this family. kept: the fields of an earlier config.json, or an empty
-    dict. The result keeps those of these fields that do not contradict the options."""
+    dict. The result keeps the fields in `kept` that do not contradict the options."""
     usual: dict[str, Any] = {
         "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **ids, "initializer_range": 0.02, "use_cache": True,
         "attention_dropout": 0.0,

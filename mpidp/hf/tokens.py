@@ -16,8 +16,8 @@ EOD = USUAL_EOD[0]
 
 
 def huggingface_json(tokenizer: Tokenizer) -> str:
-    """Return the contents of a Hugging Face tokenizer.json for `tokenizer`. For a Hugging Face tokenizer, these are its own
-    contents.
+    """Return the contents of a Hugging Face tokenizer.json for `tokenizer`. If `tokenizer` is already a
+    Hugging Face tokenizer, return the contents of its file.
 
     Byte and char tokenizers become BPE tokenizers without merges. For a character outside the vocabulary, such a BPE tokenizer
     gives no id, while mpidp's char tokenizer raises DataError.

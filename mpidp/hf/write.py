@@ -40,10 +40,10 @@ def write_folder(
     complete. Raises UsageError if `out` exists or cannot be written, or if no family has the options of the model. Also raises
     UsageError if a weight is too large for the dtype, or if the program `consumer` does not support the model. Independent.
 
-    weight: a function that returns the parameter with this name in mpidp. tokenizer: the contents of a Hugging Face
-    tokenizer.json. special: the special tokens of the run. before: a folder with the companion files (companions.py) of the
-    model that this model was fine-tuned from. The new folder gets copies of these files. If `before` is None, there is no such
-    model.
+    weight: a function that gets the name of a parameter in mpidp, and returns the parameter. tokenizer: the contents of a
+    Hugging Face tokenizer.json. special: the special tokens of the run. before: a folder with the companion files (companions.py)
+    of the model that this model was fine-tuned from. The new folder gets copies of these files. None means that this model was
+    not fine-tuned from another model.
     """
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out} exists and is not overwritten. Choose another folder, or remove it")

@@ -37,7 +37,7 @@ def read_chats(path: str | Path) -> list[dict[str, Any]]:
 
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the messages of a row. Raises DataError if there are none, or if the last message has the role assistant. Pure."""
+    """Return the messages of a row. Raises DataError if the row has none, or if the last message has the role assistant. Pure."""
     prompt = row.get("prompt")
     if row.get("messages") is None and isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]

@@ -81,9 +81,9 @@ def encode(encoder: Encoder, item: Question, seq_len: int, path: str | Path = "c
     """Return the choices of a question as token ids. Each choice and its context form one document, which starts with BOS or an
     end-of-document token.
 
-    Context and choice are encoded together, and then the context alone. The choice's tokens are those after the common beginning
-    of the two results. If a context is too long, its first tokens are left out. path: the file. Errors name it. Raises DataError
-    if a choice has no tokens, or more than `seq_len` tokens. Independent.
+    Context and choice are encoded together, and then the context alone. The choice's tokens are the tokens of the first result
+    after the common beginning of the two results. If a context is too long, its first tokens are left out. path: the file. Errors
+    name it. Raises DataError if a choice has no tokens, or more than `seq_len` tokens. Independent.
     """
     found = []
     try:

@@ -105,8 +105,8 @@ def continue_prompts(
 
     prompts: maps the number of a prompt to its token ids. seed: the seed from which seed_of() derives each prompt's seed. stops:
     strings that end a text. write: a function that gets each new piece of the text of prompt 0. interrupted: a function that is
-    called after each token, and ends the text if it returns True. All ranks of a replica must get the same result from it.
-    exact: see decode(). Collective over loaded.grid.model.
+    called after each token, and ends the text if it returns True. All ranks of a replica must get the same result from
+    `interrupted`. exact: see decode(). Collective over loaded.grid.model.
     """
     streams = {
         i: StreamedText(detokenizer_of(encoder.tokenizer, ids), stops, write if i == 0 else None) for i, ids in prompts.items()

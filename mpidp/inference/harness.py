@@ -58,7 +58,8 @@ def run_tasks(
                 apply_chat_template=options.chat, system_instruction=options.system, fewshot_as_multiturn=True,
             )
         if model.cut:
-            log.warning("warning: %d requests exceed the context of %d tokens. Their beginning was left out", model.cut, seq_len)
+            log.warning("warning: %d requests exceed the context of %d tokens. The beginning of these requests was left out",
+                        model.cut, seq_len)
         return found
 
     return requests.serve(work)

@@ -148,9 +148,9 @@ def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str 
     """Return an `Encoder` object with a tokenizer and with the special tokens of the training data.
 
     path: a tokenizer.json or a folder that contains one, or None for the model's tokenizer. special: how names of special tokens
-    in a text, such as <|im_start|>, are encoded. With "text", they are encoded like any other text. With "tokens", they become
-    the token's id. With None, they are encoded as in the training data. Raises DataError if a file is missing, has changed, or
-    does not suit the model. Independent.
+    in a text, such as <|im_start|>, are encoded. With "text", they are encoded like any other text. With "tokens", each name
+    becomes the id of its token. With None, they are encoded as in the training data. Raises DataError if a file is missing, has
+    changed, or does not suit the model. Independent.
     """
     with readable(reader.path):
         tokenizer = load_tokenizer(path or own_tokenizer(reader), reader.meta["eod"])
@@ -188,8 +188,8 @@ def open_source(path: Path, world: MPI.Intracomm, seq_len: int = 0) -> Source:
 
 
 def open_model(options: Any, world: MPI.Intracomm, special: str | None = None) -> tuple[Source, Loaded, Encoder]:
-    """Open a run's newest checkpoint, one checkpoint, or a Hugging Face folder. Return (its reader, this rank's part of the
-    model, the encoder).
+    """Open a run's newest checkpoint, one checkpoint, or a Hugging Face folder. Return (a reader of the checkpoint or
+    folder, this rank's part of the model, the encoder).
 
     options: the parsed options run, tokenizer, tp, pp, device, threads, model_kind, base, seq_len. special: see load_encoder().
     Raises CheckpointError or DataError if a file is missing or damaged, and UsageError if an option does not suit the model.
@@ -218,7 +218,7 @@ def weights_at(path: Path) -> Reader | ModelFolder:
 
 def base_model(reader: Source, parts: ModelPartition, moved: str = "") -> Any:
     """Return the base model of a LoRA run, whose checkpoints contain only the adapters. Its weights come from train.init_from.
-    If the run does not have this setting, they are initialized from the seed.
+    If the run does not have this setting, the weights are initialized from the seed.
 
     moved: the new path of the base model, or "" if it has not moved. Raises DataError if the base model is missing, has other
     sizes, or has changed. Collective over parts.grid.world.
@@ -235,7 +235,8 @@ def base_model(reader: Source, parts: ModelPartition, moved: str = "") -> Any:
         else:
             stored, sizes = weights.settings["vocab_size"], weights.sizes
         if not fits(sizes, parts.sizes):  # checked before memory is allocated
-            raise DataError(f"{path} is not the base model of {reader.path}: its tensors have other sizes")
+            raise DataError(f"{path} is not the base model of {reader.path}: its tensors have other sizes. Give "
+                            "the right folder with --base")
         model = base_weights(settings, parts.shape, parts.part)
         parts.load(AddedRows(weights, stored) if parts.shape.vocab_size > stored else weights, model)
     if (found := parts.sha256(model)) != wanted:

@@ -24,8 +24,8 @@ def read_text(path: str | Path) -> str:
     Raises DataError if the file cannot be read, is not UTF-8, is empty, or contains rows.
     """
     if (file := recognized(path)).kind != "text":
-        raise DataError(f"{path} holds rows, but one text is needed. Prepare shards from it with mpidp prepare, and "
-                        "evaluate them with --data. For chats and instructions, prepare them with --format chat")
+        raise DataError(f"{path} holds rows, but one text is needed. Prepare shards from the file with mpidp prepare, and "
+                        "evaluate the shards with --data. For rows of chats or instructions, add --format chat to mpidp prepare")
     _warn(file)
     return read_whole(path)
 
@@ -101,8 +101,8 @@ def set_apart(rows: list[dict[str, Any]], path: str | Path) -> list[dict[str, An
             while any(renamed[name] in row for row in rows):
                 renamed[name] = f"prompt_{renamed[name]}"
     if renamed:
-        log.warning("warning: %s has fields with the same names as fields of the output. In the output, they are named %s", path,
-                    ", ".join(f"{new} (was {old})" for old, new in renamed.items()))
+        log.warning("warning: %s has fields with the same names as fields of the output. In the output, these fields are "
+                    "named %s", path, ", ".join(f"{new} (was {old})" for old, new in renamed.items()))
     return [{renamed.get(name, name): value for name, value in row.items()} for row in rows]
 
 

@@ -82,7 +82,7 @@ def _greedy_of(loaded: Loaded) -> Figure:
 
 
 def distribute(grid: Grid, shape: tuple[int, int], work: Callable[[int], Sequence[float]]) -> np.ndarray:
-    """Compute n rows of numbers. One replica computes each row. Return all rows on all ranks, (n, width) float64.
+    """Compute n rows of numbers. Each row is computed by one replica. Return all rows on all ranks, (n, width) float64.
 
     The bits of the result do not depend on the number of replicas. shape: (n, width). work(i): returns row i, which has at most
     `width` numbers. Calls of `work` are collective over grid.model. Collective over grid.world.

@@ -1,5 +1,5 @@
-"""Computes, on all ranks, the answers to requests of a program on rank 0. One replica computes each batch of requests. The
-batches, and therefore the answers, do not depend on the number of replicas."""
+"""Computes, on all ranks, the answers to requests of a program on rank 0. Each batch of requests is computed by one replica.
+The batches, and therefore the answers, do not depend on the number of replicas."""
 
 from __future__ import annotations
 

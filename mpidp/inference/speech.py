@@ -1,4 +1,5 @@
-"""Writes generated text piece by piece. A piece is written as soon as later tokens can no longer change it. Pure."""
+"""Passes generated text, piece by piece, to a function such as print(). A piece of text is passed on as soon as later tokens
+can no longer change it. This module itself has no input or output."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from mpidp.inference.stop_strings import StopStrings
 
 
 class StreamedText:
-    """The text generated after a prompt, written piece by piece.
+    """The text generated after a prompt. It is passed to the function `write` piece by piece.
 
     Text that may be the start of a stop string is held back until more text shows whether it is one.
     """
@@ -17,7 +18,7 @@ class StreamedText:
     def __init__(
         self, detokenizer: Detokenizer, stops: Sequence[str] = (), write: Callable[[str], None] | None = None
     ) -> None:
-        """stops: nonempty strings. write: a function that gets each piece of text."""
+        """stops: nonempty strings. write: a function that gets each piece of text, or None to only collect the text."""
         self._detokenizer, self._stops, self._write = detokenizer, StopStrings(stops), write
         self.ids: list[int] = []
         self.stopped = False  # whether a stop string was found
@@ -31,7 +32,7 @@ class StreamedText:
         return self.stopped
 
     def end(self) -> str:
-        """Write the rest of the text. Return the whole text, which ends before the stop string."""
+        """Pass the rest of the text to `write`. Return the whole text, which ends before the stop string."""
         if not self.stopped:
             self._say(self._stops.rest() + self._detokenizer.end())
         return "".join(self._certain)

@@ -45,8 +45,8 @@ def estimate(lane_squares: Sequence[float], lane_tokens: Sequence[int], batch_sq
     does not depend on the order of the lanes.
     """
     if len(lane_squares) != len(lane_tokens) or any(n < 0 for n in lane_tokens):
-        raise ValueError(f"{len(lane_squares)} squares and {len(lane_tokens)} token counts: each square needs one count, which "
-                         "must not be negative")
+        raise ValueError(f"{len(lane_squares)} squares and {len(lane_tokens)} token counts. Give one token count of at least "
+                         "0 for each square")
     lanes = [(square, n) for square, n in zip(lane_squares, lane_tokens, strict=True) if n]
     if len(lanes) < 2 or not all(math.isfinite(square) for square in (*(s for s, _ in lanes), batch_square)):
         return None

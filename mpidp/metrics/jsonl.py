@@ -110,7 +110,8 @@ class MetricsFile:
                 self._late = self._late[self._file.write(self._late) :]
         except OSError as error:  # a full disk must not stop training
             if not self._warned:
-                log.warning("warning: %s cannot be written (%s). Until it can, lines are kept in memory", self._path, error)
+                log.warning("warning: %s cannot be written (%s). Until the file can be written, lines are kept in memory",
+                            self._path, error)
             self._warned = True
 
     def _drop(self, step: int, next_batch: int) -> None:

@@ -13,11 +13,12 @@ ALL = {"q", "k", "v", "o", "gate", "up", "down"}  # the default of model.lora_ta
 
 def adapter_sizes(sizes: Mapping[str, Sequence[int]], rank: int, targets: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the adapters' parameters, by name. A layer gets an adapter if the last component of its name is in
-    `targets`. An example of `targets` is "q,v". The default of `targets` names all layers of a block. Names in this default
-    that the model does not have are ignored.
+    `targets`. An example of `targets` is "q,v". The default of `targets` names all layers of a block. If `targets` has this
+    default, names of layers that the model does not have are ignored.
 
-    sizes: the shapes of the base model's parameters, by name. Raises UsageError if a name in `targets` matches no layer, or if
-    the rank exceeds the smaller dimension of a layer that gets an adapter. Pure.
+    sizes: the shapes of the base model's parameters, by name. rank: the rank of an adapter, model.lora_rank. Raises
+    UsageError if a name in `targets` matches no layer, or if `rank` exceeds the smaller dimension of a layer that gets an
+    adapter. Pure.
     """
     layers = {key.removesuffix(".weight"): size for key, size in sizes.items() if len(size) == 2 and not key.startswith(TABLES)}
     wanted, known = {part.strip() for part in targets.split(",") if part.strip()}, {name.rpartition(".")[2] for name in layers}
@@ -25,7 +26,7 @@ def adapter_sizes(sizes: Mapping[str, Sequence[int]], rank: int, targets: str) -
     if not wanted or wanted - known:
         unknown = ", ".join(sorted(wanted - known))
         problem = f"{unknown}, which this model does not have" if unknown else "no layer"
-        raise UsageError(f"model.lora_targets={targets} names {problem}. Use some of its layers: {', '.join(sorted(known))}")
+        raise UsageError(f"model.lora_targets={targets} names {problem}. The model has the layers: {', '.join(sorted(known))}")
     found = {name: size for name, size in layers.items() if name.rpartition(".")[2] in wanted}
     for name, size in found.items():
         if rank > min(size):

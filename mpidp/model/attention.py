@@ -25,7 +25,7 @@ Mask = Tensor | Documents | None
 
 class Attention(nn.Module):
     """Computes causal grouped-query attention, softmax(Q K^T / sqrt(E)) V with rotary Q and K. Options change the scale,
-    normalize Q and K, or add a soft-cap. The bias of o is not added here."""
+    normalize Q and K, or add a soft-cap. Block adds the bias of the output layer `o`."""
 
     def __init__(self, shape: TransformerShape, part: Part, layer: int = 0) -> None:
         super().__init__()
@@ -46,9 +46,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: Past | None = None) -> Tensor:
         """Return (B, T, D) for x (B, T, D). cos, sin: the rotary tables of the positions.
 
-        mask: None for a causal mask, the packed documents, or a bool tensor (B, 1, T, T). The tensor is True where a query
-        position may attend to a key position. past: a function that computes attention over the cached and the new positions, or
-        None if there is no cache.
+        mask: None for a causal mask, the packed documents, or a bool tensor (B, 1, T, T). In the tensor, True means that
+        a query position may attend to a key position. past: a function that computes attention over the cached and the new
+        positions, or None if there is no cache.
         """
         b, t, _ = x.shape
         q = self._heads(self.q(x), self.num_heads, self.q_norm)  # (B, H, T, E)

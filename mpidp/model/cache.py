@@ -32,7 +32,7 @@ class Cache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
         """Append the keys and values (K, T, E) of the next T positions of a layer. Return (keys, values) of all positions so
-        far. With a window, the result may lack positions to which none of these T positions attends.
+        far. With a sliding window, the result may lack positions to which none of these T positions attends.
 
         After the last layer, the caller must increase `length` by T. Raises ValueError if the cache is full.
         """
@@ -64,7 +64,7 @@ def positions_of(caches: list[Cache], t: int, device: torch.device) -> Tensor:
 
 def attend(caches: list[Cache], layer: int, q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
     """Return causal attention (B, H, T, E) of T new positions over all positions so far. q: (B, H, T, E). k, v: (B, K, T, E).
-    how: the layer's window, scale and soft-cap. The caches are extended by k and v.
+    how: the layer's sliding window, scale and soft-cap. The caches are extended by k and v.
 
     Sequences are computed one at a time, so the result of a sequence does not depend on the others. Only joined caches
     (joint_cache.py) are computed together.

@@ -17,7 +17,7 @@ GROUP = {"cpu": 0, "cuda": 1024}  # largest number of positions of a group of do
 
 def dense_mask(ids: Tensor, window: int) -> Tensor:
     """Return a bool mask (B, 1, T, T). Entry (b, 0, i, j) says whether position i of sequence b may attend to position j. ids:
-    the number of each position's document, (B, T). window: 0 means no window."""
+    the number of each position's document, (B, T). window: the size of the sliding window, or 0 for none."""
     places = torch.arange(ids.shape[1], device=ids.device)
     return (near(places, places, window) & (ids.unsqueeze(1) == ids.unsqueeze(2))).unsqueeze(1)
 
@@ -34,7 +34,8 @@ class Documents:
 
     def mask(self, row: int, begin: int, end: int, window: int, dtype: torch.dtype) -> Tensor:
         """Return the additive mask of a group of documents, (1, 1, n, n). row: the index of the sequence in the batch. begin,
-        end: the group has the positions begin, ..., end - 1 of this sequence. window: 0 means no window."""
+        end: the group has the positions begin, ..., end - 1 of this sequence. window: the size of the sliding window, or 0 for
+        none."""
         key = (row, begin, window, dtype)
         if key not in self._masks:
             self._masks[key] = additive(dense_mask(self.ids[row : row + 1, begin:end], window), dtype)
@@ -43,7 +44,7 @@ class Documents:
 
 def within(documents: Documents, q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
     """Return attention (B, H, T, E) in which each position attends only to positions of its own document. q, k, v: (B, H, T,
-    E). how: the layer's window, scale and soft-cap."""
+    E). how: the layer's sliding window, scale and soft-cap."""
     found = []
     for row, groups in enumerate(documents.groups):
         lengths, begin = [length for length, _ in groups], 0

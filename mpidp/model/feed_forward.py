@@ -39,7 +39,7 @@ class FeedForward(nn.Module):
     """Computes down(act(gate(x)) * up(x)), which is SwiGLU for act = silu (Shazeer 2020). With model.gated=false, computes
     down(act(up(x))).
 
-    The bias of down is not added here, but by Block.
+    Block adds the bias of the layer `down`.
     """
 
     def __init__(self, shape: TransformerShape, part: Part) -> None:

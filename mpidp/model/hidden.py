@@ -21,10 +21,10 @@ def hidden_by_name(named: Iterable[tuple[str, nn.Parameter]]) -> frozenset[str]:
 def hidden_of_own(module: nn.Module, vocab_size: int) -> frozenset[str]:
     """Return the names of the hidden matrices of a custom model.
 
-    If the model has an attribute `hidden_matrices`, it lists these names. Otherwise the hidden matrices are all parameters with
-    two dimensions, except the weights of nn.Embedding and the head. Among these parameters, the head is the last one with
-    `vocab_size` rows that is not the weight of an nn.Embedding. Raises UsageError if hidden_matrices has a name that is not a
-    parameter with two dimensions. Pure.
+    If the model has an attribute `hidden_matrices`, the attribute lists these names. Otherwise the hidden matrices are all
+    parameters with two dimensions, except the weights of nn.Embedding and the head. Among these parameters, the head is the last
+    one with `vocab_size` rows that is not the weight of an nn.Embedding. Raises UsageError if hidden_matrices has a name that is
+    not a parameter with two dimensions. Pure.
     """
     matrices = {name: p for name, p in module.named_parameters() if p.dim() == 2}
     given = getattr(module, "hidden_matrices", None)

@@ -20,7 +20,8 @@ MODELS: dict[type, Any] = {TransformerShape: Transformer, LSTMShape: LSTM, Custo
 def make_model(shape: Shape, seed: int = 0, part: Part | None = None) -> Any:
     """Return the model, or a part of it, with parameters initialized from the seed. Pure.
 
-    part: None means the whole model. Raises UsageError if the factory of a custom model fails.
+    part: the part of the model on this rank, or None for the whole model. Raises UsageError if the factory of a custom model
+    fails.
     """
     return MODELS[type(shape)](shape, seed, part)
 
@@ -47,9 +48,9 @@ def check_named(kind: Any, named: str, where: object) -> None:
 def saved_shape(kind: str, saved: Mapping[str, Any], named: str = "", where: object = "the checkpoint") -> Shape:
     """Return the model shape that a checkpoint contains. Pure.
 
-    kind: model.kind of the run. saved: the fields of the shape. named, where: see check_named(). Raises UsageError if
-    check_named() does. Raises TypeError if `saved` has the fields of another kind. Raises ValueError if an option of the
-    Transformer is invalid, or if the arguments of a custom model are not plain values.
+    kind: model.kind of the run. saved: the fields of the shape. named, where: see check_named(). Raises UsageError in
+    the same cases as check_named(). Raises TypeError if `saved` has the fields of another kind. Raises ValueError if an option of
+    the Transformer is invalid, or if the arguments of a custom model are not plain values.
     """
     check_named(kind, named, where)
     if kind in SHAPES:

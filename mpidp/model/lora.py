@@ -35,8 +35,8 @@ def attach(model: nn.Module, rank: int, alpha: float, targets: str, seed: int) -
     """Add adapters to the layers that `targets` names, and freeze all other parameters. model: a model, or a part of a
     Transformer. Independent.
 
-    targets: see adapter_sizes(). Raises UsageError if a name in `targets` matches no layer, or if the rank exceeds the smaller
-    dimension of a layer that gets an adapter.
+    rank: the rank of an adapter, model.lora_rank. targets: see adapter_sizes(). Raises UsageError if a name in
+    `targets` matches no layer, or if `rank` exceeds the smaller dimension of a layer that gets an adapter.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     own, part = {f"{name}.weight": layer.weight.shape for name, layer in layers.items()}, getattr(model, "part", None)

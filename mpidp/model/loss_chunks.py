@@ -1,5 +1,5 @@
-"""The loss can be computed in chunks of positions, so that never all logits are in memory (train.loss). This module chooses
-the number of positions per chunk. Imports neither torch nor MPI."""
+"""The loss can be computed in chunks of positions, so that not all logits are in memory at the same time (train.loss). This
+module chooses the number of positions per chunk. Imports neither torch nor MPI."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The options of the Transformer. The defaults give LLaMA, and other values give other model families. Pure, without torch.
 
 The settings model.* have the same names and defaults (mpidp/config/model_settings.py). The options rotary_layers and
-window_layers have one letter per layer. If they have fewer letters than the model has layers, the letters are repeated. For
-example, rotary_layers="yyyn" means that every fourth layer has no rotary positions.
+window_layers have one letter per layer. If such an option has fewer letters than the model has layers, its letters are repeated.
+For example, rotary_layers="yyyn" means that every fourth layer has no rotary positions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class TransformerOptions:
 
     activation: str = "silu"  # gelu is the exact GELU; relu2 is relu(x)^2
     gated: bool = True  # down(act(gate(x)) * up(x)); False: down(act(up(x))), without a gate matrix
-    attention_bias: str = ""  # comma-separated list of those of q, k, v, o that have a bias
+    attention_bias: str = ""  # the layers with a bias, among q, k, v and o, separated by commas
     mlp_bias: bool = False  # whether gate, up and down have biases
     qk_norm: str = ""  # "head": a norm over head_dim, with one gain for all heads; "layer": a norm over all heads together
     norm: str = "rms"  # "layer": LayerNorm with gain and bias
@@ -52,7 +52,7 @@ class TransformerOptions:
         return self.positions == "rotary" and letters[layer % len(letters)] == "y"
 
     def window_of(self, layer: int) -> int:
-        """Return the window of a layer, or 0 if the layer attends to all earlier positions. Pure."""
+        """Return the size of a layer's sliding window, or 0 if the layer attends to all earlier positions. Pure."""
         letters = self.window_layers or "w"
         return self.window if letters[layer % len(letters)] == "w" else 0
 

@@ -130,8 +130,8 @@ def _value(raw: str) -> Any:
 
 
 def _find(kind: str) -> Callable[..., nn.Module]:
-    """Import the factory that model.kind names, and return it. Raises UsageError if it does not exist, or does not make an
-    nn.Module. Independent."""
+    """Import the factory that model.kind names, and return it. Raises UsageError if the factory does not exist, or does not
+    make an nn.Module. Independent."""
     module, _, name = kind.partition(":")
     try:
         factory = getattr(importlib.import_module(module), name, None)

@@ -2,11 +2,12 @@
 
 With pipeline parallelism, a rank has some of the layers. With tensor parallelism (Shoeybi 2019, Megatron-LM, section 3), it
 has some attention heads and some feed-forward channels of each layer, and some rows of the embedding and of the head. The
-weights and biases of q, k, v, gate and up are split by rows. The weights of o and down are split by columns, so the outputs of
-a residual branch (attention or feed-forward) are summed over the ranks. The biases of o and down are replicated, and are added
-after this sum. Embedding and head are split by rows. Learned positions and norms are replicated, but the norms over all heads
-together (model.qk_norm=layer) are split by heads. Between residual branches, a rank has the hidden states of all positions.
-With sequence parallelism, it has only the hidden states of its own positions (Korthikanti 2022, section 4.2.2).
+weights and biases of the layers q, k, v, gate and up are split by rows. The weights of the layers o and down are split by
+columns, so the outputs of a residual branch (attention or feed-forward) are summed over the ranks. The biases of these two
+layers are replicated, and are added after this sum. Embedding and head are split by rows. Learned positions and norms are
+replicated, but the norms over all heads together (model.qk_norm=layer) are split by heads. Between residual branches, a rank has
+the hidden states of all positions. With sequence parallelism, it has only the hidden states of its own positions (Korthikanti
+2022, section 4.2.2).
 
 A LoRA adapter adds B A to a weight (lora.py). If the weight is split by rows, B is split by rows and A is replicated. If the
 weight is split by columns, A is split by columns and B is replicated.

@@ -27,7 +27,7 @@ class Scores(NamedTuple):
 
 def near(rows: Tensor, columns: Tensor, window: int) -> Tensor:
     """Return a bool mask (R, C). Entry (r, c) says whether query position rows[r] may attend to key position columns[c]. rows:
-    (R,). columns: (C,). window: 0 means no window."""
+    (R,). columns: (C,). window: the size of the sliding window, or 0 for none."""
     allowed = columns <= rows.unsqueeze(-1)
     return allowed & (columns > rows.unsqueeze(-1) - window) if window else allowed
 
@@ -79,8 +79,8 @@ class _Capped(torch.autograd.Function):
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
-    """Return causal attention (B, H, T, E) of successive positions. q, k, v: (B, H, T, E). how: the window, the scale and the
-    soft-cap."""
+    """Return causal attention (B, H, T, E) of successive positions. q, k, v: (B, H, T, E). how: the sliding window, the scale and
+    the soft-cap."""
     t = q.shape[2]
     window = how.window if 0 < how.window < t else 0
     if not window and not how.cap:
@@ -91,8 +91,8 @@ def causal(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
 
 
 def _blocks(q: Tensor, k: Tensor, v: Tensor, begin: int, window: int, how: Scores) -> Iterator[Tensor]:
-    """Yield the attention of each block of queries. The first block begins with the query at position `begin`. window: 0 means
-    no window."""
+    """Yield the attention of each block of queries. The first block begins with the query at position `begin`. window: the size
+    of the sliding window, or 0 for none."""
     t = q.shape[2]
     width = -(-window // 8) * 8 or t  # keys before a block's first query; GPU kernels need mask strides that are multiples of 8
     rows = torch.arange(min(ROWS, t), device=q.device)

@@ -1,4 +1,4 @@
-"""Model shapes. A shape has the settings that determine the names and sizes of a model's parameters, and its cost. Pure,
+"""Model shapes. A shape has the settings that determine the cost of a model, and the names and sizes of its parameters. Pure,
 without torch."""
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class LSTMShape:
         return found if self.tie_embeddings else found | {"head.weight": (self.vocab_size, d)}
 
     def flops_per_token(self) -> float:
-        """Return 6 N. N counts all parameters except an embedding that is not tied to the head. Each counted parameter is used in
-        one forward and two backward products per token."""
+        """Return the floating-point operations per token, 6 N. N counts all parameters except an embedding that is not tied to
+        the head. Each counted parameter is used in one forward and two backward products per token."""
         embedding = 0 if self.tie_embeddings else self.vocab_size * self.model_dim
         return 6.0 * (num_parameters(self) - embedding)
 
@@ -91,8 +91,8 @@ class CustomShape:
         return {name: tuple(size) for name, size in self.parameters}
 
     def flops_per_token(self) -> float:
-        """Return 6 N, where N is the number of elements of matrices. This estimate assumes that each matrix is used in one
-        forward and two backward products per token."""
+        """Return the floating-point operations per token, 6 N. N is the number of elements of matrices. This estimate assumes
+        that each matrix is used in one forward and two backward products per token."""
         return 6.0 * sum(math.prod(size) for _, size in self.parameters if len(size) >= 2)
 
 
@@ -118,8 +118,8 @@ def flops_per_token(shape: Shape, parameters: int) -> float:
 
     N: the number of parameters, without learned positions and without an embedding that is not tied to the head. H: number of
     heads. E: head size. A: the number of positions that a position attends to, summed over the layers. In one layer this is
-    seq_len, or the window if it is shorter. For an LSTM or a custom model, the result is shape.flops_per_token(). parameters:
-    the number of all parameters.
+    seq_len, or the sliding window if that is shorter. For an LSTM or a custom model, the result is shape.flops_per_token().
+    parameters: the number of all parameters.
     """
     if not isinstance(shape, TransformerShape):
         return shape.flops_per_token()

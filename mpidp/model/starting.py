@@ -62,7 +62,7 @@ def prepared(model: Any, settings: Settings, shape: Shape, part: Part) -> Any:
 def trained_sizes(settings: Settings, shape: Shape, part: Part) -> dict[str, tuple[int, ...]]:
     """Return {name: shape} for the trained parameters of `part`, the part of the model on one rank. Pure.
 
-    Raises UsageError if no parameter is trained, and in the cases of prepared().
+    Raises UsageError if no parameter is trained, and in the same cases as prepared().
     """
     base, added = shapes_of(shape), adapters(settings, shape)
     patterns = settings.get("optim.freeze", "")

@@ -65,7 +65,7 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
         """Initialize matrices from a normal distribution with std 1/sqrt(D). For the last matrix of a residual branch, divide
-        std by sqrt(2 layers) (GPT-2). Set biases to 0. If the model is split over ranks, each rank draws all matrices of the
+        std by sqrt(2 num_layers) (GPT-2). Set biases to 0. If the model is split over ranks, each rank draws all matrices of the
         whole model, one at a time, and keeps only its own block of each matrix."""
         generator = torch.Generator().manual_seed(seed)
         local = {self.part.global_name(name): p for name, p in self.named_parameters()}
@@ -150,7 +150,8 @@ class Transformer(nn.Module):
         return found
 
     def _masks(self, doc_ids: Tensor | None) -> dict[int, Mask]:
-        """Return {window: mask of the packed documents} for all windows of the layers. Without documents, return {}."""
+        """Return {window: mask of the packed documents} for each sliding window that a layer has. Without documents,
+        return {}."""
         if doc_ids is None:
             return {}
         windows = {self.shape.window_of(layer) for layer in self.part.layers}
@@ -166,8 +167,7 @@ class Transformer(nn.Module):
 
     def defer_head(self) -> None:
         """Make forward() return hidden states (B, T, D) after the last norm instead of logits. The loss must then apply the
-        head. A second call changes nothing. Otherwise it would undo the change that share_layers() makes to the head.
-        Independent."""
+        head. A second call changes nothing, so that a change that share_layers() has made to the head is kept. Independent."""
         if self.head is not None and not self.defers_head:
             self.head.forward = _unchanged  # type: ignore[method-assign]
             self.head._forward_hooks.clear()  # the loss applies the adapter of the head, too (lora.weight_of)
@@ -178,7 +178,7 @@ class Transformer(nn.Module):
         return self._capped(linear(hidden, weight_of(self.head)))
 
     def new_cache(self, positions: int) -> Cache | None:
-        """Return an empty cache for a sequence of `positions` positions, but at most seq_len."""
+        """Return an empty cache with memory for `positions` positions, but at most seq_len."""
         return Cache(min(positions, self.shape.seq_len))
 
     def compile_blocks(self) -> None:

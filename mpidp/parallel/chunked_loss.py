@@ -24,8 +24,8 @@ from mpidp.parallel.tree_comm import tree_sum
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The sum of -log softmax(logits)[target]. The logits are the soft-capped values of scale * hidden W^T. weights: slices of
-    W, each with consecutive rows."""
+    """Computes the sum of -log softmax(logits)[target] over positions. The logits are the soft-capped values of
+    scale * hidden W^T. weights: the rows of W, divided into consecutive slices."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, loss: ChunkedLoss, trains: bool, *weights: Tensor) -> Tensor:
@@ -72,9 +72,9 @@ class ChunkedLoss:
         tp: TensorComm | None = None, add: Callable[[Sequence[Tensor]], Tensor] = tree_sum,
     ) -> None:
         """weights: a function that returns this rank's rows of the head's weight matrix, as one tensor (vocabulary rows, D)
-        per slice (model.slices). Without model.slices, there is one slice. rows: positions per chunk. dtype: the dtype of
-        matrix products. first: the token id of the first row of the first slice. tp: communicates with the ranks that have the
-        other rows, or None if this rank has all rows. add: a function that adds the contributions of the slices to the
+        per slice (range of rows). Without model.slices, there is one slice. rows: positions per chunk. dtype: the dtype of
+        matrix products. first: the token id to which this rank's first row belongs. tp: communicates with the ranks that have
+        the other rows, or None if this rank has all rows. add: a function that adds the contributions of the slices to the
         gradient of the hidden states."""
         self.scale, self.cap, self.rows, self.dtype, self.add = shape.logit_scale, shape.logit_cap, rows, dtype, add
         self._weights, self._first, self._tp = weights, first, tp
@@ -98,8 +98,8 @@ class ChunkedLoss:
         return slope
 
     def into_gradient(self, slices: list[Tensor], targets: Tensor, trains: bool) -> Tensor:
-        """Return the sum of the losses. slices: the logits of each slice. This method overwrites them. If `trains` is True, it
-        replaces them by the gradient of the returned sum with respect to the logits."""
+        """Return the sum of the losses. slices: one tensor of logits per slice (range of token ids). This method overwrites
+        these tensors. If `trains` is True, they then contain the gradient of the returned sum with respect to the logits."""
         largest = functools.reduce(torch.maximum, [logits.max(dim=-1, keepdim=True).values for logits in slices])
         if self._tp is not None:
             largest = self._tp.sum(largest, MPI.MAX)

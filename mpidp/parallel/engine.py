@@ -40,7 +40,7 @@ class PendingBackward:
     mb: MicroBatch
     received: Tensor | None  # hidden states from the previous stage; None on the first stage
     output: Tensor | None  # the sum of losses, or hidden states for the next stage; None if the micro-batch is empty
-    chunk: int = 0  # index of the chunk of the stage's layers
+    chunk: int = 0  # index of the chunk (group of consecutive layers) of the stage
 
 
 @dataclass
@@ -66,9 +66,9 @@ class Engine:
         this number before backward, so that gradients do not overflow 16-bit formats. stages: this rank's pipeline stage, or
         None without a pipeline. token_losses: a function (logits, targets) that returns the sum of the token losses. By
         default, it is plain_losses(). reports_loss: False if another rank reports the same losses. observers: notified of
-        every micro-batch and phase. fill: Strategy.fill, with which this rank takes part in the communication of other ranks'
-        forward passes. tie: a function that returns the context manager in which the backward pass of a micro-batch runs
-        (tied.py)."""
+        every micro-batch and phase. fill: Strategy.fill. The engine calls it while other ranks compute forward passes and
+        this rank has no micro-batch, because their communication may need this rank. tie: a function that takes the number of a
+        micro-batch, and returns the context manager in which the backward pass of this micro-batch runs (tied.py)."""
         self.model, self.device, self.dtype = model, device, dtype
         self.seed, self.dropout, self.nominal_tokens = seed, dropout, nominal_tokens
         self.stages, self.token_losses, self.reports_loss = stages, token_losses or plain_losses, reports_loss
@@ -218,7 +218,8 @@ class Engine:
         if counted == 0:
             raise DataError.on_every_rank(
                 f"{stream.path}: the loss mask excludes all of the first {targets:,} targets of split {stream.split!r}, so "
-                "there is no loss to compute. Evaluate on more tokens (raise train.eval_tokens), or prepare the data again"
+                "there is no loss to compute. Evaluate on more tokens (raise train.eval_tokens), or prepare the data again "
+                "with a loss mask that keeps some of these targets"
             )
         return sum_in_order(sums.tolist()) / counted, counted
 

@@ -39,8 +39,8 @@ class Grid:
 
     @property
     def label(self) -> str:
-        """The name of this rank's part of the model. If each part stores a checkpoint entry separately, the entry's name contains
-        this label."""
+        """The name of this rank's part of the model. It occurs in the names of checkpoint entries that each part of the model
+        stores separately."""
         return f"part_{self.pp.rank}of{self.pp.size}_{self.tp.rank}of{self.tp.size}"
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
@@ -48,10 +48,10 @@ class Grid:
         return rank // self.model.size, rank // self.tp.size % self.pp.size, rank % self.tp.size
 
     def norm(self, squares: list[Tensor], twice: float = 0.0) -> float:
-        """Return the L2 norm over the whole model. squares: one float64 tensor (blocks,) for each chunk of this rank's part, with
-        the sum of squares of each norm block. twice: the sum of squares of this rank's parameters that another rank of the
-        replica counts, too. It is subtracted from the total. If tp is 1 and no embeddings are tied, the bits of the norm do
-        not depend on pp. Collective over model."""
+        """Return the L2 norm of a gradient over the whole model. squares: one float64 tensor (blocks,) for each chunk (group of
+        consecutive layers) of this rank, with the sum of squares of each norm block (4,096 elements). twice: the sum of squares
+        of those gradients in `squares` that another rank of the replica also counts. It is subtracted from the total. If tp is 1
+        and no embeddings are tied, the bits of the norm do not depend on pp. Collective over model."""
         if self.model.size == 1:
             return norm_of_squares(torch.cat(squares[::-1]))
         row = torch.cat([torch.tensor([-twice], dtype=torch.float64), *squares])

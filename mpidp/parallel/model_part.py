@@ -1,7 +1,7 @@
 """Saves, loads and hashes this rank's part of the model. Every parameter is saved and hashed once, even if several ranks hold it.
 
 A checkpoint stores tensors under their names in the whole model, so a run can resume on any mesh. The flat tensors of some
-strategies, each of which has elements of many parameters, are an exception. Each part of the model stores its own flat
+strategies are an exception. A flat tensor contains elements of many parameters. Each part of the model stores its own flat
 tensors, under names that contain the part's label (Grid.label). Flat tensors can be loaded only if the model is divided in the
 same way.
 """
@@ -38,8 +38,8 @@ class ModelPartition:
         self, grid: Grid, shape: Shape, sequence: bool = False, chunks: int = 1, slices: int = 1,
         adapters: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
-        """sequence: whether sequence parallelism is used. chunks: number of chunks per pipeline stage. slices: model.slices.
-        adapters: the shapes of the adapters' parameters, by name. Independent."""
+        """sequence: whether sequence parallelism is used. chunks: number of chunks (groups of consecutive layers) per pipeline
+        stage. slices: model.slices. adapters: the shapes of the adapters' parameters, by name. Independent."""
         self.grid, self.shape, self.sequence, self.chunks, self.sizes = grid, shape, sequence, chunks, shapes_of(shape)
         self.sizes.update(adapters or {})
         self.part = self._part_of(grid.model.rank)
@@ -55,8 +55,8 @@ class ModelPartition:
         return self.grid.parts == 1 and self.norm_by_slices is None
 
     def counts(self, name: str) -> bool:
-        """Return whether this rank saves its section of parameter `name`, and counts it in the gradient norm. If several ranks
-        of a replica hold the same values, only one of these ranks saves and counts the values. Pure."""
+        """Return whether this rank saves its section of parameter `name` in checkpoints, and counts the gradient of this section
+        in the gradient norm. If several ranks of a replica hold the same section, this is True on only one of them. Pure."""
         part = self.part
         elsewhere = part.tied and name == "head.weight" and not part.has_embedding
         return not elsewhere and (part.index == 0 or part.is_cut(name))
@@ -114,7 +114,7 @@ class ModelPartition:
 
     @torch.no_grad()
     def load(self, reader: BoxReader, model: nn.Module) -> None:
-        """Set the parameters of this part to those in `reader`, a checkpoint of any mesh or a model folder."""
+        """Set the parameters of this part to those in `reader`, a model folder or a checkpoint that was written on any mesh."""
         for name, entry in parameters_of(model).items():
             whole, placed = (name, entry) if self.grid.parts == 1 else self._placed(name, entry)
             entry.tensor.copy_(reader.box(f"model/{tensor_of(whole)}", placed))
@@ -145,23 +145,24 @@ class ModelPartition:
 
     def _refuse(self, reader: Reader) -> None:
         raise UsageError(
-            f"{reader.path} was written with other values of mesh.tp and mesh.pp, but contains state of comm.compress, or of a "
-            "strategy.name other than 'synchronous', that cannot be divided in another way. Resume with the mesh.tp and mesh.pp "
-            "with which the checkpoint was written"
+            f"{reader.path} was written with other values of mesh.tp and mesh.pp. It contains state of comm.compress, or of a "
+            "strategy.name other than 'synchronous', and mpidp cannot divide this state in another way. Resume with the mesh.tp "
+            "and mesh.pp with which the checkpoint was written"
         )
 
     def norm(self, buffer: GradientBuffer, squares: Tensor, flat: Tensor) -> float:
         """Return the L2 norm of a gradient over the whole model. flat: the gradient of this rank's part, with the layout of
-        `buffer`. squares: the sum of squares of each norm block of `flat`. Collective over grid.model."""
+        `buffer`. squares: the sum of squares of each norm block (4,096 elements) of `flat`. Collective over grid.model."""
         if self.norm_by_slices is not None:
             return self.norm_by_slices(buffer.layout, flat)
         placed = zip(buffer.layout.placed(), buffer.layout.views(flat), strict=True)
         return self.norm_of(buffer.spans, squares, [view for (_, name, _), view in placed if not self.counts(name)])
 
     def norm_of(self, spans: Sequence[tuple[int, int]], squares: Tensor, uncounted: Iterable[Tensor]) -> float:
-        """Return the L2 norm of a gradient over the whole model. spans: (start, stop) of each chunk in the flat gradient.
-        squares: the sum of squares of each norm block of this rank's part. uncounted: the gradients of the parameters for which
-        counts() returns False, in flat order. Collective over grid.model."""
+        """Return the L2 norm of a gradient over the whole model. spans: (start, stop) of each chunk (group of consecutive
+        layers) in the flat gradient. squares: the sum of squares of each norm block (4,096 elements) of the flat gradient.
+        uncounted: the gradients of the parameters for which counts() returns False, in flat order. Collective over
+        grid.model."""
         twice = 0.0
         for gradient in uncounted:
             twice += float(torch.linalg.vector_norm(gradient.double()).square())
@@ -176,7 +177,7 @@ class ModelPartition:
         return "embedding.weight" if self.part.has_embedding else "head.weight"
 
     def tied_gradient(self, mine: Tensor) -> Tensor:
-        """Send `mine`, this stage's gradient (n,) of the parameter tied_name, to the other stage that holds the parameter. Return
+        """Send `mine`, this stage's gradient (n,) of the tied embedding, to the other stage that holds this parameter. Return
         the other stage's gradient, on the CPU. Collective over these two ranks of grid.pp."""
         pp = self.grid.pp
         other, theirs = pp.size - 1 - pp.rank, torch.empty_like(mine := mine.cpu())

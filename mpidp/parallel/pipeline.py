@@ -56,7 +56,7 @@ class Stages:
         self._transport.sent_bytes += wire.nbytes
 
     def _tag(self, kind: int, v: int, chunk: int) -> int:
-        """Return the tag of a message. chunk: the chunk that receives it."""
+        """Return the MPI tag of a message about micro-batch `v`. chunk: the index of the chunk that receives the message."""
         return 2 * (v * self.chunks + chunk) + kind
 
     def drain(self, losses: list[float]) -> list[float]:

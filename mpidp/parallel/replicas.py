@@ -23,11 +23,11 @@ class Replicas:
 
 
 def form_replicas(seats: Sequence[Seat | None], numbers: Sequence[int], parts: int) -> Replicas:
-    """Form as many replicas as possible. seats: the seat of each living rank, or None if it holds no state. numbers: the
-    permanent number of each living rank. parts: number of parts of the model.
+    """Form as many replicas as possible. seats: the seat (replica, part) of each living rank, or None if the rank holds no
+    state. numbers: the permanent number of each living rank. parts: number of parts of the model.
 
     Replicas whose ranks are all alive come first, in ascending order. Ranks of other replicas keep their parts where possible.
-    If living ranks hold every part, all ranks of the first replica therefore already hold the parts that they are assigned.
+    Therefore, if the living ranks hold every part, each rank of the first replica already holds the part that it is assigned.
     Pure."""
     held = {seat: rank for rank, seat in enumerate(seats) if seat is not None}
     lost = bool(held) and len({part for _, part in held}) < parts

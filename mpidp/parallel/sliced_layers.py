@@ -1,10 +1,10 @@
-"""Layers whose bits do not depend on the tensor-parallel size (model.slices).
+"""Layers whose results have the same bits for every tensor-parallel size (model.slices).
 
-A model of S slices divides each layer as S tensor-parallel ranks would (tensor.py). A slice of a layer has some of its heads,
+A model of S slices divides each layer as S tensor-parallel ranks would (tensor.py). A slice has some of the layer's heads,
 hidden channels or rows of the vocabulary. With T ranks, each rank computes S / T slices, one after the other. Each matrix
-product, attention and activation has the shape of one slice, and its operands are contiguous and aligned. A library therefore
-computes the same bits on every mesh. Sums over slices are added in the order of a fixed tree (tree_comm.py). These sums are
-the outputs of `o` (attention) and `down` (feed-forward), the gradients of the inputs of `q`, `k`, `v`, `gate`, `up` and the
+product, attention and activation has the shape of one slice, and its operands are contiguous and aligned. Math libraries
+therefore compute the same bits on every mesh. Sums over slices are added in the order of a fixed tree (tree_comm.py). These sums
+are the outputs of `o` (attention) and `down` (feed-forward), the gradients of the inputs of `q`, `k`, `v`, `gate`, `up` and the
 head, the gradients of the norms of single heads, the gradients of those factors of adapters that are not divided (lora.py),
 and the sums of exponentials in the loss.
 
@@ -69,7 +69,7 @@ class _Gathered(torch.autograd.Function):
 
 
 def _sum(parts: Sequence[Tensor], tp: TreeComm, scatters: bool = False) -> Tensor:
-    """Return the sum of one tensor per slice over the slices of all ranks. parts: the tensors of this rank's slices. If
+    """Add one tensor per slice, over the slices of all ranks, and return the sum. parts: the tensors of this rank's slices. If
     `scatters`, return only this rank's positions of the sum. The sum is computed in float32 and then rounded to the dtype of
     the parts. Collective over tp.comm."""
     total = tree_sum([part.float() for part in parts])

@@ -1,4 +1,5 @@
-"""Computes the norm of a gradient slice by slice (model.slices). The bits of the norm do not depend on the mesh."""
+"""Computes the norm of a gradient slice by slice, so that the bits of the norm do not depend on the mesh. A slice is one of the
+ranges into which model.slices divides a parameter. A parameter that is not divided counts as one slice."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from mpidp.reducers.buckets import FlatLayout
 
 
 class NormBySlices:
-    """Computes the L2 norm over the whole model. The elements of each slice of a parameter are cut into norm blocks of 4,096
-    elements. The last block of a slice is padded with zeros. The sums of squares of the blocks are added in a fixed order: by
-    parameter, by slice, and by block."""
+    """Computes the L2 norm of a gradient over the whole model. The elements of each slice of a parameter are cut into norm
+    blocks of 4,096 elements. The last block of a slice is padded with zeros. The sums of squares of the blocks are added in a
+    fixed order: by parameter, by slice, and by block."""
 
     def __init__(
         self, grid: Grid, part: Part, sizes: Mapping[str, tuple[int, ...]], slices: int, counts: Callable[[str], bool]
@@ -39,8 +40,8 @@ class NormBySlices:
 
     def mark(self, squares: Tensor, uncounted: Sequence[Tensor]) -> None:
         """If a value of `uncounted` is not finite, set the first element of `squares` to NaN, so that the norm is NaN.
-        uncounted: this rank's gradients of the parameters that another rank counts. They differ from that rank's gradients if
-        hardware fails. Independent."""
+        uncounted: this rank's gradients of the parameters that another rank counts. After a hardware fault, they can differ
+        from the gradients of that rank. Independent."""
         if uncounted and not torch.stack([one.isfinite().all() for one in uncounted]).all():
             squares[0] = torch.nan
 
@@ -59,8 +60,8 @@ class NormBySlices:
         return [tensor] if cut is None else tensor.split(cut[1], cut[0])
 
     def of_squares(self, layout: FlatLayout, squares: Tensor) -> float:
-        """Return the norm. squares: the sums of squares of the norm blocks of this rank's part, slice by slice in flat order.
-        Collective over grid.model."""
+        """Return the norm of a gradient, given the sums of squares of its norm blocks. squares: these sums for this rank's part
+        of the model, slice by slice in flat order. Collective over grid.model."""
         mine, comm = squares.cpu(), self._grid.model
         if not self._lengths:
             names, first = list(self._sizes), self._part.index * self._slices // self._part.size

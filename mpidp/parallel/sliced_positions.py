@@ -1,5 +1,6 @@
-"""Sums the gradients of parameters that act on every position, in a model of slices (model.slices). These parameters are the
-gains and biases of norms, the biases of `o` and `down`, the learned positions, and the factors of InputMix.
+"""Sums the gradients of parameters that act on every position, in a model that is divided into slices (model.slices). These
+parameters are the gains and biases of norms, the biases of the linear layers `o` (attention) and `down` (feed-forward), the
+learned positions, and the factors of `InputMix` layers.
 
 The gradients of these parameters are sums over positions. The positions of a sequence are cut into as many ranges as the model
 has slices. A gradient is summed within each range. Then the sums of the ranges are added in the order of the tree (tree_comm.py).
@@ -27,15 +28,15 @@ class PositionRanges:
         self.count = slices // tp.comm.size if tp.sequence else slices  # number of ranges of this rank
 
     def cut(self, x: Tensor, dim: int = 1) -> Sequence[Tensor]:
-        """Split `x` along dimension `dim` into this rank's ranges, and return the pieces in order. x: a tensor with all
-        positions of this rank in dimension `dim`. Independent."""
+        """Split `x` along dimension `dim` into this rank's ranges of positions. Return one view of `x` per range, in order. In
+        this dimension, `x` has the positions of all ranges of this rank, and no others. Independent."""
         length, first = (self._tp.length, self._tp.comm.rank * self.count) if self._tp.sequence else (x.shape[dim], 0)
         bounds = [i * length // self._slices for i in range(first, first + self.count + 1)]
         return x.split([b - a for a, b in zip(bounds, bounds[1:], strict=False)], dim)
 
     def add(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the sum of one tensor per range over the ranges of all ranks. parts: the tensors of this rank's ranges, one
-        for each. Collective over tp.comm with sequence parallelism, else independent."""
+        """Add one tensor per range of positions, over all ranges of the sequence, and return the sum. parts: one tensor for each
+        range of this rank. Collective over tp.comm with sequence parallelism, else independent."""
         total = tree_sum(parts)
         return self._tp.sum(total) if self._tp.sequence else total
 
@@ -56,7 +57,8 @@ class _Spread(torch.autograd.Function):
 
 class Copies(torch.autograd.Function):
     """Returns `count` copies of a tensor. Backward adds the gradients of the copies with the function `add`. gather: a function
-    that is first applied to the tensor, without gradient."""
+    that is applied to the tensor before the copies are made. Backward skips it, so `add` must return the gradient of the tensor
+    before `gather`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int, add: Callable[..., Tensor], gather: Any = None) -> tuple[Tensor, ...]:

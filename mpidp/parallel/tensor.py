@@ -1,13 +1,13 @@
 """Tensor parallelism: several ranks compute each layer together. This module adds the communication between these ranks to a part
 of the model.
 
-It follows Megatron-LM (Shoeybi 2019, section 3). The attention and the MLP of a Transformer block are called its branches. At the
-start of a branch, all ranks have the same input. In backward, the function f sums the gradient of this input over the ranks. At
-the end of a branch, the function g sums the ranks' partial results in forward. In backward, g passes on the gradient of this sum.
-This gradient is the same on all ranks. The vocabulary is also divided among the ranks. A rank's embedding returns zero for tokens
-whose rows are on other ranks, and g adds the results. The loss is computed from the logits of all ranks. For each position, only
-a maximum, a sum and the target's logit are communicated (section 3, "parallel cross-entropy"). Sums are computed in float32 in
-any training precision.
+The method is that of Megatron-LM (Shoeybi 2019, section 3). The attention and the MLP of a Transformer block are called its
+branches. At the start of a branch, all ranks have the same input. In backward, the function f sums the gradient of this input
+over the ranks. At the end of a branch, the function g sums the ranks' partial results in forward. In backward, g passes on the
+gradient of this sum. This gradient is the same on all ranks. The vocabulary is also divided among the ranks. A rank's embedding
+returns zero for tokens whose rows are on other ranks, and g adds the results. The loss is computed from the logits of all ranks.
+For each position, only a maximum, a sum and the target's logit are communicated (section 3, "parallel cross-entropy"). Sums are
+computed in float32 in any training precision.
 
 With sequence parallelism (Korthikanti 2022, section 4.2.2), a rank has only its own positions between branches. f gathers
 positions in forward and reduce-scatters their gradients in backward. g reduce-scatters partial results in forward and gathers
@@ -15,10 +15,11 @@ gradients in backward. Autograd saves only this rank's positions of the input of
 again.
 
 A replicated parameter is one that all ranks of a stage have in full. If a rank applies it to only some positions or heads, the
-rank computes only one term of the parameter's gradient. These terms are summed over the ranks for each micro-batch. With sequence
-parallelism, this sum is needed for all replicated parameters: those of norms, the biases of o and down, and the learned
-positions. Without sequence parallelism, it is needed for the norms of single heads (model.qk_norm=head), and in any case for the
-factors of adapters (lora.py)."""
+rank computes only one term of the parameter's gradient. These terms are summed over the ranks for each micro-batch. This sum is
+always needed for the norms of single heads (model.qk_norm=head), and for the replicated factors of adapters (lora.py). With
+sequence parallelism, it is also needed for the other replicated parameters: the gains and biases of all other norms, the
+biases of the linear layers `o` (attention) and `down` (feed-forward), the learned positions, and the factors of `InputMix`
+layers."""
 
 from __future__ import annotations
 
@@ -79,9 +80,9 @@ class _Loss(torch.autograd.Function):
 
 
 def loss_over(tp: TensorComm, first: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function loss(logits, targets) that returns the sum of the token losses, the same on every rank of a stage. The
-    function loss() is collective over tp.comm. logits: (N, n), for this rank's n token ids. first: the first of these ids.
-    targets: (N,). Targets of -100 are ignored. Independent."""
+    """Return a function loss(logits, targets). It returns the sum of the token losses, which is the same on every rank of a
+    stage. The function loss() is collective over tp.comm. logits: (N, n), for this rank's n token ids. first: the first of these
+    ids. targets: (N,). Targets of -100 are ignored. Independent."""
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         found: Tensor = _Loss.apply(logits, targets, first, tp)  # type: ignore[no-untyped-call]
@@ -102,8 +103,8 @@ class Regather:
         self._whole: Tensor | None = None
 
     def pack(self, x: Tensor) -> Any:
-        """Return what autograd saves for `x`. If `x` is the gathered input, this is only its shape. Call this while the gathered
-        input exists. Independent."""
+        """Return what autograd saves for `x`: only the shape if `x` is the gathered input of the branch, else `x` itself. Call
+        pack() while the gathered input exists. Independent."""
         if x.data_ptr() != self._place or x.numel() != self._numel or not x.is_contiguous():
             return x
         self._kept += 1
@@ -111,7 +112,7 @@ class Regather:
 
     def unpack(self, packed: Any) -> Tensor:
         """Return the tensor for which pack() returned `packed`. If pack() saved only a shape, gather the positions of the
-        branch's input again. Backward must call this in the same order on all ranks. Collective over tp.comm."""
+        branch's input again. Backward must call unpack() in the same order on all ranks. Collective over tp.comm."""
         if isinstance(packed, Tensor):
             return packed
         if self._whole is None:
@@ -124,8 +125,8 @@ class Regather:
 
 def _between(module: Any, tp: TensorComm, keep: bool, ends: bool = True) -> None:
     """Make `module` apply f (enter_branch) to its input. If `ends`, also make it apply g (leave_branch) to its output. keep:
-    whether to save the whole input for backward. If False, only this rank's positions are saved, and backward gathers the
-    other positions again."""
+    whether to save the whole input for backward. If `keep` is False, only this rank's positions are saved, and backward gathers
+    the other positions again."""
     inner = module.forward
 
     def forward(x: Tensor, *args: Any) -> Tensor:

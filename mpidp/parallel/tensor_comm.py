@@ -1,8 +1,8 @@
 """Communication between the tensor-parallel ranks of a stage: sums, gathers, reduce-scatters, and the functions f and g of
 tensor.py.
 
-Sums are computed in float32 in any training precision. Gathers keep the dtype. A result for all ranks has the same bits on all
-ranks.
+Sums are computed in float32 in any training precision. Gathers keep the dtype. Results that all ranks receive have the same
+bits on every rank.
 """
 
 from __future__ import annotations
@@ -131,16 +131,16 @@ class _Scatter(torch.autograd.Function):
 
 
 def enter_branch(x: Tensor, tp: TensorComm) -> Tensor:
-    """Apply the function f to `x`, and return the result, (B, T, D). x: (B, T, D). With sequence parallelism, `x` is (B, t, D)
-    and has only this rank's positions. Backward is collective over tp.comm. With sequence parallelism this call is also
-    collective over tp.comm."""
+    """Apply the function f of tensor.py to `x`, the input of a branch (attention or MLP). Return (B, T, D). x: (B, T, D). With
+    sequence parallelism, `x` is (B, t, D) and has only this rank's positions. Backward is collective over tp.comm. With sequence
+    parallelism this call is also collective over tp.comm."""
     return (_Gather if tp.sequence else SumInBackward).apply(x, tp)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def leave_branch(x: Tensor, tp: TensorComm) -> Tensor:
-    """Apply the function g: return the sum of `x` over the ranks, (B, T, D). With sequence parallelism, return only this
-    rank's positions of the sum, (B, t, D). Collective over tp.comm. With sequence parallelism, backward is also collective
-    over tp.comm."""
+    """Apply the function g of tensor.py at the end of a branch (attention or MLP): return the sum of `x` over the ranks,
+    (B, T, D). With sequence parallelism, return only this rank's positions of the sum, (B, t, D). Collective over tp.comm. With
+    sequence parallelism, backward is also collective over tp.comm."""
     return (_Scatter if tp.sequence else SumInForward).apply(x, tp)  # type: ignore[no-any-return, no-untyped-call]
 
 

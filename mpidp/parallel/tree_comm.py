@@ -1,8 +1,8 @@
 """Sums over the tensor-parallel ranks of a stage in the order of a fixed binary tree (model.slices).
 
-The tree's leaves are the S slices of the model. S is a power of two. Each of T ranks has S / T successive slices, which are the
-leaves of a complete subtree. First, each rank adds its own slices. Then the ranks' partial sums are added in the order of the
-same tree. The additions are the same for every T. Therefore the bits of the sum do not depend on T.
+The tree's leaves are the S slices of the model (1 / S of each layer). S is a power of two. Each of T ranks has S / T successive
+slices, which are the leaves of a complete subtree. First, each rank adds its own slices. Then the ranks' partial sums are added
+in the order of the same tree. The additions are the same for every T. Therefore the bits of the sum do not depend on T.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TreeComm(TensorComm):
 
     def sum(self, x: Tensor, op: MPI.Op = MPI.SUM) -> Tensor:
         """Return the sum of `x` over the ranks in tree order, as a new tensor with the shape and dtype of `x`. op: the MPI
-        reduction to use instead of the sum. Such a reduction does not use the tree. Collective over comm."""
+        reduction to use instead of the sum. Reductions other than the sum do not use the tree. Collective over comm."""
         if op != MPI.SUM:
             return super().sum(x, op)
         with torch.no_grad():
@@ -72,8 +72,8 @@ class TreeComm(TensorComm):
         self._transport.store(wire, flat)
 
     def _sum_of_parts(self, wire: Tensor, counts: list[int], starts: list[int]) -> Tensor:
-        """Return the sum over the ranks of this rank's range of `wire`. counts, starts: the length and the start of each rank's
-        range. Collective over comm."""
+        """Sum this rank's range of `wire` over the ranks, and return the sum. counts, starts: the length and the start of each
+        rank's range. Collective over comm."""
         comm, length = self.comm, counts[self.comm.rank]
         received = self._transport.scratch("parts", comm.size * length)
         others = [r != comm.rank for r in range(comm.size)]

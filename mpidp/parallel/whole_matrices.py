@@ -132,9 +132,9 @@ class WholeMatrices:
     def compute(
         self, now: MatrixRound, pieces: Mapping[Box, Matrix], work: Callable[[list[tuple[str, Matrix]]], list[Matrix]]
     ) -> dict[Box, Matrix]:
-        """Apply `work` to the whole matrices of a round. Return this rank's boxes of the results. now: the round. pieces: the
-        tensors of this rank's boxes. work: takes [(name, matrix), ...] and returns one result per matrix, in order. Collective
-        over hidden.comm."""
+        """Apply `work` to the whole matrices of round `now`, an element of `rounds`. Return this rank's boxes of the results.
+        pieces: the tensors of this rank's boxes. work: takes [(name, matrix), ...] and returns one result per matrix, in order.
+        Collective over hidden.comm."""
         wholes = {name: self._assembled(now.local[name], shape, pieces) for name, shape in now.owned}
 
         def put(box: Box, found: Matrix) -> None:

@@ -203,9 +203,10 @@ def _noise(run: measured.MeasuredRun, steps: float) -> dict[str, Any]:
 
 
 def _columns(lanes: int, present: int, timed: Sequence[int]) -> list[int]:
-    """Return the numbers of ranks for the table's columns. They are all measured numbers, and the powers of two up to a limit.
-    The limit is four times the largest measured number of ranks, but at least 16. No column has more ranks than the table has
-    lanes. lanes: lanes of the run. present: ranks of the run. timed: measured numbers of ranks."""
+    """Return the numbers of ranks for the table's columns. These are all measured numbers, and the powers of two up to a limit.
+    The limit is four times the largest measured number of ranks, but at least 16. No power of two exceeds the number of
+    lanes (sequences of micro-batches) of the largest batch in the table. lanes: the number of lanes of the run's batch. present:
+    the number of ranks of the run. timed: the measured numbers of ranks."""
     most = min(int(lanes * predict.MULTIPLES[-1]), max(16, 4 * max(present, *timed)))
     return sorted({present, *timed, *(1 << i for i in range(most.bit_length()))})
 

@@ -4,7 +4,7 @@ gradient. Its owner is the rank that adds the slice.
 
 | name | sum | bits depend on | use |
 |---|---|---|---|
-| tree | owners of slices add lanes along a fixed binary tree (tree.py) | the lanes only | default |
+| tree | owners of slices add lanes in the order of a fixed binary tree (tree.py) | the lanes only | default |
 | allreduce | MPI_Allreduce (or NCCL's), in pieces | ranks, MPI library, shared cores | fewest bytes if lanes are uneven |
 | naive | one MPI_Allreduce per parameter | ranks, MPI library, shared cores | reference implementation of allreduce |
 | root | rank 0 gathers, adds, updates, and broadcasts the parameters | ranks | reference implementation |
@@ -39,7 +39,7 @@ from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
 
 
 class LaneShares(Protocol):
-    """The lanes that each rank computes in this step (training/balance.py)."""
+    """The lanes (fixed sequences of micro-batches) that each rank computes in this step (training/balance.py)."""
 
     ranges: list[range]
     static: bool  # whether ranges are fixed before the step; otherwise a rank may take lanes of other ranks of its node
@@ -69,7 +69,7 @@ class Reducer:
     """Base class of reducers. A reducer of this class accumulates all micro-batches of the rank in one gradient buffer."""
 
     everyone_updates = True  # whether all ranks update the parameters, or only rank 0
-    own_order = True  # whether the order of addition never changes; MPI may add in another order in non-blocking calls
+    own_order = True  # whether blocking and non-blocking calls add in the same order; with MPI's reductions, they may not
 
     def __init__(
         self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1, *,
@@ -92,8 +92,8 @@ class Reducer:
         self.buffer = buffer
 
     def set_wait(self, wait: Wait | None) -> None:
-        """Set how to wait for MPI requests in a reduction. If `wait` is None, use group.wait, as outside reductions. Call
-        set_wait() between steps. Independent."""
+        """Set the function that waits for MPI requests in a reduction. If `wait` is None, use group.wait, which also waits for
+        the group's other requests. Call set_wait() between steps. Independent."""
         self.wait = wait or self.group.wait
 
     def set_overlap(self, mode: str, wait: Wait | None, worker: BucketWorker | None) -> None:
@@ -109,23 +109,24 @@ class Reducer:
             self.worker.close()
 
     def open(self, v: int, last: bool = False, chunk: int = 0) -> None:
-        """Begin micro-batch `v` for chunk `chunk`: make the .grad of each parameter of the chunk a view of the slot (gradient
-        buffer) in which the gradient of `v` accumulates. last: whether `v` is the rank's last micro-batch of the step.
-        Independent."""
+        """Begin micro-batch `v` for chunk `chunk` (a group of layers): make the .grad of each parameter of the chunk a view of
+        the slot (gradient buffer) in which the gradient of `v` accumulates. last: whether `v` is the rank's last micro-batch of
+        the step. Independent."""
         self.buffer.point(0)
         if self._fresh:
             self.buffer.flat[0].zero_()
             self._fresh = False
 
     def close(self, v: int, chunk: int = 0) -> None:
-        """End micro-batch `v` for chunk `chunk`. Independent."""
+        """End micro-batch `v` for chunk `chunk`, after its backward pass. Independent."""
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
-        """During the next step, call each observer with the gradient of every lane. Raises ValueError if the reducer does not
-        store the gradients of single lanes. Independent."""
+        """During the next step, call each observer with the gradient of every lane (sequence of micro-batches). Raises
+        ValueError if the reducer does not store the gradients of single lanes. Independent."""
         if observers:
             raise ValueError(
-                f"{type(self).__name__} adds all micro-batches in one buffer, so the gradients of single lanes cannot be observed"
+                f"{type(self).__name__} adds all micro-batches in one buffer, so the gradients of "
+                "single lanes cannot be observed. Set comm.reducer=tree"
             )
 
     def discard(self) -> None:
@@ -133,7 +134,7 @@ class Reducer:
         self._fresh = True
 
     def has_free_slot(self) -> bool:
-        """Return whether a slot is free for the gradient of one more lane. Independent."""
+        """Return whether a slot (gradient buffer) is free for one more lane. Independent."""
         return True
 
     def overlaps(self) -> bool:
@@ -228,7 +229,7 @@ class Reducer:
 
 class FlatReducer(Reducer):
     """A reducer with one gradient buffer per rank. For strategies that do not sum gradients at every step, it can also sum other
-    flat tensors of the same layout. Call end_round() when every bucket has been summed once."""
+    flat tensors of the same layout. Call end_round() when every bucket (group of parameters) has been summed once."""
 
     def reduce(self, bucket: Bucket) -> None:
         self.sum(self.buffer.flat[0], bucket)

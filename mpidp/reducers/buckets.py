@@ -41,8 +41,8 @@ def unit_of(name: str) -> str:
 
 class FlatLayout:
     """The place of each parameter in a flat tensor of num_elements elements. num_elements is a multiple of NORM_BLOCK. Units
-    (unit_of()) begin at multiples of NORM_BLOCK. Therefore each norm block of a pipeline stage is also a norm block of the
-    whole model. Independent."""
+    (unit_of()) begin at multiples of NORM_BLOCK. Therefore each norm block (NORM_BLOCK elements) of a pipeline stage is also a
+    norm block of the whole model. Independent."""
 
     def __init__(self, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
         self.parameters = list(reversed(named_parameters))

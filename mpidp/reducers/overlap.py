@@ -1,4 +1,5 @@
-"""Reduces buckets in a thread while backward fills the next buckets, and measures whether this overlap is faster.
+"""Reduces buckets (gradients of consecutive parameters) in a thread while backward computes the next buckets. Measures whether
+this overlap is faster.
 
 The thread makes MPI calls all the time, because non-blocking collectives make little progress outside MPI calls. In mode
 `thread`, the thread blocks in MPI. In mode `poll`, the thread polls and sleeps, so that backward can use the core. On one node
@@ -106,7 +107,8 @@ def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, static: bool) -> 
     # Between nodes, `poll` can hang if several ranks are bound to the same core. The cause is unknown, so `poll` is not used
     # there.
     cores = comm.allreduce(len(os.sched_getaffinity(0)), op=MPI.MIN)
-    # Also exclude `poll` if it uses another MPI call, whose sum may have other bits: a measurement must not decide the bits.
+    # Also exclude `poll` if its MPI call differs from that of the other modes. The sum could then have different bits, but bits
+    # must not depend on a measurement.
     poll = cores > 1 and (reducer.own_order or not reducer.group.all_spin)
     seconds = measure(reducer, comm, {mode: wait for mode, wait in OVERLAP_WAITS.items() if mode != "poll" or poll})
     reducer.transport.pop_counts()  # the measurement does not count as communication of a step

@@ -3,8 +3,8 @@
 In round t, rank q computes micro-batch t P + q, where P is the number of ranks. So the owner of a slice (the rank that adds
 this range of the gradient) receives the gradients of consecutive micro-batches. The owner accumulates each lane (a fixed
 sequence of micro-batches) in order, and adds two siblings of the tree (tree_order.py) as soon as both are complete. Therefore
-the owner stores only the tree nodes that remain after a round. If P is a power of two, these are at most max(1, log2(number of
-rounds)). The sum has the same bits as with any other distribution of the lanes.
+the owner stores only the tree nodes that remain after a round. If P is a power of two, it stores at most max(1, log2(number of
+rounds)) nodes. The sum has the same bits as with any other distribution of the lanes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Place = tuple[Literal["row", "slot"], int]
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What the owner of a slice does with the gradients of one round."""
+    """What the owner of a slice does with the gradients of one round (at most one micro-batch from each rank)."""
 
     rows: int  # number of micro-batches: the first `rows` ranks have one each
     additions: list[tuple[Place, Place]]  # (into, from), in order

@@ -1,5 +1,5 @@
 """Sums the gradients of units over the ranks (mesh.shard=2|3). A unit is a group of parameters, such as those of a Transformer
-block. Each rank owns one slice of every unit, and stores the sum of its slices only.
+block. Each rank owns one slice (range of elements) of every unit, and stores only the sums of its own slices.
 
 In each round, every rank computes at most one micro-batch. A rank sends this micro-batch's gradient to the owners of the
 slices, one unit at a time. After each unit, the rank frees the gradient of this unit. The owners add the gradients of a round

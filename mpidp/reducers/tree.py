@@ -4,8 +4,8 @@ of micro-batches. The flat gradient is cut into slices, and each slice is added 
 A group is the ranks of a node that share memory. A rank without shared memory is a group of its own. In a group, the owner of a
 slice reads the buffers of all ranks and adds them in place. The sum is stored in slot 0 of the group's first rank. Between
 groups, the owners of the same slice exchange messages. The slice is cut into one range per group, and each owner sums one range.
-For this range, the owner receives the tree nodes that remain in the other groups, adds the nodes of all groups, and sends the sum
-to the other owners.
+For this range, the owner receives the tree nodes (partial sums) that remain in the other groups, adds the nodes of all groups,
+and sends the sum to the other owners.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ class FoldPlan:
 
 
 def slots_needed(lanes: Lanes, mine: range, max_lanes: int, static: bool, kept_apart: bool) -> int:
-    """Return the number of gradient buffers (slots) that a rank needs. mine: the rank's lanes at the start. max_lanes: if above
-    0, the rank may later get any range of up to this many lanes. static: whether lanes are fixed before each step. If not, two
-    more slots are needed. kept_apart: whether the gradients of single lanes are needed in some steps. Independent."""
+    """Return the number of gradient buffers (slots) that a rank needs. mine: the lanes (sequences of micro-batches) that
+    the rank has at the start. max_lanes: the largest number of consecutive lanes that the rank may get later, or 0 if its lanes
+    never change. static: whether lanes are fixed before each step. If not, two more slots are needed. kept_apart: whether the
+    gradients of single lanes are needed in some steps. Independent."""
     count, share = lanes.num_lanes, lanes.num_lanes == lanes.num_micro_batches and not kept_apart
     runs = [mine]
     if max_lanes:
@@ -137,7 +138,8 @@ class Tree(Reducer):
         self._reduce(bucket.start, bucket.stop, ALIGN)
 
     def _reduce(self, start: int, stop: int, multiple: int) -> None:
-        """Sum the elements [start, stop) over the ranks. Slices are cut at multiples of `multiple`. Collective over all ranks."""
+        """Sum the elements [start, stop) over the ranks. The distance from `start` to the start of each owner's slice is
+        divisible by `multiple`. Collective over all ranks."""
         self.group.fence(self.wait)
         if not self.group.owns:
             return
@@ -176,7 +178,7 @@ class Tree(Reducer):
             everywhere += [(node, (g, j)) for j, node in enumerate(nodes)]
             num_nodes.append(len(nodes))
         if [node for node, _ in left_over] != [node for node, (g, _) in everywhere if g == self.group.index]:
-            raise ValueError(f"group {self.group.index} holds the tree nodes {held}, but the lanes of all ranks are {ranges}")
+            raise ValueError(f"group {self.group.index} holds the tree nodes {held}, which do not match the lanes {ranges}")
         return FoldPlan(additions, [place for _, place in left_over], num_nodes, *tree_order.fold_all(everywhere, count))
 
     def _add_in_group(self, plan: FoldPlan, low: int, high: int) -> None:

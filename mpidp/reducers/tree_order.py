@@ -1,10 +1,10 @@
 """Defines the order in which the gradients of lanes (fixed sequences of micro-batches) are added, by a fixed binary tree.
 Pure.
 
-Node (k, i) is the sum of the existing lanes in [i 2^k, (i+1) 2^k). It is the sum of its children (k-1, 2i) and (k-1, 2i+1). If
-the right child has no lanes, the node equals its left child. Float32 addition is commutative but not associative. The shape of
-the tree depends only on the number of lanes L. Therefore the bits of the sum do not depend on which rank computes a lane, or on
-the order in which lanes are computed. The gradient of a lane is rounded at most ceil(log2 L) times.
+Node (k, i) is the sum of the existing lanes with numbers in [i 2^k, (i+1) 2^k). It is the sum of its children (k-1, 2i) and
+(k-1, 2i+1). If the right child has no lanes, the node equals its left child. Float32 addition is commutative but not
+associative. The shape of the tree depends only on the number of lanes L. Therefore the bits of the sum do not depend on which
+rank computes a lane, or on the order in which lanes are computed. The gradient of a lane is rounded at most ceil(log2 L) times.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ def held_after(lanes: Iterable[int], num_lanes: int, siblings_share: bool) -> tu
 
 
 def fold(held: Sequence[tuple[Node, Place]], num_lanes: int) -> tuple[list[tuple[Place, Place]], list[tuple[Node, Place]]]:
-    """Combine the nodes in `held` as far as the tree allows. Return (additions, remaining nodes). An addition is (into, from),
-    and the additions are in order. The remaining nodes are (node, place), from left to right. Raises ValueError if two nodes
-    contain the same lane. Independent."""
+    """Combine the nodes in `held` as far as the tree allows. held: (node, place of the node's value) of each node. Return
+    (additions, remaining nodes). The additions are (into, from), in order. The remaining nodes are (node, place), from left to
+    right. Raises ValueError if two nodes contain the same lane. Independent."""
     additions: list[tuple[Place, Place]] = []
     stack: list[tuple[Node, Place]] = []
     covered = 0

@@ -1,7 +1,9 @@
-"""Units of the flat layout (mesh.shard=2|3). The ranks exchange one unit at a time, and each rank owns one slice of every unit.
+"""Units of the flat layout (mesh.shard=2|3). A unit is a group of parameters, for example those of a Transformer block or the
+embedding (buckets.unit_of). The ranks exchange one unit at a time, and each rank owns one slice (range of elements) of every
+unit.
 
-A unit is for example a Transformer block or the embedding (buckets.unit_of). Slices consist of whole norm blocks, so each norm
-block has one owner. Offsets and ranges in this module are relative to the start of the unit.
+Slices consist of whole norm blocks (4,096 elements), so each norm block has one owner. Offsets and ranges in this module are
+relative to the start of the unit.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ class RecordedRun:
 
     @property
     def meetings(self) -> list[dict[str, Any]]:
-        """The lines of steps that describe all ranks. If ranks do not synchronize at every step, a line between two meetings
-        describes only rank 0, and its number of tokens is that of the last meeting. These lines are left out."""
+        """The lines of meetings, which are the steps at which all ranks synchronize. The line of any other step describes only
+        rank 0, and its number of tokens is that of the last meeting. Such a line is left out."""
         tokens = [0.0, *(number(line, "tokens") or 0.0 for line in self.steps)]
         return [line for line, before, now in zip(self.steps, tokens, tokens[1:], strict=False) if now > before]
 
@@ -83,8 +83,8 @@ class RecordedRun:
         return sum(number(line, name) or 0.0 for line in self.lines)
 
     def worked(self) -> list[tuple[dict[str, Any], float]]:
-        """Return (line, seconds) for each line. The seconds are the time that all jobs had run until the line was written. They
-        include lost steps. Return [] if the lines have no times. Pure."""
+        """Return (line, seconds) for each line. The seconds are the time that all jobs had run until the line was written,
+        including the time of lost steps. Return [] if the lines have no times. Pure."""
         if not any("unix_seconds" in line for line in self.lines):
             return []
         each = (a + (number(line, "lost_seconds") or 0.0) for a, line in zip(took(self.lines), self.lines, strict=True))
@@ -95,7 +95,7 @@ class RecordedRun:
         return self.worked()[-1][1] if self.worked() else self.total("step_seconds")
 
     def starting(self) -> float:
-        """Return the seconds that jobs spent starting, or restarting after failures. seconds() includes them. Pure."""
+        """Return the seconds that jobs spent starting, or restarting after failures. seconds() includes this time. Pure."""
         return sum(gap for gap, line in zip(took(self.lines), self.lines, strict=True) if line.get("event") == "start")
 
 

@@ -29,7 +29,8 @@ def state(run: RecordedRun, fall: Waterfall) -> str:
     last, of = run.steps[-1]["step"], run.config.get("train.steps")
     parts = []
     if run.going:
-        parts.append(note(f"This run is in progress: step {last} of {of}. The report shows the state when it was made."))
+        parts.append(note(f"This run is in progress: step {last} of {of}. The report shows the run at the time "
+                          "when the report was made."))
     elif run.end is None:
         parts.append(
             note(
@@ -121,8 +122,7 @@ def tasks(run: RecordedRun) -> str:
 
 def of_steps(run: RecordedRun, name: str) -> list[tuple[float, float]]:
     """Return a list of (step, value of the field `name`). Steps without this field are left out. Lines between two meetings
-    (steps at which all ranks synchronize) describe only rank 0. Only the field comm_bytes is taken from these lines, too.
-    Pure."""
+    (steps at which all ranks synchronize) describe only rank 0. Of these lines, only the field comm_bytes is used. Pure."""
     lines = run.steps if name == "comm_bytes" else run.meetings
     return [(line["step"], value) for line in lines if (value := number(line, name)) is not None]
 

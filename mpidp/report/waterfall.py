@@ -38,7 +38,7 @@ PARTS = {  # in the order of the waterfall
 
 @dataclass(frozen=True)
 class Waterfall:
-    """The seconds of each part of a run's time. They add up to the total time."""
+    """The seconds of each part of a run's time. The parts add up to the total time."""
 
     seconds: dict[str, float]
     tokens: int  # number of tokens trained on

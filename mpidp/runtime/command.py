@@ -152,7 +152,7 @@ def _leave(world: Any, code: int) -> NoReturn:
 
 
 def _effect(world: Any, others_continue: bool = True) -> str:
-    """Return the last words of an error message. They tell whether the exit of this rank ends the job. Pure."""
+    """Return the last words of an error message. These words say whether the exit of this rank ends the job. Pure."""
     if others_continue and launched_with_ulfm() and world is not None and world.size > 1:
         return "; the other ranks continue"
     return " and ends the job"

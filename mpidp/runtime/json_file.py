@@ -21,7 +21,7 @@ from typing import Any, NotRequired, Required, Union, get_args, get_origin, get_
 from mpidp.runtime.files import open_regular
 
 MAX_BYTES = 1 << 30  # no file of a run is larger
-MAX_DEPTH = 100  # deepest nesting of lists and objects; deeper ones could exhaust the stack of recursive functions
+MAX_DEPTH = 100  # deepest nesting of lists and objects; deeper nesting could exhaust the stack of recursive functions
 
 
 def read_json(path: Path, schema: Any = dict, max_bytes: int = MAX_BYTES) -> Any:

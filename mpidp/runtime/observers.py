@@ -27,7 +27,7 @@ class StepObserver:
         """Called before the sum of all gradients is scaled. `total`: this sum, of shape (num_elements,)."""
 
     def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[Any] | None:
-        """Return a context manager that surrounds some work of the rank, or None. `name`: the type of work. `about`: details
+        """Return None, or a context manager inside which the rank does some work. `name`: the type of work. `about`: details
         of the work."""
         return None
 

@@ -42,8 +42,8 @@ def default_folder() -> Path:
 
 
 class BlockCache:
-    """A cache of blocks in a local folder. `key` identifies a file and its version. Several threads and processes may use the
-    same folder. Independent."""
+    """A cache of blocks (ranges of bytes) in a local folder. `key` identifies a file and its version. Several threads and
+    processes may use the same folder. Independent."""
 
     def __init__(self, folder: Path, bound: int) -> None:
         """Create `folder` if needed. `bound`: the largest number of bytes on disk. Raises DataError if the folder cannot be

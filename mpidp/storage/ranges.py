@@ -117,7 +117,8 @@ class RemoteFile:
         return requests
 
     def _run(self, future: Future[dict[int, bytes]], group: range) -> None:
-        """Fetch a group of blocks, and store them in the cache. Set `future` to {block: its bytes}."""
+        """Fetch the blocks with the numbers `group`, and store them in the cache. Set the result of `future` to
+        {block: its bytes}."""
         with self._lock:  # a request that became more urgent is in the queue a second time
             if future.running() or future.done():
                 return
@@ -144,7 +145,7 @@ class RemoteFile:
 
 
 def _groups(numbers: list[int]) -> Iterator[range]:
-    """Yield ranges of consecutive numbers. Each range has at most REQUEST_BLOCKS numbers. Pure."""
+    """Divide the numbers into ranges of at most REQUEST_BLOCKS consecutive numbers, and yield the ranges. Pure."""
     at = 0
     while at < len(numbers):
         end = at + 1

@@ -84,8 +84,8 @@ class RemoteFolder:
     def check_room(self, size: int) -> None:
         """Log a warning if the cache is smaller than `size`. `size`: the number of bytes that a node reads ahead at a time."""
         if size > self.cache.bound:
-            log.warning("warning: data.cache_gb=%.3g is small, because a node reads %.3g GB of %s at a time. Data is fetched "
-                        "repeatedly. Raise data.cache_gb", self.cache.bound / 1e9, size / 1e9, self.path)
+            log.warning("warning: data.cache_gb=%.3g is too small: a node reads %.3g GB of %s at a time, so the same data "
+                        "must be fetched repeatedly. Increase data.cache_gb", self.cache.bound / 1e9, size / 1e9, self.path)
 
     def report_waits(self, on_wait: Callable[[], None]) -> None:
         """Call `on_wait` about every second during a pause between two tries of a request, and after each answer."""

@@ -42,9 +42,9 @@ class Retries:
         self._closed.set()
 
     def call(self, where: str, request: Callable[[], T]) -> T:
-        """Return request(). Repeat the call while it raises Unreachable. `where`: the address, for messages. Raises Missing if
-        the file is missing. Raises DataError, with the reason, if the server refuses the request or the time limit is over.
-        Independent."""
+        """Call request() and return its result. Repeat the call while it raises Unreachable. `where`: the address, for
+        messages. Raises Missing if the file is missing. Raises DataError, with the reason, if the server refuses the request
+        or the time limit is over. Independent."""
         began, pause, tries = time.monotonic(), FIRST_PAUSE, 0
         while True:
             try:

@@ -20,10 +20,10 @@ class _Line(TypedDict, total=False):
 
 
 def read_arrivals(log: str, workers: int, servers: int, staleness: int) -> Order:
-    """Return {step of a meeting: the arrivals since the previous meeting} (see Order). `log`: the metrics.jsonl of the run to
-    replay, or "" to return {}. `workers`, `servers`: numbers of workers and of parameter servers. With a quorum, `servers` is
-    0 and `workers` is the number of ranks. Raises UsageError if the file cannot be read, or if the arrivals are not possible
-    with these numbers and with `staleness` (the setting strategy.staleness). Independent."""
+    """Return {step at which all ranks synchronize: the arrivals since the previous such step} (see Order). `log`: the
+    metrics.jsonl of the run to replay, or "" to return {}. `workers`, `servers`: numbers of workers and of parameter servers.
+    With a quorum, `servers` is 0 and `workers` is the number of ranks. Raises UsageError if the file cannot be read, or if the
+    arrivals are not possible with these numbers and with `staleness` (the setting strategy.staleness). Independent."""
     if not log:
         return {}
     try:
@@ -55,10 +55,10 @@ def _check_pushes(log: str, found: Order, workers: int, servers: int) -> None:
 
 
 def _check_rounds(log: str, found: Order, ranks: int, staleness: int) -> None:
-    """Raise UsageError if the recorded rounds are not possible. When round i has been summed, at least one rank must have
-    contributed its gradient of batch i, and no rank may have contributed one of a later batch. Every rank must have
-    contributed its gradients of all batches up to i - staleness. After the last round, every rank must have contributed all of
-    its gradients."""
+    """Raise UsageError if the recorded rounds are not possible. A round is one sum of the gradients that have arrived. When
+    round i has been summed, at least one rank must have contributed its gradient of batch i, and no rank may have contributed
+    its gradient of a later batch. Every rank must have contributed its gradients of all batches up to i - staleness. After the
+    last round, every rank must have contributed all of its gradients."""
     for step, rounds in found.items():
         had = [0] * ranks
         for i, joined in enumerate(rounds, 1):

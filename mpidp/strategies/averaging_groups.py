@@ -22,9 +22,9 @@ GROUPS = ("all", *PARTITIONS, "exponential")
 
 
 def partition(kind: str, t: int, size: int, nodes: Sequence[Sequence[int]], group_size: int) -> list[tuple[int, ...]]:
-    """Return the groups of round number t. A group is a sorted tuple of ranks, and every rank is in exactly one group. `kind`:
-    node, rotating or pairs. `size`: number of ranks. `nodes`: the ranks of each node. `group_size`: number of ranks in a group,
-    for rotating. Raises ValueError for any other `kind`. Independent."""
+    """Return the groups of round `t`, which is the average with number `t`. A group is a sorted tuple of ranks, and every rank
+    is in exactly one group. `kind`: node, rotating or pairs. `size`: number of ranks. `nodes`: the ranks of each node.
+    `group_size`: number of ranks in a group, for rotating. Raises ValueError for any other `kind`. Independent."""
     if kind == "node":
         return [tuple(ranks) for ranks in nodes]
     if kind == "rotating":
@@ -38,5 +38,6 @@ def partition(kind: str, t: int, size: int, nodes: Sequence[Sequence[int]], grou
 
 
 def hop(t: int, size: int) -> int:
-    """Return h for round t of `exponential`: rank r receives from rank r - h. h is 0 if there is only one rank. Independent."""
+    """Return h for round `t` (average number `t`) of `exponential`: rank r receives the model of rank r - h. h is 0 if there
+    is only one rank. Independent."""
     return 2 ** (t % max(1, (size - 1).bit_length())) if size > 1 else 0

@@ -51,8 +51,9 @@ class PendingUpdate:
 
 
 class Delayed(Synchronous):
-    """Implements delayed updates with a delay of k steps. Slot 0 of the gradient buffer holds the sum that is applied. The
-    other k + 1 slots hold the gradient of the current batch, and the gradients of k batches that have not been applied yet."""
+    """Implements delayed updates with a delay of k steps. The gradient buffer consists of slots, each of which holds one flat
+    gradient. Slot 0 holds the sum that is applied. The other k + 1 slots hold the gradient of the current batch, and the
+    gradients of k batches that have not been applied yet."""
 
     survives_failures = False
     synchronizes_always = False
@@ -68,12 +69,14 @@ class Delayed(Synchronous):
         self._slot, self._fresh, self._lr = 1, True, 0.0
 
     def more_slots(self, options: StrategyOptions) -> int:
-        """Return staleness + 1: one slot for the current batch, and one for each batch that is not applied yet. Independent."""
+        """Return staleness + 1: one gradient buffer (slot) for the current batch, and one for each batch that is not applied
+        yet. Independent."""
         return options.staleness + 1
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Return a context manager. The backward pass of micro-batch v must run in it. Independent."""
+        """Return a context manager, in which the backward pass of micro-batch number `v` must run. `last`, `chunk`: see
+        Synchronous. Independent."""
         if self._fresh:
             self.buffer.flat[self._slot].zero_()
             self._fresh = False
@@ -85,8 +88,9 @@ class Delayed(Synchronous):
         self._fresh = True
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Start to sum the gradient of this batch. Then apply the sum that was started k steps ago, and return the norm of this
-        sum in the StepStats. `tokens`: number of target tokens in this rank's lanes. Collective over compute_comm."""
+        """Start to sum the gradient of this batch. Then apply the sum that was started k steps ago, and return the norm of
+        this sum in the StepStats. `tokens`: number of target tokens in this rank's micro-batches. Collective over
+        compute_comm."""
         self.reducer.observers.enter("reduce")
         if self._fresh:  # this rank computed no lane
             self.buffer.flat[self._slot].zero_()
@@ -143,7 +147,7 @@ class Delayed(Synchronous):
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state, including the sums that were in flight. Independent."""
+        """Load the state, including the sums that had not been applied. Independent."""
         late = {name: value for name, value in state.items() if name.startswith("in_flight/")}
         super().load_state_dict({name: value for name, value in state.items() if name not in late})
         self._in_flight.clear()
@@ -156,7 +160,7 @@ class Delayed(Synchronous):
             self._lr = float(of.get("lr", torch.zeros(1)))  # earlier versions did not save it
 
     def release(self) -> None:
-        """Release the parameters, and drop the sums in flight. Independent."""
+        """Release the parameters, and drop the sums that have not been applied. Independent."""
         super().release()
         self._in_flight.clear()
 

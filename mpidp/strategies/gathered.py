@@ -22,7 +22,8 @@ from mpidp.reducers.units import Channel, Member, Unit
 
 @dataclass(frozen=True)
 class ShardedParameter:
-    """The attribute `shards` of a parameter whose elements are divided among the ranks (checkpoint/local_parameters.py)."""
+    """The type of the attribute `shards` of a parameter whose elements are divided among the ranks
+    (checkpoint/local_parameters.py)."""
 
     unit: Unit
     member: Member
@@ -41,7 +42,7 @@ class ShardedParameter:
 
 
 class UnitParameters:
-    """The parameters of all units. This rank owns a slice of each unit."""
+    """The parameters of all units (groups of parameters that are exchanged together). This rank owns a slice of each unit."""
 
     @torch.no_grad()
     def __init__(self, units: Sequence[Unit], divided: Collection[str], channel: Channel, device: torch.device) -> None:
@@ -89,7 +90,7 @@ class UnitParameters:
         self._gathered = ""
 
     def publish(self, units: Sequence[Unit]) -> None:
-        """Free the gathered units. For units that every rank stores as a whole, gather the updated slices. Collective over
+        """Free the gathered units. Gather the updated slices of the units that every rank stores as a whole. Collective over
         channel.comm."""
         self.free()
         for unit in units:

@@ -13,8 +13,8 @@ average their models:
   average to the next (averaging_groups.py).
 
 At a meeting (a step at which all ranks synchronize), all ranks average the whole model without delay. Afterwards all ranks
-have the same model. With group=all, the anchor and the outer momentum take 8 bytes of memory per parameter. `overlap` takes 8
-bytes more.
+have the same model. With group=all, the anchor and the outer momentum take 8 bytes of memory per parameter. With `overlap`, a
+rank needs 8 more bytes per parameter.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ SUM, OWN = 1, 2  # slots of the gradient buffer for an average in flight: the su
 
 
 class Local(Synchronous):
-    """Updates each rank's parameters independently, and averages them periodically. In a step, slot 0 of the gradient buffer
-    holds the gradient. After the step, an average without `overlap` uses slot 0."""
+    """Updates each rank's parameters independently, and averages them periodically. During a step, slot 0 of the gradient
+    buffer (its first flat gradient) holds the gradient. After the step, an average without `overlap` uses the same slot."""
 
     survives_failures = False
     synchronizes_always = False
@@ -76,11 +76,13 @@ class Local(Synchronous):
         self._momentum = torch.zeros_like(self._anchor)
 
     def more_slots(self, options: StrategyOptions) -> int:
-        """Return 2 with overlap (the slots SUM and OWN), else 0. Independent."""
+        """Return 2 with `overlap` (one gradient buffer for the sum, and one for this rank's contribution), else 0.
+        Independent."""
         return 2 * options.overlap
 
     def start(self) -> None:
-        """Set the parameters of all ranks, and their anchors, to rank 0's parameters. Collective over compute_comm."""
+        """Set the parameters and the anchors (the parameters after the last average) of all ranks to rank 0's parameters.
+        Collective over compute_comm."""
         super().start()
         if self._outer:
             self._anchor.copy_(self.flat)
@@ -88,7 +90,7 @@ class Local(Synchronous):
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
         """Make an inner step, and the averages that are due. A rank makes no update if it has no target tokens, or if its
         gradient is not finite or exceeds `limit`. The step is counted nevertheless. `tokens`: number of target tokens in this
-        rank's lanes. Collective over compute_comm if an average is due, else independent."""
+        rank's micro-batches. Collective over compute_comm if an average is due, else independent."""
         stats = self._inner(lr, tokens, limit)
         self._steps += 1
         self.reducer.observers.enter("reduce")
@@ -115,8 +117,8 @@ class Local(Synchronous):
         return StepStats(grad_norm=norm, skipped=False)
 
     def _average(self, i: int, buckets: Sequence[Bucket], at_once: bool) -> None:
-        """If an average of fragment i is in flight, apply it. Then start a new average. If `at_once` is true, wait for the new
-        average and apply it, too."""
+        """If an average of fragment i was started earlier and has not been applied, apply it. Then start a new average. If
+        `at_once` is true, wait for the new average and apply it, too."""
         if (task := self._in_flight[i]) is not None:
             with self.reducer.transport.timed():
                 task.wait()
@@ -193,8 +195,9 @@ class Local(Synchronous):
             self._peers.average(self.flat, mine, self.buffer.flat[0])
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the state at a meeting, when no average is in flight. It contains each rank's own inner optimizer state. It does
-        not contain the anchor, which equals the parameters at a meeting. Independent."""
+        """Return the state. Call this method at a meeting (a step at which all ranks synchronize), when no average is in
+        progress. The state contains each rank's own inner optimizer state. It does not contain the anchor, which equals the
+        parameters at a meeting. Independent."""
         size, rank = self.compute_comm.size, self.compute_comm.rank
         assert self.optimizer is not None
         found = {"steps": Entry(torch.tensor(self._steps))}
@@ -205,7 +208,7 @@ class Local(Synchronous):
         return found | ({"outer/momentum": Entry(self._momentum)} if self._outer else {})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state. If P ranks saved the state, rank r takes the inner state of rank r mod P. Independent."""
+        """Load the state. If P ranks saved the state, rank r takes the inner optimizer state of rank r mod P. Independent."""
         assert self.optimizer is not None
         self._steps = int(state["steps"])
         row = self.compute_comm.rank % len(state["inner/updates"])

@@ -27,14 +27,15 @@ BETA2, EPS = 0.95, 1e-8  # decay and epsilon of NorMuon
 @dataclass(frozen=True)
 class HeldElements:
     """The elements of a hidden matrix that a rank updates: the whole matrix, or consecutive elements of it. Consecutive
-    elements consist of at most three boxes (rectangular blocks of the matrix)."""
+    elements form at most three boxes (rectangular blocks of the matrix)."""
 
     parameter: torch.nn.Parameter  # with the gradient in .grad
     state: dict[str, Tensor]  # named as in MATRIX_STATE, with the shape of the parameter
     boxes: Sequence[Box]  # the boxes of the elements, in order
 
     def cut(self, tensor: Tensor) -> dict[Box, Tensor]:
-        """Return {box: view of `tensor`} for every box. `tensor` has the parameter's shape. Pure."""
+        """Return {box: view of `tensor`} for every box (rectangular block) of the elements. `tensor` has the parameter's
+        shape. Pure."""
         views = tensor.view(-1).split([box.size[0] * box.size[1] for box in self.boxes])
         return {box: view.view(box.size) for box, view in zip(self.boxes, views, strict=True)}
 

@@ -29,8 +29,8 @@ def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
     tensors, which may have different shapes. The dtype of the results is bfloat16 on CUDA, and CPU_DTYPE on the CPU.
 
     In bfloat16 on the CPU, matrices of equal shape are multiplied as a batch, which is up to 6 times as fast. The bits of a
-    result do not depend on the other matrices in the batch. On CUDA and in float32 they would, so there each matrix is multiplied
-    alone. Independent."""
+    result do not depend on the other matrices in the batch. On CUDA and in float32, the bits would depend on the batch. In
+    these cases, each matrix is multiplied alone. Independent."""
     found: list[Tensor] = [torch.empty(0)] * len(matrices)
     alike: dict[tuple[int, int], list[int]] = {}
     for i, one in enumerate(matrices):
@@ -47,7 +47,8 @@ def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
 
 
 def _iterated(matrices: list[Tensor]) -> list[Tensor]:
-    """Return the results of orthogonalized() for matrices that all have the same shape, in their dtype."""
+    """Return the results of orthogonalized() for `matrices`, which have equal shapes. The results have the dtype of
+    `matrices`."""
     tall = matrices[0].shape[0] > matrices[0].shape[1]
     wide = [one.T if tall else one for one in matrices]
     x = torch.stack([one / one.norm().clamp(min=EPS) for one in wide])  # the spectral norm is then at most 1

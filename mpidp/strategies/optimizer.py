@@ -96,13 +96,13 @@ class UpdateRule:
         return kind(members, lr=0.0, betas=(self.beta1, self.beta2), eps=1e-8, weight_decay=decay, fused=True)
 
     def make(self, layout: FlatLayout, parameters: Tensor, gradients: Tensor, memory: Memory, **share: Any) -> Optimizer:
-        """Return an `Optimizer`, which has the same arguments. Collective over hidden.comm."""
+        """Return the `Optimizer` of this rule with these arguments. Collective over hidden.comm."""
         return Optimizer(self, layout, parameters, gradients, memory, **share)
 
 
 class PieceOptimizer:
-    """Updates this rank's share of the parameters in place. The share consists of pieces. A piece is a part of one parameter,
-    or the whole parameter. Muon updates the hidden matrices, and an optimizer of torch updates the other pieces."""
+    """Updates this rank's share of the parameters in place. The share consists of pieces. A piece is a whole parameter, or a
+    part of one. Muon updates the hidden matrices, and an optimizer of torch updates the other pieces."""
 
     def __init__(
         self, rule: UpdateRule, pieces: Sequence[tuple[torch.nn.Parameter, bool, dict[str, Tensor]]], matrices: list[HeldElements]
@@ -153,11 +153,11 @@ class Optimizer(PieceOptimizer):
         self, rule: UpdateRule, layout: FlatLayout, parameters: Tensor, gradients: Tensor, memory: Memory | None = None,
         share: tuple[int, int] = (0, 1), bounds: list[int] | None = None, holds: range | None = None,
     ) -> None:
-        """`parameters`, `gradients`: (num_elements,). `memory`: allocates the state. `share`: (index, count). This rank updates
-        share number `index` of `count` shares. `bounds`: the count + 1 bounds of the shares, none of which is inside a hidden
-        matrix. Without `bounds`, shares are cut at multiples of ALIGN, and hidden matrices are distributed by their cost.
-        `holds`: the indices of the shares whose state this rank stores (default: all). With `holds`, the caller must save the
-        state itself, without state_dict(). Collective over rule.hidden.comm."""
+        """`parameters`, `gradients`: (num_elements,). `memory`: allocates the state. `share`: (index, count). This rank
+        updates share number `index` of `count` shares. `bounds`: the count + 1 bounds of the shares. No bound is inside a
+        hidden matrix. Without `bounds`, shares are cut at multiples of ALIGN, and hidden matrices are distributed by their
+        cost. `holds`: the indices of the shares whose state this rank stores (default: all). With `holds`, the caller must
+        save the state itself, without state_dict(). Collective over rule.hidden.comm."""
         self._layout = layout
         make = memory or (lambda elements: torch.zeros(elements, device=layout.device))
         matrices = _order(layout, rule.matrices)
@@ -228,7 +228,7 @@ class RunOfElements:
     low: int
     high: int
     elements: Tensor  # (high - low,), a part of the parameter; there may be zeros at the end (`padded` of Optimizer)
-    gradient: Tensor  # like elements
+    gradient: Tensor  # with the shape of `elements`
 
 
 class ShardedOptimizer(PieceOptimizer):
@@ -259,8 +259,9 @@ def _order(layout: FlatLayout, matrices: Collection[str]) -> dict[str, int]:
 
 
 def bounds_outside(layout: FlatLayout, count: int, multiple: int, matrices: Collection[str]) -> list[int]:
-    """Return the count + 1 bounds of `count` slices of a flat tensor. The bounds are multiples of `multiple`. A bound that would
-    be inside a parameter named in `matrices` is moved to the nearest multiple outside. Pure."""
+    """Return the count + 1 bounds of `count` slices of a flat tensor. Each bound is divisible by `multiple`, or is the number
+    of elements. A bound that would be inside a parameter named in `matrices` is moved to the nearest possible index outside.
+    Pure."""
     inside = [(offset, offset + p.numel()) for offset, name, p in layout.placed() if name in matrices]
 
     def moved(bound: int, down: bool) -> int:

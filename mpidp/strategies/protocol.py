@@ -34,12 +34,12 @@ class StepStats:
 @dataclass(frozen=True)
 class StrategyOptions:
     """The resolved settings of section `strategy`, and facts about the run. config/settings.py describes the settings, and
-    config/defaults.py has their defaults. A strategy reads only those that it needs."""
+    config/defaults.py has their defaults. A strategy reads only the options that it needs."""
 
     sync_every: int  # steps between averages
     meet_every: int  # steps between meetings
     staleness: int  # largest delay of a gradient, in batches
-    quorum: float  # an update waits for the gradients of this fraction of the micro-batches (of the lanes)
+    quorum: float  # an update waits for the gradients of this fraction of the lanes (sequences of micro-batches)
     compensation: float  # lambda of delay compensation
     outer_lr: float
     outer_momentum: float
@@ -69,16 +69,16 @@ class Strategy(GradientSink, Protocol):
     """Makes parameter updates from the gradients of all ranks."""
 
     compute_comm: MPI.Intracomm  # the ranks that divide the micro-batches of a step
-    synchronizes_always: bool  # whether every step is a meeting
+    synchronizes_always: bool  # whether all ranks synchronize at every step
     group: Group
-    one_copy: bool  # whether all ranks of a group use one copy of parameters and optimizer state
+    one_copy: bool  # whether ranks that share memory use one copy of parameters and optimizer state
     reducer: Reducer
     buffer: Any  # the GradientBuffer; None if the strategy has none
     survives_failures: bool  # whether a run resumes from memory after ranks failed; otherwise it resumes from a checkpoint
 
     def synchronizes_at(self, step: int) -> bool:
-        """Return whether step number `step` (counted from 1) is a meeting. Evaluations, checkpoints and the end of the run are
-        possible only at meetings. The result is the same on every rank. Independent."""
+        """Return whether step number `step` (counted from 1) is a meeting, at which all ranks synchronize. Evaluations,
+        checkpoints and the end of the run are possible only at meetings. The result is the same on every rank. Independent."""
 
     def fill(self, forwards: int, chunk: int | None = None) -> None:
         """Take part in the communication of `forwards` forward passes that other ranks compute. `chunk`: the chunk of layers
@@ -97,9 +97,9 @@ class Strategy(GradientSink, Protocol):
         """Discard the gradients of the current step, so that they can be computed again. Independent."""
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Make an update from the step's gradients. `tokens`: number of target tokens in the global batch if every step is a
-        meeting, else in this rank's lanes. `limit`: if the gradient norm is larger, the update is skipped. Collective over
-        compute_comm."""
+        """Make an update from the step's gradients. `tokens`: number of target tokens in the global batch if all ranks
+        synchronize at every step, else in this rank's micro-batches. `limit`: if the gradient norm is larger, the update is
+        skipped. Collective over compute_comm."""
 
     def drain(self) -> None:
         """Apply all gradients that have not been applied yet. Afterwards all ranks have the same model. Collective over

@@ -50,7 +50,7 @@ FIRST_SECONDS, LONGEST_SECONDS = 5e-5, 5e-4  # shortest and longest pause betwee
 
 @dataclass(frozen=True)
 class Round:
-    """A round whose sum is complete."""
+    """A round (one sum of the contributions that have arrived) whose sum is complete."""
 
     slot: int  # index of the gradient buffer with the sum
     tokens: float  # target tokens in the sum
@@ -58,8 +58,9 @@ class Round:
 
 
 class Quorum(Synchronous):
-    """Implements training with a quorum. Slot 0 of the gradient buffer holds the gradient of the update. Another slot accumulates
-    the gradient of the current batch. The other `staleness` slots hold gradients that have not been applied yet."""
+    """Implements training with a quorum. The gradient buffer consists of slots, each of which holds one flat gradient. Slot 0
+    holds the gradient of the update. Another slot accumulates the gradient of the current batch. The other `staleness` slots
+    hold gradients that have not been applied yet."""
 
     survives_failures = False
     synchronizes_always = False
@@ -94,12 +95,12 @@ class Quorum(Synchronous):
         self._notices, self._received = 0, [0] * len(self._lanes)  # notices sent to rank 0; received by rank 0 from each rank
 
     def more_slots(self, options: StrategyOptions) -> int:
-        """Return staleness + 1: the slots in addition to slot 0. Independent."""
+        """Return staleness + 1: the number of gradient buffers (slots) in addition to slot 0. Independent."""
         return options.staleness + 1
 
     def start(self) -> None:
-        """Prepare for the first step. In a replay, raises UsageError if the replayed run had its meetings at other steps.
-        Collective over compute_comm."""
+        """Prepare for the first step. In a replay, raises UsageError if the ranks of the replayed run synchronized at other
+        steps. Collective over compute_comm."""
         super().start()
         order, last = self.options.arrivals, self.options.total_steps
         missing = [step for step in range(1, last + 1) if order and self.synchronizes_at(step) and step not in order]
@@ -111,7 +112,8 @@ class Quorum(Synchronous):
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Return a context manager. The backward pass of micro-batch v must run in it. Independent."""
+        """Return a context manager, in which the backward pass of micro-batch number `v` must run. `last`, `chunk`: see
+        Synchronous. Independent."""
         self._begin()
         self.buffer.point(self._slot)
         yield
@@ -135,9 +137,10 @@ class Quorum(Synchronous):
             self.buffer.flat[self._slot].zero_()
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Contribute the gradient of this rank's lanes. Wait until the round of this batch is summed, and make its update.
-        `tokens`: number of target tokens in this rank's lanes. Collective over compute_comm at a meeting. At other steps a rank
-        waits only for the quorum."""
+        """Contribute this rank's gradient of the batch. Wait until the round of this batch (the sum of the contributions that
+        have arrived) is complete, and make the update. `tokens`: number of target tokens in this rank's micro-batches.
+        Collective over compute_comm at a meeting (a step at which all ranks synchronize). At other steps, a rank waits only
+        for the contributions that the quorum requires."""
         self.reducer.observers.enter("reduce")
         self._begin()  # needed if this rank had no lane to compute
         synchronizes = self.synchronizes_at(self._steps + 1)
@@ -173,8 +176,8 @@ class Quorum(Synchronous):
         return StepStats(grad_norm=norm, skipped=skipped)
 
     def _round_report(self) -> dict[str, Any]:
-        """Return the arrivals and the number of late lanes since the last meeting, as fields for metrics.jsonl. The result is the
-        same on every rank."""
+        """Return fields for metrics.jsonl: the order in which contributions have arrived since the last meeting, and how many
+        lanes (sequences of micro-batches) were late. The result is the same on every rank."""
         late, had = 0, [0] * len(self._lanes)
         for batch, joined in enumerate(self._joined):
             for rank, count in enumerate(joined):
@@ -187,7 +190,8 @@ class Quorum(Synchronous):
     # The thread
 
     def _serve(self, tracker: RoundTracker) -> None:
-        """Sum all rounds from one meeting to the next. The thread runs this method. Collective over compute_comm."""
+        """Sum all rounds from one meeting (step at which all ranks synchronize) to the next. The thread runs this method.
+        Collective over compute_comm."""
         pause = FIRST_SECONDS
         try:
             while not self._closing:
@@ -204,8 +208,8 @@ class Quorum(Synchronous):
             self._summed.put(error)
 
     def _turn(self, tracker: RoundTracker) -> bool | None:
-        """Send and receive notices of contributions. If the next round has closed, sum it, and return whether it is a meeting.
-        Return None if the round has not closed."""
+        """Send and receive notices of contributions. If the next round has closed, sum its contributions, and return whether
+        all ranks synchronize in this round. Return None if the round has not closed."""
         if (row := self._closed(tracker)) is None:
             return None
         self._sum(row[0], [int(count) for count in row[2:]])
@@ -265,12 +269,13 @@ class Quorum(Synchronous):
     # Checkpoints and the end
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the state. Call this method at a meeting, when all contributions have been added. Independent."""
+        """Return the state. Call this method only after a step at which all ranks synchronize (a meeting). Then every
+        contribution has been added to an update. Independent."""
         found = super().state_dict() | {"steps": Entry(torch.tensor([self._steps]))}
         return found | ({"joined": Entry(torch.tensor(self._joined))} if self._joined else {})  # if the last batch was skipped
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state. Raises UsageError if it was saved by a run without a quorum. Independent."""
+        """Load the state. Raises UsageError if a run without a quorum saved the state. Independent."""
         own = {name: state[name] for name in ("steps", "joined") if name in state}
         if "steps" not in own:
             raise UsageError("strategy.quorum is below 1, but the checkpoint is of a run without a quorum. Use strategy.quorum=1")
@@ -284,8 +289,8 @@ class Quorum(Synchronous):
         self._closing = True
 
     def close(self) -> None:
-        """Stop the thread, and receive the remaining notices on rank 0. If a round is in progress, all ranks must have
-        contributed the same number of batches. Collective over compute_comm."""
+        """Stop the thread. Rank 0 then receives the remaining notices of contributions. If a round is in progress, all ranks
+        must have contributed the gradients of the same number of batches. Collective over compute_comm."""
         self._closing = True
         self._background.close()
         sent = self.compute_comm.allgather(self._notices)

@@ -20,7 +20,8 @@ from mpidp.errors import MpidpError
 
 
 class RoundTracker:
-    """Decides which contributions join each round, from one meeting to the next. Independent."""
+    """Decides which contributions (gradients of one rank for one batch) are summed in each round, from one meeting (step at
+    which all ranks synchronize) to the next. Independent."""
 
     def __init__(
         self, lanes: Sequence[int], needed: int, staleness: int, order: Sequence[Sequence[int]] | None = None
@@ -35,17 +36,17 @@ class RoundTracker:
         self._synchronizes = False
 
     def add(self, rank: int, tokens: float, synchronizes: bool) -> None:
-        """Record the next contribution of rank `rank`. `tokens`: the number of target tokens in the contribution. `synchronizes`:
-        whether the step is a meeting."""
+        """Record the next contribution of rank `rank`. `tokens`: the number of target tokens in the contribution.
+        `synchronizes`: whether all ranks synchronize at this step."""
         self._waiting[rank].append(tokens)
         self.given[rank] += 1
         if self.given[rank] > self.round:
             self._synchronizes = synchronizes
 
     def close_round(self) -> tuple[list[int], float, bool] | None:
-        """Close the next round if possible. Return (number of contributions of each rank, number of target tokens, whether the
-        round is a meeting). Return None if the round cannot close yet. In a replay, raises MpidpError if the replayed run had its
-        meetings at other steps."""
+        """Close the next round if possible. Return (number of contributions of each rank, number of target tokens, whether all
+        ranks synchronize in this round). Return None if the round cannot close yet. In a replay, raises MpidpError if the
+        ranks of the replayed run synchronized at other steps."""
         joining = [len(waiting) for waiting in self._waiting]
         if self._order is not None:
             joining = self._repeated()

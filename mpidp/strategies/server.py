@@ -44,8 +44,8 @@ ANSWERED, NORM, SKIPPED = range(3)  # fields of an answer: version of the slice;
 
 
 class Server(Synchronous):
-    """Implements the parameter server. A worker pushes slot 0 of its gradient buffer. A server receives into slot 1 of its own
-    gradient buffer, and sums in slot 0."""
+    """Implements the parameter server. A worker pushes slot 0 (the first flat gradient) of its gradient buffer. A server
+    receives gradients in slot 1 of its own gradient buffer. Its slot 0 holds the gradient of the next update."""
 
     survives_failures = False
     synchronizes_always = False
@@ -71,20 +71,22 @@ class Server(Synchronous):
         self._share = sum(len(lanes.sequences(v)) for lane in mine for v in lanes.micro_batches(lane)) / lanes.global_batch
 
     def optimizer_share(self) -> dict[str, Any] | None:
-        """On a server, return keyword arguments for the class `Optimizer`. They state the slice that this server updates. On a
-        worker, return None, because workers update nothing. Independent."""
+        """On a server, return keyword arguments for the class `Optimizer`. The arguments state which slice (index range) of
+        the parameters this server updates. On a worker, return None, because workers update nothing. Independent."""
         index, servers = self.compute_comm.rank - self.compute_comm.size + self.options.servers, self.options.servers
         self._bounds = self.bounds(servers, NORM_BLOCK)
         return {"share": (index, servers), "bounds": self._bounds} if index >= 0 else None
 
     def more_slots(self, options: StrategyOptions) -> int:
-        """Return 1 on servers, which receive into an additional slot. Return 0 on workers. Independent."""
+        """Return 1 on servers, which receive gradients in an additional gradient buffer (slot). Return 0 on workers.
+        Independent."""
         return int(self.compute_comm.rank >= self.compute_comm.size - options.servers)
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
         """On a worker, push the gradient and wait for the answers. On a server, receive, apply and answer pushes, until the
-        pushes of this batch from all workers are applied. `tokens`: number of target tokens in this rank's lanes. All ranks must
-        call step() the same number of times. Collective over compute_comm at a meeting."""
+        pushes of this batch from all workers are applied. `tokens`: number of target tokens in this rank's micro-batches. All
+        ranks must call step() the same number of times. Collective over compute_comm at a meeting (a step at which all ranks
+        synchronize)."""
         synchronizes = self.synchronizes_at(self._steps + 1)
         if self._mine is None:
             stats = self._work(lr, tokens, limit, synchronizes)
@@ -196,8 +198,8 @@ class Server(Synchronous):
         self._stats = StepStats(norm, False)
 
     def _answer_ready(self, synchronizes: bool) -> None:
-        """Answer the waiting workers that may continue. At a meeting, answers contain no parameters, because _publish_all()
-        then sends the parameters to all ranks."""
+        """Answer the waiting workers that may continue. At a meeting (a step at which all ranks synchronize), answers contain
+        no parameters, because _publish_all() sends the parameters to all ranks."""
         slowest = min(self._clocks)
         for worker, batch in list(self._waiting.items()):
             last = synchronizes and batch == self._pushed

@@ -41,7 +41,8 @@ from mpidp.strategies.sharded_norm import ShardedNorm, ShardedNormBySlices
 
 @dataclass
 class UnitExchange:
-    """Up to two exchanges of a backward pass: gather a block if it is divided, then reduce the gradients of its unit."""
+    """The exchanges of a backward pass for one unit. If the parameters of a Transformer block are divided, they are first
+    gathered. Then the gradients of the unit are reduced."""
 
     name: str
     unit: Unit | None  # None: the block has only frozen parameters
@@ -66,9 +67,9 @@ class Sharded:
         spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None, *,
         model: Any, level: int,
     ) -> None:
-        """Take the arguments of Synchronous. Of `reducer`, only the attributes lanes, transport and observers are used. `model`:
-        the model, which is moved to the device. `level`: 2 divides the gradients and the optimizer state among the ranks, and 3
-        also the parameters of each Transformer block. Collective over rule.hidden.comm."""
+        """Take the arguments of Synchronous. Of `reducer`, only the attributes `lanes`, `transport` and `observers` are used.
+        `model`: the model, which is moved to the device. `level`: 2 divides the gradients and the optimizer state among the
+        ranks, and 3 also the parameters of each Transformer block. Collective over rule.hidden.comm."""
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, False
         self.clip, self.nominal_tokens, self._parts = clip, nominal_tokens, parts
         device, channel = reducer.transport.device, Channel(comm, reducer.transport, group.wait)
@@ -115,8 +116,8 @@ class Sharded:
         return found
 
     def _runs(self, unpadded: Collection[str]) -> list[RunOfElements]:
-        """Return the elements that this rank updates. The zeros after a parameter are updated with it (see Optimizer), unless the
-        parameter is in `unpadded`."""
+        """Return the elements that this rank updates. The zeros after a parameter are updated together with the parameter (see
+        UpdateRule), unless its name is in `unpadded`."""
         rank, found = self.compute_comm.rank, []
         for unit, gradient in zip(self.units, self.sum.totals, strict=True):
             owned = self.parameters.owned[unit.index]
@@ -165,8 +166,9 @@ class Sharded:
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Return a context manager. The backward pass of micro-batch v must run in it. Ranks may pass different v. Raises
-        RuntimeError if a parameter gets a gradient after its unit was reduced. Collective over compute_comm."""
+        """Return a context manager, in which the backward pass of micro-batch number `v` must run. Ranks may pass different
+        numbers. `last`, `chunk`: see Synchronous. Raises RuntimeError if a parameter gets another gradient after the gradients
+        of its unit were reduced. Collective over compute_comm."""
         self._queue, self._v = [UnitExchange.of(name, unit) for name, unit in self._plans.get(chunk, ())], v
         yield
         while self._queue:
@@ -192,8 +194,9 @@ class Sharded:
         """Do nothing, because all replicas already have equal weights. Independent."""
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
-        """Call each observer with a part of the gradient of every micro-batch in the next step: the gradient of the first
-        parameter in flat order, flattened. No rank has the gradient of a whole lane. Independent."""
+        """In the next step, call each observer once for every micro-batch, with the flattened gradient of the first parameter
+        in flat order. Observers get only this part, because no rank has the whole gradient of a lane (sequence of
+        micro-batches). Independent."""
         self._observers = list(observers)
 
     def discard(self) -> None:
@@ -225,7 +228,7 @@ class Sharded:
 
     def _tie(self) -> None:
         """Add the gradients of the embedding and of the head, if they are one parameter that two pipeline stages hold. In both
-        stages, this parameter is a unit by itself. So a rank owns the same elements in both."""
+        stages, this parameter is a unit by itself. So a rank owns the same elements of this unit in both stages."""
         name = self._parts.tied_name if self._parts is not None else ""
         for unit, total in zip(self.units, self.sum.totals, strict=True):
             if name and any(member.name == name for member in unit.members):

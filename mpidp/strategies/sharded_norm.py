@@ -54,7 +54,7 @@ class ShardedNorm:
         return self._parts.norm_of([spans[chunk] for chunk in sorted(spans)], squares, uncounted)
 
     def _collect(self, squares: Tensor) -> None:
-        """Give every rank the values that all ranks have computed. Each value is 0 on all ranks but one. Collective over
+        """Give every rank the values that all ranks have computed. Each value is 0 on all ranks except one. Collective over
         channel.comm."""
         with self._channel.transport.timed():
             self._channel.wait(self._channel.comm.Iallreduce(MPI.IN_PLACE, buf(squares)))
@@ -62,7 +62,7 @@ class ShardedNorm:
 
 @dataclass(frozen=True)
 class Section:
-    """Consecutive elements of a unit that one rank gathers: a slice of a parameter, or a parameter."""
+    """Consecutive elements of a unit that one rank gathers: a slice of a parameter, or a whole parameter."""
 
     elements: range
     shape: torch.Size
@@ -77,7 +77,7 @@ class Section:
 
 
 class ShardedNormBySlices(ShardedNorm):
-    """Computes the L2 norm of a model with slices (parallel/sliced_norm.py)."""
+    """Computes the L2 norm of a model with model.slices (parallel/sliced_norm.py)."""
 
     def __init__(self, units: Sequence[Unit], layout: FlatLayout, channel: Channel, parts: ModelPartition) -> None:
         super().__init__(units, layout, channel, parts)

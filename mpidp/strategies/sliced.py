@@ -30,8 +30,8 @@ class Sliced(Synchronous):
     survives_failures = False  # a slice is lost with the rank that holds it
 
     def optimizer_share(self) -> dict[str, Any] | None:
-        """Return keyword arguments for the class `Optimizer`. They state which slice this rank updates, and of which slices this
-        rank's memory holds the state. Independent."""
+        """Return keyword arguments for the class `Optimizer`. The arguments state which slice (index range) of the parameters
+        this rank updates, and for which slices this rank's memory holds the optimizer state. Independent."""
         rank, size, members = self.compute_comm.rank, self.compute_comm.size, self.group.members[self.group.index]
         self._bounds = self.bounds(size, ALIGN)
         return {"share": (rank, size), "bounds": self._bounds, "holds": members if self.one_copy else range(rank, rank + 1)}

@@ -43,12 +43,13 @@ class Synchronous:
         rule: UpdateRule, clip: float, nominal_tokens: int, bucket_bytes: int, one_copy: bool,
         spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None,
     ) -> None:
-        """`comm`: the ranks that hold the same part of the model. `rule`: how the optimizer updates parameters. `clip`: largest
-        gradient norm, or 0 for no clipping. `nominal_tokens`: global_batch x seq_len. The loss is a sum over tokens divided by
-        this number. `one_copy`: whether the ranks of a group share one copy of parameters and optimizer state. If so, each rank
-        updates a share of the copy. `spare_slots`: number of gradient buffers in addition to those of the reducer. `most_slots`:
-        number of gradient buffers that this rank may need after other ranks have failed. `parts`: this rank's part of the model,
-        if mesh.tp or mesh.pp divides the model. Collective over comm. With `parts`, collective over parts.grid.world."""
+        """`comm`: the ranks that hold the same part of the model. `group`: which ranks share memory. `rule`: how the optimizer
+        updates parameters. `clip`: largest gradient norm, or 0 for no clipping. `nominal_tokens`: global_batch x seq_len. The
+        loss is a sum over tokens divided by this number. `one_copy`: whether ranks that share memory use one copy of
+        parameters and optimizer state together. If so, each of these ranks updates a part of the copy. `spare_slots`: number
+        of gradient buffers in addition to those of the reducer. `most_slots`: number of gradient buffers that this rank may
+        need after other ranks have failed. `parts`: this rank's part of the model, if mesh.tp or mesh.pp divides the model.
+        Collective over comm. With `parts`, collective over parts.grid.world."""
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, one_copy
         self.options = options or StrategyOptions.of()
         spare_slots += self.more_slots(self.options)
@@ -89,15 +90,15 @@ class Synchronous:
         self.buffer.on_full(lambda: self._last and reducer.overlaps(), reducer.begin)
 
     def optimizer_share(self) -> dict[str, Any] | None:
-        """Return keyword arguments for the class `Optimizer`. They state the share of the parameters that this rank updates.
-        Return None if this rank updates nothing. Independent."""
+        """Return keyword arguments for the class `Optimizer`. The arguments state the share of the parameters that this rank
+        updates. Return None if this rank updates nothing. Independent."""
         if not self.reducer.holds_sum:
             return None
         return {"share": (self.group.node.rank, self.group.node.size)} if self.one_copy else {}
 
     def bounds(self, count: int, multiple: int) -> list[int]:
-        """Return the count + 1 bounds of `count` slices of the flat parameters. The bounds are multiples of `multiple`. No bound
-        is inside a matrix whose update is a function of the whole matrix. Independent."""
+        """Return the count + 1 bounds of `count` slices of the flat parameters. Each bound is divisible by `multiple`, or is
+        the number of elements. No bound is inside a matrix whose update is a function of the whole matrix. Independent."""
         return bounds_outside(self.buffer.layout, count, multiple, self._rule.matrices)
 
     def more_slots(self, options: StrategyOptions) -> int:
@@ -123,7 +124,7 @@ class Synchronous:
         self.reducer.stop_worker()
 
     def synchronizes_at(self, step: int) -> bool:
-        """Return whether step number `step` is a meeting. Independent."""
+        """Return whether all ranks synchronize at step number `step`. Independent."""
         return self.synchronizes_always or step % self.options.meet_every == 0 or step == self.options.total_steps
 
     def start(self) -> None:
@@ -131,7 +132,7 @@ class Synchronous:
         self._spread([self.flat])
 
     def resume_with_new_ranks(self, before: Synchronous | None) -> None:
-        """Broadcast the state that rank 0 has in `before`. Collective over compute_comm."""
+        """Broadcast the state that rank 0 has in `before`, the previous strategy. Collective over compute_comm."""
         updates = 0
         if before is not None and self.compute_comm.rank == 0:
             held = before._spare if before.torn else list(before.flats().values())
@@ -156,7 +157,8 @@ class Synchronous:
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Return a context manager. The backward pass of micro-batch v must run in it. Independent."""
+        """Return a context manager, in which the backward pass of micro-batch number `v` must run. `last`: whether `v` is this
+        rank's last micro-batch of the step. `chunk`: the group of layers that the pass computes. Independent."""
         if self._late is not None:
             raise self._late
         self._last = last
@@ -166,8 +168,8 @@ class Synchronous:
         self._last = False
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
-        """In the next step, call each observer with the gradient of every lane that this rank computes. Raises ValueError if the
-        reducer does not store the gradients of single lanes. Independent."""
+        """In the next step, call each observer with the gradient of every lane (sequence of micro-batches) that this rank
+        computes. Raises ValueError if the reducer does not store the gradients of single lanes. Independent."""
         self.reducer.observe_lanes(observers)
 
     def discard(self) -> None:

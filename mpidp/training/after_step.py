@@ -18,15 +18,17 @@ from mpidp.training.step_report import StepReport, noise_of
 
 
 def log_update(job: Job, lr: float, stats: StepStats, report: StepReport, epoch: int) -> None:
-    """Write to metrics.jsonl the line of a step that updated the parameters. `epoch`: the epoch of its batch. Independent."""
+    """Write to metrics.jsonl the line of a step that updated the parameters. `epoch`: the epoch of the step's batch.
+    Independent."""
     learned = {"train_loss": report.loss, "lr": lr, "grad_norm": stats.grad_norm, **stats.extra}
     log_step(job, learned | noise(job, noise_of(job, report, stats.grad_norm)), report, epoch)
 
 
 def skip(job: Job, batch: int, grad_norm: float) -> None:
     """Log batch number `batch`, for which no rank updated its parameters. After train.max_skipped skipped batches in a row,
-    raise Damaged. Then the run returns to the last checkpoint, and skips all batches up to this one. Raise MpidpError instead
-    if the run has no checkpoint, or none that is newer than its last return. All ranks make the same decision. Independent."""
+    raise Damaged. Then the run returns to the last checkpoint, and skips all batches up to number `batch`. If the run has no
+    checkpoint, or has written none since it last returned to a checkpoint, raise MpidpError instead. All ranks make the same
+    decision. Independent."""
     at, progress, train = job.position, job.services.progress, job.config.train
     why = "its gradient is not finite" if grad_norm else "it has no target token"
     if grad_norm and math.isfinite(grad_norm):
@@ -61,9 +63,10 @@ def rebalance(job: Job, report: StepReport, loader: Loader) -> None:
 
 
 def follow_up(job: Job, stop: StopRequest, saving: np.ndarray, must_stop: bool) -> None:
-    """Evaluate, write a checkpoint, or stop, if this is due after the last step. `saving`: see StepReport. `must_stop`: whether
-    any rank received a request to stop. Work that was done before a failure is not repeated. After the last step of the run,
-    fit() evaluates, because the strategy first applies the gradients in flight. Collective over job.comm."""
+    """Evaluate, write a checkpoint, or stop, if this is due after the step that was just completed. `saving`: see StepReport.
+    `must_stop`: whether any rank received a request to stop. Work that was done before a failure is not repeated. This
+    function does not evaluate after the final step of the run: fit() evaluates then, when all gradients have been applied.
+    Collective over job.comm."""
     at, every, last = job.position, job.config.train.eval_every, job.config.train.steps
     job.services.timeline.write_if_complete(job.comm, at.step)
     if every and at.step % every == 0 and at.step < last and at.evaluated_step != at.step:

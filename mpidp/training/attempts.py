@@ -138,8 +138,8 @@ class RunAttempts:
             self._leave_seat()
 
     def _leave_seat(self) -> None:
-        """Drop the state if no living rank holds some part of the model, or if this rank does not train. Of the training
-        ranks, only the first keeps the lock of the run's folder and the mirror. Independent."""
+        """Drop the state if all ranks that held one part of the model have failed, or if this rank does not train. Of the
+        training ranks, only the first keeps the lock of the run's folder and the mirror. Independent."""
         if self.world.rank != self.replicas.order[0]:
             if self.mirror is not None:
                 self.mirror.finish(0.0)
@@ -238,8 +238,8 @@ class RunAttempts:
             self._drop_state(f"ranks failed, and {method} cannot continue in the middle of a step")
 
     def close(self, error: BaseException | None) -> None:
-        """Record `error`, the exception with which the run ended (None: without one), unless another job has taken over the
-        folder. Wait for a limited time until the last checkpoint is copied to run.mirror. Release the lock. Independent."""
+        """Record how the run ended, unless another job has taken over the folder. `error`: the exception that ended the run,
+        or None. Wait for a limited time until the last checkpoint is copied to run.mirror. Release the lock. Independent."""
         if error is not None and (self.lock is None or self.lock.held()):
             self.tries.ended(error, self.world.rank)
         if self.mirror is not None:

@@ -25,7 +25,8 @@ def audit_weights(job: Job, now: bool = False) -> None:
 
 
 def report_finding(job: Job, step: int, finding: AuditFinding, action: str) -> None:
-    """Write a finding to metrics.jsonl and print it. `step`: the audited step. `action`: what is done about it. Independent."""
+    """Write a finding to metrics.jsonl and print it. `step`: the audited step. `action`: a description of what the run does
+    next. Independent."""
     job.record.write({"event": "audit", "step": job.position.step, "of_step": step, "ranks": finding.ranks, "what": finding.what,
                       "then": action})
     job.services.progress.print(f"step {step}  audit: ranks {finding.ranks}: {finding.what}; {action}")

@@ -26,8 +26,8 @@ SHORTEST_SECONDS = 1e-9  # least time of a lane in computations, because a clock
 
 
 def by_speed(num_lanes: int, seconds_per_lane: Sequence[float], max_lanes: int | None = None) -> list[range]:
-    """Return one contiguous range of 1 to max_lanes lanes for each rank. The ranges minimize the time of the slowest rank.
-    Independent.
+    """Return one contiguous range of 1 to `max_lanes` lanes (sequences of micro-batches) for each rank. The ranges minimize
+    the time of the slowest rank. Independent.
 
     Lanes are assigned one at a time. The rank that would finish the lane first gets it. If several ranks would finish at the same
     time, the lowest rank gets it. This is optimal, because an additional lane never reduces the time of a rank. Raises ValueError
@@ -51,7 +51,8 @@ def by_speed(num_lanes: int, seconds_per_lane: Sequence[float], max_lanes: int |
 
 @dataclass(frozen=True)
 class Terms:
-    """The arguments of the classes that implement Balance. A word in parentheses is the train.balance that uses the argument."""
+    """The arguments of the classes that implement Balance. A word in parentheses is the value of train.balance that uses the
+    argument."""
 
     num_lanes: int
     size: int  # ranks that share the lanes
@@ -64,26 +65,26 @@ class Terms:
 
 
 class Balance(Protocol):
-    """Decides which rank computes which lanes of a step."""
+    """Decides which rank computes which lanes (fixed sequences of micro-batches) of a step."""
 
     ranges: list[range]  # the lanes of each rank, as known before the step
     static: bool  # whether no lane moves during the step
 
     def lanes(self, batch: int) -> Iterator[int]:
-        """Yield the lanes of global batch number `batch` that this rank computes. The call does not wait for other ranks, but
-        every rank must call lanes() once per step."""
+        """Yield the lanes (sequences of micro-batches) of global batch number `batch` that this rank computes. The call does
+        not wait for other ranks, but every rank must call lanes() once per step."""
 
     def observe(self, seconds: Sequence[float], counts: Sequence[int]) -> str | None:
-        """Record the last step. `seconds`, `counts`: the compute seconds and the number of lanes of each rank. If the ranges
-        change, return a message, which is logged. Otherwise return None. No communication, but all ranks must call observe() with
-        the same values."""
+        """Record the last step. `seconds`: the compute seconds of each rank. `counts`: how many lanes (sequences of
+        micro-batches) each rank computed. If the ranges change, return a message, which is logged. Otherwise return None. No
+        communication, but all ranks must call observe() with the same values."""
 
     def close(self) -> None:
         """Release shared memory. Collective over the ranks of a node."""
 
 
 class Even:
-    """Implements train.balance=even. A rank computes the same lanes in every step."""
+    """Implements train.balance=even. A rank computes the same lanes (sequences of micro-batches) in every step."""
 
     static = True
 
@@ -93,7 +94,7 @@ class Even:
         self.ranges += terms.idle * [range(terms.num_lanes, terms.num_lanes)]
 
     def lanes(self, batch: int) -> Iterator[int]:
-        """Yield this rank's range."""
+        """Yield the lanes in this rank's range."""
         return iter(self.ranges[self.terms.place])
 
     def observe(self, seconds: Sequence[float], counts: Sequence[int]) -> str | None:
@@ -105,8 +106,8 @@ class Even:
 
 
 class Measured(Even):
-    """Implements train.balance=measured. A rank with a shorter median time per lane gets more lanes. Raises ValueError if
-    max_lanes is too low."""
+    """Implements train.balance=measured. A rank with a shorter median time per lane (sequence of micro-batches) gets more
+    lanes. Raises ValueError if `max_lanes` is too low."""
 
     def __init__(self, terms: Terms) -> None:
         super().__init__(terms)
@@ -141,8 +142,8 @@ class Measured(Even):
 
 
 class Steal:
-    """Implements train.balance=steal. A step starts with even ranges. A rank that has finished its lanes takes lanes from
-    other ranks of its node, as long as it has free gradient buffers."""
+    """Implements train.balance=steal. A step starts with even ranges of lanes (sequences of micro-batches). A rank that has
+    finished its lanes takes lanes from other ranks of its node, as long as it has free gradient buffers."""
 
     static = False
 
@@ -154,7 +155,8 @@ class Steal:
         self._of_node = self.ranges[terms.first_place : terms.first_place + terms.tickets.size]
 
     def lanes(self, batch: int) -> Iterator[int]:
-        """Yield the lanes of this rank that no other rank has taken. Then yield lanes that this rank takes from other ranks."""
+        """Yield the lanes (sequences of micro-batches) of this rank that no other rank has taken. Then yield lanes that this
+        rank takes from other ranks."""
         self._tickets.begin(self._of_node)  # set before this rank takes its first lane, because other ranks may steal earlier
         return self._take()
 
@@ -174,7 +176,7 @@ class Steal:
 
 
 def slowest(ranges: Sequence[range], seconds_per_lane: Sequence[float]) -> float:
-    """Return the seconds that the slowest rank needs for its range of lanes. Independent."""
+    """Return the seconds that the slowest rank needs for its range of lanes (sequences of micro-batches). Independent."""
     return max(len(lanes) * one for lanes, one in zip(ranges, seconds_per_lane, strict=True))
 
 

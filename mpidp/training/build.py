@@ -54,8 +54,9 @@ def build(
     """Build a job in which all replicas have equal parameters.
 
     `faults`: the faults to inject on this rank. `before`: None, or a job in which ranks have failed. The surviving ranks keep
-    the model and the memory of `before`. `lock`: the lock of the run's folder, on rank 0. `on_hang`: called with the report of
-    a hang. `observers`: observers of every step. `mirror`: copies checkpoints, on rank 0. Collective over plan.world."""
+    the model and the memory of `before`. `lock`: the lock of the run's folder, on rank 0. `on_hang`: a function that is called
+    with the report if the job hangs. `observers`: observers of every step. `mirror`: copies checkpoints, on rank 0. Collective
+    over plan.world."""
     torch.set_num_threads(plan.config.train.threads)
     state = RunState() if before is None else before.state.portable()
     tasks = tasks_of(plan, None if before is None else before.tasks)  # before the weights, because the tasks may be missing
@@ -87,8 +88,8 @@ def build(
 
 
 def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory, before: Job | None) -> Strategy:
-    """Make the strategy, and choose how the reducer overlaps with backward. `before`: as in build(). Collective over
-    plan.mesh.dp."""
+    """Make the strategy, and choose how the reducer's communication overlaps with the backward pass. `before`: as in build().
+    Collective over plan.mesh.dp."""
     config, grid, dp = plan.config, plan.grid, plan.mesh.dp
     optim, train, reducer = config.optim, config.train, memory.reducer
     nominal_tokens = train.global_batch * config.model.seq_len
@@ -113,13 +114,13 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
 
 
 def make_hidden(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory) -> Hidden:
-    """Return the hidden matrices (those that Muon updates), and the ranks that update them together. Collective over
-    plan.world.
+    """Return the hidden matrices (the matrices that Muon updates), and the ranks that update these matrices together.
+    Collective over plan.world.
 
     With mesh.tp or mesh.shard=2|3, the ranks that hold rectangular blocks of the same matrices update these matrices together.
     Without these settings, each copy of the parameters computes the updates of some matrices, and sends them to the other
-    copies. However, each copy computes all updates itself if the device is a GPU, if copies must be independent (local,
-    quorum, audits), or if an update must not need other ranks (ULFM)."""
+    copies. However, each copy computes all updates itself if the device is a GPU, if copies must be independent (strategies
+    local and quorum, and audits), or if an update must not need other ranks (ULFM)."""
     config, grid, shape, dp = plan.config, plan.grid, plan.shape, plan.mesh.dp
     method, tp = kind(config.strategy.name, config.strategy.quorum), grid.tp.size > 1
     independent = method == "local" or config.train.audit_every > 0 or launched_with_ulfm()

@@ -36,7 +36,7 @@ def save(job: Job, end: dict[str, Any] | None = None, wait: bool = False) -> Non
 
 
 def report_saves(job: Job) -> None:
-    """Log the checkpoints that were written since the last call, and those that could not be written. Independent."""
+    """Log which checkpoints were written since the last call, and which could not be written. Independent."""
     for event in job.saver.pop_events():
         job.record.write(event)
         if event["event"] == "saved":

@@ -45,7 +45,7 @@ class MemoryRequest(Protocol):
 
     @property
     def lanes(self) -> Lanes:
-        """The lanes of a global batch."""
+        """The lanes (sequences of micro-batches) of a global batch."""
 
     @property
     def device(self) -> torch.device:
@@ -53,29 +53,31 @@ class MemoryRequest(Protocol):
 
     @property
     def shape(self) -> Any:
-        """The model's shape. In the flat gradient, each of its num_layers layers begins at a multiple of NORM_BLOCK elements."""
+        """The model's shape. Each of the model's `num_layers` layers begins at a multiple of NORM_BLOCK elements in the flat
+        gradient."""
 
 
 HELD = (  # messages by mesh.shard: what a rank holds of parameters and optimizer state
-    "{}", "{} (parameters), one slice per copy (state)", "one copy of the parameters and a slice of the state per rank",
-    "a slice per rank",
+    "{}", "{} (parameters), divided among the copies (optimizer state)",
+    "one copy of the parameters and a slice of the state per rank", "a slice per rank",
 )
 
 
 @dataclass(frozen=True)
 class DataParallelMemory:
-    """The ranks that share memory, the lanes of each rank, and the reducer."""
+    """The ranks that share memory, the lanes (sequences of micro-batches) of each rank, and the reducer."""
 
     group: Group
     balance: Balance
     reducer: Reducer
-    one_copy: bool  # whether the ranks of a group share one copy of parameters and optimizer state
+    one_copy: bool  # whether ranks that share memory use one copy of parameters and optimizer state
     replicas: list[range]  # the ranks that hold each copy
     level: int  # mesh.shard, or 0 if there is only one copy, because a single copy is not divided
 
     def micro_batches(self, rank: int) -> list[int]:
         """Return the micro-batches that rank `rank` computes, in order. With train.balance=steal, other ranks may take some of
-        them during the step. With mesh.shard=2|3, the micro-batches are dealt to the ranks in turn. Independent."""
+        them during the step. With mesh.shard=2|3, rank r of P ranks computes the micro-batches r, r + P, r + 2 P and so on.
+        Independent."""
         lanes = self.reducer.lanes
         if self.level >= 2:
             return list(range(rank, lanes.num_micro_batches, len(self.balance.ranges)))
@@ -83,8 +85,9 @@ class DataParallelMemory:
 
 
 def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at: bool = False) -> tuple[int, int]:
-    """Return (number of gradient buffers that rank `rank` needs, largest number of lanes that this rank may get). The second
-    number is 0 if the rank's lanes never change. `size`: number of replicas. `looked_at`: as in share_memory(). Independent."""
+    """Return (number of gradient buffers that rank `rank` needs, largest number of lanes that this rank may get). A lane is a
+    sequence of micro-batches. The second number is 0 if the rank's lanes never change. `size`: number of replicas.
+    `looked_at`: as in share_memory(). Independent."""
     mine = lanes.of_rank(rank, size)
     kind, most = config.train.balance if size > 1 else "even", 0
     if kind == "measured":  # at most three times as many as with even ranges; memory grows with the logarithm of `most`
@@ -99,7 +102,8 @@ def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at
 
 def held_buffers(config: Config) -> int:
     """Return how many buffers of the size of a gradient comm.compress needs. They hold the residual (the compression error,
-    which is added to the next gradient) and its previous value. With momentum, also the velocity and its previous value. Pure."""
+    which is added to the next gradient) and its previous value. With momentum, they also hold the velocity and its previous
+    value. Pure."""
     return 2 * (1 + (config.comm.momentum > 0)) if config.comm.compress != "none" else 0
 
 
@@ -110,7 +114,8 @@ def held_floats(config: Config, slots: int, size: int) -> float:
 
 
 def _can_steal(mesh: Topology) -> bool:
-    """Return whether, on every node, a rank can take lanes from another rank. Collective over mesh.dp."""
+    """Return whether, on every node, a rank can take lanes (sequences of micro-batches) from another rank. Collective over
+    mesh.dp."""
     node = cast(MPI.Intracomm, mesh.dp.Split(mesh.node_index, mesh.dp.rank))
     free = bool(mesh.dp.allreduce(mesh.local_size == 1 or steals_freely(node), op=MPI.LAND))
     node.Free()
@@ -124,10 +129,10 @@ def share_memory(
     """Make, from the configuration, this rank's group (the ranks that share memory), balance (which distributes the lanes) and
     reducer (which sums gradients). Rank 0 logs what was chosen.
 
-    `parts`: this rank's part of the model. `looked_at`: whether injected faults need the gradients of single lanes. `before`:
-    None, or after a failure (the group before the failure, whether its ranks shared one copy). The surviving ranks keep the
-    memory of this group. Raises UsageError if the configuration is not possible with this launch. Collective over
-    plan.mesh.dp."""
+    `parts`: this rank's part of the model. `looked_at`: whether injected faults need the gradients of single lanes (sequences
+    of micro-batches). `before`: None, or after a failure (the group before the failure, whether its ranks shared one copy).
+    The surviving ranks keep the memory of this group. Raises UsageError if the configuration is not possible with this launch.
+    Collective over plan.mesh.dp."""
     mesh, c, lanes = plan.mesh, plan.config, plan.lanes
     world = mesh.dp
     if c.comm.compress == "powersgd" and world.size == 1 and before is None:

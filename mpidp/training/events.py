@@ -14,8 +14,8 @@ NAMED_RANKS = 64  # if there are more ranks, not every line lists the seconds of
 
 
 def record_start(job: Job) -> None:
-    """Write the `start` line, which contains facts about the run. After a resume, the line also contains the time and the
-    number of steps that were lost, which are those after the checkpoint. Independent."""
+    """Write the `start` line, which contains facts about the run. If the run resumes, the steps that it made after the
+    checkpoint are lost. The line then also contains their number and their time. Independent."""
     job.record.write({
         "event": "start", "step": job.position.step, "ranks": job.comm.size, "lanes": job.lanes.num_lanes,
         "micro_batches": job.lanes.num_micro_batches, "setup_seconds": time.time() - BEGAN,
@@ -74,7 +74,8 @@ def record_end(job: Job, end: dict[str, Any]) -> None:
 
 
 def noise(job: Job, measured: Noise | None) -> dict[str, float | None]:
-    """Return the fields for the gradient noise in the line of a step. Return {} if `measured` is None. Independent."""
+    """Return the fields of the gradient noise for a step's line in metrics.jsonl. Return {} if `measured` is None. `measured`:
+    the gradient noise, or None if it is unknown. Independent."""
     if measured is None:
         return {}
     job.position.noise.add(measured)

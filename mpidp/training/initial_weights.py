@@ -1,7 +1,7 @@
 """Implements train.init_from: initial weights from another run or from a Hugging Face folder.
 
 Only the weights are loaded. The optimizer starts at step 0. On any mesh, each rank loads its own part of the model. RUN/init.json
-stores facts about the source. Therefore, when the run has a checkpoint, it can resume without the source.
+stores facts about the source. Therefore a run that has a checkpoint can resume without the source.
 """
 
 from __future__ import annotations

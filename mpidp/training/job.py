@@ -83,7 +83,8 @@ class Job:
         return self.plan.run_dir
 
     def micro_batches(self) -> list[int]:
-        """Return the micro-batches of this rank, in order (see DataParallelMemory.micro_batches()). Independent."""
+        """Return the indices of the micro-batches that this rank computes, in order (see DataParallelMemory.micro_batches()).
+        Independent."""
         return self.memory.micro_batches(self.mesh.dp.rank)
 
     def open_loader(self, batch: int) -> Loader:

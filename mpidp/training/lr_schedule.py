@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SETTINGS = ("train.steps", "optim.schedule", "optim.lr", "optim.min_lr", "optim.warmup_steps")  # those of the schedule
+SETTINGS = ("train.steps", "optim.schedule", "optim.lr", "optim.min_lr", "optim.warmup_steps")  # they define the schedule
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,11 @@ class Schedule:
     total_steps: int
 
     def lr_at(self, step: int) -> float:
-        """Return the learning rate of step number `step`, counted from 1. In the first warmup_steps steps, the rate rises
-        linearly to lr. After that, `constant` keeps the rate at lr, and `cosine` and `linear` lower it to min_lr. `wsd`
-        (warmup-stable-decay, Hu 2024) keeps the rate at lr, and lowers it linearly in the last fifth of the remaining steps.
-        As in PyTorch, the rate would reach min_lr one step after the last step, so it is above min_lr in the last step. Pure."""
+        """Return the learning rate of step number `step`, counted from 1. In the first `warmup_steps` steps, the rate rises
+        linearly to `lr`. After that, `constant` keeps the rate at `lr`, and `cosine` and `linear` lower it to `min_lr`. `wsd`
+        (warmup-stable-decay, Hu 2024) keeps the rate at `lr`, and lowers it linearly in the last fifth of the remaining steps.
+        As in PyTorch, the formula reaches `min_lr` one step after the last step. In the last step, the rate is therefore above
+        `min_lr`. Pure."""
         if step <= self.warmup_steps:
             return self.lr * step / self.warmup_steps
         fraction = (step - 1 - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)

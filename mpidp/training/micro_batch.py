@@ -32,8 +32,8 @@ from mpidp.runtime.log import log
 from mpidp.runtime.world import polite_barrier, raise_together
 from mpidp.training.run_plan import RunPlan, plan
 
-GROWTH = 1.4  # smallest ratio of a candidate to the previous one
-ENOUGH = 0.97  # the smallest candidate with this share of the highest throughput is chosen: small ones allow more ranks
+GROWTH = 1.4  # smallest ratio of a candidate to the previous candidate
+ENOUGH = 0.97  # the smallest candidate with this share of the highest throughput is chosen: small sizes allow more ranks
 SECONDS = 0.3  # least duration of a candidate's measurement, in seconds
 MEMORY_SHARE = 0.8  # the part of the free memory that may be used
 STATE_BYTES = 24  # bytes per parameter for several gradient buffers and the moments of the optimizer
@@ -137,7 +137,7 @@ class Measurement:
         memory."""
         trial, config = self._trial, self._trial.config
         rows = chunk_rows(config.train.loss, trial.shape, size * config.model.seq_len)
-        if rows:  # the model keeps this change, which larger micro-batches need, too
+        if rows:  # the model keeps this change, because larger micro-batches need it, too
             self._losses = defer_head(self._model, trial.shape, rows, getattr(torch, config.train.dtype), 0, None)
         engine = Engine(self._model, trial.device, getattr(torch, config.train.dtype), config.train.seed, trial.shape.dropout,
                         1, token_losses=self._losses)

@@ -41,7 +41,7 @@ Build = Callable[[RunPlan, Job | None], Job]
 
 @dataclass
 class Crew:
-    """Facts about a run that are the same on all ranks. A new rank receives them when it joins."""
+    """Facts about a run that are the same on all ranks. A new rank receives these facts when it joins."""
 
     config: Any  # the resolved configuration of the run
     automatic: frozenset[str]  # as RunPlan.automatic
@@ -105,7 +105,8 @@ def one_more(world: MPI.Intracomm, crew: Crew, before: Job | None) -> MPI.Intrac
 
 
 def newest(world: MPI.Intracomm, crew: Crew) -> Crew:
-    """Return the newest `Crew` of all ranks, because the one of a spare rank may be out of date. Collective over world."""
+    """Return the newest `Crew` of all ranks, because the `Crew` of a spare (waiting) rank may be out of date. Collective over
+    world."""
     ages = world.allgather((len(crew.events), crew.number, crew.step, crew.attempts, not crew.respawn))
     return world.bcast(crew, root=ages.index(max(ages)))  # type: ignore[no-any-return]
 
@@ -113,9 +114,9 @@ def newest(world: MPI.Intracomm, crew: Crew) -> Crew:
 def regroup(
     plan: RunPlan | None, world: MPI.Intracomm, crew: Crew, number: int, job: Job | None
 ) -> tuple[RunPlan | None, Replicas]:
-    """Return the plan for a new world, and which of its ranks train. A replacement rank has no plan. If a replacement rank
-    trains, all training ranks make a new plan. Otherwise they keep their plan. `number`: this rank's permanent number. `job`:
-    the job whose state this rank holds, or None. Collective over world."""
+    """Return the plan for a new world, and which ranks of this world train. A replacement rank has no plan. If a replacement
+    rank trains, all training ranks make a new plan. Otherwise they keep their plan. `number`: this rank's permanent number.
+    `job`: the job whose state this rank holds, or None. Collective over world."""
     command.continue_in(world)
     tp, pp = crew.config.mesh.tp, crew.config.mesh.pp
     if tp * pp == 1:

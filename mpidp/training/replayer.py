@@ -161,7 +161,7 @@ class Replay:
         if (begun := self.job.record.meta.get("init_from")) is not None:
             self.source = f"the weights of {begun['path']}"
             if begun["weights_sha256"] != meta.get("init_from", begun)["weights_sha256"]:
-                raise DataError.on_every_rank(f"{begun['path']} has changed since {record.path} started from it")
+                raise DataError.on_every_rank(f"{begun['path']} has changed since {record.path} started from it: see --base")
         if reader is not None:
             restore(self.job, reader)
             self.source = str(reader.path)
@@ -277,13 +277,13 @@ def check_method(
         return
     said = f"{record.path} was trained with comm.compress={compress}"
     if settings.get("mesh.tp", 1) * settings.get("mesh.pp", 1) > 1:
-        raise UsageError(f"{said} and mesh.tp or mesh.pp above 1, but replay supports compression only without them")
+        raise UsageError(f"{said} and mesh.tp or mesh.pp above 1. Replay supports compression only with mesh.tp=1 and mesh.pp=1")
     ranks = record.ranks_in(start, last) or {saved_ranks or size}
     if len(ranks) > 1:
         numbers = ", then ".join(map(str, (record.ranks[at] for at in sorted(record.ranks) if record.ranks[at] in ranks)))
         raise UsageError(
-            f"{said} on {numbers} ranks between step {start} and step {last}: compression errors of the lost ranks were not "
-            f"recorded. Replay steps up to {min(at for at in record.ranks if at > start)}, or steps after the next checkpoint"
+            f"{said}. Between step {start} and step {last}, it ran on {numbers} ranks. The compression errors of the lost ranks "
+            f"were not recorded. Replay steps up to {min(at for at in record.ranks if at > start)}, or after the next checkpoint"
         )
     if ranks != {size}:
         (number,) = ranks

@@ -50,8 +50,8 @@ def make_services(
     plan: RunPlan, state: RunState, faults: InjectedFaults, lock: RunLock | None, on_hang: Callable[[str], None],
     more: Sequence[StepObserver] = (), mirror: Mirror | None = None,
 ) -> Services:
-    """Make the services of a job. `on_hang`: called with the report of a hang. `more`: additional observers of every step.
-    Collective over plan.world."""
+    """Make the services of a job. `on_hang`: a function that is called with the report if the job hangs. `more`: additional
+    observers of every step. Collective over plan.world."""
     config, world, host = plan.config, plan.world, plan.grid.everyone.host
     board = open_heartbeat_board(world, host, plan.run_dir) if config.run.hang_seconds else None
     # With one rank os._exit is sufficient. With several ranks mpirun takes the exit code from MPI_Abort.
@@ -68,9 +68,9 @@ def make_services(
 
 def watch_energy(wanted: bool, host: str, device: torch.device, world: MPI.Intracomm) -> tuple[Meter, dict[str, Any]]:
     """Return (this rank's energy meter, fields for the `start` line). The field `devices` is the number of devices.
-    `energy_of` lists what is measured on all machines. `energy_not` says why other counters are missing. `wanted`: the setting
-    metrics.energy. `host`: this rank's host name. Only the first rank of each machine reads the counters. Collective over
-    world."""
+    The field `energy_of` lists what is measured on all machines. The field `energy_not` says why other counters are missing.
+    `wanted`: the setting metrics.energy. `host`: this rank's host name. Only the first rank of each machine reads the
+    counters. Collective over world."""
     cuda = device.type == "cuda"
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if cuda else ""
     machine = host.partition("#")[0]

@@ -34,10 +34,10 @@ class Ended:
 def attempt(
     world: MPI.Intracomm, first: int, train: Callable[[], dict[str, Any] | None] | None, can_return: Callable[[Damaged], bool]
 ) -> Ended:
-    """Call `train` on the training ranks. On spare ranks, `train` must be None, and this function waits. Return the outcome, or
-    raise the error of the training ranks. `first`: the first training rank. `can_return`: whether the run can return to its last
-    checkpoint after a Damaged error. If so, spare ranks do not raise this error. Raises RankFailure if training ranks fail.
-    Collective over world."""
+    """Call `train` on the training ranks. On spare ranks, `train` must be None, and this function waits. Return the outcome on
+    all ranks, or raise the error of the training ranks. `first`: the first training rank. `can_return`: whether the run can
+    return to its last checkpoint after a Damaged error. If so, spare ranks do not raise this error. Raises RankFailure if
+    training ranks fail. Collective over world."""
     code, end = SPARE, None
     error: Exception | None = None
     if train is not None:

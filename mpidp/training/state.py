@@ -65,7 +65,8 @@ class Position:
         self.val_loss, self.best_val_loss = loss, loss if better else self.best_val_loss
 
     def skip_to(self, batch: int) -> None:
-        """Continue with batch number `batch`. All batches in between count as skipped. Independent."""
+        """Continue with batch number `batch`. The batches from the present position to `batch` - 1 count as skipped.
+        Independent."""
         self.skipped, self.skipped_in_a_row = batch - self.step, 0
 
 

@@ -21,8 +21,8 @@ ATTEMPTS = 3  # number of attempts at a step in which two ranks compute differen
 
 def compute(job: Job, batch: Batch) -> Computed:
     """Run the forward and backward passes of this rank's lanes (sequences of micro-batches). In an audited step, two ranks
-    compute the same lane, and the step is computed again if the two gradients differ. After ATTEMPTS attempts with
-    differences, raises an MpidpError that names the suspected ranks. Collective over job.comm in an audited step, else
+    compute the same lane, and the step is computed again if the two gradients differ. If the gradients still differ after
+    ATTEMPTS attempts, raises an MpidpError that names the suspected ranks. Collective over job.comm in an audited step, else
     independent."""
     step, faults = job.position.step + 1, job.services.faults
     squares: dict[int, float] = {}
@@ -79,8 +79,8 @@ def _with_empty(job: Job, batch: Batch, mine: list[int]) -> list[int]:
 
 
 def _compute_again(job: Job, batch: Batch, lane: int, spoils: Sequence[LaneObserver]) -> AuditFinding | None:
-    """Compute lane number `lane`, which another rank has computed, in a spare buffer. Compare the two gradients, and return
-    the finding if they differ. `spoils`: injected faults. Collective over job.comm."""
+    """Compute lane (sequence of micro-batches) number `lane`, which another rank has computed, in a spare buffer. Compare the
+    two gradients, and return the finding if they differ. `spoils`: injected faults. Collective over job.comm."""
     aside = SpareSlot(job.audit.buffer, -1)
     job.engine.run(one_f_one_b(list(job.lanes.micro_batches(lane)), job.grid.pp.rank, job.grid.pp.size), batch, aside)
     for spoil in spoils:

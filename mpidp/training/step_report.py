@@ -28,7 +28,7 @@ class StepReport:
     saving: np.ndarray  # (4,) see Saver.flags
     stop: bool  # whether any rank received a request to stop
     synchronized: bool  # whether the ranks exchanged their reports
-    divisor: int  # target tokens in this step: of all ranks if every step is a meeting, else of this rank
+    divisor: int  # target tokens in this step: of all ranks if they synchronize at every step, else of this rank
     steps: int  # number of steps in the report
     joules: float = 0.0  # energy of all machines since the last report
 
@@ -45,10 +45,10 @@ class StepReport:
 
 
 def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> StepReport:
-    """Exchange the reports of this step with all ranks, and return them. If the step is not a meeting, keep this rank's report
-    for the next exchange. Before the exchange, wait until a checkpoint has copied this rank's state, because the next update
-    changes the state. `done`: the losses of this step. `seconds`: how long this rank has computed. `stop`: whether this rank
-    received a request to stop. Collective over job.comm if this step is a meeting, else independent."""
+    """Exchange the reports of this step with all ranks, and return them. If ranks do not synchronize at this step, keep this
+    rank's report for the next exchange. Before the exchange, wait until a checkpoint has copied this rank's state, because the
+    next update changes the state. `done`: the losses of this step. `seconds`: how long this rank has computed. `stop`: whether
+    this rank received a request to stop. Collective over job.comm if all ranks synchronize at this step, else independent."""
     clock, step = job.services.clock, job.position.step + 1
     with clock.timed("stall"):  # the part of comm_wait without communication
         job.saver.wait_for_recent_save(step)
@@ -82,9 +82,9 @@ def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> St
 
 
 def take_back(job: Job, report: StepReport, earlier: np.ndarray | None) -> None:
-    """Remove a skipped batch, but not its energy, from the reports. Keep the reports of earlier steps that were exchanged with
-    it, so that the next exchange reports them again. `report`: the result of exchange_reports(). `earlier`: the value of
-    state.unreported before this call. Independent."""
+    """Remove the report of a skipped batch, but keep its energy. Also keep the reports of earlier steps that were exchanged at
+    the same time, so that the next exchange reports these steps again. `report`: the result of exchange_reports(). `earlier`:
+    the value of state.unreported before the call of exchange_reports(). Independent."""
     state, kept = job.state, np.zeros_like(report.numbers) if earlier is None else earlier.copy()
     # the last number is the energy
     kept[-1] = report.joules * (job.comm.rank == 0) if state.unreported is None else state.unreported[-1]
@@ -92,8 +92,8 @@ def take_back(job: Job, report: StepReport, earlier: np.ndarray | None) -> None:
 
 
 def noise_of(job: Job, report: StepReport, grad_norm: float) -> Noise | None:
-    """Return the gradient noise of this step. Return None if the norms of lanes were not measured, or if the noise cannot be
-    estimated from them. Independent."""
+    """Return the gradient noise of this step. Return None if the gradient norms of lanes (sequences of micro-batches) were not
+    measured, or if the noise cannot be estimated from these norms. Independent."""
     if not report.lane_squares.any():
         return None
     tokens = [int(report.num_tokens[list(job.lanes.micro_batches(lane))].sum()) for lane in range(job.lanes.num_lanes)]

@@ -117,7 +117,7 @@ def test_different_calls_are_an_error_on_all_ranks(near: Any) -> None:
     last = RANK == SIZE - 1
     with pytest.raises(RuntimeError, match=f"rank {SIZE - 1} has 404 bytes and rank 0 has 400"):
         dist.all_reduce(torch.ones(101 if last else 100), group=near)
-    with pytest.raises(RuntimeError, match="and their dtypes or reductions differ"):
+    with pytest.raises(RuntimeError, match="and their collectives, dtypes or reductions differ"):
         dist.all_reduce(torch.ones(100), ReduceOp.MAX if last else ReduceOp.SUM, group=near)
     tensor = torch.ones(100)
     dist.all_reduce(tensor, group=near)

@@ -143,6 +143,7 @@ def test_what_is_saved_on_a_mesh_is_the_whole_model(shared_folder: Path, shared_
         assert at(1, loaded) == [run.sha256]
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("how", [
     {"strategy": {"name": "local", "sync_every": 5}}, {"strategy": {"name": "delayed"}}, {"comm": {"compress": "int8"}},
     {"comm": {"compress": "fp16"}}, {"comm": {"reducer": "allreduce"}}, {"optim": {"name": "sgd"}},

@@ -67,6 +67,7 @@ def test_every_mesh_has_the_bits_of_one_rank(shared_folder: Path, shared_tmp: Pa
     assert_same(run, alone(data, shared_tmp, how))
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("how", WAYS, ids=str)
 def test_every_way_of_training_keeps_the_bits(shared_folder: Path, shared_tmp: Path, how: dict[str, dict[str, Any]]) -> None:
     if not fits((1, 1, 2)):

@@ -104,7 +104,7 @@ def test_a_rank_that_computes_wrongly_is_found(
         assert len(named) == 1 and ranks - 1 in named[0]
     if mesh[0] == 1:
         return  # no other rank has this part, and a rank with a permanent fault agrees with itself
-    with pytest.raises(MpidpError, match=rf"memory of ranks \[.*{ranks - 1}\] fails"):
+    with pytest.raises(MpidpError, match=rf"memory of one of the ranks \[.*{ranks - 1}\] is faulty"):
         at(ranks, lambda comm: glitch(comm, f"wrong:{ranks - 1}:2,until=3"))
 
 

@@ -303,7 +303,7 @@ def test_a_rank_that_computes_wrongly_again_and_again_is_named(
     """The job ends. Without this rank, or with the rank repaired, the run resumes from the last checkpoint."""
     at_least(n)
     data = corpus(shared_folder)
-    with pytest.raises(MpidpError, match=r"step 4: .*memory of ranks \[1\] fails") as caught:
+    with pytest.raises(MpidpError, match=r"step 4: .*memory of one of the ranks \[1\] is faulty") as caught:
         train(n, data, shared_tmp, inject="wrong:1:4,until=9", train={"audit_every": every})
     assert (caught.value.exit_code, caught.value.everywhere) == (1, True)
     run = train(n - 1, data, shared_tmp, train={"audit_every": every})

@@ -129,6 +129,7 @@ def taught(comm: MPI.Intracomm, source: Path, config: Config) -> tuple[list[floa
     return losses, apart, model.state_dict()
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("row", [row for row in ROWS if "long" not in row.partition(",")[2].replace("longrope", "", 1)])
 def test_a_fine_tune_is_that_of_transformers(data: Path, shared_folder: Path, shared_tmp: Path, row: str) -> None:
     """Every loss agrees, and every gradient of every parameter from the same weights. The export has the logits of transformers'

@@ -37,6 +37,7 @@ def test_digits() -> None:
     assert both("digits", epochs=2)["right"] > 200  # of 297
 
 
+@pytest.mark.check
 def test_text() -> None:
     assert both("text", epochs=1)["right"] > 0.3  # of 9 packages
 

@@ -212,7 +212,7 @@ def test_a_wrong_loop_is_told_so(wrong: Callable[[mpidp.DataParallel], None], sa
 
 
 @pytest.mark.parametrize(("settings", "more", "said"), [
-    ({"strategy.name": "server"}, {}, "strategy.name=server is not supported"), ({"mesh.tp": 2}, {}, "has 'mesh.tp'"),
+    ({"strategy.name": "server"}, {}, "strategy.name=server is not supported"), ({"mesh.tp": 2}, {}, "has the key 'mesh.tp'"),
     ({"strategy.name": "local"}, {"steps": 0}, "strategy.name=local does not synchronize"),
     ({"comm.reducer": "tree", "strategy.name": "delayed"}, {}, "be combined"), ({"comm.copies": "node"}, {}, "comm.copies"),
     ({}, {"optimizer": lambda p: torch.optim.LBFGS(p)}, "LBFGS"),
@@ -236,6 +236,6 @@ def test_ranks_must_have_the_same() -> None:
     def too_many(comm: MPI.Intracomm) -> None:
         mpidp.DataParallel(nn.Linear(3, 4), torch.optim.AdamW, mpidp.from_dataset(DATA, BATCH, BATCH), comm=comm)
 
-    for work, said in [(other_model, "parameter 0: rank 0 has"), (other_data, "dataset: rank 0 has"), (too_many, "1 lanes")]:
+    for work, said in [(other_model, "parameter 0: rank 0 has"), (other_data, "dataset: rank 0 has"), (too_many, "has only 1")]:
         with pytest.raises(UsageError, match=said):
             at(2, work)

@@ -312,7 +312,7 @@ def configs(draw: st.DrawFn) -> Config:
     return checked(Config().with_values(**sections))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(configs())
 def test_a_config_comes_back_from_its_words(config: Config) -> None:
     values = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, _, value in fields_of(config)}
@@ -320,7 +320,7 @@ def test_a_config_comes_back_from_its_words(config: Config) -> None:
     assert from_args([word for key, value in values.items() for word in (f"--{key}", value)]) == config
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(config=configs())
 def test_a_config_comes_back_from_its_file(tmp_path_factory: pytest.TempPathFactory, config: Config) -> None:
     path = tmp_path_factory.getbasetemp() / "config.toml"

@@ -386,7 +386,7 @@ def test_data_that_are_not_there_are_wrong_and_say_where(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("met", "verdict", "words"),
     [
-        ([{"flock": True, "fcntl": True}], "ok", "1 tried"),
+        ([{"flock": True, "fcntl": True}], "ok", "number tested: 1"),
         ([{"flock": True, "fcntl": True}, {"flock": True, "fcntl": False}], "warning", "fcntl: does not exclude other processes"),
         ([{"flock": "not supported", "fcntl": True}], "warning", "flock: not supported; fcntl: works"),
     ],

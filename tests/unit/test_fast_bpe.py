@@ -122,7 +122,7 @@ def test_a_character_of_another_class_is_found(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(fast_bpe, "GPT2", fast_bpe.GPT2.replace(r" ?\p{L}+", r" ?(?:(?!日)\p{L})+|日"))
     ours = fast(PAIRS[0][0])
     ours.encode_batch(["plain naïve"])
-    with pytest.raises(NotEqual, match="splits text into other words at a character"):
+    with pytest.raises(NotEqual, match="splits text into different words at a character"):
         ours.encode_batch(["a日b"])
 
 

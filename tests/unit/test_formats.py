@@ -258,7 +258,7 @@ def test_datatrove(tmp_path: Path) -> None:
     wrong = [({"ends": [2, 8]}, "must end at 9, the number of tokens in .* ends at 8"),
              ({"ends": [5, 2, 9]}, "must not be negative or decrease"),
              ({"ends": [9], "about": "x|4\n9\n9 T"}, "states 9 tokens of 4 bytes each"),
-             ({"ends": [9], "about": "x"}, "states no number"),
+             ({"ends": [9], "about": "x"}, "states an unknown number"),
              ({"ends": [9], "loss": b"\1"}, "has 1 bytes, and .* has 9 tokens")]
     for changes, why in wrong:
         files(**changes)  # type: ignore[arg-type]

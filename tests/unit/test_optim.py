@@ -12,6 +12,7 @@ from mpidp.comm.slices import NORM_BLOCK, global_norm
 from mpidp.model.hidden import hidden_by_name
 from mpidp.parallel.whole_matrices import Hidden
 from mpidp.reducers.buckets import FlatLayout
+from mpidp.strategies import newton_schulz
 from mpidp.strategies.optimizer import Optimizer, UpdateRule
 from mpidp.training.lr_schedule import Schedule, change
 from tests.registries import OPTIMIZERS
@@ -143,8 +144,9 @@ class Flat:
 
 @pytest.mark.parametrize("beta1", [0.9, 0.5])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_updates_are_those_of_the_reference(name: str, beta1: float) -> None:
-    """Over steps with different learning rates. Weight decay applies to matrices only."""
+def test_updates_are_those_of_the_reference(name: str, beta1: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over steps with different learning rates. Weight decay applies to matrices only. References are in bfloat16."""
+    monkeypatch.setattr(newton_schulz, "CPU_DTYPE", torch.bfloat16)
     assert name in REFERENCES, f"add a reference implementation of {name} to tests/unit/references.py"
     flat = Flat(name, beta1=beta1)
     expected = {key: p.detach().double() for key, p in flat.named}

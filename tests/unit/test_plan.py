@@ -81,7 +81,7 @@ def test_a_loss_on_the_way(tmp_path: Path) -> None:
     assert found["steps"] == pytest.approx(75) and found["loss"] == 5.25
     assert found["noise"]["noise_scale_tokens"] == pytest.approx(3 * TOKENS)  # later measurements do not count for this loss
     assert plan([run], [2], loss=5.9)["steps"] == 50  # the loss is reached at the first evaluation
-    with pytest.raises(UsageError, match=r"--loss=3: .* Its best is 4\.0000"):
+    with pytest.raises(UsageError, match=r"--loss=3: .* Its lowest val_loss is 4\.0000"):
         plan([run], [2], loss=3.0)
 
 

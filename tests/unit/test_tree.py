@@ -129,7 +129,7 @@ def test_few_buffers(num_lanes: int, ranks: int, siblings_share: bool) -> None:
             assert num_slots == 1  # as many ranks as lanes need no extra gradient buffer
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data(), st.integers(2, 100), st.booleans())
 def test_a_rank_has_buffers_for_any_run_that_it_may_ever_own(data: st.DataObject, num_lanes: int, kept_apart: bool) -> None:
     lanes = Lanes(num_lanes, 1, num_lanes)

@@ -34,7 +34,7 @@ def _between_branches(model: ModelSizes, work: Work) -> int:
 def _copied(model: ModelSizes) -> float:
     """Return the fraction of the layers that keep the result of attention twice.
 
-    The second copy is the input of the output projection. It exists in layers with an attention window, or if only some
+    The second copy is the input of the output projection. It exists in layers with a sliding window, or if only some
     dimensions of the queries are rotated.
     """
     if model.options.positions == "rotary" and 0 < model.options.rotary_dims < model.shape.head_dim:
@@ -80,8 +80,8 @@ def loss_bytes(model: ModelSizes, shape: Shape, work: Work) -> float:
 
     If the loss is computed at once, the bytes are those of the log-probabilities, their gradients and the gradients of the
     logits. If the loss is computed in chunks, the gradients of the hidden states and (without LoRA) of the head are computed
-    together with the loss. In this case the bytes are those of these gradients, plus the larger of two terms: the logits of
-    one chunk, or the scaled copies of these gradients that backward makes. Pure.
+    together with the loss. In this case the bytes are those of the gradients computed with the loss, plus the larger of two
+    terms: the logits of one chunk, or the scaled copies of these gradients that backward makes. Pure.
     """
     tokens, capped = work.micro_batch * model.seq_len, model.options.logit_cap > 0
     rows = chunk_rows(work.loss, model.shape, tokens)

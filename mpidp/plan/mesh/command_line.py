@@ -34,7 +34,7 @@ OF_THE_WEIGHTS = [f"model.{key}" for key in ("kind", "num_layers", "num_heads", 
 DESCRIPTION = """\
 Find the meshes (dp x pp x tp, and the level of sharding over dp) of N ranks that have enough memory for a model, and predict
 the step time of each mesh. Figures that are not given are assumed and listed. docs/plan.md explains the output and its accuracy.
-Settings of a run (--section.key=value) need --config."""
+Settings of a run (--section.key=value) are accepted only together with --config."""
 NUMBERS = (  # option, help, factor to convert the value to bytes, operations or seconds
     ("params", "number of parameters of a LLaMA-like model, for example 7b (or use --config)", 1.0),
     ("memory", "memory per rank in GB (default: 80)", 1e9),
@@ -85,7 +85,7 @@ def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> d
         raise UsageError("give the model: either --params N, for example --params 7b, or --config FILE (CONFIG.toml of a run, or "
                          "config.json of a Hugging Face model)")
     if settings and not options.config:
-        raise UsageError(f"{settings[0]}: no such option. Settings of a run need --config. See --help")
+        raise UsageError(f"{settings[0]}: no such option (see --help). To change a setting of a run, also give --config")
     cluster = _cluster(options.cluster)
     ranks = options.ranks or cluster.get("ranks") or 0
     if not ranks:

@@ -86,8 +86,7 @@ def parameters_of(model: ModelSizes, shape: Shape, stage: int) -> float:
 
 
 def trained_of(model: ModelSizes, shape: Shape, stage: int) -> float:
-    """Return the number of those parameters of each rank of stage `stage` that are trained. With LoRA, these are the adapters.
-    Pure."""
+    """Return the number of trained parameters of each rank of stage `stage`. With LoRA, these are the adapters. Pure."""
     return _adapters_of(model, shape, stage) if model.lora_rank else parameters_of(model, shape, stage)
 
 

@@ -56,9 +56,9 @@ def number(given: str, name: str) -> float:
 
 def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[ModelSizes, str]:
     """Return (sizes of a LLaMA-like model with about `parameters` parameters, name or description of this model). If a
-    published model is within 5% of `parameters` and has the vocabulary size, it is returned. Otherwise the sizes are chosen so
-    that the number of layers is about model_dim / 128. vocab_size, seq_len: 0 means the default. Raises UsageError if no such
-    model has about this many parameters, for example because the vocabulary is too large. Pure."""
+    published model is within 5% of `parameters` and has the vocabulary size `vocab_size`, it is returned. Otherwise the sizes are
+    chosen so that the number of layers is about model_dim / 128. vocab_size, seq_len: 0 means the default. Raises UsageError if
+    no LLaMA-like model has about this many parameters, for example because the vocabulary is too large. Pure."""
     for known, (name, model) in KNOWN.items():
         if abs(parameters - known) <= NEAR * known and vocab_size in (0, model.vocab_size):
             return replace(model, seq_len=seq_len or model.seq_len), name
@@ -81,8 +81,8 @@ def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[
 
 
 def vocab_size_of(values: Mapping[str, Any]) -> int:
-    """Return the vocabulary size that a configuration {section.key: value} sets. If it sets none, return that of its data. Raises
-    UsageError if the vocabulary size is not set and the data cannot be read. Independent."""
+    """Return the vocabulary size that a configuration {section.key: value} sets. If it sets none, return the vocabulary size of
+    its data. Raises UsageError if the vocabulary size is not set and the data cannot be read. Independent."""
     from mpidp.data.shard_folder import open_index  # imported here, because it imports numpy
 
     try:
@@ -256,15 +256,16 @@ def plan_mesh(
     base: Work, micro: Sequence[int] = MICRO_BATCHES, again: Sequence[bool] = (False, True),
     parts: Sequence[bool] = (False, True), samples: float | None = None, top: int = 5,
 ) -> dict[str, Any]:
-    """Return the results of `plan mesh` as plain values. taken: source of the model, to print. parameters: the requested number
-    of parameters. sources: lines that state the figures of the machine and their sources. samples: number of samples in the data.
-    top: number of meshes to return. For the other arguments see rows_of(). Raises UsageError if no mesh is possible. Pure."""
+    """Return the results of `plan mesh` as plain values. taken: a text that says where the model comes from. parameters: the
+    requested number of parameters. sources: lines that state the figures of the machine and their sources. samples: number of
+    samples in the data. top: number of meshes to return. For the other arguments see rows_of(). Raises UsageError if no mesh is
+    possible. Pure."""
     micro = [size for size in micro if size <= base.global_batch]
     if not micro:
         raise UsageError(f"the micro-batch exceeds the global batch of {base.global_batch} sequences. Raise --global-batch")
     rows = rows_of(model, ranks, machine, base, limit, micro, again, parts)
     if not rows:
-        sliced = f" and {base.slices} (slices)" if base.slices > 1 else ""
+        sliced = f" and {base.slices} (model.slices)" if base.slices > 1 else ""
         raise UsageError(
             f"--ranks={ranks}: no mesh has this number of ranks (ranks = dp x pp x tp), because tp must divide "
             f"{model.num_kv_heads} (key-value heads){sliced}, pp is at most {model.num_layers} (layers), and dp is at most "

@@ -10,7 +10,7 @@ replica.
 |---|---|
 | compute | operations / flops + bytes read and written / memory bandwidth; c is this time for one micro-batch on one stage |
 | tp | float32 allreduces of (B, T, D): 4 per block (half of them in forward), 2 more with recompute, 2 for embedding and head |
-| tp, sequence | as many float32 reduce_scatters; 6 allgathers per block and 2 for the head, w bytes per number |
+| tp, sequence | instead: as many float32 reduce_scatters; 6 allgathers per block and 2 for the head, w bytes per number |
 | tp, sequence | also float32 allreduces of the gradients of the trained parameters that tp does not divide |
 | tp, LoRA | float32 allreduces of the gradients of the adapters' factors that tp does not divide |
 | pp | m is the time of a float32 message of (B, T, D); mesh.sequence divides the size of the message by tp |

@@ -175,8 +175,8 @@ def recommend(rows: Sequence[MethodRow], tried: bool) -> tuple[str, str]:
         if (best.loss or math.inf) >= (base.loss or math.inf):
             return base.method, f"synchronous: no faster method reached a lower loss in the same time (closest: {best.method})."
         return best.method, (
-            f"{best.method}: loss {best.loss:.4f} in the same time as synchronous {base.loss:.4f}; {best.speed:.1f}x faster per "
-            "step. A longer run may rank the methods differently. Compare again later in training."
+            f"{best.method}: loss {best.loss:.4f}, while synchronous reached {base.loss:.4f} in the same time. A step is "
+            f"{best.speed:.1f}x faster. A longer run may rank the methods differently. Compare again later in training."
         )
     fastest = max(worth, key=lambda row: row.speed or 0.0)
     best = next(row for row in worth if (row.speed or 0.0) * WORTH >= (fastest.speed or 0.0))

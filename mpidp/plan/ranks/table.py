@@ -32,7 +32,7 @@ def table(found: dict[str, Any]) -> str:
         f"  by quarters of the run: {quarters}",
         "  Batches well below the noise scale use tokens efficiently; batches well above it waste most of their tokens.",
         f"  Any batch size needs at least about {found['fewest_steps']:,.0f} steps and {found['fewest_tokens']:,.0f} tokens;"
-        " a batch as large as the noise scale needs twice as many steps and tokens.",
+        " a batch as large as the noise scale needs twice as many of each.",
         "",
         f"Predicted time to {loss} (not measured)",
         f"{'batch':>7} {'tokens':>12} {'lanes':>6} {'steps':>10}   " + "".join(f"{_ranks(p):>13}" for p in ranks),
