@@ -98,8 +98,9 @@ def prepare(text: Path, folder: Path) -> str:
 
 def ours(folder: Path, name: str, ranks: int, eval_every: int, options: argparse.Namespace) -> dict:
     run_dir = folder / f"{name}-{ranks}"
+    steps = options.mpidp_steps or options.steps
     _, seconds = run([*options.launcher.split(), str(ranks), sys.executable, "-m", "mpidp.train", f"--run.dir={run_dir}",
-                      f"--data.path={folder / 'shards'}", f"--train.steps={options.steps}", f"--train.eval_every={eval_every}",
+                      f"--data.path={folder / 'shards'}", f"--train.steps={steps}", f"--train.eval_every={eval_every}",
                       *SETTING, *OPTIMIZERS[name], *options.settings], ROOT)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument("--ranks", default="2,1,4", help="numbers of ranks; only the first also evaluates during training")
     parser.add_argument("--optimizers", default="adamw,muon", help=f"comma list of {', '.join(OPTIMIZERS)}")
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--mpidp-steps", type=int, help="steps of mpidp, if not --steps: the learning rate then falls sooner")
     parser.add_argument("--eval-every", type=int, default=50, help="steps between evaluations")
     parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT, to run it as well")
     parser.add_argument("--launcher", default="mpirun -np")
