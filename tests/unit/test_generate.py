@@ -395,7 +395,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     ("p.jsonl", b'{"text": "a"}', 'line 1: "prompt" is missing or not a string; the keys are text'),
     ("p.jsonl", b'{"prompt": 3}', 'line 1: "prompt" is missing or not a string'),
     ("p.json", b"one\ntwo\n", r"p.json is JSON with neither one object per line nor an array.* like \{\"prompt\""),
-    ("p.json.gz", gzip.compress(b"[1]"), r"p.json.gz is a JSON array whose items are not objects\. Each line must be"),
+    ("p.json.gz", gzip.compress(b"[1]", mtime=0), r"p.json.gz is a JSON array whose items are not objects\. Each line must be"),
     ("absent.txt", None, "cannot read .*absent.txt: No such file"),
 ])
 def test_bad_files_of_prompts(tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
