@@ -49,8 +49,7 @@ class Encoder(nn.Module):
 
 
 def masked(tokens: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Mask some of the tokens at random. Return (masked tokens, targets). Targets are -100 for tokens that are not
-    predicted."""
+    """Mask some of the tokens at random. Return (masked tokens, targets). Other targets are -100."""
     predicted, how, other = torch.rand(tokens.shape) < 0.15, torch.rand(tokens.shape), torch.randint(vocab_size, tokens.shape)
     seen = torch.where(how < 0.8, vocab_size, torch.where(how < 0.9, other, tokens))
     return torch.where(predicted, seen, tokens), torch.where(predicted, tokens, -100)

@@ -132,7 +132,7 @@ def from_args(arguments: Sequence[str]) -> Config:
                 _assign(chosen, key, value, word)
     for key, raw in overrides:
         _assign(chosen, key, raw, "command line")
-    given = frozenset(chosen)
+    given = tuple(sorted(chosen))  # a set would have another order on each rank
     chosen = RECIPES[chosen.get("model.recipe", "none")] | chosen
     sections: dict[str, dict[str, Any]] = {}
     for key, value in chosen.items():

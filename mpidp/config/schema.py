@@ -44,7 +44,7 @@ class Config:
     faults: FaultSettings = field(default_factory=FaultSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     energy: EnergySettings = field(default_factory=EnergySettings)
-    given: frozenset[str] = field(default=frozenset(), compare=False)  # section.key of the settings that the user gives
+    given: tuple[str, ...] = field(default=(), compare=False)  # section.key of the settings that the user gives
 
     def with_values(self, **sections: Mapping[str, Any]) -> Config:
         """Return a copy with the given values, for example config.with_values(train={"lanes": 8}). The values are not checked."""

@@ -148,7 +148,8 @@ class RunLock:
         a temporary name, the file then replaces RUN/lock. After an OSError, the file `path` does not exist."""
         try:
             self._write(handle)
-            os.replace(path, self.path)
+            if path != self.path:
+                os.replace(path, self.path)
         except OSError:
             os.close(handle)
             with suppress(OSError):

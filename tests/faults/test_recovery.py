@@ -15,6 +15,7 @@
 | fewer than faults.min_ranks remain | 75 and a checkpoint; the same command resumes | code, hash |
 | the last rank fails, or hangs | 1, 6 | code, output |
 | SIGUSR1 or a STOP file after a recovery | 75; the same command resumes | code, hash |
+| while rank 0 commits a checkpoint | 0, a `saved` line, a copy on run.mirror | lines, output |
 | a usage, data or checkpoint error of one rank | its own code, at once | code, no process left |
 
 Checked: the final hash, and every line of a step and of an evaluation, once and as in a run without failures; `recovered` events
@@ -174,6 +175,26 @@ def test_another_death_in_a_recovery(shell: Shell, undisturbed: list[tuple[Any, 
     assert ended.code == 0, ended
     lines = lines_of(shell.folder / "run")
     assert learned(lines) == undisturbed and dead(lines) == [0, 1], f"{lines}\n{ended}"
+
+
+SLOW_COMMIT = """
+import time, mpidp.runtime.command, mpidp.train, mpidp.checkpoint.writer as writer
+plain = writer.commit
+def commit(folder, body, keep):
+    time.sleep(1.5 * (body["step"] == 2))
+    return plain(folder, body, keep)
+writer.commit = commit
+"""
+
+
+@pytest.mark.parametrize("words", [(), ("--strategy.name=local", "--strategy.sync_every=1")], ids=["memory", "checkpoint"])
+def test_a_checkpoint_that_is_committed_at_a_failure_is_logged_and_copied(shell: Shell, words: tuple[str, ...]) -> None:
+    mirror = f"--run.mirror=file://{shell.folder}/mirror"
+    ended = start(shell, 3, "kill:2:3:reduce", mirror, *words, program=("-c", SLOW_COMMIT + ENTER)).wait()
+    assert ended.code == 0, ended
+    lines = lines_of(shell.folder / "run")
+    assert [line["step"] for line in lines if line.get("event") == "saved"] == [2, 4, 6], f"{lines}\n{ended}"
+    assert "step_00000002 copied to" in ended.said, ended
 
 
 def some_row(seed: int) -> Row:

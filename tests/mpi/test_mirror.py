@@ -88,6 +88,32 @@ def test_a_damaged_checkpoint_on_the_mirror_is_skipped(place: tuple[Path, str]) 
 
 
 @pytest.mark.check
+def test_a_damaged_checkpoint_is_not_copied_to_the_mirror(place: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest checkpoint of the run is damaged, and the mirror lacks it. The run resumes from an earlier one."""
+    folder, address = place
+    whole = train_at(1, config(folder, "run", address))
+
+    def damage() -> None:
+        (folder / "run/checkpoints/step_00000006/manifest.json").write_text("")
+        shutil.rmtree(folder / "mirror/run/checkpoints/step_00000006")
+
+    copied: list[str] = []
+    real = mirror.Mirror._copy
+
+    def copy(self: mirror.Mirror, checkpoint: Path) -> int:
+        copied.append(checkpoint.name)
+        return real(self, checkpoint)
+
+    alone(damage)
+    monkeypatch.setattr(mirror.Mirror, "_copy", copy)
+    assert train_at(1, config(folder, "run", address)).sha256 == whole.sha256
+    assert WORLD.bcast(copied) == ["step_00000006"] and steps_on(folder) == [2, 4, 6]
+    alone(lambda: shutil.rmtree(folder / "mirror/run/checkpoints/step_00000006"))
+    train_at(1, config(folder, "run", address))  # the run has ended; the mirror gets what it lacks
+    assert WORLD.bcast(copied) == ["step_00000006"] * 2 and steps_on(folder) == [2, 4, 6]
+
+
+@pytest.mark.check
 def test_a_mirror_belongs_to_one_run(place: tuple[Path, str]) -> None:
     folder, address = place
     train_at(1, config(folder, "first", address))

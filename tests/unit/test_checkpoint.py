@@ -197,10 +197,23 @@ def test_the_word_latest_decides_nothing(run: Path) -> None:
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    for step in (5, 30, 20, 100_000_000, 40):
+    for step in (5, 20, 30, 40, 100_000_000):
         save(tmp_path, step, keep=3)
         assert len(list((tmp_path / "checkpoints").iterdir())) <= 3
     assert [p.name for p in committed(tmp_path / "checkpoints")] == ["step_100000000", "step_00000040", "step_00000030"]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_invalid_later_checkpoints_do_not_displace_the_newest_valid_one(tmp_path: Path, keep: int) -> None:
+    """Three checkpoints are damaged, and the run has resumed from an earlier one. It now keeps fewer checkpoints than before."""
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step)
+    for step in (20, 30, 40):
+        (tmp_path / f"checkpoints/step_{step:08d}/manifest.json").write_text("")
+    path = save(tmp_path, 15, keep=keep)
+    assert newest_valid(tmp_path, ALONE)[0] == path and (tmp_path / "latest").read_text() == path.name
+    kept = [int(path.name[5:]) for path in committed(tmp_path / "checkpoints")]
+    assert kept == [40, 30, 20, 15, 10][: 3 + keep]
 
 
 def test_what_is_left_over_counts_for_nothing_and_is_cleared(run: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from mpidp.metrics import jsonl
 from mpidp.metrics.clock import Clock
 from mpidp.metrics.jsonl import MetricsFile
 from mpidp.metrics.progress import Progress, peak_flops
@@ -151,3 +152,23 @@ def test_who_goes_on_for_a_dead_rank_writes_what_it_lacked_the_time_for(tmp_path
     metrics.close()
     expected = texts["step1"] + texts["step2"] + texts["val2"] + '{"step": 3}\n'
     assert path.read_text() == begun + expected
+
+
+@pytest.mark.parametrize("tail", [1, 10, 64, 100, 1000, 10_000])
+@pytest.mark.parametrize("half", [0, 1, 30, 300])
+@pytest.mark.parametrize("end", ["", json.dumps({"event": "end", "step": 3, "seconds": [1.0] * 40}) + "\n"])
+@pytest.mark.parametrize("written", [0, 1, 2, 3, 4, 5])
+def test_lines_of_any_length_occur_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail: int, half: int, end: str, written: int
+) -> None:
+    """With thousands of ranks, one line is longer than the part of the file that is examined first."""
+    monkeypatch.setattr(jsonl, "TAIL_BYTES", tail)
+    seconds = {"rank_compute_seconds": [0.25] * 40}
+    begun = [{"step": step, "train_loss": 1.0, **seconds} for step in (1, 2)]
+    latest = [{"step": 3, "train_loss": 0.5, **seconds}, {"step": 3, "val_loss": 0.5}, {"step": 3, "event": "audit", **seconds}]
+    texts = [json.dumps(line) + "\n" for line in [*begun, *latest]]
+    path = tmp_path / "metrics.jsonl"
+    rest = "" if end and written == 5 else texts[written][:half].rstrip() if written < 5 else ""
+    path.write_text("".join(texts[:written]) + (end if written == 5 else "") + rest)
+    MetricsFile(path, 3, 3, latest).close()
+    assert path.read_text() == "".join([*texts[: min(2, written)], *texts[2:]])

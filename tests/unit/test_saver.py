@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +18,14 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 from safetensors.torch import load_file, save_file
 
+from mpidp.checkpoint import manifest, writer
 from mpidp.checkpoint import saver as saver_module
 from mpidp.checkpoint.boxes import DTYPES, Piece, write_pieces
 from mpidp.checkpoint.entry import Entry
 from mpidp.checkpoint.manifest import committed
 from mpidp.checkpoint.reader import Reader
 from mpidp.checkpoint.saver import NODE_SECONDS, Saver, best_interval
-from tests.saves import saver_of
+from tests.saves import no_thread_is_left, saver_of
 
 ALONE = MPI.COMM_SELF
 
@@ -111,10 +113,42 @@ def test_no_memory_for_a_copy_costs_the_checkpoint_alone(tmp_path: Path, capsys:
         pass
     assert saver.due(2, saver.flags())
     assert [event["event"] for event in saver.pop_events()] == ["save_failed"]
-    assert "the checkpoint of step 1 could not be written" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the checkpoint of step 1 could not be written" in said and "the next checkpoint is written when it is due" in said
     saver.begin(2, {"w": Entry(torch.ones(3))}, {}, wait=True)
     saver.wait_for_save(must=True)
     assert [path.name for path in committed(tmp_path / "checkpoints")] == ["step_00000002"]
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_checkpoint_that_is_committed_is_reported_and_no_other_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait: bool
+) -> None:
+    """The saver is closed, because a rank has failed, before or while its checkpoint is committed."""
+    commits, closes = threading.Event(), threading.Event()
+
+    def slowly(*arguments: Any) -> Path:
+        commits.set()
+        time.sleep(0.3)
+        return manifest.commit(*arguments)
+
+    def may_commit() -> bool:
+        return wait or closes.wait(30)
+
+    monkeypatch.setattr(writer, "commit", slowly)
+    saver = saver_of(ALONE, tmp_path, may_commit=may_commit)
+    saver.begin(1, {"w": Entry(torch.ones(3))}, {}, wait)
+    if wait:
+        commits.wait(30)
+    else:
+        saver.wait_for_copy()
+    saver.close()
+    closes.set()
+    told = [event["event"] for event in saver.pop_events()]
+    assert saver.newest() == (1, -1)
+    no_thread_is_left()
+    names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert (told, names) == ((["saved"], ["step_00000001"]) if wait else ([], []))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="SKIPPED FOR LACK OF a GPU")

@@ -109,6 +109,20 @@ def test_a_resumed_run_continues_its_curve(fake: Path) -> None:
     assert [call[1] for call in found if call[0] == "finish"] == [1, 1]  # neither job reached the end of the run
 
 
+def test_the_facts_of_every_start_are_stored(fake: Path) -> None:
+    """A resumed run starts at the step of an event that the tracker already has. Its numbers are written once nevertheless."""
+    for ranks in (2, 3):
+        trackers = Trackers(["wandb"], about(fake, 4 * (ranks == 3)))
+        trackers.write({"event": "start", "step": 4 * (ranks == 3), "ranks": ranks})
+        trackers.write(step(4))
+        trackers.write({"event": "saved", "step": 4})
+        trackers.close()
+        trackers.finish()
+    found = calls(fake)
+    assert [call[2] for call in found if call[0] == "finish"] == [{"start/ranks": 2}, {"start/ranks": 3}]
+    assert [call[1] for call in found if call[0] == "log"] == [4]
+
+
 FAULTS = {
     "raises at import": "opening the tracker failed (OSError: no server at http://***@host/api)",
     "raises at init": "opening the tracker failed",
