@@ -94,7 +94,7 @@ def test_a_save_that_is_waited_for_is_not_copied(tmp_path: Path, monkeypatch: py
     saver = saver_of(ALONE, tmp_path)
     take = saver._memory.allocate
     monkeypatch.setattr(saver._memory, "allocate", lambda size, pinned: taken.append(size) or take(size, pinned))
-    for step, wait in itertools.product((1, 2), (True, False)):
+    for step, wait in itertools.product((1, 2), (False, True)):
         saver.begin(2 * step + wait, {"w": Entry(torch.ones(3))}, {}, wait)
         saver.wait_for_save(must=True)
         assert saver._save is not None and saver._save.thread.join(10) is None
