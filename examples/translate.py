@@ -57,8 +57,7 @@ class Translator(nn.Module):
 
 
 def train(comm: Any = None, epochs: int = 4, every: int = 1) -> dict[str, Any]:
-    """Train on every n-th syllable, with n = `every`. Return {right: held-out accuracy, loss, sha256, rank}. Collective over
-    comm."""
+    """Train on every `every`-th syllable. Return {right: held-out accuracy, loss, sha256, rank}. Collective over comm."""
     held_out, training = (texts := pairs()[::every])[::10], [one for i, one in enumerate(texts) if i % 10]
     torch.manual_seed(0)
     model = Translator()
