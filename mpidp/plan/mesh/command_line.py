@@ -116,8 +116,8 @@ def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> d
         raise UsageError(f"--calibrate={options.calibrate} computed in {measured}, but the plan is for {dtype}. Give a run with "
                          f"train.dtype={dtype}, or --dtype {measured}, or --flops")
     number_bytes = BYTES[dtype]
-    loss, slices, lanes = (values.get(*one) for one in (("train.loss", "auto"), ("model.slices", 1), ("train.lanes", 0)))
-    base = Work(whole["global-batch"] or default, 1, number_bytes=number_bytes, loss=loss, slices=slices, lanes=lanes)
+    base = Work(whole["global-batch"] or default, 1, number_bytes=number_bytes, loss=values.get("train.loss", "auto"),
+                slices=values.get("model.slices", 1), lanes=values.get("train.lanes", 0))
     figures = GivenFigures(
         given.get("flops"), given.get("memory-gbyte"), given.get("link-gbit"), given.get("node-gbit"), given.get("latency-us"),
         whole["ranks-per-node"] or None, whole["gpus-per-node"] or None, options.overlap,
