@@ -7,15 +7,14 @@
 # bfloat16 converts the numbers to float32, so the step costs at most about twice as much as in float32.
 #
 # Behaviour: oneDNN multiplies bfloat16 matrices only on CPUs with AVX-512. On all others torch uses a loop of its own, which is not
-# a blocked matrix product: a product of two 512 x 512 matrices takes about 9 times as long as in float32. torch.addmm in bfloat16,
-# which Muon calls twice in each of its five iterations, takes about 6 times as long again. torch reports neither.
+# a blocked matrix product: a product of two 512 x 512 matrices takes about 25 times as long as in float32. torch does not report this.
 #
 # Consequence: on many laptops and on servers with AVX2 only, nearly all the time of a training step with Muon is spent in its
 # update, although the matrices are small. The same five iterations in float32 give nearly the same update.
 #
-# Output seen (AMD EPYC with AVX2, one thread):
-#   product 512 x 512: float32 4.0 ms, bfloat16 34 ms; addmm: float32 4.3 ms, bfloat16 222 ms
-#   torch.optim.Muon, one step, one 512 x 512 matrix: 2371 ms; the same iterations in float32: 71 ms
+# Output seen (AMD EPYC with AVX2, one thread, beside other work):
+#   product 512 x 512: float32 24.8 ms, bfloat16 656 ms; addmm: float32 14.3 ms, bfloat16 631 ms
+#   torch.optim.Muon, one step, one 512 x 512 matrix: 7090 ms; the same iterations in float32: 259 ms
 # Exit status: 0 if Muon's step takes more than 5 times as long as the iterations in float32, 1 if not, 2 on another kind of CPU.
 set -eu
 [ "$(uname -m)" = x86_64 ] || { echo "skipped: not an x86-64 CPU"; exit 2; }
