@@ -37,6 +37,8 @@ def find(host: str, folder: Path | None = None) -> list[Session]:
     for path in sorted((folder or Path(tempfile.gettempdir())).iterdir()):
         with suppress(OSError):  # the folder was removed in the meantime
             named = OF_MPIRUN.fullmatch(path.name)
+            if named and named["pid"] == str(os.getuid()):  # BASE.HOST.UID, the folder of all sessions of a user
+                continue
             own = path.is_dir() and not path.is_symlink() and path.lstat().st_uid == os.getuid()
             here = named and (named["host"] or host).partition(".")[0] == host.partition(".")[0]
             if named and here and own and not Path(f"/proc/{named['pid']}").exists():

@@ -319,6 +319,11 @@ def test_the_session_of_a_live_mpirun_is_kept(tmp_path: Path, form: str, host: s
         child.wait()
 
 
+def test_the_folder_of_all_sessions_of_a_user_is_kept(tmp_path: Path) -> None:
+    (tmp_path / f"ompi.n1.{os.getuid()}").mkdir()
+    assert sessions.find("n1", tmp_path) == []
+
+
 def test_segments_are_judged_by_whose_they_are() -> None:
     gone = memory.Segment("n1", NAMES[0], 3 << 20, "ann", True, 7200.0, "gone")
     [found] = memory.check_segments([gone, replace(gone, state="used")], [])
