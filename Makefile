@@ -29,7 +29,7 @@ MPICH := mpirun -n
 SIZES := echo "Installing into $(VENV), about 1 GB with the CPU build of torch (TORCH_INDEX=URL of PyTorch's CPU index). On Linux, the default build brings \
 several GB of CUDA libraries. pip prints nothing until it is done."
 SUITE := python tests/run.py
-PARTS := unit mpi laws methods hybrid soak bench-short lint types
+PARTS := unit mpi laws wide methods hybrid soak bench-short lint types
 OPENMPI_PARTS := c10d faults openmpi mpis soak-short slurm-short slurm long
 PROGRAMS_PARTS := programs
 
@@ -49,7 +49,8 @@ check: .venv-openmpi/.ready .venv-programs/.ready ## everything else that CI run
 
 unit: $(VENV)/.test ## tests without mpirun
 mpi: $(VENV)/.test ## tests of single components on 4 ranks
-laws: $(VENV)/.test ## whole trainings: the same result on 1 to 8 ranks, exact resume
+laws: $(VENV)/.test ## whole trainings: the same result on 1 to 4 ranks, exact resume
+wide: $(VENV)/.test ## those of the laws about the number of ranks, on 1 to 8 ranks
 methods: $(VENV)/.test ## compression, and strategies other than synchronous, on 1 to 4 ranks
 hybrid: $(VENV)/.test ## one model on several ranks: meshes and sharding, on 1 to 4 ranks
 c10d: .venv-openmpi/.ready ## torch.distributed over MPI, compared with gloo, on 2 and 4 ranks
@@ -59,7 +60,7 @@ mpis: .venv-openmpi/.ready ## one result under every MPI that is installed here:
 soak-short: .venv-openmpi/.ready ## ranks killed again and again: the short form of soak-faults
 slurm-short: .venv-openmpi/.ready ## job templates on a virtual Slurm cluster: each launcher, a requeue, a lost node, a lost rank
 
-long: .venv-openmpi/.ready .venv-intelmpi/.ready ## all rows of all tables, under both MPIs (more than an hour)
+long: .venv-openmpi/.ready .venv-intelmpi/.ready .venv-programs/.ready ## all rows of all tables, under both MPIs (more than an hour)
 slurm: .venv-openmpi/.ready ## all job templates on a virtual Slurm cluster (as root on Debian; installs Slurm's packages)
 soak: $(VENV)/.test ## a hundred trainings in shared memory under load, which must give one hash
 bench-short: $(VENV)/.test ## every benchmark in its shortest form: checks that it runs, not how fast

