@@ -267,7 +267,6 @@ def test_a_run_dir_in_use_under_mpirun(either: Shell) -> None:
     expect(either.train(ranks=2), 2, f"run/lock: in use by process {os.getpid()}")
 
 
-@pytest.mark.quick
 def test_two_commands_at_once(shell: Shell, whole_hash: str) -> None:
     slowly = faulty("time.sleep(1.2)", batches=range(6)) + ENTER
     started = [shell.start("-c", slowly, "tiny.toml") for _ in range(2)]

@@ -80,7 +80,6 @@ def test_a_word_to_a_rank(either: Shell, forks: Forks, whole_hash: str, fault: s
 # --- one rank computes wrong values, is late, or has other settings
 
 
-@pytest.mark.quick
 def test_nan_on_one_rank(either: Shell, forks: Forks, whole_hash: str) -> None:
     expect(either.train(ranks=3, MPIDP_FAULT="nan:1:3"), 0)
     alone = {"MPIDP_FAULT": "nan:0:3"}
@@ -106,7 +105,6 @@ def test_nan_again_and_again(either: Shell, forks: Forks, whole_hash: str) -> No
     assert end_record(either.folder / "run")["weights_sha256"] == whole_hash  # neither the fault nor its effects remain
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(("fault", "mpi"), [("flip:1:3,tensor=2,bit=20", "openmpi"), ("wrong:2:3", "mpich")])
 def test_memory_or_a_core_fails(place: Path, whole_hash: str, fault: str, mpi: str) -> None:
     expect(Shell(place, mpi).train("--train.audit_every=1", ranks=3, MPIDP_FAULT=fault), 0)

@@ -145,7 +145,6 @@ def test_an_unknown_option_is_said_once_under_mpirun(either: Shell) -> None:
     expect(either.run("-m", "mpidp.evaluate", ranks=2), 2, "the following arguments are required: RUN")
 
 
-@pytest.mark.quick
 def test_more_ranks_than_lanes(either: Shell) -> None:
     expect(either.train("--train.micro_batch=4", ranks=2), 2, "2 ranks, but the global batch has 1 lanes", "Start at most 1")
     assert not (either.folder / "run").exists()
