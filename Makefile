@@ -41,7 +41,7 @@ train: $(VENV)/.runtime ## prepare shards of the standard library's source, trai
 
 setup: $(VENV)/.runtime ## create the environment .venv (1 minute; TORCH_INDEX=URL: an index with the CPU build of torch, PYTHON=python3.12: another Python)
 
-test: $(VENV)/.test ## the tests to run before and after a change, under MPICH (under 10 minutes)
+test: $(VENV)/.test ## the tests to run before and after a change, under MPICH (10 to 15 minutes)
 	$(SUITE) test
 
 check: .venv-openmpi/.ready .venv-programs/.ready ## everything else that CI runs: Open MPI, longer tables, faults, Slurm, other programs, lint, types, short benchmarks (35 minutes)
